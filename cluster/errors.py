@@ -1,0 +1,25 @@
+"""What can go wrong for reasons outside the code, in one tree.
+
+KuzushijiError      anything below; the command line prints it in one line and exits with 1
+├── OptionError     what was asked contradicts itself or what is there; exits with 2
+├── InputError      labels, pages or a dataset can't be used as they are
+└── DamageError     a folder is not what its manifest says
+
+Messages: first the rule, then what came, then how to mend it.
+"""
+
+
+class KuzushijiError(Exception):
+    """A failure with a cause that the user can mend."""
+
+
+class OptionError(KuzushijiError):
+    """You meet it when options contradict one another or what they point to."""
+
+
+class InputError(KuzushijiError):
+    """You meet it when labels, pages or a dataset can't be used as they are."""
+
+
+class DamageError(KuzushijiError):
+    """You meet it when a file is missing, cut off or changed after its folder was sealed."""

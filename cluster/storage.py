@@ -1,0 +1,110 @@
+"""Places: local paths and fsspec addresses (`gs://bucket/x`) behind one pathlib interface.
+
+Nothing half-written ever stands under a final name: local files are written under a temporary name in the same
+folder and moved; object stores show an object only when its upload is complete.
+"""
+
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from upath import UPath
+
+from cluster.errors import InputError
+
+CHUNK_BYTES = 1 << 20
+TEMPORARY_PREFIX = ".tmp-"
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+
+
+def place(text: str | os.PathLike[str]) -> UPath:
+    """A path or address. Local ones are made absolute, since workers run in other folders."""
+    path = UPath(text)
+    if is_local(path):
+        return UPath(os.path.abspath(path.path))
+    return path
+
+
+def is_local(path: UPath) -> bool:
+    return path.protocol in ("", "file", "local")
+
+
+def plain_name(name: str, what: str) -> str:
+    """`name` itself if it can't leave a folder it is put in.
+
+    Raises:
+        InputError: it holds a separator, starts with a dot, or has other than ASCII letters, digits, `.`, `_`, `-`.
+    """
+    if not isinstance(name, str) or not _PLAIN_NAME.fullmatch(name):
+        raise InputError(f"{what} must be letters, digits, '.', '_' or '-' and not start with '.' or '-'. Received: {name!r}")
+    return name
+
+
+@contextmanager
+def new_file(target: UPath) -> Iterator[Path]:
+    """A local path to write; it becomes `target` in one step when the block ends, and is removed when the block fails."""
+    if is_local(target):
+        os.makedirs(target.parent.path, exist_ok=True)
+        folder = Path(target.parent.path)
+    else:
+        folder = Path(tempfile.gettempdir())
+    temporary = folder / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
+    try:
+        yield temporary
+        if is_local(target):
+            with open(temporary, "rb") as written:
+                os.fsync(written.fileno())
+            os.replace(temporary, target.path)
+        else:
+            target.fs.put_file(str(temporary), target.path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_bytes(target: UPath, data: bytes) -> None:
+    """Write a small file so that readers see the old content or the new one, never a part."""
+    with new_file(target) as temporary:
+        temporary.write_bytes(data)
+
+
+def open_read(path: UPath) -> BinaryIO:
+    """Open for streaming."""
+    stream: BinaryIO = path.fs.open(path.path, "rb")
+    return stream
+
+
+def sha256_of(path: UPath) -> str:
+    """Hex digest of a file's bytes, read in pieces."""
+    with open_read(path) as stream:
+        return hash_stream(stream)
+
+
+def hash_stream(stream: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    while chunk := stream.read(CHUNK_BYTES):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def list_files(folder: UPath) -> dict[str, int]:
+    """Name to size in bytes of the files that stand directly in `folder`; empty if there is no such folder."""
+    try:
+        entries: list[dict[str, Any]] = folder.fs.ls(folder.path, detail=True)
+    except FileNotFoundError:
+        return {}
+    return {os.path.basename(e["name"]): int(e["size"]) for e in entries if e["type"] == "file"}
+
+
+def remove_folder(folder: UPath) -> None:
+    """Remove a folder and all that is in it, if it is there."""
+    if is_local(folder):
+        shutil.rmtree(folder.path, ignore_errors=True)
+    elif folder.exists():
+        folder.fs.rm(folder.path, recursive=True)

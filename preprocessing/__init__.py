@@ -1,0 +1,1 @@
+"""From page scans and labels to a dataset folder. Imports `cluster` only."""
