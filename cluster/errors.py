@@ -8,6 +8,11 @@ KuzushijiError      anything below; the command line prints it in one line and e
 Messages: first the rule, then what came, then how to mend it.
 """
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
 
 class KuzushijiError(Exception):
     """A failure with a cause that the user can mend."""
@@ -15,6 +20,13 @@ class KuzushijiError(Exception):
 
 class OptionError(KuzushijiError):
     """You meet it when options contradict one another or what they point to."""
+
+    @classmethod
+    def of(cls, error: "ValidationError") -> "OptionError":
+        """The first complaint of a pydantic config, named as on the command line."""
+        first = error.errors()[0]
+        option = "--" + "-".join(str(part) for part in first["loc"]).replace("_", "-")
+        return cls(f"{option}: {first['msg'].lower()}. Received: {first['input']!r}")
 
 
 class InputError(KuzushijiError):

@@ -5,6 +5,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -15,15 +20,44 @@ def on_terminal() -> bool:
     return sys.stderr.isatty()
 
 
+@cache
+def terminal() -> "Console":
+    """The one console for bars and log lines, so that they do not write over one another."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False)
+
+
+def log_to_stderr() -> None:
+    """Let what the package says be seen: above the bar on a terminal, with the time of day elsewhere."""
+    handler: logging.Handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    if on_terminal():
+        handler = _TerminalHandler()
+    log.handlers = [handler]
+    log.setLevel(logging.INFO)
+    log.propagate = False
+
+
+class _TerminalHandler(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        terminal().print(self.format(record), markup=False)
+
+
 @contextmanager
 def progress(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
     """Show how far `what` has come; the block calls the yielded function with how many `unit`s are newly done."""
     if on_terminal():
-        from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn(unit),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=terminal(), transient=True) as bars:
             task = bars.add_task(what, total=total)
             yield lambda n: bars.advance(task, n)
         return

@@ -43,13 +43,17 @@ def plain_name(name: str, what: str) -> str:
         InputError: it holds a separator, starts with a dot, or has other than ASCII letters, digits, `.`, `_`, `-`.
     """
     if not isinstance(name, str) or not _PLAIN_NAME.fullmatch(name):
-        raise InputError(f"{what} must be letters, digits, '.', '_' or '-' and not start with '.' or '-'. Received: {name!r}")
+        raise InputError(
+            f"{what} must be letters, digits, '.', '_' or '-' and not start with '.' or '-'. Received: {name!r}"
+        )
     return name
 
 
 @contextmanager
 def new_file(target: UPath) -> Iterator[Path]:
-    """A local path to write; it becomes `target` in one step when the block ends, and is removed when the block fails."""
+    """A local path to write; it becomes `target` in one step when the block ends, and is removed when the block
+    fails.
+    """
     if is_local(target):
         os.makedirs(target.parent.path, exist_ok=True)
         folder = Path(target.parent.path)

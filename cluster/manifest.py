@@ -1,0 +1,181 @@
+"""`manifest.json`: written last, it seals a folder; without it the dataset or model is not there.
+
+    {"format": 1, "kind": "dataset" | "model", "files": [{"name", "bytes", "sha256"}], ...}
+
+A dataset has `shards` besides: files with the number of their `examples`.
+"""
+
+import json
+from typing import Any, Literal, TypeVar
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, field_validator
+from upath import UPath
+
+from cluster.errors import DamageError, InputError
+from cluster.progress import progress
+from cluster.storage import list_files, plain_name, sha256_of, write_bytes
+
+MANIFEST_FILE = "manifest.json"
+MAX_MANIFEST_BYTES = 1 << 30
+
+
+class FileEntry(BaseModel):
+    """A file that stands directly in the folder."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    bytes: NonNegativeInt
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+    @field_validator("name")
+    @classmethod
+    def _stays_in_folder(cls, name: str) -> str:
+        return plain_name(name, "a file name in a manifest")
+
+
+class Manifest(BaseModel):
+    """What every manifest has; what else a folder says of itself is in the extra fields, or in those of a subclass."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    format: Literal[1] = 1
+    kind: Literal["dataset", "model"]
+    files: list[FileEntry]
+
+    @property
+    def entries(self) -> list[FileEntry]:
+        """Every file that the manifest answers for."""
+        return self.files
+
+
+class Shard(FileEntry):
+    """A TFRecord file, with the number of its crops."""
+
+    examples: NonNegativeInt
+
+
+class DatasetManifest(Manifest):
+    """Of a dataset folder; `preprocessing.prepare` writes it and tells what the fields hold."""
+
+    kind: Literal["dataset"] = "dataset"
+    shards: list[Shard]
+    counts: dict[str, dict[str, int]]
+    """Per split: `boxes` planned, `examples` written, `pages` and `books` that the boxes are of."""
+    losses: list[dict[str, Any]]
+    """Boxes without a crop: `page`, `box`, `unicode`, `what` happened."""
+    clipped: list[dict[str, Any]]
+    """Boxes partly off their page: `page`, `box`. The rest of them is a crop."""
+    unlabelled: list[str]
+    """Ids of pages with a file and no row in the labels."""
+    seed: int
+    config: dict[str, Any]
+    versions: dict[str, str]
+    fingerprint: str
+    """Of the labels' bytes and the pages' names and sizes."""
+
+    @property
+    def entries(self) -> list[FileEntry]:
+        return [*self.shards, *self.files]
+
+    def shards_of(self, split: str) -> list[Shard]:
+        """In the order of their pages."""
+        return [shard for shard in self.shards if f"-{split}.tfrecord-" in shard.name]
+
+
+class ModelManifest(Manifest):
+    """Of a model folder; `job.model_folder` writes it."""
+
+    kind: Literal["model"] = "model"
+    dataset_manifest_sha256: str
+    finished_at: AwareDatetime
+
+
+ManifestT = TypeVar("ManifestT", bound=Manifest)
+
+
+def file_entry(path: UPath) -> FileEntry:
+    """Name, size and hash of a file that is already there."""
+    return FileEntry(name=path.name, bytes=path.stat().st_size, sha256=sha256_of(path))
+
+
+def seal(folder: UPath, manifest: Manifest) -> None:
+    """Write the manifest; from now on the folder is there."""
+    write_bytes(folder / MANIFEST_FILE, (manifest.model_dump_json(indent=1) + "\n").encode())
+
+
+def is_sealed(folder: UPath) -> bool:
+    return bool((folder / MANIFEST_FILE).is_file())
+
+
+def read_any_manifest(folder: UPath) -> DatasetManifest | ModelManifest:
+    """The manifest of a folder, whichever kind it is."""
+    if _read_json(folder).get("kind") == ModelManifest.model_fields["kind"].default:
+        return read_manifest(folder, ModelManifest)
+    return read_manifest(folder, DatasetManifest)
+
+
+def read_manifest(folder: UPath, form: type[ManifestT]) -> ManifestT:
+    """The manifest of a folder of one kind.
+
+    Raises:
+        InputError: the folder has none, so it is no finished dataset or model; or it is of the other kind.
+        DamageError: it is not a manifest of this format, or names files outside its folder.
+    """
+    content = _read_json(folder)
+    wanted = form.model_fields["kind"].default
+    if content.get("kind", wanted) != wanted:
+        raise InputError(f"this must be a {wanted} folder. Received: {folder}, a {str(content['kind'])[:20]}")
+    try:
+        return form.model_validate(content)
+    except ValidationError as error:
+        first: Any = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise DamageError(
+            f"{folder / MANIFEST_FILE} is no manifest of format 1. Received at {where}: {first['msg']}"
+        ) from None
+    except InputError as error:
+        raise DamageError(f"{folder / MANIFEST_FILE} is no manifest of format 1: {error}") from None
+
+
+def _read_json(folder: UPath) -> dict[str, Any]:
+    path = folder / MANIFEST_FILE
+    if not is_sealed(folder):
+        raise InputError(f"a finished dataset or model folder must hold {MANIFEST_FILE}. Received: {folder}, without")
+    if path.stat().st_size > MAX_MANIFEST_BYTES:
+        raise DamageError(f"{path} must be at most {MAX_MANIFEST_BYTES} bytes")
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise DamageError(f"{path} must be JSON. Received: {error}") from None
+    if not isinstance(content, dict):
+        raise DamageError(f"{path} must be a JSON object. Received: {type(content).__name__}")
+    return content
+
+
+def fault_of(folder: UPath, entry: FileEntry, there: dict[str, int]) -> str | None:
+    """What is wrong with a listed file, or None. `there`: the sizes of the folder's files."""
+    if entry.name not in there:
+        return f"{entry.name} is missing"
+    if there[entry.name] != entry.bytes:
+        return f"{entry.name} has {there[entry.name]} bytes instead of {entry.bytes}"
+    if sha256_of(folder / entry.name) != entry.sha256:
+        return f"{entry.name} was changed: its SHA-256 is not the manifest's"
+    return None
+
+
+def verify(folder: UPath) -> tuple[DatasetManifest | ModelManifest, list[str], list[str]]:
+    """Check every file of a sealed folder.
+
+    Returns its manifest, what is wrong (a line a file), and the names of files that the manifest does not list.
+    """
+    manifest = read_any_manifest(folder)
+    there = list_files(folder)
+    faults = []
+    with progress("bytes checked", sum(entry.bytes for entry in manifest.entries), "bytes") as advance:
+        for entry in manifest.entries:
+            if fault := fault_of(folder, entry, there):
+                faults.append(fault)
+            advance(entry.bytes)
+    listed = {entry.name for entry in manifest.entries} | {MANIFEST_FILE}
+    return manifest, faults, sorted(set(there) - listed)

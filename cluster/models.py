@@ -1,0 +1,63 @@
+"""The models place: `<models>/<architecture>/<run>/`, and `<models>/<architecture>/latest.json`, which names a run."""
+
+from pydantic import AwareDatetime, BaseModel, ValidationError, field_validator
+from upath import UPath
+
+from cluster.errors import DamageError, InputError
+from cluster.manifest import MANIFEST_FILE, ModelManifest, is_sealed
+from cluster.storage import plain_name, write_bytes
+
+LATEST_FILE = "latest.json"
+
+
+class Latest(BaseModel):
+    """Which run of an architecture finished last."""
+
+    run: str
+    finished_at: AwareDatetime
+
+    @field_validator("run")
+    @classmethod
+    def _is_plain(cls, run: str) -> str:
+        return plain_name(run, "a run")
+
+
+def read_latest(architecture: UPath) -> Latest | None:
+    """What `latest.json` says, or None where there is none.
+
+    Raises:
+        DamageError: it is not what we write.
+    """
+    path = architecture / LATEST_FILE
+    if not path.is_file():
+        return None
+    try:
+        return Latest.model_validate_json(path.read_bytes())
+    except (ValidationError, InputError) as error:
+        raise DamageError(
+            f"{path} must name a run and when it finished. Received: {str(error).splitlines()[0]}"
+        ) from None
+
+
+def point_to_latest(folder: UPath, manifest: ModelManifest) -> None:
+    """Let `latest.json` name a sealed run, unless it names one that finished later."""
+    latest = read_latest(folder.parent)
+    if latest is None or latest.finished_at < manifest.finished_at:
+        new = Latest(run=folder.name, finished_at=manifest.finished_at)
+        write_bytes(folder.parent / LATEST_FILE, (new.model_dump_json() + "\n").encode())
+
+
+def resolve_model(place: UPath) -> UPath:
+    """The model folder that a place is, or of whose latest run it is the architecture.
+
+    Raises:
+        InputError: neither.
+    """
+    if is_sealed(place):
+        return place
+    latest = read_latest(place)
+    if latest is None:
+        raise InputError(
+            f"a model folder must hold {MANIFEST_FILE} (or {LATEST_FILE}, naming a run). Received: {place}"
+        )
+    return place / latest.run

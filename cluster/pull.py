@@ -1,0 +1,130 @@
+"""Trained models from a models place to this machine: checked, resumable, never half there."""
+
+import fcntl
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from upath import UPath
+
+from cluster.errors import DamageError, InputError, KuzushijiError
+from cluster.manifest import MANIFEST_FILE, FileEntry, ModelManifest, fault_of, read_manifest
+from cluster.models import LATEST_FILE, point_to_latest, read_latest
+from cluster.progress import progress
+from cluster.storage import CHUNK_BYTES, list_files, open_read, plain_name, sha256_of, write_bytes
+
+
+@dataclass(frozen=True)
+class Pulled:
+    """A model that is here now. new_bytes: how many had to be fetched."""
+
+    name: str
+    run: str
+    folder: str
+    new_bytes: int
+
+
+def pull(models: UPath, to: UPath, wanted: Sequence[str] = ()) -> list[Pulled]:
+    """Fetch models named `NAME` (its latest run) or `NAME/RUN`; all architectures' latest runs when none is named.
+
+    `to` becomes a models place of the same form. Files that are there and right are not fetched again.
+
+    Raises:
+        InputError: nothing of that name.
+        DamageError: what came is not what the manifest says.
+    """
+    chosen = [_resolve(models, name) for name in (wanted or _architectures(models))]
+    manifests = [read_manifest(models / name / run, ModelManifest) for name, run in chosen]
+    total = sum(entry.bytes for manifest in manifests for entry in manifest.entries)
+    pulled = []
+    with progress("bytes pulled", total, "bytes") as advance:
+        for (name, run), manifest in zip(chosen, manifests, strict=True):
+            target = to / name / run
+            new_bytes = _pull_folder(models / name / run, target, manifest, advance)
+            pulled.append(Pulled(name, run, str(target), new_bytes))
+    return pulled
+
+
+def _architectures(models: UPath) -> list[str]:
+    folders = sorted(path.name for path in models.iterdir() if path.is_dir()) if models.is_dir() else []
+    found = [name for name in folders if not name.startswith(".") and (models / name / LATEST_FILE).is_file()]
+    if not found:
+        raise InputError(f"--models must hold <architecture>/{LATEST_FILE}. Received: {models}, with none")
+    return found
+
+
+def _resolve(models: UPath, wanted: str) -> tuple[str, str]:
+    """Architecture and run of `NAME` or `NAME/RUN`."""
+    name, _, run = wanted.partition("/")
+    plain_name(name, "the name of a model")
+    if run:
+        return name, plain_name(run, "a run")
+    latest = read_latest(models / name)
+    if latest is None:
+        raise InputError(
+            f"{models} must hold {name}/{LATEST_FILE}. Received: no such file. Name one of its models, or NAME/RUN"
+        )
+    return name, latest.run
+
+
+def _pull_folder(source: UPath, target: UPath, manifest: ModelManifest, advance: Callable[[int], None]) -> int:
+    os.makedirs(target.path, exist_ok=True)
+    new_bytes = 0
+    for entry in manifest.entries:
+        if fault_of(target, entry, list_files(target)) is None:
+            advance(entry.bytes)
+        else:
+            (target / MANIFEST_FILE).unlink(missing_ok=True)  # what is being mended is not there
+            new_bytes += _fetch(source, Path(target.path), entry, advance)
+    write_bytes(target / MANIFEST_FILE, (source / MANIFEST_FILE).read_bytes())
+    point_to_latest(target, manifest)
+    return new_bytes
+
+
+def _fetch(source: UPath, target: Path, entry: FileEntry, advance: Callable[[int], None]) -> int:
+    """Fetch one file into `.NAME.part`, going on where an earlier attempt stopped, and move it once its hash is
+    right.
+    """
+    part = target / f".{entry.name}.part"
+    fetched = 0
+    with open(part, "ab") as out:
+        try:
+            fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise KuzushijiError(
+                f"one pull at a time may write a folder. Received: {target}, where another one is at work"
+            ) from None
+        for begin in dict.fromkeys(
+            [min(out.tell(), entry.bytes), 0]
+        ):  # from the start, if the part was of something else
+            out.truncate(begin)
+            out.seek(begin)
+            advance(begin)
+            try:
+                fetched += _append(source / entry.name, out, begin, entry.bytes, advance)
+            except FileNotFoundError:
+                raise DamageError(f"{source}: {entry.name} is missing. Ask whoever keeps the models") from None
+            out.flush()
+            if out.tell() == entry.bytes and sha256_of(UPath(part)) == entry.sha256:
+                os.fsync(out.fileno())
+                os.replace(part, target / entry.name)
+                return fetched
+            advance(-out.tell())
+    part.unlink()
+    raise DamageError(
+        f"{source}: {entry.name} was changed: its SHA-256 is not the manifest's. Ask whoever keeps the models"
+    )
+
+
+def _append(source: UPath, out: BinaryIO, begin: int, size: int, advance: Callable[[int], None]) -> int:
+    """Copy bytes `begin` to `size` of a file."""
+    copied = 0
+    with open_read(source) as stream:
+        stream.seek(begin)
+        while begin + copied < size and (chunk := stream.read(min(CHUNK_BYTES, size - begin - copied))):
+            out.write(chunk)
+            copied += len(chunk)
+            advance(len(chunk))
+    return copied

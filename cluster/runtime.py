@@ -1,0 +1,72 @@
+"""Ray: the one of the cluster where RAY_ADDRESS names it, else a local one for the time of a command."""
+
+import logging
+import os
+import secrets
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+log = logging.getLogger("kuzushiji")
+
+
+@contextmanager
+def ray_session(at_least_cpus: int = 1) -> Iterator[None]:
+    """Connect to Ray for the time of the block; a Ray that this process is connected to already is used as it is.
+
+    at_least_cpus: a local Ray pretends to have so many where the machine has fewer, or the work would never be placed.
+    """
+    _set_environment()
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    if address := os.environ.get("RAY_ADDRESS"):
+        log.info("using the Ray at %s", address)
+        ray.init(logging_level=logging.WARNING, log_to_driver=False)
+    else:
+        cpus = os.cpu_count() or 1
+        if at_least_cpus > cpus:
+            log.warning("%d CPUs are asked for and this machine has %d: the work shares them", at_least_cpus, cpus)
+        ray.init(
+            address="local",
+            num_cpus=max(cpus, at_least_cpus),
+            include_dashboard=False,
+            logging_level=logging.WARNING,
+            log_to_driver=False,
+        )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _set_environment() -> None:
+    """What a Ray of our own inherits. It reads the environment when it is imported, so this comes before."""
+    # Nothing is sent home without being asked for.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    if "RAY_ADDRESS" not in os.environ and "ray" not in sys.modules:
+        # Ray asks for a token by default, but keeps it in a file that others can read (0644): one of this process's
+        # own.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        if "RAY_AUTH_TOKEN_PATH" not in os.environ:
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """What failed on a worker, out of the wrappers that Ray puts around it."""
+    from ray.exceptions import RayError
+    from ray.train import TrainingFailedError
+
+    seen = error
+    while isinstance(seen, RayError | TrainingFailedError):
+        inner = getattr(seen, "cause", None) or seen.__cause__
+        if inner is None:
+            failures = getattr(seen, "worker_failures", None)
+            inner = next(iter(failures.values()), None) if failures else None
+        if inner is None:
+            break
+        seen = inner
+    return seen

@@ -1,0 +1,254 @@
+"""The command line. Each command imports what it needs when it runs: `--help` loads neither TensorFlow nor Ray."""
+
+import functools
+import json
+import logging
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from cluster.errors import KuzushijiError, OptionError
+from cluster.progress import log_to_stderr
+
+SHOWN_CONFUSIONS = 20
+SPLITS = ("train", "validation", "test")
+
+log = logging.getLogger("kuzushiji")
+
+# What a command gives back: an object for `--json`, and lines for people.
+Outcome = tuple[dict[str, Any], list[str]]
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="kuzushiji")
+def main() -> None:
+    """From scans of old Japanese pages to a trained classifier of their characters.
+
+    A PLACE is a path or an address (/data/pages, gs://bucket/pages). Exit: 0 done, 1 failed, 2 used wrongly.
+    """
+
+
+def command(function: Callable[..., Outcome]) -> click.Command:
+    """Register a command: prints what it gives back, and its failures in one line."""
+
+    @functools.wraps(function)
+    def run(as_json: bool, debug: bool, **options: Any) -> None:
+        log_to_stderr()
+        try:
+            result, lines = function(**options)
+        except (click.ClickException, click.Abort):
+            raise
+        except Exception as error:
+            if debug:
+                raise
+            known = isinstance(error, KuzushijiError | OSError)
+            text = " ".join(str(error).split()) or type(error).__name__
+            click.echo(
+                f"kuzushiji: {text}" if known else f"kuzushiji: {type(error).__name__}: {text} (see --debug)", err=True
+            )
+            sys.exit(2 if isinstance(error, OptionError) else 1)
+        for line in lines if not as_json else [json.dumps(result, ensure_ascii=False)]:
+            click.echo(line)
+        sys.exit(1 if result.get("faults") else 0)
+
+    registered: click.Command = main.command(run)
+    registered.params += [
+        click.Option(["--json", "as_json"], is_flag=True, help="One JSON object as the last line, for scripts."),
+        click.Option(["--debug"], is_flag=True, help="Show the traceback of a failure."),
+    ]
+    return registered
+
+
+def config_of(model: Any, **values: Any) -> Any:
+    """A pydantic config, or the option that it complains of."""
+    from pydantic import ValidationError
+
+    try:
+        return model(**values)
+    except ValidationError as error:
+        raise OptionError.of(error) from None
+
+
+@command
+@click.option(
+    "--out", required=True, metavar="DIR", help="New folder for train.csv, train_images/, unicode_translation.csv."
+)
+@click.option("--num-pages", required=True, type=int, help="How many pages to draw, some 190 characters each.")
+@click.option("--seed", default=42, show_default=True, type=int, help="The same seed and fonts give the same bytes.")
+@click.option("--scale", default=1.0, show_default=True, type=float, help="1 is some 2,400 x 3,900 px a page.")
+@click.option("--layouts", metavar="FILE", help="Draw the first pages of a label file: its ids, boxes and characters.")
+def sample(out: str, num_pages: int, seed: int, scale: float, layouts: str | None) -> Outcome:
+    """Draw pages in Kaggle's format, for trials without data."""
+    from pathlib import Path
+
+    from preprocessing.sample import sample as draw
+
+    summary = draw(Path(out), num_pages, seed, scale, Path(layouts) if layouts else None)
+    result = {"out": out, "pages": summary.pages, "characters": summary.characters, "books": summary.books}
+    return result, [f"{summary.pages} pages of {summary.books} books, {summary.characters:,} characters: {out}"]
+
+
+@command
+@click.option("--pages", required=True, metavar="PLACE", help="Folder or .zip of <image_id>.jpg.")
+@click.option("--labels", required=True, metavar="PLACE", help="Kaggle's train.csv, or a file of its form.")
+@click.option("--dataset", required=True, metavar="PLACE", help="New folder, or one to finish or mend.")
+@click.option("--split", type=click.Choice(["random", "page", "book"]), default="random", show_default=True,
+              help="What stays whole: single boxes (the study's, flatters), pages, books (honest).")  # fmt: skip
+@click.option("--seed", default=42, show_default=True, type=int, help="Of the split.")
+@click.option("--val-fraction", default=0.15, show_default=True, type=float, help="Share of the boxes for validation.")
+@click.option("--test-fraction", default=0.15, show_default=True, type=float, help="Share of the boxes for the test.")
+@click.option("--coverage", default=0.9, show_default=True, type=float,
+              help="Characters up to this share of all boxes keep a class; the others are `rare`.")  # fmt: skip
+@click.option("--classes", metavar="FILE", help="An earlier dataset's label.labels.txt, to use its classes.")
+@click.option("--shards", type=int, help="Groups of pages, a file each for each split.  [default: by size]")
+@click.option("--max-bad-fraction", default=0.01, show_default=True, type=float, help="Boxes that may be lost.")
+def prepare(pages: str, labels: str, dataset: str, classes: str | None, **options: Any) -> Outcome:
+    """Cut labelled pages into crops: a dataset of TFRecords."""
+    from cluster.storage import place
+    from preprocessing.classes import read_class_names
+    from preprocessing.prepare import PrepareConfig
+    from preprocessing.prepare import prepare as run
+
+    names = read_class_names(place(classes)) if classes else None
+    config = config_of(PrepareConfig, classes=names, **options)
+    manifest, new = run(place(pages), place(labels), place(dataset), config)
+    counts = {split: manifest.counts[split]["examples"] for split in SPLITS}
+    lost = {key: len(getattr(manifest, key)) for key in ("losses", "clipped", "unlabelled")}
+    result = {"dataset": dataset, "written": new, "crops": counts, "shards": len(manifest.shards)} | lost
+    if not new:
+        return result, [f"{dataset} is there and right: nothing written"]
+    split_line = ", ".join(f"{split} {count:,}" for split, count in counts.items())
+    return result, [
+        f"{sum(counts.values()):,} crops in {len(manifest.shards)} shards ({split_line}): {dataset}",
+        f"{lost['losses']} boxes lost, {lost['clipped']} clipped, {lost['unlabelled']} pages without labels: "
+        "each is listed in manifest.json",
+    ]
+
+
+@command
+@click.option("--dataset", required=True, metavar="PLACE", help="Folder made by `prepare`.")
+@click.option("--models", required=True, metavar="PLACE", help="Where <architecture>/<run>/ is written.")
+@click.option("--architecture", required=True, metavar="NAME", help="Only `baseline` so far.")
+@click.option(
+    "--workers", default=1, show_default=True, type=int, help="Data-parallel processes, spread over the hosts."
+)
+@click.option("--gpus-per-worker", default=0, show_default=True, type=int)
+@click.option("--cpus-per-worker", type=int, help="[default: an equal share of this machine; 1 on a cluster]")
+@click.option("--epochs", type=int, help="[default: the architecture's recipe]")
+@click.option("--global-batch-size", type=int, help="Crops of a step over all workers.  [default: the recipe's]")
+@click.option("--learning-rate", type=float, help="[default: the recipe's]")
+@click.option("--seed", default=42, show_default=True, type=int, help="Of weights, order and dropout.")
+@click.option("--patience", type=int, help="Stop after so many epochs that were no better.  [default: never]")
+@click.option("--run", metavar="NAME", help="A run that is called again continues.  [default: the time, a new run]")
+def train(dataset: str, models: str, architecture: str, run: str | None, **options: Any) -> Outcome:
+    """Train a classifier with Ray Train, evaluate it, write its folder."""
+    from cluster.storage import place
+    from job.config import RECIPES, TrainConfig
+    from job.train import default_cpus_per_worker, new_run_name
+    from job.train import train as start
+
+    if architecture not in RECIPES:
+        raise OptionError(f"--architecture must be one of {', '.join(RECIPES)}. Received: {architecture!r}")
+    given = {key: value for key, value in options.items() if value is not None}
+    given.setdefault("cpus_per_worker", default_cpus_per_worker(max(1, given["workers"])))
+    recipe = RECIPES[architecture].model_dump()
+    config = config_of(TrainConfig, architecture=architecture, **recipe | given)
+    folder, new = start(place(dataset), place(models), config, run or new_run_name())
+    numbers = json.loads((folder / "metrics.json").read_bytes())
+    result = {"model": str(folder), "trained": new, "metrics": numbers["splits"], "best_epoch": numbers["best_epoch"]}
+    head = [] if new else [f"run {folder.name} is finished already: nothing to do"]
+    return result, [*head, *(_metrics_line(split, numbers["splits"][split]) for split in SPLITS), f"model: {folder}"]
+
+
+@command
+@click.option(
+    "--model", required=True, metavar="PLACE", help="A model folder, or its architecture's for the latest run."
+)
+@click.option("--dataset", required=True, metavar="PLACE", help="Folder made by `prepare`, with the same classes.")
+@click.option("--split", type=click.Choice(SPLITS), default="test", show_default=True)
+@click.option("--out", metavar="DIR", help="Write metrics.json, per_class.csv and misclassified.csv here.")
+def evaluate(model: str, dataset: str, split: str, out: str | None) -> Outcome:
+    """Accuracy of a model on a split, and what it takes for what."""
+    from cluster.storage import place
+    from job.evaluate import evaluate as run
+    from job.evaluate import write_evaluation
+
+    evaluation = run(place(model), place(dataset), split)
+    if out:
+        write_evaluation(evaluation, place(out))
+    seen = evaluation.per_class.query("examples > 0").sort_values(
+        ["f1", "examples"], ascending=[True, False], kind="stable"
+    )
+    columns = ["character", "label", "examples", "precision", "recall", "f1"]
+    listed = evaluation.confusions
+    more = (
+        [f"... and {len(listed) - SHOWN_CONFUSIONS} more: --out DIR writes them all"]
+        if len(listed) > SHOWN_CONFUSIONS
+        else []
+    )
+    return {"split": split} | evaluation.metrics, [
+        f"weakest classes of {len(seen)}:",
+        seen.head(10)[columns].to_string(index=False, float_format="{:.3f}".format),
+        "",
+        "taken for others, character (crops): what it was taken for:",
+        *listed[:SHOWN_CONFUSIONS],
+        *more,
+        "",
+        _metrics_line(split, evaluation.metrics),
+    ]
+
+
+@command
+@click.option("--models", required=True, metavar="PLACE", help="Where trained models are.")
+@click.option("--to", required=True, metavar="DIR", help="Local folder; becomes a models place of the same form.")
+@click.argument("names", nargs=-1, metavar="[NAME[/RUN]]...")
+def pull(models: str, to: str, names: tuple[str, ...]) -> Outcome:
+    """Fetch trained models, checked and resumable: all latest runs, or those named."""
+    from cluster.pull import pull as fetch
+    from cluster.storage import place
+
+    pulled = fetch(place(models), place(to), names)
+    lines = [f"{one.name}/{one.run}: {one.new_bytes:,} new bytes, checked: {one.folder}" for one in pulled]
+    return {"models": [vars(one) for one in pulled]}, lines
+
+
+@command
+@click.argument("folder", metavar="PLACE")
+def verify(folder: str) -> Outcome:
+    """Check a dataset or model folder against its manifest."""
+    from cluster.manifest import verify as check
+    from cluster.models import resolve_model
+    from cluster.storage import place
+
+    checked = resolve_model(place(folder))
+    manifest, faults, strangers = check(checked)
+    for name in strangers:
+        log.warning("%s is not listed in the manifest", name)
+    result = {
+        "place": str(checked),
+        "kind": manifest.kind,
+        "files": len(manifest.entries),
+        "faults": faults,
+        "unlisted": strangers,
+    }
+    verdict = (
+        f"{len(faults)} of {len(manifest.entries)} files are wrong"
+        if faults
+        else f"{len(manifest.entries)} files are right"
+    )
+    return result, [*faults, f"{manifest.kind} {checked}: {verdict}"]
+
+
+def _metrics_line(split: str, numbers: dict[str, Any]) -> str:
+    without_rare = numbers["accuracy_without_rare"]
+    parts = [
+        f"accuracy {numbers['accuracy']:.4f}",
+        f"without rare {'-' if without_rare is None else f'{without_rare:.4f}'}",
+        f"top 5 {numbers['top5']:.4f}",
+        f"macro F1 {numbers['macro_f1']:.4f}",
+        f"loss {numbers['loss']:.4f}",
+        f"{numbers['examples']:,} crops",
+    ]
+    return f"{split:<10} " + ", ".join(parts)

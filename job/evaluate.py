@@ -1,0 +1,59 @@
+"""A finished model on a split of a dataset, in this process."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import tensorflow as tf
+from upath import UPath
+
+from cluster.errors import OptionError
+from cluster.progress import progress
+from cluster.storage import write_bytes
+from job.evaluation import confusions, metrics, misclassified, per_class
+from job.model_folder import load_model
+from job.staging import staged
+from job.step import Steps
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Numbers of one split, its classes, and what was taken for what."""
+
+    metrics: dict[str, Any]
+    per_class: pd.DataFrame
+    misclassified: pd.DataFrame
+
+    @property
+    def confusions(self) -> list[str]:
+        return confusions(self.misclassified, self.per_class)
+
+
+def evaluate(model_place: UPath, dataset_place: UPath, split: str) -> Evaluation:
+    """Predict each crop of a split once.
+
+    Raises:
+        OptionError: the dataset's classes are not the model's.
+        InputError, DamageError: model or dataset can't be used, or are not what their manifests say.
+    """
+    model, class_names, folder = load_model(model_place)
+    with staged(dataset_place, [split]) as dataset:
+        if dataset.class_names != class_names:
+            raise OptionError(
+                f"the classes of --dataset must be the model's. Received: {len(dataset.class_names)} and {len(class_names)} "
+                f"classes, not the same. Prepare the dataset with --classes {folder / 'labels.txt'}"
+            )
+        crops = dataset.splits[split]
+        with progress(f"{split} crops read", len(crops), "crops") as advance:
+            predictions = Steps(tf.distribute.get_strategy(), 1, model).predict(crops.images, crops.labels, advance)
+        numbers = metrics(predictions, crops.labels, class_names)
+        table = per_class(predictions, crops.labels, class_names)
+        return Evaluation(numbers, table, misclassified(predictions, crops, class_names))
+
+
+def write_evaluation(evaluation: Evaluation, out: UPath) -> None:
+    """The same files as in a model folder, of this split."""
+    write_bytes(out / "metrics.json", (json.dumps(evaluation.metrics, indent=2) + "\n").encode())
+    write_bytes(out / "per_class.csv", evaluation.per_class.to_csv(index=False).encode())
+    write_bytes(out / "misclassified.csv", evaluation.misclassified.to_csv(index=False).encode())

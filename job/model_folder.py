@@ -1,0 +1,114 @@
+"""Contract with everyone who uses a model: `<models>/<architecture>/<run>/`, sealed by its manifest.
+
+model.keras  labels.txt  config.json  metrics.json  history.jsonl  per_class.csv  misclassified.csv  README.md
+manifest.json
+"""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from upath import UPath
+
+from cluster.errors import DamageError
+from cluster.manifest import ModelManifest, fault_of, file_entry, is_sealed, read_manifest, seal
+from cluster.models import point_to_latest, resolve_model
+from cluster.storage import list_files, new_file, write_bytes
+from preprocessing.classes import parse_class_names
+
+if TYPE_CHECKING:
+    import keras
+
+MODEL_FILE = "model.keras"
+LABELS_FILE = "labels.txt"
+
+
+def write_model(
+    folder: UPath, model: "keras.Model", texts: Mapping[str, str], dataset_manifest_sha256: str
+) -> ModelManifest:
+    """Write a model folder, seal it, and let `latest.json` beside it name it."""
+    with tempfile.TemporaryDirectory() as temporary:
+        saved = Path(temporary) / MODEL_FILE
+        model.save(saved)
+        with new_file(folder / MODEL_FILE) as target:
+            shutil.copyfile(saved, target)
+    for name, text in texts.items():
+        write_bytes(folder / name, text.encode())
+    manifest = ModelManifest(
+        files=[file_entry(folder / name) for name in sorted([MODEL_FILE, *texts])],
+        dataset_manifest_sha256=dataset_manifest_sha256,
+        finished_at=datetime.now(UTC),
+    )
+    seal(folder, manifest)
+    point_to_latest(folder, manifest)
+    return manifest
+
+
+def load_model(place: UPath) -> tuple["keras.Model", list[str], UPath]:
+    """The model of a folder (or of the latest run in it), its class names, and the folder.
+
+    Raises:
+        InputError: it is no model folder.
+        DamageError: a file is not what the manifest says; nothing is loaded from it.
+    """
+    folder = resolve_model(place)
+    manifest = read_manifest(folder, ModelManifest)
+    if missing := {MODEL_FILE, LABELS_FILE} - {entry.name for entry in manifest.files}:
+        raise DamageError(f"{folder}: the manifest must list {' and '.join(sorted(missing))}")
+    import keras
+
+    with tempfile.TemporaryDirectory() as temporary:
+        local = UPath(temporary)
+        there = list_files(folder)
+        for entry in manifest.entries:  # copied first, so that what is loaded is what was checked
+            if entry.name in there:
+                folder.fs.get_file((folder / entry.name).path, (local / entry.name).path)
+            if fault := fault_of(local, entry, list_files(local)):
+                raise DamageError(f"{folder}: {fault}. Pull the model again")
+        names = parse_class_names((local / LABELS_FILE).read_text(encoding="utf-8"), str(folder / LABELS_FILE))
+        model = keras.saving.load_model((local / MODEL_FILE).path, compile=False, safe_mode=True)
+    return model, names, folder
+
+
+def finished_config(folder: UPath) -> dict[str, Any] | None:
+    """The config of a model folder that is finished, or None."""
+    if not is_sealed(folder):
+        return None
+    config: dict[str, Any] = json.loads((folder / "config.json").read_bytes())
+    return config
+
+
+def model_card(config: Mapping[str, Any], metrics: Mapping[str, Any], run: str, dataset: str) -> str:
+    """README.md of a model folder, in Markdown."""
+    header = "| split | crops | accuracy | without rare | top 5 | macro F1 | loss |\n|---|---|---|---|---|---|---|"
+    rows = "\n".join(
+        f"| {split} | {m['examples']:,} | {m['accuracy']:.4f} | {_optional(m['accuracy_without_rare'])} "
+        f"| {m['top5']:.4f} | {m['macro_f1']:.4f} | {m['loss']:.4f} |"
+        for split, m in metrics["splits"].items()
+    )
+    return f"""# {config["architecture"]}, run {run}
+
+A classifier of Kuzushiji characters: {metrics["parameters"]:,} parameters, {metrics["classes"]} classes
+(`{LABELS_FILE}`, a line each).
+
+{header}
+{rows}
+
+- Input: N x 80 x 80 x 1, uint8 or float, 0..255, cut as in `kuzushiji prepare`; scaling is inside. Output:
+probabilities.
+- Load it: `keras.saving.load_model("{MODEL_FILE}", compile=False)`, safe mode on, no package of ours needed.
+- Trained with Adam, learning rate {config["learning_rate"]:g}, global batch {config["global_batch_size"]},
+{config["epochs"]} epochs, seed
+  {config["seed"]}; the weights are those of epoch {metrics["best_epoch"]}, the best in validation.
+- Split of the dataset: {dataset}. What `rare` holds is not told apart.
+- The licence of the training data binds what is made from them: CC BY-SA 4.0 for Kaggle's *Kuzushiji Recognition*
+pages.
+"""
+
+
+def _optional(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

@@ -1,0 +1,220 @@
+"""A dataset on this machine's disk: checked once, unpacked into flat arrays that all its workers map.
+
+Gathering rows from a mapped array is faster than parsing records (325,000 crops/s against 97,000 on one core), and
+lets the order be a pure function. A staged dataset lives as long as a process uses it: users hold a shared lock in
+it, and whoever comes or goes removes what nobody holds, also after a crash.
+"""
+
+import fcntl
+import hashlib
+import mmap
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from upath import UPath
+
+from cluster.errors import DamageError, InputError
+from cluster.manifest import MANIFEST_FILE, DatasetManifest, Shard, fault_of, read_manifest
+from cluster.progress import progress
+from cluster.storage import is_local, list_files
+from preprocessing.classes import LABELS_FILE, parse_class_names
+from preprocessing.crop import SIDE
+from preprocessing.labels import parse_code_point
+from preprocessing.records import read_frames
+
+PARSE_RECORDS = 1024
+LOCK_FILE = "in-use"
+PAGES_FILE = "page_ids.txt"
+
+
+@dataclass(frozen=True)
+class Crops:
+    """The N crops of a split, mapped from disk, in the order of the shards."""
+
+    images: NDArray[np.uint8]  # (N, 80, 80, 1)
+    labels: NDArray[np.int64]  # (N,)
+    code_points: NDArray[np.int32]  # (N,) the box's own, also where the label is `rare`
+    boxes: NDArray[np.int32]  # (N, 4) x, y, width, height
+    page_ids: list[str]  # N
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class StagedDataset:
+    manifest: DatasetManifest
+    manifest_sha256: str
+    class_names: list[str]
+    splits: dict[str, Crops]
+
+
+@contextmanager
+def staged(dataset: UPath, splits: Sequence[str]) -> Iterator[StagedDataset]:
+    """Stage a dataset, or use what another process of this machine is using of it; gone from the disk after the last
+    user.
+
+    Raises:
+        InputError: there is no sealed dataset, it is of another kind, or a split has no crops.
+        DamageError: a file is not what the manifest says.
+    """
+    manifest = read_manifest(dataset, DatasetManifest)
+    manifest_sha256 = hashlib.sha256((dataset / MANIFEST_FILE).read_bytes()).hexdigest()
+    key = hashlib.sha256(f"{dataset}\n{manifest_sha256}\n{sorted(splits)}".encode()).hexdigest()[:32]
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kuzushiji" / "staged"
+    root.mkdir(parents=True, exist_ok=True, mode=0o700)
+    folder = root / key
+    with _locked(root):
+        _remove_unused(root, keep=key)
+        if not folder.exists():
+            _stage(dataset, manifest, splits, folder)
+        in_use = open(folder / LOCK_FILE)  # noqa: SIM115 - held until the last lines
+        fcntl.flock(in_use, fcntl.LOCK_SH)
+    try:
+        names = parse_class_names((folder / LABELS_FILE).read_text(), str(dataset / LABELS_FILE))
+        yield StagedDataset(manifest, manifest_sha256, names, {split: _map(folder / split) for split in splits})
+    finally:
+        in_use.close()
+        with _locked(root):
+            _remove_unused(root)
+
+
+@contextmanager
+def _locked(root: Path) -> Iterator[None]:
+    """One process at a time stages, and takes or drops its share in what is staged."""
+    with open(root / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _remove_unused(root: Path, keep: str = "") -> None:
+    for folder in root.iterdir():
+        if folder.is_dir() and folder.name != keep and not _is_used(folder):
+            shutil.rmtree(folder)
+
+
+def _is_used(folder: Path) -> bool:
+    try:
+        with open(folder / LOCK_FILE) as in_use:
+            fcntl.flock(in_use, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:  # its staging was killed
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+def _stage(dataset: UPath, manifest: DatasetManifest, splits: Sequence[str], folder: Path) -> None:
+    """Check every file of the splits against the manifest, and unpack it."""
+    temporary = folder.with_name(f"{folder.name}-{uuid.uuid4().hex}")
+    temporary.mkdir()
+    try:
+        there = list_files(dataset)
+        for entry in manifest.entries:  # what was lost is named before hours go into reading the rest
+            if entry.name not in there:
+                raise DamageError(f"{dataset}: {entry.name} is missing. Prepare again, or copy the folder again")
+        labels_file = next((entry for entry in manifest.files if entry.name == LABELS_FILE), None)
+        if labels_file is None:
+            raise DamageError(f"{dataset}: the manifest must list {LABELS_FILE}")
+        if fault := fault_of(dataset, labels_file, there):
+            raise DamageError(f"{dataset}: {fault}. Prepare again, or copy the folder again")
+        (temporary / LABELS_FILE).write_bytes((dataset / LABELS_FILE).read_bytes())
+        of_split = {split: manifest.shards_of(split) for split in splits}
+        total = sum(shard.examples for shards in of_split.values() for shard in shards)
+        with progress("crops staged", total, "crops") as advance:
+            for split, shards in of_split.items():
+                examples = sum(shard.examples for shard in shards)
+                if not examples:
+                    raise InputError(f"{dataset}: a split must have crops. Received: {split} with none")
+                writer = _SplitWriter(temporary / split, examples)
+                for shard in shards:
+                    _unpack(dataset, shard, there, temporary, writer)
+                    advance(shard.examples)
+                writer.close()
+        (temporary / LOCK_FILE).touch()
+        temporary.rename(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _unpack(dataset: UPath, shard: Shard, there: dict[str, int], temporary: Path, writer: "_SplitWriter") -> None:
+    """Parse one shard into the arrays, after its checksum."""
+    if is_local(dataset):
+        local, names = UPath(dataset), there
+    else:
+        local, names = UPath(temporary), {shard.name: 0}
+        dataset.fs.get_file((dataset / shard.name).path, str(temporary / shard.name))
+        names[shard.name] = (temporary / shard.name).stat().st_size
+    if fault := fault_of(local, shard, names):
+        raise DamageError(f"{dataset}: {fault}. Prepare again, or copy the folder again")
+    before = writer.filled
+    if shard.bytes:
+        with (
+            open((local / shard.name).path, "rb") as stream,
+            mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data,
+        ):
+            frames = read_frames(data)
+            while records := list(islice(frames, PARSE_RECORDS)):
+                writer.parse(records)
+    if writer.filled - before != shard.examples:
+        raise DamageError(
+            f"{dataset}: {shard.name} must hold {shard.examples} crops. Received: {writer.filled - before}"
+        )
+    if not is_local(dataset):
+        (temporary / shard.name).unlink()
+
+
+class _SplitWriter:
+    """Fills the arrays of one split in a folder, as `.npy` files of a size known in advance."""
+
+    def __init__(self, folder: Path, examples: int) -> None:
+        folder.mkdir()
+        new = np.lib.format.open_memmap
+        self.images = new(folder / "images.npy", "w+", np.uint8, (examples, SIDE, SIDE, 1))
+        self.labels = new(folder / "labels.npy", "w+", np.int64, (examples,))
+        self.code_points = new(folder / "code_points.npy", "w+", np.int32, (examples,))
+        self.boxes = new(folder / "boxes.npy", "w+", np.int32, (examples, 4))
+        self.pages = open(folder / PAGES_FILE, "w")  # noqa: SIM115 - closed by `close`
+        self.filled = 0
+
+    def parse(self, records: Sequence[bytes]) -> None:
+        import tensorflow as tf
+
+        features = {
+            "image": tf.io.FixedLenFeature([], tf.string),
+            "label": tf.io.FixedLenFeature([], tf.int64),
+            "unicode": tf.io.FixedLenFeature([], tf.string),
+            "image_id": tf.io.FixedLenFeature([], tf.string),
+            "box": tf.io.FixedLenFeature([4], tf.int64),
+        }
+        with tf.device("CPU"):
+            parsed = tf.io.parse_example(tf.constant(records), features)
+            pixels = tf.io.decode_raw(parsed["image"], tf.uint8)
+        rows = slice(self.filled, self.filled + len(records))
+        self.images[rows] = pixels.numpy().reshape(-1, SIDE, SIDE, 1)
+        self.labels[rows] = parsed["label"].numpy()
+        self.code_points[rows] = [parse_code_point(text.decode()) for text in parsed["unicode"].numpy()]
+        self.boxes[rows] = parsed["box"].numpy()
+        self.pages.writelines(page_id.decode() + "\n" for page_id in parsed["image_id"].numpy())
+        self.filled = rows.stop
+
+    def close(self) -> None:
+        for array in (self.images, self.labels, self.code_points, self.boxes):
+            array.flush()
+        self.pages.close()
+
+
+def _map(folder: Path) -> Crops:
+    arrays = {
+        name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("images", "labels", "code_points", "boxes")
+    }
+    return Crops(**arrays, page_ids=(folder / PAGES_FILE).read_text().splitlines())

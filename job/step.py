@@ -1,0 +1,194 @@
+"""What is computed: the training step, predictions, and batch norm's statistics, for one device or many on many
+workers.
+
+One custom loop, since `keras.Model.fit` fails under MultiWorkerMirroredStrategy with Keras 3
+(github.com/keras-team/keras/issues/20585). A worker hands its rows of the global batch to `strategy.run` as one
+plain tensor, of which each of its replicas takes a slice. Legend: B global batch size, n rows of this worker, K
+classes.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from numpy.typing import NDArray
+
+from job.architectures import SIDE
+from job.dropout import BatchRows, SharedDropout, batch_rows
+from job.order import share
+
+IMAGES = tf.TensorSpec((None, SIDE, SIDE, 1), tf.uint8)
+LABELS = tf.TensorSpec((None,), tf.int64)
+ROW = tf.TensorSpec((), tf.int32)
+
+PREDICT_ROWS = 512
+
+
+def make_strategy(workers: int) -> tf.distribute.Strategy:
+    """Of several workers, of the several devices of one, or of its one device."""
+    if workers > 1:
+        return tf.distribute.MultiWorkerMirroredStrategy()
+    devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
+    if len(devices) > 1:
+        return tf.distribute.MirroredStrategy([device.name for device in devices])
+    return tf.distribute.get_strategy()
+
+
+def training_form(model: keras.Model, seed: int, dropout: bool) -> keras.Model:
+    """The same model with synchronized batch norm, and dropout that does not depend on the number of workers.
+
+    The weights stay in the same order: `model.set_weights(trained.get_weights())` brings them back.
+    """
+    drops: list[str] = []
+
+    def swap(layer: keras.Layer) -> keras.Layer:
+        config = layer.get_config()
+        if isinstance(layer, keras.layers.BatchNormalization):
+            return layer.from_config(config | {"synchronized": True})
+        if isinstance(layer, keras.layers.Dropout):
+            drops.append(layer.name)
+            rate = config["rate"] if dropout else 0.0
+            return SharedDropout(rate, seed=seed + (len(drops) << 32), name=layer.name)
+        return layer.from_config(config)
+
+    trained = keras.models.clone_model(model, clone_function=swap)
+    trained.set_weights(model.get_weights())
+    return trained
+
+
+class Steps:
+    """The compiled functions of one training, on this worker's replicas."""
+
+    def __init__(
+        self,
+        strategy: tf.distribute.Strategy,
+        workers: int,
+        model: keras.Model,
+        optimizer: Any = None,
+        global_batch_size: int = 1,
+    ) -> None:
+        """`model` and the built `optimizer` were made within `strategy.scope()`; without an optimizer, to predict
+        only.
+        """
+        self.strategy, self.model, self.optimizer, self.global_batch_size = (
+            strategy,
+            model,
+            optimizer,
+            global_batch_size,
+        )
+        self.local_replicas = strategy.num_replicas_in_sync // workers
+        self.train = tf.function(self._train, input_signature=[IMAGES, LABELS, ROW])
+        self._predict_step = tf.function(self._predict, input_signature=[IMAGES, LABELS])
+        self._sum_step = tf.function(self._sum, input_signature=[tf.TensorSpec((None, None), tf.float32)])
+        self._statistics_step: Any = None
+
+    def _train(self, images: Any, labels: Any, first_row: Any) -> Any:
+        """One step on this worker's rows, which begin at `first_row` of the global batch.
+
+        Returns (2,) float32 sums over the rows, as they were before the update: cross-entropy, correct predictions.
+        """
+
+        def replica() -> Any:
+            first, end = self._my_rows(tf.shape(images)[0])
+            mine = BatchRows(
+                tf.cast(self.optimizer.iterations.value, tf.int64), first_row + first, self.global_batch_size
+            )
+            with batch_rows(mine), tf.GradientTape() as tape:
+                probabilities = self.model(images[first:end], training=True)
+                losses = keras.losses.sparse_categorical_crossentropy(labels[first:end], probabilities)
+                # Summed by `apply` over all replicas, so divided by B and not by the rows of this one.
+                loss = tf.reduce_sum(losses) / self.global_batch_size
+            variables = self.model.trainable_variables
+            self.optimizer.apply(tape.gradient(loss, [v.value for v in variables]), variables)
+            correct = tf.argmax(probabilities, axis=-1) == labels[first:end]
+            return tf.stack([tf.reduce_sum(losses), tf.reduce_sum(tf.cast(correct, tf.float32))])
+
+        return tf.add_n(self.strategy.experimental_local_results(self.strategy.run(replica)))
+
+    def predict(
+        self, images: NDArray[np.uint8], labels: NDArray[np.int64], advance: Callable[[int], None] = lambda _: None
+    ) -> NDArray[np.float32]:
+        """(N, 4) float32 of N crops: predicted class, its probability, whether the label is among the first 5,
+        cross-entropy.
+        """
+        parts = [np.empty((0, 4), np.float32)]
+        for at in range(0, len(labels), PREDICT_ROWS):
+            rows = slice(at, at + PREDICT_ROWS)
+            parts.append(self._predict_step(images[rows], labels[rows]).numpy())
+            advance(len(parts[-1]))
+        return np.concatenate(parts)
+
+    def _predict(self, images: Any, labels: Any) -> Any:
+        def replica() -> Any:
+            first, end = self._my_rows(tf.shape(images)[0])
+            mine = labels[first:end]
+            probabilities = self.model(images[first:end], training=False)
+            losses = keras.losses.sparse_categorical_crossentropy(mine, probabilities)
+            of_label = tf.gather(probabilities, mine, axis=1, batch_dims=1)[:, None]
+            better = tf.reduce_sum(tf.cast(probabilities > of_label, tf.float32), axis=1)
+            predicted = tf.cast(tf.argmax(probabilities, axis=1), tf.float32)
+            in_first_5 = tf.cast(better < 5, tf.float32)
+            return tf.stack([predicted, tf.reduce_max(probabilities, axis=1), in_first_5, losses], axis=1)
+
+        return tf.concat(self.strategy.experimental_local_results(self.strategy.run(replica)), axis=0)
+
+    def sum_over_workers(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The sum of the workers' arrays of one shape (rows, columns); every worker calls it, and gets it."""
+        total: NDArray[np.float32] = self._sum_step(values).numpy()
+        return total
+
+    def _sum(self, values: Any) -> Any:
+        def replica() -> Any:
+            context = tf.distribute.get_replica_context()
+            once = tf.cast(context.replica_id_in_sync_group % self.local_replicas == 0, tf.float32)
+            return context.all_reduce(tf.distribute.ReduceOp.SUM, values * once)
+
+        return self.strategy.experimental_local_results(self.strategy.run(replica))[0]
+
+    def estimate_statistics(self, batches: Iterable[NDArray[np.uint8]]) -> None:
+        """Set batch norm's mean and variance to their averages over `batches`, this worker's rows of global batches.
+
+        Keras' moving averages (momentum .99) need many hundreds of steps to forget where they began: after a short
+        training the model would predict one class for everything. Training itself does not read them.
+        """
+        norms = [
+            layer
+            for layer in self.model._flatten_layers()
+            if isinstance(layer, keras.layers.BatchNormalization) and layer.trainable
+        ]
+        if self._statistics_step is None:
+            self._statistics_step = self._trace_statistics(norms)
+        sums = [np.zeros(v.shape, np.float64) for norm in norms for v in norm.non_trainable_variables]
+        count = 0
+        for images in batches:
+            self._statistics_step(images)
+            for total, variable in zip(sums, (v for norm in norms for v in norm.non_trainable_variables), strict=True):
+                total += np.asarray(variable)
+            count += 1
+        for total, variable in zip(sums, (v for norm in norms for v in norm.non_trainable_variables), strict=True):
+            variable.assign((total / count).astype(np.float32))
+
+    def _trace_statistics(self, norms: list[Any]) -> Callable[[Any], Any]:
+        """A forward pass that leaves the batch's own statistics in the layers: momentum is read while tracing."""
+
+        def forward(images: Any) -> None:
+            def replica() -> None:
+                first, end = self._my_rows(tf.shape(images)[0])
+                self.model(images[first:end], training=True)  # outside of `batch_rows`: without dropout
+
+            self.strategy.run(replica)
+
+        momenta = [norm.momentum for norm in norms]
+        for norm in norms:
+            norm.momentum = 0.0
+        traced: Callable[[Any], Any] = tf.function(forward, input_signature=[IMAGES]).get_concrete_function()
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        return traced
+
+    def _my_rows(self, rows: Any) -> tuple[Any, Any]:
+        """First row and end of this replica's part of its worker's rows."""
+        replica = tf.distribute.get_replica_context().replica_id_in_sync_group % self.local_replicas
+        return share(rows, replica, self.local_replicas)

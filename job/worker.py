@@ -1,0 +1,243 @@
+"""What each Ray Train worker does, from the staged dataset to the sealed model folder. Reads top to bottom.
+
+Data: crops N x 80 x 80 x 1 uint8, labels N int64. B is the global batch size, W the number of workers, S = N // B
+the steps of an epoch. Global batch s of epoch e is a slice of the permutation seeded by (seed, e); a worker takes
+its part of it.
+"""
+
+import json
+import tempfile
+import time
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import ray.train
+import tensorflow as tf
+from numpy.typing import NDArray
+
+from cluster.storage import place
+from job.architectures import ARCHITECTURES
+from job.board import SECONDS_BETWEEN_POSTS
+from job.config import TrainConfig
+from job.evaluation import metrics, misclassified, per_class
+from job.model_folder import LABELS_FILE, model_card, write_model
+from job.order import permutation, share
+from job.staging import Crops, StagedDataset, staged
+from job.step import Steps, make_strategy, training_form
+from preprocessing.split import SPLITS
+
+# Batches over which batch norm's statistics are averaged before a validation.
+STATISTICS_BATCHES = 30
+STATE_FILE = "state.json"
+ARRAYS_FILE = "arrays.npz"
+
+
+def train_worker(job: dict[str, Any]) -> None:
+    """The function that Ray Train runs on each worker. `job`: `config`, places `dataset` and `folder`, `run`,
+    `board`.
+    """
+    config = TrainConfig.model_validate(job["config"])
+    _fix_what_bits_depend_on(config)
+    with staged(place(job["dataset"]), SPLITS) as dataset:
+        training = Training(config, dataset, job["board"])
+        training.resume()
+        while not training.finished():
+            training.run_epoch()
+        training.write(job["folder"], job["run"])
+
+
+def _fix_what_bits_depend_on(config: TrainConfig) -> None:
+    tf.config.threading.set_intra_op_parallelism_threads(config.cpus_per_worker)
+    tf.config.threading.set_inter_op_parallelism_threads(config.cpus_per_worker)
+    for gpu in tf.config.list_physical_devices("GPU"):
+        tf.config.experimental.set_memory_growth(gpu, True)
+    tf.config.experimental.enable_op_determinism()
+    keras.utils.set_random_seed(config.seed)
+
+
+@dataclass
+class State:
+    """Where a training stands, besides its weights; what a checkpoint holds in JSON."""
+
+    epoch: int = 0
+    """Epochs done."""
+    best_epoch: int = 0
+    best_accuracy: float = -1.0
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Training:
+    """One worker's side of a training."""
+
+    def __init__(self, config: TrainConfig, dataset: StagedDataset, board: Any) -> None:
+        context = ray.train.get_context()
+        self.rank, self.workers = context.get_world_rank(), context.get_world_size()
+        self.config, self.dataset, self.board = config, dataset, board
+        strategy = make_strategy(self.workers)
+        # Built in one piece first: the same seed gives the same weights whatever the strategy.
+        self.plain = ARCHITECTURES[config.architecture](len(dataset.class_names))
+        with strategy.scope():
+            self.model = training_form(self.plain, config.seed, config.dropout)
+            self.optimizer = keras.optimizers.Adam(config.learning_rate)
+            self.optimizer.build(self.model.trainable_variables)
+        self.steps = Steps(strategy, self.workers, self.model, self.optimizer, config.global_batch_size)
+        self.state = State()
+        self.best_weights: list[NDArray[Any]] = []
+
+    # --- checkpoints
+
+    def _variables(self) -> list[Any]:
+        return [*self.model.variables, *self.optimizer.variables]
+
+    def resume(self) -> None:
+        """1. From the run's own last checkpoint, if Ray Train has one; 2. from the seeded weights."""
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None:
+            return
+        with checkpoint.as_directory() as folder:
+            self.state = State(**json.loads((Path(folder) / STATE_FILE).read_text()))
+            with np.load(Path(folder) / ARRAYS_FILE, allow_pickle=False) as arrays:
+                for i, variable in enumerate(self._variables()):
+                    variable.assign(arrays[f"variable_{i}"])
+                best = [name for name in arrays.files if name.startswith("best_")]
+                self.best_weights = [arrays[f"best_{i}"] for i in range(len(best))] or self.model.get_weights()
+        self._say(f"goes on after epoch {self.state.epoch}")
+
+    def _report(self, row: dict[str, Any]) -> None:
+        """Tell Ray Train, on every rank at once; rank 0's weights are everyone's, so its checkpoint is enough."""
+        if self.rank > 0:
+            ray.train.report(row)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            arrays = {f"variable_{i}": np.asarray(variable) for i, variable in enumerate(self._variables())}
+            if self.state.best_epoch != self.state.epoch:  # else they are the variables
+                arrays |= {f"best_{i}": weights for i, weights in enumerate(self.best_weights)}
+            np.savez(Path(folder) / ARRAYS_FILE, allow_pickle=False, **arrays)
+            (Path(folder) / STATE_FILE).write_text(json.dumps(vars(self.state)))
+            ray.train.report(row, checkpoint=ray.train.Checkpoint.from_directory(folder))
+
+    # --- epochs
+
+    def finished(self) -> bool:
+        patience = self.config.patience
+        worse = self.state.epoch - self.state.best_epoch
+        return self.state.epoch >= self.config.epochs or (patience is not None and worse >= patience)
+
+    def run_epoch(self) -> None:
+        """Train on S global batches, validate, keep the best weights, save."""
+        crops, size = self.dataset.splits["train"], self.config.global_batch_size
+        epoch = self.state.epoch + 1
+        order = permutation(len(crops), self.config.seed, epoch)
+        steps = len(crops) // size
+        sums: Any = tf.zeros(2)
+        begin = last_post = time.perf_counter()
+        waited = 0.0
+        for step in range(steps):
+            asked = time.perf_counter()
+            first, images, labels = self._rows_of(crops, order, step)
+            waited += time.perf_counter() - asked
+            sums += self.steps.train(images, labels, first)
+            if self.rank == 0 and time.perf_counter() - last_post > SECONDS_BETWEEN_POSTS:
+                last_post = time.perf_counter()
+                self._post_step(epoch, step + 1, steps, sums, (step + 1) * size / (last_post - begin))
+        loss, accuracy = (self.steps.sum_over_workers(sums.numpy()[None])[0] / (steps * size)).tolist()
+        seconds = time.perf_counter() - begin
+        self.steps.estimate_statistics(
+            self._rows_of(crops, order, step)[1] for step in range(min(steps, STATISTICS_BATCHES))
+        )
+        validation = metrics(self._predict("validation"), self._labels("validation"), self.dataset.class_names)
+        row = {
+            "epoch": epoch,
+            "step": epoch * steps,
+            "loss": loss,
+            "accuracy": accuracy,
+            "val_loss": validation["loss"],
+            "val_accuracy": validation["accuracy"],
+            "learning_rate": float(np.asarray(self.optimizer.learning_rate)),
+            "seconds": seconds,
+            "crops_per_s": steps * size / seconds,
+            "data_wait": waited / seconds,
+        }
+        self._end_epoch(row)
+
+    def _end_epoch(self, row: dict[str, Any]) -> None:
+        self.state.epoch = row["epoch"]
+        self.state.history.append(row)
+        if row["val_accuracy"] > self.state.best_accuracy:
+            self.state.best_epoch, self.state.best_accuracy = row["epoch"], row["val_accuracy"]
+            self.best_weights = self.model.get_weights()
+        self._report(row)
+        self._say(
+            f"epoch {row['epoch']} of {self.config.epochs}: loss {row['loss']:.4f}, accuracy {row['accuracy']:.4f}, "
+            f"validation loss {row['val_loss']:.4f}, validation accuracy {row['val_accuracy']:.4f}, "
+            f"{row['seconds']:.1f} s, {row['crops_per_s']:,.0f} crops/s"
+        )
+
+    def _rows_of(
+        self, crops: Crops, order: NDArray[np.int64], step: int
+    ) -> tuple[int, NDArray[np.uint8], NDArray[np.int64]]:
+        """This worker's first row in global batch `step`, and its crops and labels."""
+        size = self.config.global_batch_size
+        first, end = share(size, self.rank, self.workers)
+        rows = order[step * size + first : step * size + end]
+        return first, crops.images[rows], crops.labels[rows]
+
+    # --- evaluation
+
+    def _labels(self, split: str) -> NDArray[np.int64]:
+        return self.dataset.splits[split].labels
+
+    def _predict(self, split: str) -> NDArray[np.float32]:
+        """(N, 4) predictions of a split, on every worker; each crop is seen once, by one worker."""
+        crops = self.dataset.splits[split]
+        first, end = share(len(crops), self.rank, self.workers)
+        predictions = np.zeros((len(crops), 4), np.float32)
+        predictions[first:end] = self.steps.predict(crops.images[first:end], crops.labels[first:end])
+        return self.steps.sum_over_workers(predictions)
+
+    def write(self, folder: str, run: str) -> None:
+        """Evaluate every split with the best epoch's weights; rank 0 writes and seals the model folder."""
+        self._say(f"evaluates the weights of epoch {self.state.best_epoch}")
+        self.model.set_weights(self.best_weights)
+        predictions = {split: self._predict(split) for split in SPLITS}
+        if self.rank > 0:
+            return
+        names, splits = self.dataset.class_names, self.dataset.splits
+        self.plain.set_weights(self.best_weights)
+        recorded = self.config.model_dump()
+        numbers = {
+            "splits": {split: metrics(predictions[split], self._labels(split), names) for split in SPLITS},
+            "parameters": self.plain.count_params(),
+            "classes": len(names),
+            "best_epoch": self.state.best_epoch,
+            "seconds": sum(row["seconds"] for row in self.state.history),
+            "versions": {package: version(package) for package in ("kuzushiji", "keras", "ray", "tensorflow")},
+        }
+        split_rule = self.dataset.manifest.config.get("split", "unknown")
+        texts = {
+            LABELS_FILE: "".join(f"{name}\n" for name in names),
+            "config.json": json.dumps(recorded, indent=2) + "\n",
+            "metrics.json": json.dumps(numbers, indent=2) + "\n",
+            "history.jsonl": "".join(json.dumps(row) + "\n" for row in self.state.history),
+            "per_class.csv": per_class(predictions["test"], self._labels("test"), names).to_csv(index=False),
+            "misclassified.csv": misclassified(predictions["test"], splits["test"], names).to_csv(index=False),
+            "README.md": model_card(recorded, numbers, run, split_rule),
+        }
+        write_model(place(folder), self.plain, texts, self.dataset.manifest_sha256)
+
+    # --- what people see
+
+    def _say(self, text: str) -> None:
+        if self.rank == 0:
+            self.board.post.remote({"text": f"{self.config.architecture}: {text}"})
+
+    def _post_step(self, epoch: int, step: int, steps: int, sums: Any, crops_per_s: float) -> None:
+        """Of rank 0's rows alone: the sum over workers waits for the end of the epoch."""
+        first, end = share(self.config.global_batch_size, self.rank, self.workers)
+        loss, accuracy = (sums.numpy() / (step * (end - first))).tolist()
+        position = {"epoch": epoch, "epochs": self.config.epochs, "step": step, "steps": steps}
+        self.board.post.remote(position | {"loss": loss, "accuracy": accuracy, "crops_per_s": crops_per_s})

@@ -1,0 +1,121 @@
+"""The files that make a dataset folder readable from outside: TFDS metadata and a dataset card.
+
+`tfds.builder_from_directory(folder)` reads the folder as it is; the forms of the two JSON files are those that
+`tfds.folder_dataset.write_metadata` writes (64-bit numbers are strings in protobuf's JSON).
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cluster.manifest import Shard
+from preprocessing.classes import LABELS_FILE, RARE
+from preprocessing.crop import SIDE
+from preprocessing.shards import DATASET_NAME
+from preprocessing.split import SPLITS
+
+VERSION = "1.0.0"
+DESCRIPTION = "Characters cut from scans of old Japanese pages: 80 x 80 grayscale crops with their classes."
+_FEATURE = "tensorflow_datasets.core.features."
+
+
+def dataset_files(class_names: Sequence[str], shards: Mapping[str, Sequence[Shard]], card: str) -> dict[str, str]:
+    """Name to text of every file of a dataset folder but shards and manifest."""
+    return {
+        "dataset_info.json": _json(_dataset_info(shards)),
+        "features.json": _json(_features(len(class_names))),
+        LABELS_FILE: "".join(f"{name}\n" for name in class_names),
+        "README.md": card,
+    }
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def _dataset_info(shards: Mapping[str, Sequence[Shard]]) -> dict[str, Any]:
+    return {
+        "description": DESCRIPTION,
+        "fileFormat": "tfrecord",
+        "name": DATASET_NAME,
+        "splits": [
+            {
+                "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+                "name": split,
+                "numBytes": str(sum(shard.bytes for shard in shards[split])),
+                "shardLengths": [str(shard.examples) for shard in shards[split]],
+            }
+            for split in SPLITS
+        ],
+        "supervisedKeys": {"tuple": {"items": [{"featureKey": "image"}, {"featureKey": "label"}]}},
+        "version": VERSION,
+    }
+
+
+def _features(num_classes: int) -> dict[str, Any]:
+    def tensor(dtype: str, encoding: str, *shape: int) -> dict[str, Any]:
+        dimensions = {"dimensions": [str(size) for size in shape]}
+        return {
+            "pythonClassName": _FEATURE + "tensor_feature.Tensor",
+            "tensor": {"dtype": dtype, "encoding": encoding, "shape": dimensions},
+        }
+
+    text = {"pythonClassName": _FEATURE + "text_feature.Text", "text": {}}
+    features = {
+        "box": tensor("int64", "none", 4),
+        "image": tensor("uint8", "bytes", SIDE, SIDE, 1),
+        "image_id": text,
+        "label": {
+            "classLabel": {"numClasses": str(num_classes)},
+            "pythonClassName": _FEATURE + "class_label_feature.ClassLabel",
+        },
+        "unicode": text,
+    }
+    return {"featuresDict": {"features": features}, "pythonClassName": _FEATURE + "features_dict.FeaturesDict"}
+
+
+def dataset_card(
+    class_names: Sequence[str],
+    counts: Mapping[str, Mapping[str, int]],
+    config: Mapping[str, Any],
+    losses: int,
+    clipped: int,
+) -> str:
+    """README.md of a dataset folder, in Markdown.
+
+    counts: split to `boxes` planned, `examples` written, `pages` and `books` they are of.
+    """
+    rows = "\n".join(
+        f"| {split} | {c['examples']:,} | {c['pages']:,} | {c['books']:,} |" for split, c in counts.items()
+    )
+    rule = {
+        "random": "single boxes at random: crops of one page and book stand on both sides, which flatters accuracy",
+        "page": "whole pages at random: crops of one book stand on both sides, which flatters accuracy",
+        "book": "whole books: no book stands on both sides, the honest one",
+    }[config["split"]]
+    kept = len(class_names) - 1
+    return f"""# Kuzushiji crops
+
+{DESCRIPTION}
+
+| split | crops | pages | books |
+|---|---|---|---|
+{rows}
+
+- Split rule: {rule}. Test {config["test_fraction"]}, validation {config["val_fraction"]}, seed {config["seed"]}.
+- Classes: {kept} characters and `{RARE}`, in `{LABELS_FILE}`; the characters of the first {config["coverage"]} of
+all boxes keep
+  their own class, or those of the file given with `--classes`.
+- Crops: the box in grayscale, longer side scaled to {SIDE} pixels, in the middle of a black square.
+- Lost boxes: {losses}, clipped at the edge of their page: {clipped}; each is listed in `manifest.json`.
+
+Read it with `tfds.builder_from_directory(...)`, `kuzushiji train`, or any reader of TFRecords; a record is a
+`tf.train.Example` with `image` ({SIDE * SIDE:,} bytes, uint8, row-major), `label`, `unicode`, `image_id` and `box`
+(x, y, width, height).
+
+## Source and licence
+The crops have the licence of the pages that they were cut from. Kaggle's *Kuzushiji Recognition* data are adapted
+from the "Kuzushiji Dataset" (created by the National Institute of Japanese Literature and others, published by the
+Center for Open Data in the Humanities), doi:10.20676/00000341, CC BY-SA 4.0. Pages drawn by `kuzushiji sample` are
+free of rights.
+"""

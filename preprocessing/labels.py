@@ -1,0 +1,142 @@
+"""Kaggle's label files: which characters stand where on which page.
+
+    image_id,labels
+    100241706_00004_2,U+306F 1231 3465 133 53 U+304C 275 1652 84 69 ...
+
+A malformed row stops the job before any work: half-understood labels would train a model on the wrong pictures.
+What only the page can tell (a box off its page, a scan that can't be read) is found later and listed as a loss.
+"""
+
+import csv
+import hashlib
+import io
+import itertools
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from upath import UPath
+
+from cluster.errors import InputError
+from cluster.storage import plain_name
+
+HEADER = ["image_id", "labels"]
+FIELDS_PER_BOX = 5
+# Kaggle's fullest page has 614 boxes; this is room for 400 times as many, and an end to a file that is no labels file.
+MAX_CELL_CHARS = 8_000_000
+
+_CODE_POINT = re.compile(r"U\+([0-9A-F]{4,6})")
+_INTEGER = re.compile(r"-?[0-9]{1,9}")
+
+
+@dataclass(frozen=True)
+class Labels:
+    """All boxes of a label file. P pages sorted by id; N boxes, page by page, in the order of their row.
+
+    page_ids: P ids. starts: (P + 1,) int64, page p has the boxes starts[p]:starts[p + 1].
+    code_points: (N,) int32. boxes: (N, 4) int32, x, y, width, height in pixels from the upper left.
+    sha256: of the file's bytes.
+    """
+
+    page_ids: list[str]
+    starts: NDArray[np.int64]
+    code_points: NDArray[np.int32]
+    boxes: NDArray[np.int32]
+    sha256: str
+
+    @property
+    def boxes_per_page(self) -> NDArray[np.int64]:
+        return np.diff(self.starts)
+
+
+def book_of(page_id: str) -> str:
+    """The book of a page: what stands before the first `_` or `-` of its id (`hnsd001-003` is of `hnsd001`)."""
+    return re.split("[_-]", page_id, maxsplit=1)[0]
+
+
+def code_point_name(code_point: int) -> str:
+    return f"U+{code_point:04X}"
+
+
+def parse_code_point(text: str) -> int:
+    """`U+306F` to 0x306F.
+
+    Raises:
+        ValueError: not the Unicode notation of a character (surrogates are none).
+    """
+    match = _CODE_POINT.fullmatch(text)
+    value = int(match[1], 16) if match else -1
+    if not 0 <= value <= 0x10FFFF or 0xD800 <= value <= 0xDFFF or code_point_name(value) != text:
+        raise ValueError(f"a code point looks like U+306F. Received: {text[:40]!r}")
+    return value
+
+
+def read_labels(path: UPath) -> Labels:
+    """Read and check a whole label file.
+
+    Raises:
+        InputError: wrong header, a repeated or unsafe id, or a row that is not groups of five well-formed fields.
+    """
+    if not path.is_file():
+        raise InputError(f"--labels must be a file. Received: {path}, which is not there")
+    data = path.read_bytes()
+    page_ids: list[str] = []
+    rows: list[NDArray[np.int32]] = []
+    for line, image_id, cell in _rows(path, data):
+        try:
+            page_ids.append(plain_name(image_id, "an image_id"))
+            rows.append(_parse_cell(cell))
+        except (ValueError, InputError) as error:
+            raise InputError(f"{path}, line {line}, page {image_id[:60]!r}: {error}. Mend that row") from None
+    order = sorted(range(len(page_ids)), key=page_ids.__getitem__)
+    for before, after in itertools.pairwise(order):
+        if page_ids[before] == page_ids[after]:
+            raise InputError(f"{path}: an image_id must stand in one row only. Received: {page_ids[after]!r} twice")
+    table = np.concatenate([np.empty((0, FIELDS_PER_BOX), np.int32), *(rows[i] for i in order)])
+    if len(table) == 0:
+        raise InputError(
+            f"{path}: at least one page must have a labelled box. Received: {len(page_ids)} pages with none"
+        )
+    starts = np.concatenate([[0], np.cumsum([len(rows[i]) for i in order], dtype=np.int64)])
+    return Labels([page_ids[i] for i in order], starts, table[:, 0], table[:, 1:], hashlib.sha256(data).hexdigest())
+
+
+def _rows(path: UPath, data: bytes) -> Iterator[tuple[int, str, str]]:
+    """Line number, id and cell of each row."""
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} must be a UTF-8 CSV file. Received: {error}") from None
+    csv.field_size_limit(MAX_CELL_CHARS)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        header = next(reader, [])
+        if header != HEADER:
+            raise InputError(f"{path} must begin with the header image_id,labels. Received: {','.join(header)[:80]!r}")
+        for row in reader:
+            if len(row) != len(HEADER):
+                raise InputError(f"{path}, line {reader.line_num}: a row must have 2 columns. Received: {len(row)}")
+            yield reader.line_num, row[0], row[1]
+    except csv.Error as error:
+        raise InputError(f"{path}, line {reader.line_num}: not CSV ({error})") from None
+
+
+def _parse_cell(cell: str) -> NDArray[np.int32]:
+    """(n, 5) int32: code point, x, y, width, height. An empty cell and `nan` are a page without text."""
+    if cell.strip() in ("", "nan"):
+        return np.empty((0, FIELDS_PER_BOX), np.int32)
+    fields = cell.split()
+    if len(fields) % FIELDS_PER_BOX:
+        raise ValueError(f"labels must be groups of 5 fields. Received: {len(fields)} fields")
+    values = [
+        parse_code_point(field) if i % FIELDS_PER_BOX == 0 else _parse_integer(field) for i, field in enumerate(fields)
+    ]
+    return np.array(values, np.int32).reshape(-1, FIELDS_PER_BOX)
+
+
+def _parse_integer(text: str) -> int:
+    if not _INTEGER.fullmatch(text):
+        raise ValueError(f"x, y, width and height must be whole numbers of pixels. Received: {text[:40]!r}")
+    return int(text)

@@ -1,0 +1,93 @@
+"""Where page scans come from: a folder of `<image_id>.jpg`, or a zip archive of them as Kaggle ships it."""
+
+import hashlib
+import os
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Protocol
+
+from upath import UPath
+
+from cluster.errors import InputError
+from cluster.storage import list_files, open_read
+from preprocessing.crop import MAX_PAGE_BYTES, PageFault
+
+SUFFIX = ".jpg"
+
+
+class ReadPage(Protocol):
+    def __call__(self, name: str) -> bytes: ...
+
+
+def list_pages(pages: UPath) -> dict[str, tuple[str, int]]:
+    """Page id to name (in the folder or archive) and size in bytes; files of other kinds are none of ours.
+
+    Raises:
+        InputError: no such folder or archive, a broken archive, no page in it, or two pages of one id.
+    """
+    if _is_archive(pages):
+        with _open_archive(pages) as archive:
+            members = [(info.filename, info.file_size) for info in archive.infolist()]
+            found = [(name, size) for name, size in members if not name.startswith("__MACOSX/")]
+    else:
+        found = list(list_files(pages).items())
+    listing: dict[str, tuple[str, int]] = {}
+    for name, size in sorted(found):
+        page_id, suffix = os.path.splitext(os.path.basename(name))
+        if suffix == SUFFIX:
+            if page_id in listing:
+                raise InputError(f"{pages} must hold one file a page. Received: {listing[page_id][0]} and {name}")
+            listing[page_id] = (name, size)
+    if not listing:
+        raise InputError(f"--pages must be a folder or .zip of <image_id>{SUFFIX} files. Received: {pages}, with none")
+    return listing
+
+
+def fingerprint(labels_sha256: str, listing: Mapping[str, tuple[str, int]]) -> str:
+    """Tells one input from another before any page is read: the labels' bytes, the pages' names and sizes."""
+    digest = hashlib.sha256(labels_sha256.encode())
+    for page_id, (_, size) in sorted(listing.items()):
+        digest.update(f"\n{page_id} {size}".encode())
+    return digest.hexdigest()
+
+
+@contextmanager
+def page_reader(pages: UPath) -> Iterator[ReadPage]:
+    """A function from a name of the listing to the file's bytes; it raises PageFault for what can't be read."""
+    if _is_archive(pages):
+        with _open_archive(pages) as archive:
+
+            def read_member(name: str) -> bytes:
+                try:
+                    with archive.open(name) as stream:
+                        return stream.read(MAX_PAGE_BYTES + 1)
+                except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
+                    raise PageFault(f"page can't be read from the archive: {error}") from None
+
+            yield read_member
+    else:
+
+        def read_file(name: str) -> bytes:
+            try:
+                with open_read(pages / name) as stream:
+                    return stream.read(MAX_PAGE_BYTES + 1)
+            except FileNotFoundError:
+                raise PageFault("page has no file") from None
+
+        yield read_file
+
+
+def _is_archive(pages: UPath) -> bool:
+    return pages.suffix == ".zip"
+
+
+@contextmanager
+def _open_archive(pages: UPath) -> Iterator[zipfile.ZipFile]:
+    try:
+        with open_read(pages) as stream, zipfile.ZipFile(stream) as archive:
+            yield archive
+    except FileNotFoundError:
+        raise InputError(f"--pages must be there. Received: {pages}") from None
+    except zipfile.BadZipFile as error:
+        raise InputError(f"--pages must be a folder or a whole .zip. Received: {pages}: {error}") from None

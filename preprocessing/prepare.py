@@ -1,0 +1,222 @@
+"""The Ray Data job: page scans and labels in, a sealed dataset folder out."""
+
+import json
+import logging
+import platform
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from upath import UPath
+
+from cluster.errors import InputError, OptionError
+from cluster.manifest import MANIFEST_FILE, DatasetManifest, Shard, fault_of, file_entry, is_sealed, read_manifest, seal
+from cluster.progress import progress
+from cluster.runtime import cause_of, ray_session
+from cluster.storage import TEMPORARY_PREFIX, list_files, remove_folder, write_bytes
+from preprocessing.classes import class_indices, class_names
+from preprocessing.dataset import dataset_card, dataset_files
+from preprocessing.labels import Labels, book_of, read_labels
+from preprocessing.pages import fingerprint, list_pages
+from preprocessing.shards import PROGRESS_FOLDER, plan_groups, report_path, write_group
+from preprocessing.split import SPLITS, split_of_boxes
+
+log = logging.getLogger("kuzushiji")
+
+PLAN_FILE = "plan.json"
+# The libraries that decide the crops' bytes.
+VERSIONED = ("kuzushiji", "numpy", "opencv-python-headless", "ray", "simplejpeg")
+
+
+class PrepareConfig(BaseModel):
+    """What decides the dataset's bytes, besides the input; recorded in its manifest."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    split: Literal["random", "page", "book"] = "random"
+    seed: int = Field(42, ge=0)
+    val_fraction: float = Field(0.15, gt=0, lt=1)
+    test_fraction: float = Field(0.15, gt=0, lt=1)
+    coverage: float = Field(0.9, ge=0, le=1)
+    classes: list[str] | None = None
+    """Names of an earlier dataset's classes; None: by `coverage`."""
+    shards: PositiveInt | None = None
+    max_bad_fraction: float = Field(0.01, ge=0, le=1)
+    """Decides only whether the dataset is sealed: it may differ when a job is run again."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that is known before any page is read. N boxes."""
+
+    labels: Labels
+    names: list[str]
+    splits: NDArray[np.int8]  # (N,) index into SPLITS
+    rows: list[dict[str, Any]]  # one a group, see shards.plan_groups
+    unlabelled: list[str]  # ids of pages with a file and no row in the labels
+    identity: dict[str, Any]  # equal for two jobs that make the same bytes
+
+
+def prepare(pages: UPath, labels: UPath, dataset: UPath, config: PrepareConfig) -> tuple[DatasetManifest, bool]:
+    """Make the dataset, or finish what an earlier attempt began.
+
+    Returns its manifest, and whether anything was written (False: it was there and right).
+
+    Raises:
+        OptionError: a split would be empty, or the folder holds something else.
+        InputError: labels or pages can't be used, or more than `max_bad_fraction` of the boxes were lost.
+    """
+    if config.val_fraction + config.test_fraction >= 1:
+        total = config.val_fraction + config.test_fraction
+        raise OptionError(
+            f"--val-fraction and --test-fraction must leave boxes to train on. Received: {total:g} in all"
+        )
+    plan = make_plan(pages, labels, config)
+    manifest = _earlier_attempt(dataset, plan)
+    if manifest:
+        return manifest, False
+    reports = _run(plan, pages, dataset)
+    losses = [loss for report in reports for loss in report["losses"]]
+    boxes = len(plan.labels.boxes)
+    if len(losses) > config.max_bad_fraction * boxes:
+        raise InputError(
+            f"at most {config.max_bad_fraction:g} of the boxes may be lost (--max-bad-fraction). "
+            f"Received: {len(losses)} of {boxes}, "
+            f"first page {losses[0]['page']}: {losses[0]['what']}. Mend the input, or allow more and run again"
+        )
+    return _finish(plan, dataset, config, reports, losses), True
+
+
+def make_plan(pages: UPath, labels_path: UPath, config: PrepareConfig) -> Plan:
+    """Read the labels, list the pages, and decide classes, splits and files."""
+    labels = read_labels(labels_path)
+    listing = list_pages(pages)
+    splits = split_of_boxes(labels, config.split, config.seed, config.val_fraction, config.test_fraction)
+    names = config.classes or class_names(labels.code_points, config.coverage)
+    files = {page_id: name for page_id, (name, _) in listing.items()}
+    rows = plan_groups(labels, class_indices(names, labels.code_points), splits, files, config.shards)
+    identity = config.model_dump(exclude={"max_bad_fraction"}) | {"input": fingerprint(labels.sha256, listing)}
+    unlabelled = sorted(set(listing) - set(labels.page_ids))
+    return Plan(labels, names, splits, rows, unlabelled, identity)
+
+
+def _earlier_attempt(dataset: UPath, plan: Plan) -> DatasetManifest | None:
+    """The manifest of a folder that is right already. Otherwise the folder is made ready for (more) work.
+
+    Raises:
+        OptionError: the folder is neither empty nor of the same job.
+    """
+    plan_path = dataset / PROGRESS_FOLDER / PLAN_FILE
+    if is_sealed(dataset):
+        manifest = read_manifest(dataset, DatasetManifest)
+        _refuse_other(dataset, plan, manifest.config | {"input": manifest.fingerprint})
+        there = list_files(dataset)
+        faults = [fault for entry in manifest.entries if (fault := fault_of(dataset, entry, there))]
+        if not faults:
+            return manifest
+        log.warning("%s: %s; what is damaged is made again", dataset, "; ".join(faults))
+        _write_reports(dataset, plan, manifest)
+        write_bytes(plan_path, json.dumps(plan.identity).encode())
+        (dataset / MANIFEST_FILE).unlink()
+    elif plan_path.is_file():
+        _refuse_other(dataset, plan, json.loads(plan_path.read_bytes()))
+    elif list_files(dataset):
+        raise OptionError(f"--dataset must be a new or empty folder, or one of the same job. Received: {dataset}")
+    else:
+        write_bytes(plan_path, json.dumps(plan.identity).encode())
+    return None
+
+
+def _refuse_other(dataset: UPath, plan: Plan, earlier: dict[str, Any]) -> None:
+    differing = [key for key, value in plan.identity.items() if earlier.get(key) != value]
+    if differing:
+        what = ", ".join(f"{k} (there {str(earlier.get(k))[:40]}, now {str(plan.identity[k])[:40]})" for k in differing)
+        raise OptionError(
+            f"--dataset {dataset} holds a dataset made otherwise: {what}. Name another folder or remove it"
+        )
+
+
+def _write_reports(dataset: UPath, plan: Plan, manifest: DatasetManifest) -> None:
+    """Turn a manifest back into the reports of its groups, so that only damaged groups are made again."""
+    shards = {shard.name: shard.model_dump() for shard in manifest.shards}
+    for row in plan.rows:
+        ids = set(row["image_id"])
+        report = {
+            "shards": {split: shards[name] for split, name in zip(SPLITS, row["files"], strict=True) if name},
+            "losses": [loss for loss in manifest.losses if loss["page"] in ids],
+            "clipped": [entry for entry in manifest.clipped if entry["page"] in ids],
+        }
+        write_bytes(report_path(dataset, row["group"]), json.dumps(report).encode())
+
+
+def _run(plan: Plan, pages: UPath, dataset: UPath) -> list[dict[str, Any]]:
+    """Cut all groups with Ray Data; their reports in the order of the pages."""
+    places = {"pages": str(pages), "dataset": str(dataset)}
+    reports: dict[int, dict[str, Any]] = {}
+    with ray_session(), progress("pages cut", len(plan.labels.page_ids), "pages") as advance:
+        import ray.data
+
+        logging.getLogger("ray.data").setLevel(logging.ERROR)  # else it warns of the bars that are off
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        groups = ray.data.from_items(plan.rows, override_num_blocks=len(plan.rows))
+        try:
+            for row in groups.map(write_group, fn_kwargs=places, num_cpus=1).iter_rows():
+                reports[row["group"]] = json.loads(row["report"])
+                advance(len(plan.rows[row["group"]]["image_id"]))
+        except Exception as error:
+            raise cause_of(error) from None
+    return [reports[group] for group in sorted(reports)]
+
+
+def _finish(
+    plan: Plan, dataset: UPath, config: PrepareConfig, reports: list[dict[str, Any]], losses: list[dict[str, Any]]
+) -> DatasetManifest:
+    """Check the count, write what stands beside the shards, clean up, seal."""
+    shards = {
+        split: [Shard.model_validate(r["shards"][split]) for r in reports if split in r["shards"]] for split in SPLITS
+    }
+    written = sum(shard.examples for of_split in shards.values() for shard in of_split)
+    assert written + len(losses) == len(plan.labels.boxes), "boxes in the labels = crops + listed losses"
+    clipped = [entry for report in reports for entry in report["clipped"]]
+    counts = _counts(plan, shards)
+    recorded = config.model_dump()
+    card = dataset_card(plan.names, counts, recorded, len(losses), len(clipped))
+    texts = dataset_files(plan.names, shards, card)
+    for name, text in texts.items():
+        write_bytes(dataset / name, text.encode())
+    remove_folder(dataset / PROGRESS_FOLDER)
+    for name in list_files(dataset):
+        if name.startswith(TEMPORARY_PREFIX):  # of an attempt that was killed
+            (dataset / name).unlink(missing_ok=True)
+    manifest = DatasetManifest(
+        shards=[shard for of_split in shards.values() for shard in of_split],
+        files=[file_entry(dataset / name) for name in sorted(texts)],
+        counts=counts,
+        losses=losses,
+        clipped=clipped,
+        unlabelled=plan.unlabelled,
+        seed=config.seed,
+        config=recorded,
+        versions={"python": platform.python_version()} | {package: version(package) for package in VERSIONED},
+        fingerprint=plan.identity["input"],
+    )
+    seal(dataset, manifest)
+    return manifest
+
+
+def _counts(plan: Plan, shards: dict[str, list[Shard]]) -> dict[str, dict[str, int]]:
+    """Per split: boxes planned, crops written, and of how many pages and books the boxes are."""
+    page_of_box = np.repeat(np.arange(len(plan.labels.page_ids)), plan.labels.boxes_per_page)
+    counts = {}
+    for split, name in enumerate(SPLITS):
+        pages = [plan.labels.page_ids[p] for p in np.unique(page_of_box[plan.splits == split])]
+        counts[name] = {
+            "boxes": int(np.count_nonzero(plan.splits == split)),
+            "examples": sum(shard.examples for shard in shards[name]),
+            "pages": len(pages),
+            "books": len({book_of(page_id) for page_id in pages}),
+        }
+    return counts

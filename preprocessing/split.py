@@ -1,0 +1,103 @@
+"""Which box goes to training, validation or test: decided by the labels and the seed alone.
+
+`random` is the study's split: single boxes. It puts boxes of one page, writer and book on both sides, and so flatters.
+`page` keeps pages whole. `book` keeps books whole: the honest one.
+"""
+
+from fractions import Fraction
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cluster.errors import OptionError
+from preprocessing.labels import Labels, book_of
+
+SPLITS = ("train", "validation", "test")
+TRAIN, VALIDATION, TEST = range(3)
+
+# Units that are held back to fill what is missing exactly; with no more units than this the filling is the best
+# there is.
+_EXACT_UNITS = 64
+
+
+def split_of_boxes(labels: Labels, by: str, seed: int, val_fraction: float, test_fraction: float) -> NDArray[np.int8]:
+    """(N,) int8: the index into `SPLITS` of each box.
+
+    Test and validation get `floor(N * fraction)` boxes each, or as close to it as whole units allow, test first.
+
+    Raises:
+        OptionError: a split would be empty.
+    """
+    total = len(labels.boxes)
+    test_boxes, validation_boxes = (int(Fraction(str(f)) * total) for f in (test_fraction, val_fraction))
+    rng = np.random.default_rng(seed)
+    splits = np.full(total, TRAIN, np.int8)
+    if by == "random":
+        order = rng.permutation(total)
+        splits[order[:test_boxes]] = TEST
+        splits[order[test_boxes : test_boxes + validation_boxes]] = VALIDATION
+    else:
+        units = labels.page_ids if by == "page" else [book_of(page_id) for page_id in labels.page_ids]
+        _, unit_of_page = np.unique(units, return_inverse=True)
+        unit_of_box = np.repeat(unit_of_page, labels.boxes_per_page)
+        sizes = np.bincount(unit_of_box)
+        rest = [int(unit) for unit in rng.permutation(len(sizes)) if sizes[unit]]
+        for split, wanted, leave in ((TEST, test_boxes, 2), (VALIDATION, validation_boxes, 1)):
+            chosen = _fill([int(sizes[unit]) for unit in rest], wanted, leave)
+            splits[np.isin(unit_of_box, [rest[i] for i in chosen])] = split
+            rest = [unit for i, unit in enumerate(rest) if i not in chosen]
+    for split, name in enumerate(SPLITS):
+        if not np.any(splits == split):
+            raise OptionError(
+                f"each split must get at least one box. Received: --split {by} leaves {name} empty "
+                f"({total} boxes, {len(labels.page_ids)} pages, {len({book_of(p) for p in labels.page_ids})} books). "
+                "Give more pages, other fractions or a finer --split"
+            )
+    return splits
+
+
+def _fill(sizes: list[int], wanted: int, leave: int) -> set[int]:
+    """Indices of one unit or more whose sizes add up as closely as can be to `wanted`, the smaller sum on a tie.
+
+    `leave` units at least are left for the other splits; where there are too few units, none is chosen.
+    Many units: the first ones that fit, and an exact subset sum over the last. Few units: the exact subset sum alone.
+    """
+    chosen: set[int] = set()
+    first_exact = max(0, len(sizes) - _EXACT_UNITS)
+    for i in range(first_exact):
+        if sizes[i] <= wanted:
+            chosen.add(i)
+            wanted -= sizes[i]
+    # reachable[k][s]: bit b is set when some of the first k units add up to b and s of them (or more, for the last
+    # s) are left.
+    reachable: list[list[int]] = [[1] + [0] * leave]
+    for size in sizes[first_exact:]:
+        before = reachable[-1]
+        after = [sums << size for sums in before]
+        for left, sums in enumerate(before):
+            after[min(left + 1, leave)] |= sums
+        reachable.append(after)
+    sums_in_all = reachable[-1][leave]
+    if not chosen:
+        sums_in_all &= ~1  # the empty sum is no choice
+    if not sums_in_all:
+        return chosen
+    total, left = _nearest_bit(sums_in_all, wanted), leave
+    for k in range(len(reachable) - 2, -1, -1):
+        size, of_first = sizes[first_exact + k], reachable[k]
+        if total >= size and of_first[left] >> (total - size) & 1:
+            chosen.add(first_exact + k)
+            total -= size
+        elif not (left == leave and of_first[left] >> total & 1):
+            left -= 1
+    return chosen
+
+
+def _nearest_bit(bits: int, wanted: int) -> int:
+    """The set bit nearest to position `wanted`, the lower one on a tie; `bits` has one at least."""
+    below = (bits & ((1 << wanted + 1) - 1)).bit_length() - 1
+    above = bits >> wanted + 1
+    lowest_above = wanted + (above & -above).bit_length()
+    if below < 0 or (above and lowest_above - wanted < wanted - below):
+        return lowest_above
+    return below
