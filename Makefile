@@ -17,3 +17,33 @@ KUZUSHIJI = .venv/bin/kuzushiji
 .venv/.installed-dev: requirements-dev.lock .venv/.installed
 	.venv/bin/pip install --quiet --require-hashes -r requirements-dev.lock
 	touch $@
+
+# Style, then types, of our packages.
+check: .venv/.installed-dev
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+test: .venv/.installed-dev
+	.venv/bin/pytest -q
+
+# From drawn pages to a checked model, under demo/ (which git ignores): every command once, in the order of use.
+demo: .venv/.installed
+	rm -rf demo
+	$(KUZUSHIJI) sample --out demo/pages --num-pages 96 --scale 0.5
+	$(KUZUSHIJI) prepare --pages demo/pages/train_images --labels demo/pages/train.csv --dataset demo/dataset
+	$(KUZUSHIJI) train --dataset demo/dataset --models demo/models --architecture baseline --workers 2 \
+	  --epochs 2 --global-batch-size 256 --learning-rate 6e-4 --run demo
+	$(KUZUSHIJI) evaluate --model demo/models/baseline --dataset demo/dataset --out demo/evaluation
+	$(KUZUSHIJI) pull --models demo/models --to demo/pulled
+	$(KUZUSHIJI) verify demo/pulled/baseline
+
+# After a change of pyproject.toml. The lock files hold no address: the one in force where they are used is asked.
+lock:
+	uv pip compile --quiet --no-header --no-annotate --python-version 3.11 --generate-hashes \
+	  --output-file requirements.lock pyproject.toml
+	uv pip compile --quiet --no-header --no-annotate --python-version 3.11 --generate-hashes --group dev \
+	  --constraints requirements.lock --output-file requirements-dev.lock pyproject.toml
+
+clean:
+	rm -rf .venv demo

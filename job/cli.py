@@ -134,11 +134,13 @@ def prepare(pages: str, labels: str, dataset: str, classes: str | None, **option
 @click.option(
     "--workers", default=1, show_default=True, type=int, help="Data-parallel processes, spread over the hosts."
 )
-@click.option("--gpus-per-worker", default=0, show_default=True, type=int)
-@click.option("--cpus-per-worker", type=int, help="[default: an equal share of this machine; 1 on a cluster]")
-@click.option("--epochs", type=int, help="[default: the architecture's recipe]")
+@click.option("--gpus-per-worker", default=0, show_default=True, type=int, help="Each holds a replica of the model.")
+@click.option(
+    "--cpus-per-worker", type=int, help="Threads of each.  [default: an equal share of this machine; 1 on a cluster]"
+)
+@click.option("--epochs", type=int, help="Passes over the crops.  [default: the architecture's recipe]")
 @click.option("--global-batch-size", type=int, help="Crops of a step over all workers.  [default: the recipe's]")
-@click.option("--learning-rate", type=float, help="[default: the recipe's]")
+@click.option("--learning-rate", type=float, help="Of Adam.  [default: the recipe's]")
 @click.option("--seed", default=42, show_default=True, type=int, help="Of weights, order and dropout.")
 @click.option("--patience", type=int, help="Stop after so many epochs that were no better.  [default: never]")
 @click.option("--run", metavar="NAME", help="A run that is called again continues.  [default: the time, a new run]")
@@ -167,7 +169,7 @@ def train(dataset: str, models: str, architecture: str, run: str | None, **optio
     "--model", required=True, metavar="PLACE", help="A model folder, or its architecture's for the latest run."
 )
 @click.option("--dataset", required=True, metavar="PLACE", help="Folder made by `prepare`, with the same classes.")
-@click.option("--split", type=click.Choice(SPLITS), default="test", show_default=True)
+@click.option("--split", type=click.Choice(SPLITS), default="test", show_default=True, help="Which crops.")
 @click.option("--out", metavar="DIR", help="Write metrics.json, per_class.csv and misclassified.csv here.")
 def evaluate(model: str, dataset: str, split: str, out: str | None) -> Outcome:
     """Accuracy of a model on a split, and what it takes for what."""

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
-import tensorflow as tf
 from upath import UPath
 
 from cluster.errors import OptionError
@@ -14,7 +13,6 @@ from cluster.storage import write_bytes
 from job.evaluation import confusions, metrics, misclassified, per_class
 from job.model_folder import load_model
 from job.staging import staged
-from job.step import Steps
 
 
 @dataclass(frozen=True)
@@ -41,9 +39,13 @@ def evaluate(model_place: UPath, dataset_place: UPath, split: str) -> Evaluation
     with staged(dataset_place, [split]) as dataset:
         if dataset.class_names != class_names:
             raise OptionError(
-                f"the classes of --dataset must be the model's. Received: {len(dataset.class_names)} and {len(class_names)} "
-                f"classes, not the same. Prepare the dataset with --classes {folder / 'labels.txt'}"
+                f"the classes of --dataset must be the model's. Received: {len(dataset.class_names)} and "
+                f"{len(class_names)} classes, not the same. Prepare the dataset with --classes {folder / 'labels.txt'}"
             )
+        import tensorflow as tf
+
+        from job.step import Steps
+
         crops = dataset.splits[split]
         with progress(f"{split} crops read", len(crops), "crops") as advance:
             predictions = Steps(tf.distribute.get_strategy(), 1, model).predict(crops.images, crops.labels, advance)

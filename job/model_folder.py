@@ -5,7 +5,9 @@ manifest.json
 """
 
 import json
+import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -59,8 +61,7 @@ def load_model(place: UPath) -> tuple["keras.Model", list[str], UPath]:
     manifest = read_manifest(folder, ModelManifest)
     if missing := {MODEL_FILE, LABELS_FILE} - {entry.name for entry in manifest.files}:
         raise DamageError(f"{folder}: the manifest must list {' and '.join(sorted(missing))}")
-    import keras
-
+    keras = _import_keras()
     with tempfile.TemporaryDirectory() as temporary:
         local = UPath(temporary)
         there = list_files(folder)
@@ -72,6 +73,25 @@ def load_model(place: UPath) -> tuple["keras.Model", list[str], UPath]:
         names = parse_class_names((local / LABELS_FILE).read_text(encoding="utf-8"), str(folder / LABELS_FILE))
         model = keras.saving.load_model((local / MODEL_FILE).path, compile=False, safe_mode=True)
     return model, names, folder
+
+
+def _import_keras() -> Any:
+    """Keras, without the lines that TensorFlow's libraries print while they load.
+
+    They obey no setting (github.com/tensorflow/tensorflow/issues/79029), so the file descriptor is turned away.
+    """
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    silence = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(silence, 2)
+        import keras
+
+        return keras
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(silence)
 
 
 def finished_config(folder: UPath) -> dict[str, Any] | None:

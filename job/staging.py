@@ -12,7 +12,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -134,11 +134,10 @@ def _stage(dataset: UPath, manifest: DatasetManifest, splits: Sequence[str], fol
                 examples = sum(shard.examples for shard in shards)
                 if not examples:
                     raise InputError(f"{dataset}: a split must have crops. Received: {split} with none")
-                writer = _SplitWriter(temporary / split, examples)
-                for shard in shards:
-                    _unpack(dataset, shard, there, temporary, writer)
-                    advance(shard.examples)
-                writer.close()
+                with closing(_SplitWriter(temporary / split, examples)) as writer:
+                    for shard in shards:
+                        _unpack(dataset, shard, there, temporary, writer)
+                        advance(shard.examples)
         (temporary / LOCK_FILE).touch()
         temporary.rename(folder)
     except BaseException:

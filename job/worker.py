@@ -25,6 +25,7 @@ from job.board import SECONDS_BETWEEN_POSTS
 from job.config import TrainConfig
 from job.evaluation import metrics, misclassified, per_class
 from job.model_folder import LABELS_FILE, model_card, write_model
+from job.optimizer import FusedAdam
 from job.order import permutation, share
 from job.staging import Crops, StagedDataset, staged
 from job.step import Steps, make_strategy, training_form
@@ -41,7 +42,7 @@ def train_worker(job: dict[str, Any]) -> None:
     `board`.
     """
     config = TrainConfig.model_validate(job["config"])
-    _fix_what_bits_depend_on(config)
+    fix_what_bits_depend_on(config)
     with staged(place(job["dataset"]), SPLITS) as dataset:
         training = Training(config, dataset, job["board"])
         training.resume()
@@ -50,9 +51,11 @@ def train_worker(job: dict[str, Any]) -> None:
         training.write(job["folder"], job["run"])
 
 
-def _fix_what_bits_depend_on(config: TrainConfig) -> None:
+def fix_what_bits_depend_on(config: TrainConfig) -> None:
+    """Threads, seeds, deterministic kernels; before TensorFlow runs anything."""
     tf.config.threading.set_intra_op_parallelism_threads(config.cpus_per_worker)
-    tf.config.threading.set_inter_op_parallelism_threads(config.cpus_per_worker)
+    # One more, so that gradients travel while others are computed.
+    tf.config.threading.set_inter_op_parallelism_threads(config.cpus_per_worker + 1)
     for gpu in tf.config.list_physical_devices("GPU"):
         tf.config.experimental.set_memory_growth(gpu, True)
     tf.config.experimental.enable_op_determinism()
@@ -82,7 +85,7 @@ class Training:
         self.plain = ARCHITECTURES[config.architecture](len(dataset.class_names))
         with strategy.scope():
             self.model = training_form(self.plain, config.seed, config.dropout)
-            self.optimizer = keras.optimizers.Adam(config.learning_rate)
+            self.optimizer = FusedAdam(config.learning_rate)
             self.optimizer.build(self.model.trainable_variables)
         self.steps = Steps(strategy, self.workers, self.model, self.optimizer, config.global_batch_size)
         self.state = State()
@@ -138,7 +141,7 @@ class Training:
         waited = 0.0
         for step in range(steps):
             asked = time.perf_counter()
-            first, images, labels = self._rows_of(crops, order, step)
+            first, images, labels = self.rows_of(crops, order, step)
             waited += time.perf_counter() - asked
             sums += self.steps.train(images, labels, first)
             if self.rank == 0 and time.perf_counter() - last_post > SECONDS_BETWEEN_POSTS:
@@ -147,7 +150,7 @@ class Training:
         loss, accuracy = (self.steps.sum_over_workers(sums.numpy()[None])[0] / (steps * size)).tolist()
         seconds = time.perf_counter() - begin
         self.steps.estimate_statistics(
-            self._rows_of(crops, order, step)[1] for step in range(min(steps, STATISTICS_BATCHES))
+            self.rows_of(crops, order, step)[1] for step in range(min(steps, STATISTICS_BATCHES))
         )
         validation = metrics(self._predict("validation"), self._labels("validation"), self.dataset.class_names)
         row = {
@@ -177,7 +180,7 @@ class Training:
             f"{row['seconds']:.1f} s, {row['crops_per_s']:,.0f} crops/s"
         )
 
-    def _rows_of(
+    def rows_of(
         self, crops: Crops, order: NDArray[np.int64], step: int
     ) -> tuple[int, NDArray[np.uint8], NDArray[np.int64]]:
         """This worker's first row in global batch `step`, and its crops and labels."""

@@ -84,12 +84,9 @@ def read_labels(path: UPath) -> Labels:
     data = path.read_bytes()
     page_ids: list[str] = []
     rows: list[NDArray[np.int32]] = []
-    for line, image_id, cell in _rows(path, data):
-        try:
-            page_ids.append(plain_name(image_id, "an image_id"))
-            rows.append(_parse_cell(cell))
-        except (ValueError, InputError) as error:
-            raise InputError(f"{path}, line {line}, page {image_id[:60]!r}: {error}. Mend that row") from None
+    for page_id, boxes in parse_rows(data, str(path)):
+        page_ids.append(page_id)
+        rows.append(boxes)
     order = sorted(range(len(page_ids)), key=page_ids.__getitem__)
     for before, after in itertools.pairwise(order):
         if page_ids[before] == page_ids[after]:
@@ -103,24 +100,37 @@ def read_labels(path: UPath) -> Labels:
     return Labels([page_ids[i] for i in order], starts, table[:, 0], table[:, 1:], hashlib.sha256(data).hexdigest())
 
 
-def _rows(path: UPath, data: bytes) -> Iterator[tuple[int, str, str]]:
-    """Line number, id and cell of each row."""
+def parse_rows(data: bytes, where: str) -> Iterator[tuple[str, NDArray[np.int32]]]:
+    """Id and (n, 5) int32 code point, x, y, width, height of each row of a label file, in the file's order.
+
+    Raises:
+        InputError: as `read_labels`, when it comes to the row.
+    """
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} must be a UTF-8 CSV file. Received: {error}") from None
+        raise InputError(f"{where} must be a UTF-8 CSV file. Received: {error}") from None
     csv.field_size_limit(MAX_CELL_CHARS)
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
         header = next(reader, [])
         if header != HEADER:
-            raise InputError(f"{path} must begin with the header image_id,labels. Received: {','.join(header)[:80]!r}")
+            raise InputError(f"{where} must begin with the header image_id,labels. Received: {','.join(header)[:80]!r}")
         for row in reader:
             if len(row) != len(HEADER):
-                raise InputError(f"{path}, line {reader.line_num}: a row must have 2 columns. Received: {len(row)}")
-            yield reader.line_num, row[0], row[1]
+                raise ValueError(f"a row must have 2 columns. Received: {len(row)}")
+            yield _parse_id(row[0]), _parse_cell(row[1])
     except csv.Error as error:
-        raise InputError(f"{path}, line {reader.line_num}: not CSV ({error})") from None
+        raise InputError(f"{where}, line {reader.line_num}: not CSV ({error})") from None
+    except ValueError as error:
+        raise InputError(f"{where}, line {reader.line_num}: {error}. Mend that row") from None
+
+
+def _parse_id(text: str) -> str:
+    try:
+        return plain_name(text, "an image_id")
+    except InputError as error:
+        raise ValueError(str(error)) from None
 
 
 def _parse_cell(cell: str) -> NDArray[np.int32]:

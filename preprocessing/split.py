@@ -64,8 +64,10 @@ def _fill(sizes: list[int], wanted: int, leave: int) -> set[int]:
     """
     chosen: set[int] = set()
     first_exact = max(0, len(sizes) - _EXACT_UNITS)
+    # Half of what is held back is left to fill: there the sums of its subsets are densest.
+    to_fill = sum(sizes[first_exact:]) // 2
     for i in range(first_exact):
-        if sizes[i] <= wanted:
+        if wanted - sizes[i] >= to_fill:
             chosen.add(i)
             wanted -= sizes[i]
     # reachable[k][s]: bit b is set when some of the first k units add up to b and s of them (or more, for the last

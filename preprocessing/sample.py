@@ -1,0 +1,307 @@
+"""Pages in Kaggle's format for people who have no data yet, and for tests and benchmarks: `kuzushiji sample`.
+
+`train.csv` (`image_id,labels`), `train_images/<image_id>.jpg` and `unicode_translation.csv` (`Unicode,char`). The
+characters are random, as frequent as in real books, and stand in columns; a book is one hand. A page depends on the
+seed, its id, the scale and the fonts alone.
+"""
+
+import csv
+import io
+import itertools
+import multiprocessing
+import os
+import threading
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from cluster.errors import InputError, OptionError
+from cluster.progress import progress
+from cluster.storage import new_file, place, write_bytes
+from preprocessing.hand import Box, Font, Hand, Ink, Tones, draw_glyph, find_fonts, fit, join, new_hand, scan
+from preprocessing.labels import book_of, code_point_name, parse_rows
+
+PAGE_WIDTH, PAGE_HEIGHT = 2400, 3900  # px at full size
+PAGES_PER_BOOK = 4
+INVENTORY = 4212  # distinct characters of the competition's data
+# Zipf-Mandelbrot: the character of rank k comes 1 / (k + SHIFT) ** EXPONENT times as often. Gives the competition's
+# frequencies to within a few percent: the first is 3.6 % of all, the 513th 0.018 %.
+SHIFT, EXPONENT = 14.7, 1.5
+CROWDING = 1.75  # em squares that a character takes with the space around it, found by trial
+MARGIN = 60  # px at full size between a layout's boxes and the edges of its page
+FEWEST_FOR_PROCESSES = 4  # pages; fewer are drawn before processes would have started
+
+# Roughly as frequent as in books of the time. Hiragana, katakana and kanji that are missing here follow in the order
+# of the JIS table, whose first level holds the usual kanji.
+KANA = "にのしてりをはともなかるらいたへまきれさふつんがうすあやおこよひけばせそゝめだでどみねアわち〱ろずべじほぬゆむ"
+KANJI = (
+    "一人事見出入大子三二日上中下小十山水手心女五今立名本生月年天気千正王先男目四八六七九百石田町花草村"
+    "林森川土金木火空雨夕早白赤青右左口耳足力文字学校糸虫貝犬車玉音円竹休森"
+)
+
+Glyph = tuple[int, Box]  # code point, box
+
+
+@dataclass(frozen=True)
+class SampleSummary:
+    """What `sample` has drawn."""
+
+    pages: int
+    characters: int
+    books: int
+    fonts: tuple[str, ...]  # names, sorted
+
+
+@dataclass(frozen=True)
+class _Page:
+    image_id: str
+    layout: tuple[Glyph, ...] | None  # None: free to choose; boxes in px at full size
+
+
+def sample(
+    out: Path,
+    num_pages: int,
+    seed: int = 42,
+    scale: float = 1.0,
+    layouts: Path | None = None,
+    processes: int | None = None,
+) -> SampleSummary:
+    """Draw pages into `out`. The same seed and fonts give the same bytes, however many processes draw them.
+
+    The processes are spawned: a script that calls this needs the usual `if __name__ == "__main__"`.
+
+    Args:
+        out: a folder that is not there yet, or empty. `train.csv` is written last.
+        num_pages: at least 1.
+        seed: 0 or more.
+        scale: of lengths, in (0, 1]; 1.0 gives pages of about 2,400 x 3,900 px.
+        layouts: a label file whose first `num_pages` rows give ids, boxes and characters.
+        processes: default: one for each CPU this process may use.
+
+    Raises:
+        OptionError: a number is out of its range, `out` holds something, `layouts` has fewer rows.
+        InputError: `layouts` is not in Kaggle's format.
+    """
+    _check_options(out, num_pages, seed, scale)
+    pages = _read_layouts(layouts, num_pages) if layouts else _new_pages(num_pages, seed)
+    fonts = find_fonts()
+    draw = partial(_draw_to_file, out=out, seed=seed, scale=scale, fonts=fonts)
+    with progress("pages drawn", len(pages), "pages") as advance:
+        rows = []
+        for row in _in_processes(draw, pages, processes):
+            rows.append(row)
+            advance(1)
+    drawn = [glyph for row in rows for glyph in row]
+    characters = {*inventory(), *(code_point for code_point, _ in drawn)}
+    _write_csv(
+        out / "unicode_translation.csv", ("Unicode", "char"), ((code_point_name(c), chr(c)) for c in sorted(characters))
+    )
+    labels = (
+        " ".join(f"{code_point_name(code_point)} {x} {y} {w} {h}" for code_point, (x, y, w, h) in row) for row in rows
+    )
+    ids = (page.image_id for page in pages)
+    _write_csv(out / "train.csv", ("image_id", "labels"), zip(ids, labels, strict=True))
+    books = {book_of(page.image_id) for page in pages}
+    own = {_hand(book, seed, fonts).fonts[0].name for book in books}
+    return SampleSummary(len(pages), len(drawn), len(books), tuple(sorted(own)))
+
+
+@cache
+def inventory() -> tuple[int, ...]:
+    """Code points from the most to the least frequent: 4,212, first kana, then kanji."""
+    table = [bytes([row, cell]).decode("euc_jp", "ignore") for row in range(0xA1, 0xF5) for cell in range(0xA1, 0xFF)]
+    hiragana = [c for c in table if "ぁ" <= c <= "ん"]
+    katakana = [c for c in table if "ァ" <= c <= "ヴ"]
+    kanji = [c for c in table if "一" <= c <= "龥"]
+    order = dict.fromkeys((*KANA, *KANJI[:20], *hiragana, *KANJI, *"ヽ々・○「」", *katakana, *kanji))
+    return tuple(ord(c) for c in list(order)[:INVENTORY])
+
+
+def _check_options(out: Path, num_pages: int, seed: int, scale: float) -> None:
+    if num_pages < 1:
+        raise OptionError(f"--num-pages must be at least 1. Received: {num_pages}")
+    if seed < 0:
+        raise OptionError(f"--seed must be 0 or more. Received: {seed}")
+    if not 0 < scale <= 1:
+        raise OptionError(f"--scale must be more than 0 and at most 1. Received: {scale}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise OptionError(f"--out must be a new or an empty folder. Received: {out}. Name another one, or empty it")
+
+
+def _new_pages(num_pages: int, seed: int) -> list[_Page]:
+    """Pages of about four to a book: `100241706_00004_2` is the left half of the book's fourth opening."""
+    rng = np.random.default_rng([seed, 0])
+    books = max(1, round(num_pages / PAGES_PER_BOOK))
+    starts = np.sort(100_000_000 + rng.choice(900_000_000, books, replace=False))
+    pages = []
+    for start, members in zip(starts.tolist(), np.array_split(np.arange(num_pages), books), strict=True):
+        opening = int(rng.integers(3, 30))
+        for half in range(len(members)):
+            pages.append(_Page(f"{start}_{opening + half // 2:05d}_{half % 2 + 1}", None))
+    return pages
+
+
+def _read_layouts(layouts: Path, num_pages: int) -> list[_Page]:
+    """The first rows in the file's order.
+
+    Raises:
+        OptionError: fewer than `num_pages`.
+        InputError: not in Kaggle's format, an id comes twice, or a box is empty or off the upper left of its page.
+    """
+    try:
+        rows = list(itertools.islice(parse_rows(layouts.read_bytes(), str(layouts)), num_pages))
+    except OSError as error:
+        raise InputError(f"--layouts must be a readable file. Received: {layouts} ({error})") from None
+    if len(rows) < num_pages:
+        raise OptionError(f"--num-pages must be at most the rows of {layouts}, {len(rows)}. Received: {num_pages}")
+    pages = [_Page(page_id, tuple((row[0], (*row[1:],)) for row in table.tolist())) for page_id, table in rows]
+    for page in pages:
+        if any(min(x, y, width - 1, height - 1) < 0 for _, (x, y, width, height) in page.layout or ()):
+            raise InputError(
+                f"a box must have an area and be on its page. Received: one of {page.image_id} in {layouts}"
+            )
+    repeated = [image_id for image_id, times in Counter(page.image_id for page in pages).items() if times > 1]
+    if repeated:
+        raise InputError(f"a page must have one row. Received: {repeated[0]} more than once in {layouts}")
+    return pages
+
+
+def _in_processes(
+    draw: Callable[[_Page], list[Glyph]], pages: list[_Page], processes: int | None
+) -> Iterator[list[Glyph]]:
+    """What `draw` gives for each page, in their order. Spawned processes, since forking beside threads may hang."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = min(processes or usable, len(pages))
+    if count == 1 or (processes is None and len(pages) < FEWEST_FOR_PROCESSES):
+        yield from map(draw, pages)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(count, mp_context=context, initializer=_start_worker) as pool:
+        try:
+            yield from pool.map(draw, pages)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _start_worker() -> None:
+    """One thread of OpenCV's, since the processes share the CPUs; and an end when the parent is killed."""
+    cv2.setNumThreads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _draw_to_file(page: _Page, out: Path, seed: int, scale: float, fonts: tuple[Font, ...]) -> list[Glyph]:
+    rng = np.random.default_rng([seed, 2, zlib.crc32(page.image_id.encode())])
+    hand = _hand(book_of(page.image_id), seed, fonts)
+    if page.layout is None:
+        ink, glyphs = _compose(hand, rng, scale)
+    else:
+        ink, glyphs = _follow(page.layout, hand, rng, scale)
+    image = scan(ink, hand, rng, _around(glyphs))
+    with new_file(place(out / "train_images" / f"{page.image_id}.jpg")) as temporary:
+        image.save(temporary, format="JPEG", quality=75, subsampling="4:2:0")
+    return glyphs
+
+
+def _hand(book: str, seed: int, fonts: tuple[Font, ...]) -> Hand:
+    return new_hand(np.random.default_rng([seed, 1, zlib.crc32(book.encode())]), fonts)
+
+
+@cache
+def _cumulative() -> NDArray[np.float64]:
+    """float64 (4212,): the probability that a character's rank is at most this one."""
+    weights = (np.arange(1, len(inventory()) + 1) + SHIFT) ** -EXPONENT
+    cumulative: NDArray[np.float64] = np.cumsum(weights) / weights.sum()
+    return cumulative
+
+
+def _compose(hand: Hand, rng: np.random.Generator, scale: float) -> tuple[Tones, list[Glyph]]:
+    """A page's ink and labels: columns from the right to the left, each filled from the top."""
+    width, height = (max(1, round(scale * (full + rng.integers(-30, 31)))) for full in (PAGE_WIDTH, PAGE_HEIGHT))
+    ink = np.zeros((height, width), np.uint8)
+    left, right, top, bottom = (round(r * s) for r, s in ((0.1, width), (0.9, width), (0.16, height), (0.92, height)))
+    em = max(1.0, ((right - left) * (bottom - top) / (hand.characters * CROWDING)) ** 0.5)
+    columns = max(1, round((right - left) / (1.75 * em)))
+    glyphs: list[Glyph] = []
+    for column in range(columns):
+        centre = right - (column + 0.5) * (right - left) / columns
+        y, joint = top + abs(rng.normal(0, 0.3)) * em, None
+        while True:
+            code_point = inventory()[int(np.searchsorted(_cumulative(), rng.random()))]
+            glyph = draw_glyph(code_point, hand, rng, em)
+            if y + glyph.shape[0] > bottom:
+                break
+            x = centre + rng.normal(0, 0.06) * em - glyph.shape[1] / 2
+            box = _put(ink, glyph, round(x), round(y))
+            glyphs.append((code_point, _padded(box, rng, scale, ink.shape)))
+            middle = box[0] + box[2] * rng.uniform(0.35, 0.65)
+            if joint and rng.random() < hand.joined:
+                join(ink, joint, (middle, box[1] + 0.1 * box[3]), em, rng)
+            joint = (middle, box[1] + 0.9 * box[3])
+            y += glyph.shape[0] + em * max(0.02, rng.normal(0.25, 0.1))
+    return ink, sorted(glyphs, key=lambda glyph: (glyph[1][3], glyph[1][2], glyph[1][1], glyph[1][0]))
+
+
+def _follow(layout: tuple[Glyph, ...], hand: Hand, rng: np.random.Generator, scale: float) -> tuple[Tones, list[Glyph]]:
+    """A page's ink and labels as a layout has them; the page is larger than usual where the boxes need it."""
+    glyphs = [(code_point, _scaled(box, scale)) for code_point, box in layout]
+    width = max([1, round(scale * PAGE_WIDTH), *(x + w + round(scale * MARGIN) for _, (x, _, w, _) in glyphs)])
+    height = max([1, round(scale * PAGE_HEIGHT), *(y + h + round(scale * MARGIN) for _, (_, y, _, h) in glyphs)])
+    ink = np.zeros((height, width), np.uint8)
+    for code_point, (x, y, w, h) in glyphs:
+        _put(ink, fit(draw_glyph(code_point, hand, rng, max(w, h)), w, h), x, y)
+    return ink, glyphs
+
+
+def _scaled(box: Box, scale: float) -> Box:
+    x, y, width, height = box
+    return round(x * scale), round(y * scale), max(1, round(width * scale)), max(1, round(height * scale))
+
+
+def _put(ink: Tones, glyph: Ink, x: int, y: int) -> Box:
+    """Add a glyph to the page's ink, in place, moved as little as needed to be inside; returns its box."""
+    height, width = glyph.shape
+    x, y = max(0, min(x, ink.shape[1] - width)), max(0, min(y, ink.shape[0] - height))
+    spot = ink[y : y + height, x : x + width]
+    np.maximum(spot, (glyph * 255).astype(np.uint8), out=spot)
+    return x, y, width, height
+
+
+def _padded(box: Box, rng: np.random.Generator, scale: float, shape: tuple[int, ...]) -> Box:
+    """A box with up to 3 px (at full size) to spare on each side, as people draw them, inside a page of `shape`."""
+    x, y, width, height = box
+    spare = np.round(rng.uniform(0, 3, 4) * scale).astype(int).tolist()
+    left, top = max(0, x - spare[0]), max(0, y - spare[1])
+    right, bottom = min(shape[1], x + width + spare[2]), min(shape[0], y + height + spare[3])
+    return left, top, right - left, bottom - top
+
+
+def _around(glyphs: list[Glyph]) -> Box | None:
+    """The smallest box that holds all boxes; None if there are none."""
+    if not glyphs:
+        return None
+    boxes = np.array([box for _, box in glyphs])
+    left, top = boxes[:, :2].min(0).tolist()
+    right, bottom = (boxes[:, :2] + boxes[:, 2:]).max(0).tolist()
+    return left, top, right - left, bottom - top
+
+
+def _write_csv(target: Path, header: tuple[str, str], rows: Iterator[tuple[str, str]]) -> None:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    write_bytes(place(target), text.getvalue().encode())

@@ -1,0 +1,63 @@
+"""What the tests share: a Ray of their own for the whole session, small datasets, the real pages where they are."""
+
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Before anything imports Ray or TensorFlow: staged data in a folder of the session, and no word to the terminal.
+_CACHE = tempfile.TemporaryDirectory(prefix="kuzushiji-tests-")
+os.environ["XDG_CACHE_HOME"] = _CACHE.name
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+os.environ.pop("RAY_ADDRESS", None)
+
+from cluster.runtime import ray_session  # noqa: E402
+from cluster.storage import place  # noqa: E402
+from preprocessing.prepare import PrepareConfig, prepare  # noqa: E402
+from preprocessing.sample import sample  # noqa: E402
+
+SHARED = Path(__file__).parents[2] / "shared" / "kuzushiji"
+KUZUSHIJI = Path(sys.executable).with_name("kuzushiji")
+MOST_WORKERS = 3
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real pages and labels."""
+    if not SHARED.is_dir():
+        pytest.skip(f"the real pages are not at {SHARED.parent.name}/{SHARED.name} beside the checkout")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def ray_here() -> Iterator[None]:
+    """One local Ray for all tests that need one; it ends with the session."""
+    with ray_session(at_least_cpus=MOST_WORKERS):
+        yield
+
+
+@pytest.fixture(scope="session")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve small drawn pages of three books or more, in Kaggle's format."""
+    out = tmp_path_factory.mktemp("sample") / "pages"
+    sample(out, num_pages=12, seed=7, scale=0.2)
+    return out
+
+
+@pytest.fixture(scope="session")
+def dataset(ray_here: None, pages: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The drawn pages, prepared with few classes."""
+    out = tmp_path_factory.mktemp("dataset") / "crops"
+    prepare(place(pages / "train_images"), place(pages / "train.csv"), place(out), PrepareConfig(coverage=0.5))
+    return out
+
+
+@pytest.fixture(scope="session")
+def real_dataset(ray_here: None, shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The three real pages, prepared with the defaults."""
+    out = tmp_path_factory.mktemp("real") / "crops"
+    prepare(place(shared / "pages"), place(shared / "train.csv"), place(out), PrepareConfig())
+    return out

@@ -1,0 +1,125 @@
+"""The command line: its surface is pinned, its help is light, its errors are one line, its exit codes tell."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+from conftest import KUZUSHIJI
+
+from job.cli import main
+
+SURFACE = {
+    "sample": {"--out", "--num-pages", "--seed", "--scale", "--layouts"},
+    "prepare": {
+        "--pages", "--labels", "--dataset", "--split", "--seed", "--val-fraction", "--test-fraction", "--coverage",
+        "--classes", "--shards", "--max-bad-fraction",
+    },
+    "train": {
+        "--dataset", "--models", "--architecture", "--workers", "--gpus-per-worker", "--cpus-per-worker", "--epochs",
+        "--global-batch-size", "--learning-rate", "--seed", "--patience", "--run",
+    },
+    "evaluate": {"--model", "--dataset", "--split", "--out"},
+    "pull": {"--models", "--to", "names"},
+    "verify": {"folder"},
+}  # fmt: skip
+
+
+def kuzushiji(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([str(KUZUSHIJI), *arguments], capture_output=True, text=True, check=False, cwd=cwd)
+
+
+def test_the_public_surface_is_what_it_was() -> None:
+    surface = {
+        name: {option for parameter in command.params for option in parameter.opts}
+        for name, command in main.commands.items()
+    }
+    assert surface == {name: options | {"--json", "--debug"} for name, options in SURFACE.items()}
+
+
+def test_defaults_are_those_of_the_study() -> None:
+    defaults = {parameter.name: parameter.default for parameter in main.commands["prepare"].params}
+    assert (defaults["split"], defaults["seed"], defaults["coverage"]) == ("random", 42, 0.9)
+    assert (defaults["val_fraction"], defaults["test_fraction"]) == (0.15, 0.15)
+    from job.config import RECIPES
+
+    assert RECIPES["baseline"].model_dump() == {"epochs": 10, "global_batch_size": 512, "learning_rate": 1e-4}
+
+
+LIGHT = """
+import sys
+from job.cli import main
+main(sys.argv[1:], standalone_mode=False)
+heavy = {"tensorflow", "keras", "ray", "pandas", "numpy", "pydantic", "fsspec"} & set(sys.modules)
+assert not heavy, heavy
+"""
+
+
+@pytest.mark.parametrize("command", ["", *SURFACE])
+def test_help_loads_neither_tensorflow_nor_ray_and_fits_a_screen(command: str) -> None:
+    arguments = [command, "--help"] if command else ["--help"]
+    done = subprocess.run([sys.executable, "-c", LIGHT, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Usage:" in done.stdout
+    wide = CliRunner().invoke(main, arguments, terminal_width=110).output
+    assert len(wide.splitlines()) <= 30
+
+
+@pytest.mark.parametrize("command", SURFACE)
+def test_every_option_has_a_line_of_help(command: str) -> None:
+    for parameter in main.commands[command].params:
+        if isinstance(parameter, click.Option):
+            assert parameter.help, parameter.name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["prepare"], 2, "Missing option '--pages'"),
+        (["train", "--dataset", "x", "--models", "y", "--architecture", "vgg"], 2, "must be one of baseline"),
+        (["train", "--dataset", "x", "--models", "y", "--architecture", "baseline", "--workers", "0"], 2, "--workers"),
+        (["train", "--dataset", "x", "--models", "y", "--architecture", "baseline"], 1, "must hold manifest.json"),
+        (["prepare", "--pages", "x", "--labels", "y", "--dataset", "z"], 1, "--labels must be a file"),
+        (["prepare", "--pages", "x", "--labels", "y", "--dataset", "z", "--val-fraction", "2"], 2, "--val-fraction"),
+        (["evaluate", "--model", "x", "--dataset", "y"], 1, "a model folder must hold manifest.json"),
+        (["pull", "--models", "x", "--to", "y"], 1, "--models must hold"),
+        (["verify", "x"], 1, "must hold manifest.json"),
+        (["sample", "--out", "x", "--num-pages", "0"], 2, "num"),
+    ],
+)  # fmt: skip
+def test_a_failure_is_one_line_with_the_rule_and_what_came(
+    arguments: list[str], code: int, says: str, tmp_path: Path
+) -> None:
+    done = kuzushiji(*arguments, cwd=tmp_path)
+    assert done.returncode == code
+    assert says in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    if code == 1 or "Missing" not in says:
+        assert len(done.stderr.splitlines()) == 1
+    assert "Traceback" in kuzushiji(*arguments, "--debug", cwd=tmp_path).stderr or "Missing" in says
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_user_walks_from_pages_to_a_checked_dataset(tmp_path: Path) -> None:
+    assert kuzushiji("sample", "--out", "pages", "--num-pages", "3", "--scale", "0.15", cwd=tmp_path).returncode == 0
+    source = ["--pages", "pages/train_images", "--labels", "pages/train.csv", "--dataset", "crops"]
+    done = kuzushiji("prepare", *source, "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["written"] is True
+    assert sum(result["crops"].values()) > 300
+    again = kuzushiji("prepare", *source, cwd=tmp_path)
+    assert "nothing written" in again.stdout
+    checked = kuzushiji("verify", "crops", "--json", cwd=tmp_path)
+    assert (checked.returncode, json.loads(checked.stdout)["faults"]) == (0, [])
+    shard = sorted((tmp_path / "crops").glob("*train.tfrecord*"))[0]
+    shard.write_bytes(b"")
+    checked = kuzushiji("verify", "crops", cwd=tmp_path)
+    assert checked.returncode == 1
+    assert re.search(rf"^{shard.name} has 0 bytes instead of \d+$", checked.stdout, re.M)
+    left = subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True, check=False)
+    assert left.stdout == ""

@@ -1,0 +1,130 @@
+"""Crops: the study's geometry, its grey levels within bounds, and every fault of a page or box told, none fatal."""
+
+import csv
+import io
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from PIL import Image
+
+from preprocessing.crop import SIDE, PageFault, clip_box, crop, decode_page
+
+WORST_GREY_LEVELS, MEAN_GREY_LEVELS = 2.5, 1.25
+
+
+def jpeg(image: Image.Image, **options: object) -> bytes:
+    out = io.BytesIO()
+    image.save(out, "JPEG", **options)
+    return out.getvalue()
+
+
+def study_crop(page: Image.Image, box: tuple[int, int, int, int]) -> NDArray[np.int64]:
+    """The study's way, with Pillow."""
+    x, y, width, height = box
+    longer = max(width, height)
+    new = (max(1, width * SIDE // longer), max(1, height * SIDE // longer))
+    shrunk = page.crop((x, y, x + width, y + height)).resize(new, Image.Resampling.LANCZOS)
+    square = Image.new("L", (SIDE, SIDE))
+    square.paste(shrunk, ((SIDE - new[0]) // 2, (SIDE - new[1]) // 2))
+    return np.asarray(square, np.int64)
+
+
+def test_real_crops_differ_from_the_study_by_few_grey_levels(shared: Path) -> None:
+    differences = []
+    for row in csv.DictReader((shared / "train.csv").read_text().splitlines()):
+        data = (shared / "pages" / f"{row['image_id']}.jpg").read_bytes()
+        page, study_page = decode_page(data), Image.open(io.BytesIO(data)).convert("L")
+        fields = row["labels"].split()
+        for i in range(0, len(fields), 5):
+            x, y, width, height = map(int, fields[i + 1 : i + 5])
+            ours = crop(page, (x, y, width, height)).astype(np.int64)
+            differences.append(np.abs(ours - study_crop(study_page, (x, y, width, height))).mean())
+    assert len(differences) == 219
+    assert max(differences) <= WORST_GREY_LEVELS
+    assert np.mean(differences) <= MEAN_GREY_LEVELS
+
+
+@given(st.integers(1, 300), st.integers(1, 300))
+def test_the_longer_side_fills_the_square_and_the_rest_is_black(width: int, height: int) -> None:
+    page = np.full((300, 300), 255, np.uint8)
+    inked = crop(page, (0, 0, width, height)) > 0
+    longer = max(width, height)
+    across, down = max(1, width * SIDE // longer), max(1, height * SIDE // longer)
+    expected = np.zeros((SIDE, SIDE), bool)
+    left, top = (SIDE - across) // 2, (SIDE - down) // 2
+    expected[top : top + down, left : left + across] = True
+    assert np.array_equal(inked, expected)
+
+
+def test_77_pixels_become_80_where_floats_would_give_79() -> None:
+    assert (crop(np.full((77, 77), 255, np.uint8), (0, 0, 77, 77)) == 255).all()
+
+
+@pytest.mark.parametrize(
+    ("box", "on_page"),
+    [
+        ((10, 20, 30, 40), (10, 20, 30, 40)),
+        ((-5, -6, 30, 40), (0, 0, 25, 34)),
+        ((90, 190, 30, 40), (90, 190, 10, 10)),
+        ((-10, -10, 999, 999), (0, 0, 100, 200)),
+    ],
+)
+def test_a_box_partly_off_its_page_is_clipped(box: tuple[int, ...], on_page: tuple[int, ...]) -> None:
+    assert clip_box(box, (200, 100)) == on_page
+
+
+@pytest.mark.parametrize("box", [(100, 0, 5, 5), (0, 200, 5, 5), (-5, 0, 5, 5), (0, -9, 5, 9), (999, 999, 1, 1)])
+def test_a_box_wholly_off_its_page_is_a_fault(box: tuple[int, ...]) -> None:
+    with pytest.raises(PageFault, match="off its page of 100 x 200"):
+        clip_box(box, (200, 100))
+
+
+@pytest.mark.parametrize("box", [(1, 1, 0, 5), (1, 1, 5, 0), (1, 1, -5, 5), (1, 1, 0, 0)])
+def test_a_box_of_no_area_is_a_fault(box: tuple[int, ...]) -> None:
+    with pytest.raises(PageFault, match="no area"):
+        clip_box(box, (200, 100))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+def test_every_colour_space_of_jpeg_becomes_grey(mode: str) -> None:
+    page = decode_page(jpeg(Image.new("RGB", (50, 40), (200, 200, 200)).convert(mode)))
+    assert page.shape == (40, 50)
+    assert abs(int(page.mean()) - 200) < 4
+
+
+def test_what_is_cut_off_corrupt_or_no_jpeg_is_a_fault() -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (200, 200, 3), np.uint8))
+    whole = jpeg(noise)
+    png = io.BytesIO()
+    noise.save(png, "PNG")
+    for data in (whole[: len(whole) // 2], whole[:-2], whole[:100], b"", b"\xff\xd8", png.getvalue(), b"GIF89a"):
+        with pytest.raises(PageFault):
+            decode_page(data)
+    assert decode_page(whole).shape == (200, 200)
+
+
+def test_a_bomb_is_refused_from_its_header() -> None:
+    data = bytearray(jpeg(Image.new("L", (8, 8))))
+    frame = data.index(b"\xff\xc0")
+    data[frame + 5 : frame + 9] = (30_000).to_bytes(2, "big") * 2
+    with pytest.raises(PageFault, match="30000 x 30000 pixels is over"):
+        decode_page(bytes(data))
+
+
+def test_mutated_files_are_decoded_or_are_faults_and_never_more() -> None:
+    rng = random.Random(1)
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 48, 3), np.uint8))
+    originals = [jpeg(noise), jpeg(noise, progressive=True), jpeg(noise.convert("L"))]
+    for _ in range(1000):
+        data = bytearray(rng.choice(originals))
+        for _ in range(rng.randint(1, 8)):
+            data[rng.randrange(2, len(data))] = rng.randrange(256)
+        try:
+            assert decode_page(bytes(data)).ndim == 2
+        except PageFault as fault:
+            assert "\n" not in str(fault)

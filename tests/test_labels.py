@@ -1,0 +1,124 @@
+"""Label files: every malformed row stops the job with one line that names it; what is well-formed comes in whole."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.errors import InputError
+from cluster.storage import place
+from preprocessing.labels import Labels, book_of, parse_code_point, read_labels
+
+HEADER = "image_id,labels\n"
+
+
+def read(tmp_path: Path, text: str | bytes) -> Labels:
+    path = tmp_path / "train.csv"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return read_labels(place(path))
+
+
+def test_pages_come_sorted_and_boxes_in_the_order_of_their_row(tmp_path: Path) -> None:
+    labels = read(tmp_path, HEADER + "b_2,U+306F 1 2 3 4 U+304C 5 6 7 8\na_1,U+2000B -1 0 9 9\n")
+    assert labels.page_ids == ["a_1", "b_2"]
+    assert labels.starts.tolist() == [0, 1, 3]
+    assert labels.code_points.tolist() == [0x2000B, 0x306F, 0x304C]
+    assert labels.boxes.tolist() == [[-1, 0, 9, 9], [1, 2, 3, 4], [5, 6, 7, 8]]
+
+
+def test_an_empty_cell_and_nan_are_pages_without_text(tmp_path: Path) -> None:
+    labels = read(tmp_path, HEADER + "a,\nb,nan\nc,U+306F 1 2 3 4\n")
+    assert labels.boxes_per_page.tolist() == [0, 0, 1]
+
+
+def test_a_byte_order_mark_and_windows_line_ends_are_read(tmp_path: Path) -> None:
+    assert read(tmp_path, b"\xef\xbb\xbfimage_id,labels\r\na,U+306F 1 2 3 4\r\n").page_ids == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "says"),
+    [
+        ("a,U+306F 1 2 3\n", "groups of 5 fields"),
+        ("a,U+306F 1 2 3 4 5\n", "groups of 5 fields"),
+        ("a,306F 1 2 3 4\n", "a code point looks like"),
+        ("a,U+D800 1 2 3 4\n", "a code point looks like"),
+        ("a,U+110000 1 2 3 4\n", "a code point looks like"),
+        ("a,U+00306F 1 2 3 4\n", "a code point looks like"),
+        ("a,U+306F 1.5 2 3 4\n", "whole numbers"),
+        ("a,U+306F 1 2 3 99999999999\n", "whole numbers"),
+        ("a,U+306F 1 2 3 ４\n", "whole numbers"),
+        ("../a,U+306F 1 2 3 4\n", "an image_id must be"),
+        ("a/b,U+306F 1 2 3 4\n", "an image_id must be"),
+        ("..,U+306F 1 2 3 4\n", "an image_id must be"),
+        (",U+306F 1 2 3 4\n", "an image_id must be"),
+        ("a,U+306F 1 2 3 4\na,U+306F 1 2 3 4\n", "one row only"),
+        ("a,U+306F 1 2 3 4,x\n", "2 columns"),
+        ("a\n", "2 columns"),
+        ("a,nan\n", "at least one page must have"),
+        ('a,"U+306F 1 2 3 4\n', "not CSV"),
+    ],
+)
+def test_a_malformed_row_is_refused_in_one_line_that_says_what_came(tmp_path: Path, rows: str, says: str) -> None:
+    with pytest.raises(InputError, match=says) as caught:
+        read(tmp_path, HEADER + rows)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "a,U+306F 1 2 3 4\n", "Image_ID,Labels\na,nan\n", "labels,image_id\n"])
+def test_a_wrong_or_missing_header_is_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(InputError, match="must begin with the header image_id,labels"):
+        read(tmp_path, text)
+
+
+def test_a_file_that_is_not_there_or_not_text_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="which is not there"):
+        read_labels(place(tmp_path / "none.csv"))
+    with pytest.raises(InputError, match="UTF-8"):
+        read(tmp_path, b"\xff\xfe\x00")
+
+
+@pytest.mark.parametrize(
+    ("page_id", "book"),
+    [
+        ("100241706_00004_2", "100241706"),
+        ("200014740-00004_1", "200014740"),
+        ("hnsd001-003", "hnsd001"),
+        ("200021637-00002", "200021637"),
+        ("plain", "plain"),
+    ],
+)
+def test_the_book_is_what_stands_before_the_first_underscore_or_hyphen(page_id: str, book: str) -> None:
+    assert book_of(page_id) == book
+
+
+def test_every_real_row_is_read(shared: Path) -> None:
+    labels = read_labels(place(shared / "layouts.csv"))
+    assert len(labels.page_ids) == 579
+    assert len({book_of(page_id) for page_id in labels.page_ids}) == 44
+    assert 1 <= (labels.boxes_per_page == 0).sum() <= 65
+
+
+FIELD = st.sampled_from(
+    ["U+306F", "U+", "1", "-3", "0", "nan", "", "x", "U+D800", "9" * 12, '"', ",", "\n", "\x00", "../a"]
+)
+
+
+@given(st.one_of(st.binary(max_size=200), st.lists(FIELD, max_size=12).map(lambda fields: " ".join(fields).encode())))
+def test_any_bytes_are_read_whole_or_refused_in_one_line(tmp_path_factory: pytest.TempPathFactory, rows: bytes) -> None:
+    try:
+        labels = read(tmp_path_factory.mktemp("any"), HEADER.encode() + b"a," + rows)
+    except InputError as error:
+        assert "\n" not in str(error)
+    else:
+        assert labels.starts[-1] == len(labels.boxes) == len(labels.code_points) > 0
+
+
+@given(st.integers(0, 0x10FFFF))
+def test_a_code_point_is_read_back_from_its_name_unless_it_is_a_surrogate(value: int) -> None:
+    name = f"U+{value:04X}"
+    if 0xD800 <= value <= 0xDFFF:
+        with pytest.raises(ValueError, match="code point"):
+            parse_code_point(name)
+    else:
+        assert parse_code_point(name) == value

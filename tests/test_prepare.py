@@ -1,0 +1,334 @@
+"""prepare: boxes in = crops out + listed losses; the same bytes always; nothing half-made is taken for a dataset."""
+
+import io
+import json
+import shutil
+import zipfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+from cluster.errors import InputError, OptionError
+from cluster.manifest import DatasetManifest, read_manifest, verify
+from cluster.storage import place
+from preprocessing.labels import read_labels
+from preprocessing.prepare import PrepareConfig, prepare
+
+pytestmark = pytest.mark.usefixtures("ray_here")
+
+EVERY_LOSS = PrepareConfig(max_bad_fraction=1)
+
+
+def page(width: int = 100, height: int = 200, seed: int = 0) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width), np.uint8)).save(out, "JPEG")
+    return out.getvalue()
+
+
+def write_pages(folder: Path, files: dict[str, bytes], rows: dict[str, str]) -> None:
+    (folder / "train_images").mkdir(parents=True)
+    for name, data in files.items():
+        (folder / "train_images" / name).write_bytes(data)
+    text = "".join(f"{page_id},{cell}\n" for page_id, cell in rows.items())
+    (folder / "train.csv").write_text("image_id,labels\n" + text)
+
+
+def run(
+    source: Path, dataset: Path, config: PrepareConfig = EVERY_LOSS, pages: str = "train_images"
+) -> DatasetManifest:
+    return prepare(place(source / pages), place(source / "train.csv"), place(dataset), config)[0]
+
+
+def boxes(count: int, character: str = "U+306F") -> str:
+    return " ".join(f"{character} {5 * i} {7 * i} {20 + i} {30 + i}" for i in range(count))
+
+
+def records(dataset: Path) -> list[dict[str, Any]]:
+    """All records of a dataset folder, through TensorFlow."""
+    found = []
+    for path in sorted(dataset.glob("*.tfrecord-*")):
+        for record in tf.data.TFRecordDataset(str(path)).as_numpy_iterator():
+            feature = tf.train.Example.FromString(record).features.feature
+            found.append(
+                {
+                    "image": feature["image"].bytes_list.value[0],
+                    "label": feature["label"].int64_list.value[0],
+                    "unicode": feature["unicode"].bytes_list.value[0].decode(),
+                    "image_id": feature["image_id"].bytes_list.value[0].decode(),
+                    "box": tuple(feature["box"].int64_list.value),
+                }
+            )
+    return found
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_the_three_real_pages_give_219_crops(real_dataset: Path, shared: Path) -> None:
+    manifest = read_manifest(place(real_dataset), DatasetManifest)
+    assert sum(shard.examples for shard in manifest.shards) == 219
+    assert {split: counts["examples"] for split, counts in manifest.counts.items()} == {
+        "train": 155,
+        "validation": 32,
+        "test": 32,
+    }
+    labels = read_labels(place(shared / "train.csv"))
+    assert Counter(r["box"] for r in records(real_dataset)) == Counter(tuple(b) for b in labels.boxes.tolist())
+
+
+def test_tfds_reads_the_folder_as_it_is(dataset: Path) -> None:
+    import tensorflow_datasets as tfds
+
+    builder = tfds.builder_from_directory(str(dataset))
+    manifest = read_manifest(place(dataset), DatasetManifest)
+    names = (dataset / "label.labels.txt").read_text().splitlines()
+    assert builder.info.features["label"].names == names
+    ours = {(r["image_id"], r["box"]): r for r in records(dataset)}
+    for split, counts in manifest.counts.items():
+        assert builder.info.splits[split].num_examples == counts["examples"]
+        examples = list(tfds.as_numpy(builder.as_dataset(split=split)))
+        assert len(examples) == counts["examples"]
+        for example in examples:
+            record = ours[(example["image_id"].decode(), tuple(example["box"].tolist()))]
+            assert example["image"].shape == (80, 80, 1)
+            assert example["image"].tobytes() == record["image"]
+            assert example["label"] == record["label"]
+
+
+def test_records_hold_label_code_point_page_and_box(dataset: Path, pages: Path) -> None:
+    names = (dataset / "label.labels.txt").read_text().splitlines()
+    labels = read_labels(place(pages / "train.csv"))
+    found = records(dataset)
+    assert len(found) == len(labels.boxes)
+    for record in found:
+        assert len(record["image"]) == 6400
+        name = names[record["label"]]
+        assert name == (record["unicode"] if record["unicode"] in names else "rare")
+    assert {name for record in found if (name := names[record["label"]]) == "rare"} == {"rare"}
+    assert Counter(r["image_id"] for r in found) == Counter(
+        dict(zip(labels.page_ids, labels.boxes_per_page.tolist(), strict=True))
+    )
+
+
+def test_every_fault_of_a_page_or_box_is_a_listed_loss_and_moves_no_other_crop(tmp_path: Path) -> None:
+    rows = {f"good_{i}": boxes(10) for i in range(4)}
+    rows |= {"boxes_1": "U+306F 1 1 0 9 U+306F 1 1 9 -9 U+306F 500 1 9 9 U+306F -5 -5 20 20 U+306F 1 1 30 30"}
+    rows |= {
+        "cut_1": boxes(2),
+        "png_1": boxes(3),
+        "none_1": boxes(1),
+        "bomb_1": boxes(1),
+        "empty_1": "",
+        "nan_1": "nan",
+    }
+    files = {f"good_{i}.jpg": page(seed=i) for i in range(4)} | {"boxes_1.jpg": page(), "unknown_1.jpg": page()}
+    png, bomb = io.BytesIO(), bytearray(page())
+    Image.new("L", (100, 200)).save(png, "PNG")
+    at = bomb.index(b"\xff\xc0")
+    bomb[at + 5 : at + 9] = (30_000).to_bytes(2, "big") * 2
+    files |= {"cut_1.jpg": page()[:-500], "png_1.jpg": png.getvalue(), "bomb_1.jpg": bytes(bomb), "notes.txt": b"hello"}
+    write_pages(tmp_path, files, rows)
+    manifest = run(tmp_path, tmp_path / "out")
+    whats = Counter((loss["page"], loss["what"].split(":")[0]) for loss in manifest.losses)
+    assert whats == {
+        ("boxes_1", "box of no area"): 2,
+        ("boxes_1", "box is off its page of 100 x 200 pixels"): 1,
+        ("cut_1", "page can't be decoded"): 2,
+        ("png_1", "page is not a JPEG file"): 3,
+        ("none_1", "page has no file"): 1,
+        ("bomb_1", "page of 30000 x 30000 pixels is over 100000000 pixels"): 1,
+    }
+    assert manifest.clipped == [{"page": "boxes_1", "box": [-5, -5, 20, 20]}]
+    assert manifest.unlabelled == ["unknown_1"]
+    found = records(tmp_path / "out")
+    total = len(read_labels(place(tmp_path / "train.csv")).boxes)
+    assert len(found) + len(manifest.losses) == total
+    assert (-5, -5, 20, 20) in {r["box"] for r in found}
+    # The same labels with every page whole: each crop that is in both is in the same split, with the same bytes.
+    whole = tmp_path / "whole"
+    write_pages(
+        whole, {f"{page_id}.jpg": page() for page_id in rows} | {f: d for f, d in files.items() if "good" in f}, rows
+    )
+    run(whole, whole / "out")
+
+    def crops_by_split(folder: Path) -> set[Any]:
+        return {
+            (path.name.split(".")[0], r)
+            for path in folder.glob("*.tfrecord*")
+            for r in tf.data.TFRecordDataset(str(path)).as_numpy_iterator()
+        }
+
+    assert crops_by_split(tmp_path / "out") < crops_by_split(whole / "out")
+
+
+def test_too_many_losses_fail_without_a_manifest_and_may_be_allowed_later(tmp_path: Path) -> None:
+    rows = {f"a_{i}": boxes(10) for i in range(3)}
+    write_pages(tmp_path, {"a_0.jpg": page(), "a_1.jpg": page()}, rows)
+    with pytest.raises(InputError, match="Received: 10 of 30, first page a_2: page has no file"):
+        run(tmp_path, tmp_path / "out", PrepareConfig())
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    assert len(run(tmp_path, tmp_path / "out", PrepareConfig(max_bad_fraction=0.4)).losses) == 10
+    assert not (tmp_path / "out" / ".prepare").exists()
+
+
+def test_a_file_all_of_whose_crops_were_lost_stays_valid_and_empty(tmp_path: Path) -> None:
+    write_pages(tmp_path, {"a_0.jpg": page()}, {"a_0": boxes(30), "b_0": boxes(30)})
+    manifest = run(tmp_path, tmp_path / "out", PrepareConfig(max_bad_fraction=1, split="random", shards=2))
+    assert [shard.examples for shard in manifest.shards if shard.bytes == 0] == [0, 0, 0]
+    assert verify(place(tmp_path / "out"))[1:] == ([], [])
+    info = json.loads((tmp_path / "out" / "dataset_info.json").read_text())
+    lengths = [length for split in info["splits"] for length in split["shardLengths"]]
+    assert lengths.count("0") == 3
+
+
+def test_the_same_input_gives_the_same_bytes_from_a_folder_or_a_zip(dataset: Path, pages: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "train_images.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for path in sorted((pages / "train_images").iterdir()):
+            archive.write(path, f"train_images/{path.name}")
+        archive.writestr("__MACOSX/train_images/._x.jpg", b"no page")
+    shutil.copy(pages / "train.csv", tmp_path / "train.csv")
+    run(tmp_path, tmp_path / "out", PrepareConfig(coverage=0.5), pages="train_images.zip")
+    assert contents(tmp_path / "out") == contents(dataset)
+
+
+def test_a_second_run_writes_nothing(dataset: Path, pages: Path) -> None:
+    before = {path.name: path.stat().st_mtime_ns for path in dataset.iterdir()}
+    source = (place(pages / "train_images"), place(pages / "train.csv"))
+    assert prepare(*source, place(dataset), PrepareConfig(coverage=0.5))[1] is False
+    assert {path.name: path.stat().st_mtime_ns for path in dataset.iterdir()} == before
+
+
+def _flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize("damage", [_flip, _cut, Path.unlink], ids=["flipped byte", "cut off", "deleted"])
+def test_a_damaged_shard_alone_is_made_again(
+    damage: Callable[[Path], None], dataset: Path, pages: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "out"
+    shutil.copytree(dataset, copy)
+    shard = sorted(copy.glob("*train.tfrecord*"))[1]
+    damage(shard)
+    names = {path.name for path in copy.glob("*.tfrecord*")} - {shard.name}
+    before = {name: (copy / name).stat().st_ino for name in names if f"-{shard.name[-14:-9]}-" not in name}
+    assert verify(place(copy))[1] != []
+    source = (place(pages / "train_images"), place(pages / "train.csv"))
+    assert prepare(*source, place(copy), PrepareConfig(coverage=0.5))[1] is True
+    assert contents(copy) == contents(dataset)
+    assert {name: (copy / name).stat().st_ino for name in before} == before
+
+
+def test_an_interrupted_run_is_finished_without_making_again_what_is_done(
+    dataset: Path, pages: Path, tmp_path: Path
+) -> None:
+    source = (place(pages / "train_images"), place(pages / "train.csv"))
+    config = PrepareConfig(coverage=0.5)
+    out = tmp_path / "out"
+    broken = tmp_path / "broken"
+    shutil.copytree(pages, broken)
+    for path in sorted((broken / "train_images").iterdir())[6:]:  # an attempt that got through half of the pages
+        path.write_bytes(b"\xff\xd8" + bytes(path.stat().st_size - 2))
+    with pytest.raises(InputError, match="boxes may be lost"):
+        prepare(place(broken / "train_images"), place(broken / "train.csv"), place(out), config)
+    reports = sorted((out / ".prepare").glob("group-*.json"))
+    done = [json.loads(path.read_text()) for path in reports]
+    for path, report in zip(reports, done, strict=True):
+        if report["losses"]:
+            path.unlink()
+    (out / ".tmp-0123").write_bytes(b"left by a killed task")
+    kept = [s["name"] for report in done if not report["losses"] for s in report["shards"].values()]
+    before = {name: (out / name).stat().st_ino for name in kept}
+    assert kept
+    prepare(*source, place(out), config)
+    assert contents(out) == contents(dataset)
+    assert {name: (out / name).stat().st_ino for name in kept} == before
+
+
+def test_a_folder_of_another_job_is_refused_with_what_differs(dataset: Path, pages: Path, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=r"coverage .there 0.5, now 0.9."):
+        run(pages, dataset, PrepareConfig())
+    with pytest.raises(OptionError, match="seed"):
+        run(pages, dataset, PrepareConfig(coverage=0.5, seed=1))
+    other = tmp_path / "other"
+    shutil.copytree(pages, other)
+    next((other / "train_images").iterdir()).unlink()
+    with pytest.raises(OptionError, match="input"):
+        run(other, dataset, PrepareConfig(coverage=0.5))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("mine")
+    with pytest.raises(OptionError, match="new or empty"):
+        run(pages, tmp_path / "mine", PrepareConfig(coverage=0.5))
+
+
+def test_the_classes_of_an_earlier_dataset_are_used_in_their_order(pages: Path, tmp_path: Path) -> None:
+    names = ["U+3044", "U+306B", "U+0041", "rare"]
+    run(pages, tmp_path / "out", PrepareConfig(classes=names))
+    assert (tmp_path / "out" / "label.labels.txt").read_text() == "U+3044\nU+306B\nU+0041\nrare\n"
+    for record in records(tmp_path / "out"):
+        assert names[record["label"]] == (record["unicode"] if record["unicode"] in names else "rare")
+
+
+def test_shards_are_cut_at_nearly_equal_box_counts_and_counted_per_split(pages: Path, tmp_path: Path) -> None:
+    manifest = run(pages, tmp_path / "out", PrepareConfig(coverage=0.5, shards=4))
+    for split in ("train", "validation", "test"):
+        shards = manifest.shards_of(split)
+        assert [s.name for s in shards] == [f"kuzushiji-{split}.tfrecord-{i:05d}-of-00004" for i in range(4)]
+    per_group = [sum(manifest.shards_of(split)[i].examples for split in manifest.counts) for i in range(4)]
+    assert max(per_group) - min(per_group) <= 2 * int(read_labels(place(pages / "train.csv")).boxes_per_page.max())
+
+
+def test_split_by_book_puts_no_book_on_two_sides(pages: Path, tmp_path: Path) -> None:
+    manifest = run(pages, tmp_path / "out", PrepareConfig(split="book", coverage=0.5))
+    books: dict[str, set[str]] = {}
+    for path in (tmp_path / "out").glob("*.tfrecord*"):
+        for record in tf.data.TFRecordDataset(str(path)).as_numpy_iterator():
+            page_id = tf.train.Example.FromString(record).features.feature["image_id"].bytes_list.value[0].decode()
+            books.setdefault(page_id.replace("-", "_").split("_")[0], set()).add(path.name.split(".")[0])
+    assert all(len(sides) == 1 for sides in books.values())
+    assert sum(counts["books"] for counts in manifest.counts.values()) == len(books)
+
+
+@pytest.mark.parametrize("bad", ["no folder", "empty folder", "no zip", "twice in a zip"])
+def test_pages_that_are_no_pages_are_refused_before_any_work(bad: str, pages: Path, tmp_path: Path) -> None:
+    shutil.copy(pages / "train.csv", tmp_path / "train.csv")
+    name = "x.zip" if "zip" in bad else "x"
+    if bad == "empty folder":
+        (tmp_path / name).mkdir()
+    elif bad == "no zip":
+        (tmp_path / name).write_bytes(b"PK no zip")
+    elif bad == "twice in a zip":
+        with zipfile.ZipFile(tmp_path / name, "w") as archive:
+            archive.writestr("a/p.jpg", b"")
+            archive.writestr("b/p.jpg", b"")
+    with pytest.raises(InputError, match="--pages must be|must hold one file a page"):
+        run(tmp_path, tmp_path / "out", pages=name)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_page_that_is_broken_in_the_archive_is_a_loss(tmp_path: Path) -> None:
+    rows = {f"a_{i}": boxes(10) for i in range(4)}
+    write_pages(tmp_path, {}, rows)
+    archive = tmp_path / "pages.zip"
+    with zipfile.ZipFile(archive, "w") as out:
+        for i in range(4):
+            out.writestr(f"a_{i}.jpg", page(seed=i))
+    data = bytearray(archive.read_bytes())
+    data[data.index(b"a_1.jpg") + 200] ^= 0xFF
+    archive.write_bytes(data)
+    manifest = run(tmp_path, tmp_path / "out", pages="pages.zip")
+    assert {loss["page"] for loss in manifest.losses} == {"a_1"}
+    assert "page can't be read from the archive" in manifest.losses[0]["what"]

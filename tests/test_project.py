@@ -1,0 +1,79 @@
+"""The project itself: imports go one way, versions are pinned once, nothing points at where it was made."""
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = {"cluster": set(), "preprocessing": {"cluster"}, "job": {"cluster", "preprocessing"}}
+
+
+def imports_of(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_imports_go_one_way(package: str) -> None:
+    for path in (ROOT / package).glob("*.py"):
+        ours = {name.split(".")[0] for name in imports_of(path)} & set(PACKAGES)
+        assert ours <= PACKAGES[package] | {package}, path
+
+
+def test_keras_is_never_reached_through_tensorflow() -> None:
+    for path in ROOT.glob("[cjpt]*/*.py"):
+        assert not any(name.startswith("tensorflow.keras") for name in imports_of(path)), path
+        assert not re.search(r"\btf\.keras\b", path.read_text().replace("never `tf.keras`", "")) or path == Path(
+            __file__
+        )
+
+
+def test_architectures_import_keras_only() -> None:
+    outside = {name.split(".")[0] for name in imports_of(ROOT / "job" / "architectures.py")}
+    assert outside == {"collections", "keras"}
+
+
+def locked(name: str) -> dict[str, str]:
+    return dict(re.findall(r"^([a-z0-9._-]+)(?:\[.*\])?==(\S+)", (ROOT / name).read_text(), re.M))
+
+
+def test_lock_files_hold_hashes_and_the_same_versions_and_no_address() -> None:
+    run, dev = locked("requirements.lock"), locked("requirements-dev.lock")
+    assert run.items() <= dev.items()
+    pinned = dict(re.findall(r'"(ray|tensorflow|keras)(?:\[.*\])?==([^"]+)"', (ROOT / "pyproject.toml").read_text()))
+    assert pinned == {name: run[name] for name in ("ray", "tensorflow", "keras")}
+    for name in ("requirements.lock", "requirements-dev.lock"):
+        text = (ROOT / name).read_text()
+        assert "://" not in text
+        assert "--index" not in text
+        assert text.count("--hash=sha256:") >= len(locked(name))
+
+
+def test_nothing_names_a_registry_or_the_place_where_it_was_made() -> None:
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    hosts = "|".join([r"py" + r"pi\.org", "python" + r"hosted\.org", str(ROOT.parent) + "/"])
+    for name in tracked:
+        if (ROOT / name).suffix not in (".png", ".jpg"):
+            assert not re.search(hosts, (ROOT / name).read_text(encoding="utf-8")), name
+
+
+def test_the_readme_names_every_command_option_and_file() -> None:
+    from job.cli import main
+
+    readme = (ROOT / "README.md").read_text()
+    for name, command in main.commands.items():
+        assert f"kuzushiji {name}" in readme
+        for parameter in command.params:
+            for option in parameter.opts:
+                assert option in readme or not option.startswith("--"), f"{name} {option}"
+    for package in PACKAGES:
+        for path in (ROOT / package).glob("*.py"):
+            assert path.name in readme or path.name == "__init__.py", path

@@ -1,0 +1,217 @@
+"""pull and verify: what arrives is what was sealed, or it does not arrive; an address is as good as a path."""
+
+import json
+import shutil
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+from upath import UPath
+
+from cluster.errors import DamageError, InputError, KuzushijiError
+from cluster.manifest import MANIFEST_FILE, ModelManifest, file_entry, seal, verify
+from cluster.models import point_to_latest, read_latest, resolve_model
+from cluster.pull import pull
+from cluster.storage import place, write_bytes
+
+NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
+FILES = {"model.keras": bytes(range(256)) * 9000, "labels.txt": b"U+306F\nrare\n", "config.json": b"{}"}
+
+
+def write_run(models: UPath, name: str, run: str, finished_at: datetime = NOON) -> UPath:
+    folder = models / name / run
+    for file, data in FILES.items():
+        write_bytes(folder / file, data)
+    entries = [file_entry(folder / file) for file in FILES]
+    manifest = ModelManifest(files=entries, dataset_manifest_sha256="0" * 64, finished_at=finished_at)
+    seal(folder, manifest)
+    point_to_latest(folder, manifest)
+    return folder
+
+
+@pytest.fixture(params=["path", "address"])
+def models(request: pytest.FixtureRequest, tmp_path: Path) -> UPath:
+    """A models place with two architectures, one of them with two runs."""
+    root = place(tmp_path / "models") if request.param == "path" else place(f"memory://{tmp_path.name}/models")
+    write_run(root, "baseline", "old", NOON - timedelta(hours=1))
+    write_run(root, "baseline", "new")
+    write_run(root, "other", "one")
+    return root
+
+
+def edit_manifest(folder: UPath, **changes: object) -> None:
+    content = json.loads((folder / MANIFEST_FILE).read_bytes()) | changes
+    write_bytes(folder / MANIFEST_FILE, json.dumps(content).encode())
+
+
+def test_the_latest_runs_come_whole_and_checked(models: UPath, tmp_path: Path) -> None:
+    to = place(tmp_path / "to")
+    pulled = pull(models, to)
+    assert [(one.name, one.run) for one in pulled] == [("baseline", "new"), ("other", "one")]
+    for one in pulled:
+        assert verify(place(one.folder))[1:] == ([], [])
+        assert {path.name for path in Path(one.folder).iterdir()} == {*FILES, MANIFEST_FILE}
+    assert resolve_model(to / "baseline") == to / "baseline" / "new"
+
+
+def test_a_named_run_comes_and_moves_no_pointer_back(models: UPath, tmp_path: Path) -> None:
+    to = place(tmp_path / "to")
+    pull(models, to, ["baseline"])
+    assert [one.run for one in pull(models, to, ["baseline/old"])] == ["old"]
+    latest = read_latest(to / "baseline")
+    assert latest is not None
+    assert latest.run == "new"
+
+
+def test_what_is_there_and_right_is_not_fetched_again(models: UPath, tmp_path: Path) -> None:
+    to = place(tmp_path / "to")
+    total = sum(len(data) for data in FILES.values())
+    assert pull(models, to, ["other"])[0].new_bytes == total
+    assert pull(models, to, ["other"])[0].new_bytes == 0
+    (to / "other" / "one" / "config.json").write_bytes(b"[]")
+    assert pull(models, to, ["other"])[0].new_bytes == 2
+
+
+def test_an_interrupted_pull_goes_on_where_it_stopped(models: UPath, tmp_path: Path) -> None:
+    to = tmp_path / "to"
+    folder = to / "other" / "one"
+    folder.mkdir(parents=True)
+    (folder / ".model.keras.part").write_bytes(FILES["model.keras"][:2_000_000])
+    total = sum(len(data) for data in FILES.values())
+    assert pull(models, place(to), ["other"])[0].new_bytes == total - 2_000_000
+    assert (folder / "model.keras").read_bytes() == FILES["model.keras"]
+    assert not list(folder.glob(".*"))
+
+
+def test_a_part_of_something_else_is_fetched_anew(models: UPath, tmp_path: Path) -> None:
+    folder = tmp_path / "to" / "other" / "one"
+    folder.mkdir(parents=True)
+    (folder / ".model.keras.part").write_bytes(b"something else")
+    pull(models, place(tmp_path / "to"), ["other"])
+    assert (folder / "model.keras").read_bytes() == FILES["model.keras"]
+
+
+def test_a_changed_file_is_named_and_nothing_stands_under_its_name(models: UPath, tmp_path: Path) -> None:
+    data = bytearray(FILES["model.keras"])
+    data[1000] ^= 1
+    write_bytes(models / "other" / "one" / "model.keras", bytes(data))
+    with pytest.raises(DamageError, match=r"model.keras was changed"):
+        pull(models, place(tmp_path / "to"), ["other"])
+    folder = tmp_path / "to" / "other" / "one"
+    assert not (folder / "model.keras").exists()
+    assert not (folder / MANIFEST_FILE).exists()
+
+
+def test_a_missing_file_is_named(models: UPath, tmp_path: Path) -> None:
+    (models / "other" / "one" / "labels.txt").unlink()
+    with pytest.raises(DamageError, match=r"labels.txt is missing"):
+        pull(models, place(tmp_path / "to"), ["other"])
+
+
+def test_names_that_climb_out_are_refused(models: UPath, tmp_path: Path) -> None:
+    for name in ("../x", "..", "baseline/../../x", "/etc", "baseline/..", ""):
+        with pytest.raises(InputError):
+            pull(models, place(tmp_path / "to"), [name])
+    folder = models / "other" / "one"
+    entry = json.loads((folder / MANIFEST_FILE).read_bytes())["files"][0]
+    edit_manifest(folder, files=[entry | {"name": "../../evil"}])
+    with pytest.raises(DamageError, match="a file name in a manifest"):
+        pull(models, place(tmp_path / "to"), ["other"])
+    write_bytes(models / "other" / "latest.json", b'{"run": "../one", "finished_at": "2026-01-01T00:00:00Z"}')
+    with pytest.raises(DamageError, match=r"latest.json must name a run"):
+        pull(models, place(tmp_path / "to"), ["other"])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"[]",
+        b"{",
+        b'{"format": 2, "kind": "model", "files": []}',
+        b"[" * 100_000,
+        b'{"kind": "model", "files": 3}',
+    ],
+)
+def test_a_manifest_that_is_none_is_damage_in_one_line(content: bytes, models: UPath, tmp_path: Path) -> None:
+    write_bytes(models / "other" / "one" / MANIFEST_FILE, content)
+    with pytest.raises(DamageError) as caught:
+        pull(models, place(tmp_path / "to"), ["other"])
+    assert "\n" not in str(caught.value)
+
+
+def test_nothing_of_that_name_is_said_in_one_line(models: UPath, tmp_path: Path) -> None:
+    for wanted in ("nothing", "baseline/nothing"):
+        with pytest.raises(KuzushijiError) as caught:
+            pull(models, place(tmp_path / "to"), [wanted])
+        assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match="with none"):
+        pull(place(tmp_path / "empty"), place(tmp_path / "to"))
+
+
+def test_the_pointer_moves_only_to_a_later_run(models: UPath) -> None:
+    folder = write_run(models, "other", "earlier", NOON - timedelta(days=1))
+    latest = read_latest(folder.parent)
+    assert latest is not None
+    assert latest.run == "one"
+    write_run(models, "other", "later", NOON + timedelta(days=1))
+    assert resolve_model(models / "other") == models / "other" / "later"
+
+
+def test_verify_names_what_is_wrong_and_what_is_not_listed(models: UPath) -> None:
+    folder = models / "baseline" / "new"
+    (folder / "labels.txt").unlink()
+    write_bytes(folder / "config.json", b"[]")
+    write_bytes(folder / "model.keras", b"short")
+    write_bytes(folder / "notes.txt", b"mine")
+    _, faults, strangers = verify(folder)
+    assert faults == [
+        "model.keras has 5 bytes instead of 2304000",
+        "labels.txt is missing",
+        "config.json was changed: its SHA-256 is not the manifest's",
+    ]
+    assert strangers == ["notes.txt"]
+
+
+def test_a_dataset_at_an_address_is_staged_as_from_a_path_and_gone_after_its_last_user(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from job.staging import staged
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    at_address = place(f"memory://{tmp_path.name}/dataset")
+    for path in dataset.iterdir():
+        write_bytes(at_address / path.name, path.read_bytes())
+    here = tmp_path / "kuzushiji" / "staged"
+    with staged(place(dataset), ["test"]) as one, staged(at_address, ["test"]) as two:
+        assert len(list(here.iterdir())) == 3  # one folder each, and the lock
+        a, b = one.splits["test"], two.splits["test"]
+        assert isinstance(a.images, np.memmap)
+        assert np.array_equal(a.images, b.images)
+        assert np.array_equal(a.labels, b.labels)
+        assert np.array_equal(a.boxes, b.boxes)
+        assert a.page_ids == b.page_ids
+        with staged(place(dataset), ["test"]):
+            assert len(list(here.iterdir())) == 3
+    assert [path.name for path in here.iterdir()] == ["lock"]
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "delete", "rename"])
+def test_a_damaged_shard_is_named_before_anything_is_read_from_it(damage: str, dataset: Path, tmp_path: Path) -> None:
+    from job.staging import staged
+
+    copy = tmp_path / "copy"
+    shutil.copytree(dataset, copy)
+    shard = sorted(copy.glob("*test.tfrecord*"))[1]
+    data = shard.read_bytes()
+    if damage == "flip":
+        shard.write_bytes(data[:99] + bytes([data[99] ^ 1]) + data[100:])
+    elif damage == "cut":
+        shard.write_bytes(data[:-1])
+    elif damage == "delete":
+        shard.unlink()
+    else:
+        shard.rename(shard.with_name(shard.name.replace("00001-of", "00009-of")))
+    with pytest.raises(DamageError, match=shard.name), staged(place(copy), ["test"]):
+        pass

@@ -1,0 +1,48 @@
+"""Records: our bytes are what TensorFlow writes and reads."""
+
+from pathlib import Path
+
+import pytest
+import tensorflow as tf
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.errors import DamageError
+from preprocessing.records import encode_example, frame, read_frames
+
+INT64 = st.integers(-(2**63), 2**63 - 1)
+VALUES = st.one_of(st.binary(max_size=300), st.lists(INT64, max_size=5))
+
+
+@given(st.dictionaries(st.text(min_size=1, max_size=10), VALUES, max_size=6))
+def test_an_example_is_read_by_tensorflow_as_it_was_given(features: dict[str, bytes | list[int]]) -> None:
+    read = tf.train.Example.FromString(encode_example(features)).features.feature
+    assert set(read) == set(features)
+    for name, value in features.items():
+        got = read[name].bytes_list.value[0] if isinstance(value, bytes) else list(read[name].int64_list.value)
+        assert got == value
+
+
+@given(st.lists(st.binary(max_size=100), max_size=5))
+def test_frames_are_those_of_tensorflow_and_read_back(
+    tmp_path_factory: pytest.TempPathFactory, datas: list[bytes]
+) -> None:
+    path = tmp_path_factory.mktemp("records") / "x.tfrecord"
+    with tf.io.TFRecordWriter(str(path)) as writer:
+        for data in datas:
+            writer.write(data)
+    ours = b"".join(frame(data) for data in datas)
+    assert ours == path.read_bytes()
+    assert list(read_frames(ours)) == datas
+
+
+def test_a_file_that_ends_within_a_record_is_damage() -> None:
+    whole = frame(b"one") + frame(b"two")
+    for end in (1, 11, 15, len(frame(b"one")) + 1, len(whole) - 1):
+        with pytest.raises(DamageError, match="whole record"):
+            list(read_frames(whole[:end]))
+
+
+def test_records_can_be_read_from_a_file(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(frame(b"one"))
+    assert [bytes(r.numpy()) for r in tf.data.TFRecordDataset(str(tmp_path / "x"))] == [b"one"]

@@ -1,0 +1,288 @@
+"""train: the same losses however many workers share a batch; a model folder that anyone can use and check."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from cluster.errors import DamageError, OptionError
+from cluster.manifest import ModelManifest, read_manifest, verify
+from cluster.storage import place
+from job.config import TrainConfig
+from job.train import train
+
+pytestmark = pytest.mark.usefixtures("ray_here")
+
+MODEL_FILES = {
+    "README.md", "config.json", "history.jsonl", "labels.txt", "manifest.json", "metrics.json", "misclassified.csv",
+    "model.keras", "per_class.csv",
+}  # fmt: skip
+EPOCH_KEYS = {
+    "epoch", "step", "loss", "accuracy", "val_loss", "val_accuracy", "learning_rate", "seconds", "crops_per_s",
+    "data_wait",
+}  # fmt: skip
+SPLIT_KEYS = {"accuracy", "accuracy_without_rare", "top5", "macro_f1", "loss", "examples"}
+
+
+def config(**changes: Any) -> TrainConfig:
+    few = {"architecture": "baseline", "epochs": 2, "global_batch_size": 64, "learning_rate": 1e-4}
+    return TrainConfig.model_validate(few | changes)
+
+
+def first_losses(dataset: Path, out: Path, workers: int, steps: int, dropout: bool) -> dict[str, Any]:
+    """Run the first steps under Ray Train: loss of each, batch norm's statistics on each rank, one dropout mask."""
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.tensorflow import TensorflowTrainer
+
+    def work(job: dict[str, Any]) -> None:
+        import keras
+
+        from job.order import permutation
+        from job.staging import staged
+        from job.worker import Training, fix_what_bits_depend_on
+
+        config = TrainConfig.model_validate(job["config"])
+        fix_what_bits_depend_on(config)
+        with staged(place(job["dataset"]), ("train", "validation", "test")) as data:
+            training = Training(config, data, board=None)
+            crops = data.splits["train"]
+            losses = []
+            for step in range(job["steps"]):
+                order = permutation(len(crops), config.seed, 1 + step)
+                first, images, labels = training.rows_of(crops, order, 0)
+                sums = training.steps.train(images, labels, first).numpy()
+                losses.append(float(training.steps.sum_over_workers(sums[None])[0, 0] / config.global_batch_size))
+            batch = permutation(len(crops), config.seed, 1)
+            training.steps.estimate_statistics([training.rows_of(crops, batch, 0)[1]])
+            norms = [layer for layer in training.model.layers if isinstance(layer, keras.layers.BatchNormalization)]
+            moving = [np.asarray(norm.moving_variance) for norm in norms]
+            np.savez(Path(job["out"]) / f"rank-{training.rank}.npz", *moving, losses=losses)
+
+    given = config(workers=workers, dropout=dropout).model_dump()
+    TensorflowTrainer(
+        work,
+        train_loop_config={"config": given, "dataset": str(dataset), "out": str(out), "steps": steps},
+        scaling_config=ScalingConfig(num_workers=workers),
+        run_config=RunConfig(name=f"losses-{workers}", storage_path=str(out)),
+    ).fit()
+    ranks = [np.load(out / f"rank-{rank}.npz") for rank in range(workers)]
+    return {"losses": ranks[0]["losses"], "statistics": [[r[f"arr_{i}"] for i in range(6)] for r in ranks]}
+
+
+@pytest.fixture(scope="module")
+def one_worker(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return first_losses(dataset, tmp_path_factory.mktemp("one"), workers=1, steps=20, dropout=False)
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_any_number_of_workers_gives_the_same_losses(
+    workers: int, one_worker: dict[str, Any], dataset: Path, tmp_path: Path
+) -> None:
+    many = first_losses(dataset, tmp_path, workers, steps=20, dropout=False)
+    assert np.abs(many["losses"] - one_worker["losses"]).max() < 1e-3
+    assert one_worker["losses"][-1] < one_worker["losses"][0] / 2
+    # What is saved does not depend on who saves: the statistics are the same on every rank.
+    for rank in many["statistics"][1:]:
+        for mine, of_rank_0 in zip(rank, many["statistics"][0], strict=True):
+            assert np.array_equal(mine, of_rank_0)
+
+
+def in_fresh_process(script: str, *arguments: str, cwd: Path) -> str:
+    """Standard output of a script in a new interpreter whose folder is elsewhere."""
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments], cwd=cwd, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+LOGICAL_DEVICES = """
+import sys, json
+import job, keras, numpy as np, tensorflow as tf
+devices = int(sys.argv[1])
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * devices)
+keras.utils.set_random_seed(1)
+from job.architectures import baseline
+from job.optimizer import FusedAdam
+from job.step import Steps, make_strategy, training_form
+strategy = make_strategy(1)
+assert strategy.num_replicas_in_sync == devices
+rng = np.random.default_rng(0)
+images, labels = rng.integers(0, 255, (63, 80, 80, 1), dtype=np.uint8), rng.integers(0, 20, 63)
+plain = baseline(20)
+with strategy.scope():
+    model = training_form(plain, 42, sys.argv[2] == "dropout")
+    optimizer = FusedAdam(1e-4)
+    optimizer.build(model.trainable_variables)
+steps = Steps(strategy, 1, model, optimizer, 63)
+losses = [float(steps.train(images, labels, 0)[0]) / 63 for _ in range(int(sys.argv[3]))]
+steps.estimate_statistics([images])
+print(json.dumps([losses, steps.predict(images, labels)[:, 1].tolist()]))
+"""
+
+
+@pytest.mark.parametrize(("dropout", "steps"), [("none", 20), ("dropout", 3)])
+def test_two_devices_of_one_worker_give_the_losses_of_one(dropout: str, steps: int, tmp_path: Path) -> None:
+    one, two = (
+        json.loads(in_fresh_process(LOGICAL_DEVICES, str(n), dropout, str(steps), cwd=tmp_path)) for n in (1, 2)
+    )
+    assert np.abs(np.array(one[0]) - two[0]).max() < 1e-3
+    assert np.abs(np.array(one[1]) - two[1]).max() < 1e-2
+
+
+def test_dropout_masks_of_rows_differ_and_each_worker_uses_its_rows_of_one_mask() -> None:
+    import tensorflow as tf
+
+    from job.dropout import BatchRows, SharedDropout, batch_rows
+
+    layer = SharedDropout(0.4, seed=7)
+    ones = tf.ones((6, 1000))
+
+    def mask(first: int, rows: int, step: int) -> Any:
+        with batch_rows(BatchRows(tf.constant(step, tf.int64), first, 6)):
+            return layer(ones[:rows], training=True).numpy()
+
+    whole = mask(0, 6, step=1)
+    assert np.array_equal(np.concatenate([mask(0, 2, 1), mask(2, 4, 1)]), whole)
+    assert len({row.tobytes() for row in whole}) == 6
+    assert not np.array_equal(mask(0, 6, step=2), whole)
+    assert abs((whole == 0).mean() - 0.4) < 0.03
+    assert np.allclose(whole[whole > 0], 1 / 0.6)
+    assert np.array_equal(layer(ones, training=True).numpy(), ones)
+
+
+@pytest.fixture(scope="module")
+def trained(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder, trained by two workers for two epochs, and called again for nothing."""
+    models = tmp_path_factory.mktemp("models")
+    folder, new = train(place(dataset), place(models), config(workers=2), "first")
+    assert new
+    return Path(folder.path)
+
+
+def test_the_model_folder_holds_what_the_contract_says(trained: Path, dataset: Path) -> None:
+    assert {path.name for path in trained.iterdir()} == MODEL_FILES
+    manifest, faults, strangers = verify(place(trained))
+    assert isinstance(manifest, ModelManifest)
+    assert (faults, strangers) == ([], [])
+    assert (trained / "labels.txt").read_bytes() == (dataset / "label.labels.txt").read_bytes()
+    history = [json.loads(line) for line in (trained / "history.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in history] == [1, 2]
+    assert all(set(row) == EPOCH_KEYS for row in history)
+    metrics = json.loads((trained / "metrics.json").read_text())
+    assert all(set(metrics["splits"][split]) == SPLIT_KEYS for split in ("train", "validation", "test"))
+    assert json.loads((trained / "config.json").read_text()) == config(workers=2).model_dump()
+    assert json.loads((trained.parent / "latest.json").read_text())["run"] == "first"
+    counts = json.loads((dataset / "manifest.json").read_text())["counts"]
+    assert metrics["splits"]["test"]["examples"] == counts["test"]["examples"]
+    assert pd.read_csv(trained / "per_class.csv")["examples"].sum() == counts["test"]["examples"]
+    wrong = pd.read_csv(trained / "misclassified.csv")
+    assert len(wrong) == round((1 - metrics["splits"]["test"]["accuracy"]) * counts["test"]["examples"])
+    assert (wrong["label"] != wrong["predicted"]).all()
+
+
+LOAD_ALONE = """
+import sys
+sys.modules.update(dict.fromkeys(["job", "cluster", "preprocessing"]))  # any import of ours fails
+import keras, numpy as np
+model = keras.saving.load_model(sys.argv[1], safe_mode=True)
+assert model.optimizer is None or not model.optimizer.variables
+assert {type(layer).__module__.split(".")[0] for layer in model.layers} == {"keras"}
+assert not any(getattr(layer, "synchronized", False) for layer in model.layers)
+images = np.load(sys.argv[2])
+of_bytes, of_floats = model.predict(images, verbose=0), model.predict(images.astype("float32"), verbose=0)
+assert np.array_equal(of_bytes, of_floats)
+np.save(sys.argv[3], of_bytes)
+"""
+
+
+def test_the_saved_model_loads_without_our_package_and_predicts_the_same(
+    trained: Path, dataset: Path, tmp_path: Path
+) -> None:
+    from job.evaluate import evaluate
+    from job.staging import staged
+
+    with staged(place(dataset), ["test"]) as data:
+        crops = data.splits["test"]
+        np.save(tmp_path / "images.npy", crops.images)
+        labels = np.array(crops.labels)
+    arguments = [str(trained / "model.keras"), str(tmp_path / "images.npy"), str(tmp_path / "out.npy")]
+    in_fresh_process(LOAD_ALONE, *arguments, cwd=tmp_path)
+    probabilities = np.load(tmp_path / "out.npy")
+    assert np.allclose(probabilities.sum(axis=1), 1, atol=1e-5)
+    of_training = json.loads((trained / "metrics.json").read_text())["splits"]["test"]
+    assert (probabilities.argmax(axis=1) == labels).mean() == pytest.approx(of_training["accuracy"], abs=1e-9)
+    loss = -np.log(probabilities[np.arange(len(labels)), labels]).mean()
+    assert loss == pytest.approx(of_training["loss"], rel=1e-4)
+    again = evaluate(place(trained.parent), place(dataset), "test").metrics
+    assert again["accuracy"] == of_training["accuracy"]
+    assert again["loss"] == pytest.approx(of_training["loss"], rel=1e-4)
+
+
+def test_a_run_that_is_called_again_continues(trained: Path, dataset: Path) -> None:
+    models = place(trained.parents[1])
+    assert train(place(dataset), models, config(workers=2), "first") == (place(trained), False)
+    with pytest.raises(OptionError, match="epochs .then 2, now 3."):
+        train(place(dataset), models, config(workers=2, epochs=3), "first")
+    before = (trained / "history.jsonl").read_text()
+    (trained / "manifest.json").unlink()  # as if it had been killed before it was sealed
+    assert train(place(dataset), models, config(workers=2), "first")[1] is True
+    assert (trained / "history.jsonl").read_text() == before
+    assert verify(place(trained))[1] == []
+
+
+def test_what_cannot_be_trained_is_refused_before_ray_train_starts(dataset: Path, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="must get a crop of each batch. Received: 3 for a batch of 2"):
+        train(place(dataset), place(tmp_path), config(workers=3, global_batch_size=2), "few")
+    damaged = tmp_path / "damaged"
+    shutil.copytree(dataset, damaged)
+    shard = sorted(damaged.glob("*test.tfrecord*"))[0]
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\0")
+    with pytest.raises(DamageError, match=f"{shard.name} was changed"):
+        train(place(damaged), place(tmp_path), config(), "damaged")
+
+
+def test_the_real_pages_are_learned_by_heart_though_they_are_less_than_a_batch(
+    real_dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    given = config(epochs=12, global_batch_size=512, learning_rate=1e-3)
+    folder, _ = train(place(real_dataset), place(tmp_path), given, "heart")
+    assert "--global-batch-size 512 is lowered to 155" in caplog.text
+    history = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in history] == list(range(1, 13))
+    assert history[-1]["accuracy"] > 0.95
+
+
+def test_baseline_has_the_parameters_of_the_study() -> None:
+    from job.architectures import ARCHITECTURES
+    from job.config import RECIPES
+
+    assert ARCHITECTURES["baseline"](514).count_params() == 37_934_274
+    assert set(ARCHITECTURES) == set(RECIPES)
+
+
+def test_a_changed_model_is_refused_before_it_is_loaded(trained: Path, dataset: Path, tmp_path: Path) -> None:
+    from job.evaluate import evaluate
+
+    copy = tmp_path / "model"
+    shutil.copytree(trained, copy)
+    data = bytearray((copy / "model.keras").read_bytes())
+    data[len(data) // 2] ^= 1
+    (copy / "model.keras").write_bytes(data)
+    with pytest.raises(DamageError, match=r"model.keras was changed"):
+        evaluate(place(copy), place(dataset), "test")
+
+
+def test_a_dataset_with_other_classes_is_refused(trained: Path, real_dataset: Path) -> None:
+    from job.evaluate import evaluate
+
+    with pytest.raises(OptionError, match="must be the model's"):
+        evaluate(place(trained), place(real_dataset), "test")
+    assert read_manifest(place(trained), ModelManifest).finished_at
