@@ -30,13 +30,20 @@ test: .venv/.installed-dev
 # From drawn pages to a checked model, under demo/ (which git ignores): every command once, in the order of use.
 demo: .venv/.installed
 	rm -rf demo
-	$(KUZUSHIJI) sample --out demo/pages --num-pages 96 --scale 0.5
+	$(KUZUSHIJI) sample --out demo/pages --num-pages 80 --scale 0.5
 	$(KUZUSHIJI) prepare --pages demo/pages/train_images --labels demo/pages/train.csv --dataset demo/dataset
 	$(KUZUSHIJI) train --dataset demo/dataset --models demo/models --architecture baseline --workers 2 \
-	  --epochs 2 --global-batch-size 256 --learning-rate 6e-4 --run demo
+	  --epochs 2 --global-batch-size 256 --learning-rate 8e-4 --run demo
 	$(KUZUSHIJI) evaluate --model demo/models/baseline --dataset demo/dataset --out demo/evaluation
 	$(KUZUSHIJI) pull --models demo/models --to demo/pulled
 	$(KUZUSHIJI) verify demo/pulled/baseline
+	@echo
+	@grep '^|' demo/pulled/baseline/demo/README.md
+	@echo
+	@echo 'The pages:           demo/pages/train_images/'
+	@echo 'The dataset:         demo/dataset/README.md'
+	@echo 'The model:           demo/pulled/baseline/demo/README.md'
+	@echo 'What it gets wrong:  demo/evaluation/misclassified.csv'
 
 # After a change of pyproject.toml. The lock files hold no address: the one in force where they are used is asked.
 lock:

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 from upath import UPath
 
-from cluster.errors import InputError
+from cluster.errors import InputError, OptionError
 
 CHUNK_BYTES = 1 << 20
 TEMPORARY_PREFIX = ".tmp-"
@@ -34,6 +34,18 @@ def place(text: str | os.PathLike[str]) -> UPath:
 
 def is_local(path: UPath) -> bool:
     return path.protocol in ("", "file", "local")
+
+
+def local_path(text: str, option: str) -> Path:
+    """A path of this machine.
+
+    Raises:
+        OptionError: it is an address.
+    """
+    path = place(text)
+    if not is_local(path):
+        raise OptionError(f"{option} must be a path of this machine. Received: {text}")
+    return Path(path.path)
 
 
 def plain_name(name: str, what: str) -> str:

@@ -81,11 +81,11 @@ def config_of(model: Any, **values: Any) -> Any:
 @click.option("--layouts", metavar="FILE", help="Draw the first pages of a label file: its ids, boxes and characters.")
 def sample(out: str, num_pages: int, seed: int, scale: float, layouts: str | None) -> Outcome:
     """Draw pages in Kaggle's format, for trials without data."""
-    from pathlib import Path
-
+    from cluster.storage import local_path
     from preprocessing.sample import sample as draw
 
-    summary = draw(Path(out), num_pages, seed, scale, Path(layouts) if layouts else None)
+    layouts_file = local_path(layouts, "--layouts") if layouts else None
+    summary = draw(local_path(out, "--out"), num_pages, seed, scale, layouts_file)
     result = {"out": out, "pages": summary.pages, "characters": summary.characters, "books": summary.books}
     return result, [f"{summary.pages} pages of {summary.books} books, {summary.characters:,} characters: {out}"]
 
@@ -159,9 +159,9 @@ def train(dataset: str, models: str, architecture: str, run: str | None, **optio
     config = config_of(TrainConfig, architecture=architecture, **recipe | given)
     folder, new = start(place(dataset), place(models), config, run or new_run_name())
     numbers = json.loads((folder / "metrics.json").read_bytes())
-    result = {"model": str(folder), "trained": new, "metrics": numbers["splits"], "best_epoch": numbers["best_epoch"]}
+    result = {"model": str(folder), "trained": new, "metrics": numbers}
     head = [] if new else [f"run {folder.name} is finished already: nothing to do"]
-    return result, [*head, *(_metrics_line(split, numbers["splits"][split]) for split in SPLITS), f"model: {folder}"]
+    return result, [*head, *(_metrics_line(split, numbers[split]) for split in SPLITS), f"model: {folder}"]
 
 
 @command
@@ -209,9 +209,9 @@ def evaluate(model: str, dataset: str, split: str, out: str | None) -> Outcome:
 def pull(models: str, to: str, names: tuple[str, ...]) -> Outcome:
     """Fetch trained models, checked and resumable: all latest runs, or those named."""
     from cluster.pull import pull as fetch
-    from cluster.storage import place
+    from cluster.storage import local_path, place
 
-    pulled = fetch(place(models), place(to), names)
+    pulled = fetch(place(models), place(local_path(to, "--to")), names)
     lines = [f"{one.name}/{one.run}: {one.new_bytes:,} new bytes, checked: {one.folder}" for one in pulled]
     return {"models": [vars(one) for one in pulled]}, lines
 

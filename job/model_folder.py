@@ -5,9 +5,7 @@ manifest.json
 """
 
 import json
-import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -20,7 +18,9 @@ from cluster.errors import DamageError
 from cluster.manifest import ModelManifest, fault_of, file_entry, is_sealed, read_manifest, seal
 from cluster.models import point_to_latest, resolve_model
 from cluster.storage import list_files, new_file, write_bytes
+from job.startup import load_tensorflow
 from preprocessing.classes import parse_class_names
+from preprocessing.split import SPLITS
 
 if TYPE_CHECKING:
     import keras
@@ -61,7 +61,9 @@ def load_model(place: UPath) -> tuple["keras.Model", list[str], UPath]:
     manifest = read_manifest(folder, ModelManifest)
     if missing := {MODEL_FILE, LABELS_FILE} - {entry.name for entry in manifest.files}:
         raise DamageError(f"{folder}: the manifest must list {' and '.join(sorted(missing))}")
-    keras = _import_keras()
+    load_tensorflow()
+    import keras
+
     with tempfile.TemporaryDirectory() as temporary:
         local = UPath(temporary)
         there = list_files(folder)
@@ -73,25 +75,6 @@ def load_model(place: UPath) -> tuple["keras.Model", list[str], UPath]:
         names = parse_class_names((local / LABELS_FILE).read_text(encoding="utf-8"), str(folder / LABELS_FILE))
         model = keras.saving.load_model((local / MODEL_FILE).path, compile=False, safe_mode=True)
     return model, names, folder
-
-
-def _import_keras() -> Any:
-    """Keras, without the lines that TensorFlow's libraries print while they load.
-
-    They obey no setting (github.com/tensorflow/tensorflow/issues/79029), so the file descriptor is turned away.
-    """
-    sys.stderr.flush()
-    stderr = os.dup(2)
-    silence = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(silence, 2)
-        import keras
-
-        return keras
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
-        os.close(silence)
 
 
 def finished_config(folder: UPath) -> dict[str, Any] | None:
@@ -108,7 +91,7 @@ def model_card(config: Mapping[str, Any], metrics: Mapping[str, Any], run: str, 
     rows = "\n".join(
         f"| {split} | {m['examples']:,} | {m['accuracy']:.4f} | {_optional(m['accuracy_without_rare'])} "
         f"| {m['top5']:.4f} | {m['macro_f1']:.4f} | {m['loss']:.4f} |"
-        for split, m in metrics["splits"].items()
+        for split, m in ((split, metrics[split]) for split in SPLITS)
     )
     return f"""# {config["architecture"]}, run {run}
 

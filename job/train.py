@@ -11,9 +11,10 @@ from upath import UPath
 from cluster.errors import DamageError, InputError, OptionError
 from cluster.manifest import DatasetManifest, read_manifest, verify
 from cluster.runtime import cause_of, ray_session
-from cluster.storage import is_local, plain_name, write_bytes
+from cluster.storage import is_local, plain_name, remove_folder, write_bytes
 from job.config import TrainConfig
 from job.model_folder import finished_config
+from job.startup import without_chatter
 
 log = logging.getLogger("kuzushiji")
 
@@ -55,6 +56,9 @@ def train(dataset: UPath, models: UPath, config: TrainConfig, run: str) -> tuple
     _remember(models / RUNS_FOLDER / f"{name}.json", run, config, manifest)
     with ray_session(at_least_cpus=config.workers * config.cpus_per_worker):
         _fit(dataset, models, config, run, folder)
+    # The folder is sealed: nobody continues from the checkpoints, which are three times as large as the model.
+    remove_folder(models / RUNS_FOLDER / name)
+    (models / RUNS_FOLDER / f"{name}.json").unlink(missing_ok=True)
     return folder, True
 
 
@@ -109,9 +113,11 @@ def _fit(dataset: UPath, models: UPath, config: TrainConfig, run: str, folder: U
     """
     from pyarrow.fs import FSSpecHandler, PyFileSystem
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.tensorflow import TensorflowTrainer
 
     from job.board import watched
+
+    with without_chatter():  # it imports TensorFlow only to see that it is there
+        from ray.train.tensorflow import TensorflowTrainer
 
     storage = models / RUNS_FOLDER
     log.info("%s: %d workers start; TensorFlow takes half a minute to load", config.architecture, config.workers)

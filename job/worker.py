@@ -56,7 +56,9 @@ def fix_what_bits_depend_on(config: TrainConfig) -> None:
     tf.config.threading.set_intra_op_parallelism_threads(config.cpus_per_worker)
     # One more, so that gradients travel while others are computed.
     tf.config.threading.set_inter_op_parallelism_threads(config.cpus_per_worker + 1)
-    for gpu in tf.config.list_physical_devices("GPU"):
+    if config.gpus_per_worker == 0:
+        tf.config.set_visible_devices([], "GPU")
+    for gpu in tf.config.get_visible_devices("GPU"):
         tf.config.experimental.set_memory_growth(gpu, True)
     tf.config.experimental.enable_op_determinism()
     keras.utils.set_random_seed(config.seed)
@@ -212,8 +214,8 @@ class Training:
         names, splits = self.dataset.class_names, self.dataset.splits
         self.plain.set_weights(self.best_weights)
         recorded = self.config.model_dump()
-        numbers = {
-            "splits": {split: metrics(predictions[split], self._labels(split), names) for split in SPLITS},
+        numbers: dict[str, Any] = {split: metrics(predictions[split], self._labels(split), names) for split in SPLITS}
+        numbers |= {
             "parameters": self.plain.count_params(),
             "classes": len(names),
             "best_epoch": self.state.best_epoch,

@@ -88,7 +88,9 @@ def test_every_option_has_a_line_of_help(command: str) -> None:
         (["evaluate", "--model", "x", "--dataset", "y"], 1, "a model folder must hold manifest.json"),
         (["pull", "--models", "x", "--to", "y"], 1, "--models must hold"),
         (["verify", "x"], 1, "must hold manifest.json"),
-        (["sample", "--out", "x", "--num-pages", "0"], 2, "num"),
+        (["sample", "--out", "x", "--num-pages", "0"], 2, "--num-pages must be at least 1"),
+        (["sample", "--out", "gs://x/y", "--num-pages", "1"], 2, "--out must be a path of this machine"),
+        (["pull", "--models", "x", "--to", "gs://x/y"], 2, "--to must be a path of this machine"),
     ],
 )  # fmt: skip
 def test_a_failure_is_one_line_with_the_rule_and_what_came(

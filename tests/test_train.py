@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import KUZUSHIJI
 
 from cluster.errors import DamageError, OptionError
 from cluster.manifest import ModelManifest, read_manifest, verify
@@ -177,14 +178,14 @@ def test_the_model_folder_holds_what_the_contract_says(trained: Path, dataset: P
     assert [row["epoch"] for row in history] == [1, 2]
     assert all(set(row) == EPOCH_KEYS for row in history)
     metrics = json.loads((trained / "metrics.json").read_text())
-    assert all(set(metrics["splits"][split]) == SPLIT_KEYS for split in ("train", "validation", "test"))
+    assert all(set(metrics[split]) == SPLIT_KEYS for split in ("train", "validation", "test"))
     assert json.loads((trained / "config.json").read_text()) == config(workers=2).model_dump()
     assert json.loads((trained.parent / "latest.json").read_text())["run"] == "first"
     counts = json.loads((dataset / "manifest.json").read_text())["counts"]
-    assert metrics["splits"]["test"]["examples"] == counts["test"]["examples"]
+    assert metrics["test"]["examples"] == counts["test"]["examples"]
     assert pd.read_csv(trained / "per_class.csv")["examples"].sum() == counts["test"]["examples"]
     wrong = pd.read_csv(trained / "misclassified.csv")
-    assert len(wrong) == round((1 - metrics["splits"]["test"]["accuracy"]) * counts["test"]["examples"])
+    assert len(wrong) == round((1 - metrics["test"]["accuracy"]) * counts["test"]["examples"])
     assert (wrong["label"] != wrong["predicted"]).all()
 
 
@@ -217,7 +218,7 @@ def test_the_saved_model_loads_without_our_package_and_predicts_the_same(
     in_fresh_process(LOAD_ALONE, *arguments, cwd=tmp_path)
     probabilities = np.load(tmp_path / "out.npy")
     assert np.allclose(probabilities.sum(axis=1), 1, atol=1e-5)
-    of_training = json.loads((trained / "metrics.json").read_text())["splits"]["test"]
+    of_training = json.loads((trained / "metrics.json").read_text())["test"]
     assert (probabilities.argmax(axis=1) == labels).mean() == pytest.approx(of_training["accuracy"], abs=1e-9)
     loss = -np.log(probabilities[np.arange(len(labels)), labels]).mean()
     assert loss == pytest.approx(of_training["loss"], rel=1e-4)
@@ -226,16 +227,32 @@ def test_the_saved_model_loads_without_our_package_and_predicts_the_same(
     assert again["loss"] == pytest.approx(of_training["loss"], rel=1e-4)
 
 
-def test_a_run_that_is_called_again_continues(trained: Path, dataset: Path) -> None:
+def test_a_finished_run_is_left_as_it_is_and_keeps_no_checkpoints(trained: Path, dataset: Path) -> None:
     models = place(trained.parents[1])
+    assert list((trained.parents[1] / ".runs").iterdir()) == []
     assert train(place(dataset), models, config(workers=2), "first") == (place(trained), False)
     with pytest.raises(OptionError, match="epochs .then 2, now 3."):
         train(place(dataset), models, config(workers=2, epochs=3), "first")
-    before = (trained / "history.jsonl").read_text()
-    (trained / "manifest.json").unlink()  # as if it had been killed before it was sealed
-    assert train(place(dataset), models, config(workers=2), "first")[1] is True
-    assert (trained / "history.jsonl").read_text() == before
-    assert verify(place(trained))[1] == []
+
+
+def test_a_killed_run_that_is_called_again_continues(dataset: Path, tmp_path: Path) -> None:
+    command = [str(KUZUSHIJI), "train", "--dataset", str(dataset), "--models", "models", "--architecture", "baseline"]
+    command += ["--epochs", "3", "--global-batch-size", "128", "--run", "killed"]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as driver:
+        assert driver.stderr
+        for line in driver.stderr:
+            if "epoch 1 of 3:" in line:
+                driver.kill()
+    runs = tmp_path / "models" / ".runs"
+    assert (runs / "baseline-killed").is_dir()
+    other = subprocess.run([*command, "--seed", "1"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert other.returncode == 2
+    assert "seed (then 42, now 1)" in other.stderr
+    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert "goes on after epoch 1" in again.stderr
+    history = (tmp_path / "models" / "baseline" / "killed" / "history.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in history] == [1, 2, 3]
 
 
 def test_what_cannot_be_trained_is_refused_before_ray_train_starts(dataset: Path, tmp_path: Path) -> None:
