@@ -11,8 +11,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
+from ray.train import UserCallback
 
 from cluster.progress import SECONDS_BETWEEN_LINES, on_terminal, terminal
+from cluster.runtime import cause_of
 
 log = logging.getLogger("kuzushiji")
 
@@ -33,6 +35,18 @@ class Board:
     def take(self) -> list[dict[str, Any]]:
         events, self._events = self._events, []
         return events
+
+
+class TellFailures(UserCallback):  # type: ignore[misc]
+    """Says why workers were lost, since Ray Train starts them again without a word to the user."""
+
+    def __init__(self, board: Any) -> None:
+        self._board = board
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        rank, error = min(worker_exceptions.items())
+        text = " ".join(str(cause_of(error)).split())[:300] or type(error).__name__
+        self._board.post.remote({"text": f"worker {rank} failed, all begin again from the last checkpoint: {text}"})
 
 
 @contextmanager

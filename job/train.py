@@ -114,7 +114,7 @@ def _fit(dataset: UPath, models: UPath, config: TrainConfig, run: str, folder: U
     from pyarrow.fs import FSSpecHandler, PyFileSystem
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 
-    from job.board import watched
+    from job.board import TellFailures, watched
 
     with without_chatter():  # it imports TensorFlow only to see that it is there
         from ray.train.tensorflow import TensorflowTrainer
@@ -144,6 +144,7 @@ def _fit(dataset: UPath, models: UPath, config: TrainConfig, run: str, folder: U
                 # Two: a recovery can begin from the checkpoint before the last.
                 checkpoint_config=CheckpointConfig(num_to_keep=2),
                 failure_config=FailureConfig(max_failures=MAX_FAILURES),
+                callbacks=[TellFailures(board)],
             ),
         )
         try:

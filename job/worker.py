@@ -43,8 +43,10 @@ def train_worker(job: dict[str, Any]) -> None:
     """
     config = TrainConfig.model_validate(job["config"])
     fix_what_bits_depend_on(config)
+    # Before anything else is computed: collectives can only be configured while TensorFlow is at rest.
+    strategy = make_strategy(ray.train.get_context().get_world_size())
     with staged(place(job["dataset"]), SPLITS) as dataset:
-        training = Training(config, dataset, job["board"])
+        training = Training(config, strategy, dataset, job["board"])
         training.resume()
         while not training.finished():
             training.run_epoch()
@@ -78,11 +80,12 @@ class State:
 class Training:
     """One worker's side of a training."""
 
-    def __init__(self, config: TrainConfig, dataset: StagedDataset, board: Any) -> None:
+    def __init__(
+        self, config: TrainConfig, strategy: tf.distribute.Strategy, dataset: StagedDataset, board: Any
+    ) -> None:
         context = ray.train.get_context()
         self.rank, self.workers = context.get_world_rank(), context.get_world_size()
         self.config, self.dataset, self.board = config, dataset, board
-        strategy = make_strategy(self.workers)
         # Built in one piece first: the same seed gives the same weights whatever the strategy.
         self.plain = ARCHITECTURES[config.architecture](len(dataset.class_names))
         with strategy.scope():
