@@ -5,10 +5,20 @@
 A dataset has `shards` besides: files with the number of their `examples`.
 """
 
+import hashlib
 import json
 from typing import Any, Literal, TypeVar
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, field_validator
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PrivateAttr,
+    ValidationError,
+    field_validator,
+)
 from upath import UPath
 
 from cluster.errors import DamageError, InputError
@@ -31,6 +41,8 @@ class FileEntry(BaseModel):
     @field_validator("name")
     @classmethod
     def _stays_in_folder(cls, name: str) -> str:
+        if name == MANIFEST_FILE:
+            raise ValueError("a manifest can't list itself")
         return plain_name(name, "a file name in a manifest")
 
 
@@ -42,6 +54,18 @@ class Manifest(BaseModel):
     format: Literal[1] = 1
     kind: Literal["dataset", "model"]
     files: list[FileEntry]
+
+    _raw: bytes = PrivateAttr(b"")
+
+    @property
+    def raw(self) -> bytes:
+        """The bytes that it was read from."""
+        return self._raw
+
+    @property
+    def sha256(self) -> str:
+        """Of the bytes that it was read from: tells one dataset from another."""
+        return hashlib.sha256(self._raw).hexdigest()
 
     @property
     def entries(self) -> list[FileEntry]:
@@ -110,9 +134,10 @@ def is_sealed(folder: UPath) -> bool:
 
 def read_any_manifest(folder: UPath) -> DatasetManifest | ModelManifest:
     """The manifest of a folder, whichever kind it is."""
-    if _read_json(folder).get("kind") == ModelManifest.model_fields["kind"].default:
-        return read_manifest(folder, ModelManifest)
-    return read_manifest(folder, DatasetManifest)
+    raw, content = _read(folder)
+    if content.get("kind") == "model":
+        return _parse(folder, raw, content, ModelManifest)
+    return _parse(folder, raw, content, DatasetManifest)
 
 
 def read_manifest(folder: UPath, form: type[ManifestT]) -> ManifestT:
@@ -122,35 +147,41 @@ def read_manifest(folder: UPath, form: type[ManifestT]) -> ManifestT:
         InputError: the folder has none, so it is no finished dataset or model; or it is of the other kind.
         DamageError: it is not a manifest of this format, or names files outside its folder.
     """
-    content = _read_json(folder)
+    raw, content = _read(folder)
     wanted = form.model_fields["kind"].default
     if content.get("kind", wanted) != wanted:
         raise InputError(f"this must be a {wanted} folder. Received: {folder}, a {str(content['kind'])[:20]}")
-    try:
-        return form.model_validate(content)
-    except ValidationError as error:
-        first: Any = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise DamageError(
-            f"{folder / MANIFEST_FILE} is no manifest of format 1. Received at {where}: {first['msg']}"
-        ) from None
-    except InputError as error:
-        raise DamageError(f"{folder / MANIFEST_FILE} is no manifest of format 1: {error}") from None
+    return _parse(folder, raw, content, form)
 
 
-def _read_json(folder: UPath) -> dict[str, Any]:
+def _read(folder: UPath) -> tuple[bytes, dict[str, Any]]:
     path = folder / MANIFEST_FILE
     if not is_sealed(folder):
         raise InputError(f"a finished dataset or model folder must hold {MANIFEST_FILE}. Received: {folder}, without")
     if path.stat().st_size > MAX_MANIFEST_BYTES:
         raise DamageError(f"{path} must be at most {MAX_MANIFEST_BYTES} bytes")
+    raw: bytes = path.read_bytes()
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(raw)
     except (ValueError, RecursionError) as error:
         raise DamageError(f"{path} must be JSON. Received: {error}") from None
     if not isinstance(content, dict):
         raise DamageError(f"{path} must be a JSON object. Received: {type(content).__name__}")
-    return content
+    return raw, content
+
+
+def _parse(folder: UPath, raw: bytes, content: dict[str, Any], form: type[ManifestT]) -> ManifestT:
+    try:
+        manifest = form.model_validate(content)
+    except ValidationError as error:
+        first: Any = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        message = f"{folder / MANIFEST_FILE} is no manifest of format 1. Received at {where}: {first['msg']}"
+        raise DamageError(message) from None
+    except InputError as error:
+        raise DamageError(f"{folder / MANIFEST_FILE} is no manifest of format 1: {error}") from None
+    manifest._raw = raw
+    return manifest
 
 
 def fault_of(folder: UPath, entry: FileEntry, there: dict[str, int]) -> str | None:

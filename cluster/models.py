@@ -58,6 +58,7 @@ def resolve_model(place: UPath) -> UPath:
     latest = read_latest(place)
     if latest is None:
         raise InputError(
-            f"a model folder must hold {MANIFEST_FILE} (or {LATEST_FILE}, naming a run). Received: {place}"
+            f"a finished dataset or model folder must hold {MANIFEST_FILE}, an architecture's {LATEST_FILE}. "
+            f"Received: {place}, with neither"
         )
     return place / latest.run

@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 from upath import UPath
 
-from cluster.errors import DamageError, InputError, KuzushijiError
+from cluster.errors import DamageError, InputError, KuzushijiError, OptionError
 from cluster.manifest import MANIFEST_FILE, FileEntry, ModelManifest, fault_of, read_manifest
 from cluster.models import LATEST_FILE, point_to_latest, read_latest
 from cluster.progress import progress
@@ -57,10 +57,13 @@ def _architectures(models: UPath) -> list[str]:
 
 def _resolve(models: UPath, wanted: str) -> tuple[str, str]:
     """Architecture and run of `NAME` or `NAME/RUN`."""
-    name, _, run = wanted.partition("/")
-    plain_name(name, "the name of a model")
-    if run:
-        return name, plain_name(run, "a run")
+    name, slash, run = wanted.partition("/")
+    try:
+        plain_name(name, "the name of a model")
+        if slash:
+            return name, plain_name(run, "a run")
+    except InputError as error:
+        raise OptionError(str(error)) from None
     latest = read_latest(models / name)
     if latest is None:
         raise InputError(
@@ -78,7 +81,7 @@ def _pull_folder(source: UPath, target: UPath, manifest: ModelManifest, advance:
         else:
             (target / MANIFEST_FILE).unlink(missing_ok=True)  # what is being mended is not there
             new_bytes += _fetch(source, Path(target.path), entry, advance)
-    write_bytes(target / MANIFEST_FILE, (source / MANIFEST_FILE).read_bytes())
+    write_bytes(target / MANIFEST_FILE, manifest.raw)
     point_to_latest(target, manifest)
     return new_bytes
 

@@ -25,8 +25,17 @@ _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 
 def place(text: str | os.PathLike[str]) -> UPath:
-    """A path or address. Local ones are made absolute, since workers run in other folders."""
-    path = UPath(text)
+    """A path or address. Local ones are made absolute, since workers run in other folders.
+
+    Raises:
+        OptionError: it is empty, or an address of a kind that fsspec does not know.
+    """
+    if not str(text):
+        raise OptionError("a place must be a path or an address. Received: an empty one")
+    try:
+        path = UPath(text)
+    except (ValueError, ImportError) as error:
+        raise OptionError(f"a place must be a path or an address. Received: {text}: {error}") from None
     if is_local(path):
         return UPath(os.path.abspath(path.path))
     return path
@@ -111,6 +120,12 @@ def hash_stream(stream: BinaryIO) -> str:
 
 def list_files(folder: UPath) -> dict[str, int]:
     """Name to size in bytes of the files that stand directly in `folder`; empty if there is no such folder."""
+    if is_local(folder):  # fsspec calls a link to a file no file
+        try:
+            with os.scandir(folder.path) as found:
+                return {entry.name: entry.stat().st_size for entry in found if entry.is_file()}
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
     try:
         entries: list[dict[str, Any]] = folder.fs.ls(folder.path, detail=True)
     except FileNotFoundError:

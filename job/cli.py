@@ -4,7 +4,7 @@ import functools
 import json
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
@@ -21,7 +21,34 @@ log = logging.getLogger("kuzushiji")
 Outcome = tuple[dict[str, Any], list[str]]
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+class OneLine(click.Group):
+    """A group whose usage errors are one line as well."""
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """As click's, but for how an error is shown."""
+        if not standalone_mode:
+            return super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
+        try:
+            sys.exit(super().main(args, prog_name, complete_var, standalone_mode=False, **extra))
+        except click.exceptions.NoArgsIsHelpError as error:
+            error.show()
+            sys.exit(error.exit_code)
+        except click.ClickException as error:
+            click.echo(f"kuzushiji: {' '.join(error.format_message().split())} See --help", err=True)
+            sys.exit(error.exit_code)
+        except click.Abort:
+            click.echo("kuzushiji: stopped", err=True)
+            sys.exit(1)
+
+
+@click.group(cls=OneLine, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="kuzushiji")
 def main() -> None:
     """From scans of old Japanese pages to a trained classifier of their characters.
@@ -43,11 +70,12 @@ def command(function: Callable[..., Outcome]) -> click.Command:
         except Exception as error:
             if debug:
                 raise
-            known = isinstance(error, KuzushijiError | OSError)
             text = " ".join(str(error).split()) or type(error).__name__
-            click.echo(
-                f"kuzushiji: {text}" if known else f"kuzushiji: {type(error).__name__}: {text} (see --debug)", err=True
-            )
+            if not isinstance(error, KuzushijiError | OSError):
+                text = f"{type(error).__name__}: {text} (see --debug)"
+            click.echo(f"kuzushiji: {text}", err=True)
+            if as_json:
+                click.echo(json.dumps({"error": text}, ensure_ascii=False))
             sys.exit(2 if isinstance(error, OptionError) else 1)
         for line in lines if not as_json else [json.dumps(result, ensure_ascii=False)]:
             click.echo(line)

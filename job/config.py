@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 ArchitectureName = Literal["baseline"]
 
@@ -37,7 +37,7 @@ class TrainConfig(BaseModel):
     epochs: PositiveInt
     global_batch_size: PositiveInt
     """Crops of a step over all workers: the result does not depend on W."""
-    learning_rate: PositiveFloat
+    learning_rate: float = Field(gt=0, allow_inf_nan=False)
     seed: int = Field(42, ge=0, lt=2**31)
     patience: PositiveInt | None = None
     """Epochs without a better validation accuracy after which to stop; None: never."""

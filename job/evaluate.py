@@ -8,6 +8,7 @@ import pandas as pd
 from upath import UPath
 
 from cluster.errors import OptionError
+from cluster.manifest import is_sealed
 from cluster.progress import progress
 from cluster.storage import write_bytes
 from job.evaluation import confusions, metrics, misclassified, per_class
@@ -55,7 +56,13 @@ def evaluate(model_place: UPath, dataset_place: UPath, split: str) -> Evaluation
 
 
 def write_evaluation(evaluation: Evaluation, out: UPath) -> None:
-    """The same files as in a model folder, of this split."""
+    """The same files as in a model folder, of this split.
+
+    Raises:
+        OptionError: `out` is sealed, and would not be what its manifest says any more.
+    """
+    if is_sealed(out):
+        raise OptionError(f"--out must not be a finished dataset or model folder. Received: {out}")
     write_bytes(out / "metrics.json", (json.dumps(evaluation.metrics, indent=2) + "\n").encode())
     write_bytes(out / "per_class.csv", evaluation.per_class.to_csv(index=False).encode())
     write_bytes(out / "misclassified.csv", evaluation.misclassified.to_csv(index=False).encode())

@@ -78,11 +78,11 @@ def load_model(place: UPath) -> tuple["keras.Model", list[str], UPath]:
 
 
 def finished_config(folder: UPath) -> dict[str, Any] | None:
-    """The config of a model folder that is finished, or None."""
+    """What a finished model folder was trained with: its config and `dataset_manifest_sha256`; None without one."""
     if not is_sealed(folder):
         return None
     config: dict[str, Any] = json.loads((folder / "config.json").read_bytes())
-    return config
+    return config | {"dataset_manifest_sha256": read_manifest(folder, ModelManifest).dataset_manifest_sha256}
 
 
 def model_card(config: Mapping[str, Any], metrics: Mapping[str, Any], run: str, dataset: str) -> str:

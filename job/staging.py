@@ -16,13 +16,14 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from upath import UPath
 
 from cluster.errors import DamageError, InputError
-from cluster.manifest import MANIFEST_FILE, DatasetManifest, Shard, fault_of, read_manifest
+from cluster.manifest import DatasetManifest, Shard, fault_of, read_manifest
 from cluster.progress import progress
 from cluster.storage import is_local, list_files
 from preprocessing.classes import LABELS_FILE, parse_class_names
@@ -52,7 +53,6 @@ class Crops:
 @dataclass(frozen=True)
 class StagedDataset:
     manifest: DatasetManifest
-    manifest_sha256: str
     class_names: list[str]
     splits: dict[str, Crops]
 
@@ -67,8 +67,7 @@ def staged(dataset: UPath, splits: Sequence[str]) -> Iterator[StagedDataset]:
         DamageError: a file is not what the manifest says.
     """
     manifest = read_manifest(dataset, DatasetManifest)
-    manifest_sha256 = hashlib.sha256((dataset / MANIFEST_FILE).read_bytes()).hexdigest()
-    key = hashlib.sha256(f"{dataset}\n{manifest_sha256}\n{sorted(splits)}".encode()).hexdigest()[:32]
+    key = hashlib.sha256(f"{dataset}\n{manifest.sha256}\n{sorted(splits)}".encode()).hexdigest()[:32]
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kuzushiji" / "staged"
     root.mkdir(parents=True, exist_ok=True, mode=0o700)
     folder = root / key
@@ -80,7 +79,7 @@ def staged(dataset: UPath, splits: Sequence[str]) -> Iterator[StagedDataset]:
         fcntl.flock(in_use, fcntl.LOCK_SH)
     try:
         names = parse_class_names((folder / LABELS_FILE).read_text(), str(dataset / LABELS_FILE))
-        yield StagedDataset(manifest, manifest_sha256, names, {split: _map(folder / split) for split in splits})
+        yield StagedDataset(manifest, names, {split: _map(folder / split) for split in splits})
     finally:
         in_use.close()
         with _locked(root):
@@ -177,11 +176,10 @@ class _SplitWriter:
 
     def __init__(self, folder: Path, examples: int) -> None:
         folder.mkdir()
-        new = np.lib.format.open_memmap
-        self.images = new(folder / "images.npy", "w+", np.uint8, (examples, SIDE, SIDE, 1))
-        self.labels = new(folder / "labels.npy", "w+", np.int64, (examples,))
-        self.code_points = new(folder / "code_points.npy", "w+", np.int32, (examples,))
-        self.boxes = new(folder / "boxes.npy", "w+", np.int32, (examples, 4))
+        self.images = _new_array(folder / "images.npy", np.uint8, (examples, SIDE, SIDE, 1))
+        self.labels = _new_array(folder / "labels.npy", np.int64, (examples,))
+        self.code_points = _new_array(folder / "code_points.npy", np.int32, (examples,))
+        self.boxes = _new_array(folder / "boxes.npy", np.int32, (examples, 4))
         self.pages = open(folder / PAGES_FILE, "w")  # noqa: SIM115 - closed by `close`
         self.filled = 0
 
@@ -207,9 +205,15 @@ class _SplitWriter:
         self.filled = rows.stop
 
     def close(self) -> None:
-        for array in (self.images, self.labels, self.code_points, self.boxes):
-            array.flush()
         self.pages.close()
+
+
+def _new_array(path: Path, dtype: type, shape: tuple[int, ...]) -> NDArray[Any]:
+    """A mapped array whose disk space is taken at once: a full disk is an OSError now, not a SIGBUS later."""
+    array: NDArray[Any] = np.lib.format.open_memmap(path, "w+", dtype, shape)
+    with path.open("r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return array
 
 
 def _map(folder: Path) -> Crops:

@@ -9,12 +9,14 @@ from typing import Any
 from upath import UPath
 
 from cluster.errors import DamageError, InputError, OptionError
-from cluster.manifest import DatasetManifest, read_manifest, verify
+from cluster.manifest import DatasetManifest, ModelManifest, read_manifest, verify
+from cluster.models import point_to_latest
 from cluster.runtime import cause_of, ray_session
 from cluster.storage import is_local, plain_name, remove_folder, write_bytes
 from job.config import TrainConfig
 from job.model_folder import finished_config
 from job.startup import without_chatter
+from preprocessing.split import SPLITS
 
 log = logging.getLogger("kuzushiji")
 
@@ -44,22 +46,37 @@ def train(dataset: UPath, models: UPath, config: TrainConfig, run: str) -> tuple
         OptionError: more workers than crops in a batch, or the run was begun with other options.
         InputError, DamageError: the dataset can't be used, or is not what its manifest says.
     """
-    plain_name(run, "--run")
+    _check_run(run)
     manifest = _check_dataset(dataset)
     config = _fit_batch(manifest, config)
     folder = models / config.architecture / run
+    name = f"{config.architecture}-{run}"
+    begun_with = models / RUNS_FOLDER / f"{name}.json"
+    now = config.model_dump() | {"dataset_manifest_sha256": manifest.sha256}
     finished = finished_config(folder)
     if finished is not None:
-        _refuse_other(run, finished, config.model_dump())
-        return folder, False
-    name = f"{config.architecture}-{run}"
-    _remember(models / RUNS_FOLDER / f"{name}.json", run, config, manifest)
-    with ray_session(at_least_cpus=config.workers * config.cpus_per_worker):
-        _fit(dataset, models, config, run, folder)
+        _refuse_other(run, finished, now)
+        point_to_latest(folder, read_manifest(folder, ModelManifest))  # it may have been killed just before
+    else:
+        if begun_with.is_file():
+            _refuse_other(run, json.loads(begun_with.read_bytes()), now)
+        else:
+            write_bytes(begun_with, (json.dumps(now, indent=2) + "\n").encode())
+        with ray_session(at_least_cpus=config.workers * config.cpus_per_worker):
+            _fit(dataset, models, config, run, folder)
     # The folder is sealed: nobody continues from the checkpoints, which are three times as large as the model.
     remove_folder(models / RUNS_FOLDER / name)
-    (models / RUNS_FOLDER / f"{name}.json").unlink(missing_ok=True)
-    return folder, True
+    begun_with.unlink(missing_ok=True)
+    return folder, finished is None
+
+
+def _check_run(run: str) -> None:
+    try:
+        plain_name(run, "--run")
+    except InputError as error:
+        raise OptionError(str(error)) from None
+    if run.endswith(".json"):
+        raise OptionError(f"--run must not end in .json, which names files beside the runs. Received: {run}")
 
 
 def _check_dataset(dataset: UPath) -> DatasetManifest:
@@ -73,9 +90,10 @@ def _check_dataset(dataset: UPath) -> DatasetManifest:
 
 def _fit_batch(manifest: DatasetManifest, config: TrainConfig) -> TrainConfig:
     """Lower the global batch size to the number of crops where there are fewer, and say so."""
-    crops = sum(shard.examples for shard in manifest.shards_of("train"))
-    if not crops:
-        raise InputError("--dataset must have crops to train on. Received: none")
+    of_split = {split: sum(shard.examples for shard in manifest.shards_of(split)) for split in SPLITS}
+    if not all(of_split.values()):
+        raise InputError(f"--dataset must have crops in every split. Received: {of_split}")
+    crops = of_split["train"]
     size = min(config.global_batch_size, crops)
     if size < config.global_batch_size:
         log.warning(
@@ -92,19 +110,10 @@ def _fit_batch(manifest: DatasetManifest, config: TrainConfig) -> TrainConfig:
 def _refuse_other(run: str, earlier: dict[str, Any], now: dict[str, Any]) -> None:
     differing = [key for key in now if key not in PLACEMENT and earlier.get(key) != now[key]]
     if differing:
-        what = ", ".join(f"{key} (then {earlier.get(key)}, now {now[key]})" for key in differing)
+        what = ", ".join(f"{key} (then {str(earlier.get(key))[:16]}, now {str(now[key])[:16]})" for key in differing)
         raise OptionError(
             f"a run that is called again must have the same options. Received: {what}. Name another --run than {run}"
         )
-
-
-def _remember(path: UPath, run: str, config: TrainConfig, manifest: DatasetManifest) -> None:
-    """Keep what a run was begun with beside Ray Train's files, or hold a continued run to it."""
-    now = config.model_dump() | {"dataset": manifest.fingerprint}
-    if path.is_file():
-        _refuse_other(run, json.loads(path.read_bytes()), now)
-    else:
-        write_bytes(path, (json.dumps(now, indent=2) + "\n").encode())
 
 
 def _fit(dataset: UPath, models: UPath, config: TrainConfig, run: str, folder: UPath) -> None:

@@ -235,7 +235,7 @@ class Training:
             "misclassified.csv": misclassified(predictions["test"], splits["test"], names).to_csv(index=False),
             "README.md": model_card(recorded, numbers, run, split_rule),
         }
-        write_model(place(folder), self.plain, texts, self.dataset.manifest_sha256)
+        write_model(place(folder), self.plain, texts, self.dataset.manifest.sha256)
 
     # --- what people see
 

@@ -116,7 +116,7 @@ def parse_rows(data: bytes, where: str) -> Iterator[tuple[str, NDArray[np.int32]
         header = next(reader, [])
         if header != HEADER:
             raise InputError(f"{where} must begin with the header image_id,labels. Received: {','.join(header)[:80]!r}")
-        for row in reader:
+        for row in filter(None, reader):  # an empty line is no row
             if len(row) != len(HEADER):
                 raise ValueError(f"a row must have 2 columns. Received: {len(row)}")
             yield _parse_id(row[0]), _parse_cell(row[1])

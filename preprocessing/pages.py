@@ -1,8 +1,10 @@
 """Where page scans come from: a folder of `<image_id>.jpg`, or a zip archive of them as Kaggle ships it."""
 
 import hashlib
+import lzma
 import os
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Protocol
@@ -14,6 +16,8 @@ from cluster.storage import list_files, open_read
 from preprocessing.crop import MAX_PAGE_BYTES, PageFault
 
 SUFFIX = ".jpg"
+# What zipfile and its decompressors raise for a member that is broken, encrypted or of an unknown method.
+UNREADABLE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, NotImplementedError, RuntimeError, EOFError, ValueError)
 
 
 class ReadPage(Protocol):
@@ -48,7 +52,7 @@ def fingerprint(labels_sha256: str, listing: Mapping[str, tuple[str, int]]) -> s
     """Tells one input from another before any page is read: the labels' bytes, the pages' names and sizes."""
     digest = hashlib.sha256(labels_sha256.encode())
     for page_id, (_, size) in sorted(listing.items()):
-        digest.update(f"\n{page_id} {size}".encode())
+        digest.update(f"\n{page_id} {size}".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
@@ -62,7 +66,7 @@ def page_reader(pages: UPath) -> Iterator[ReadPage]:
                 try:
                     with archive.open(name) as stream:
                         return stream.read(MAX_PAGE_BYTES + 1)
-                except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
+                except UNREADABLE as error:
                     raise PageFault(f"page can't be read from the archive: {error}") from None
 
             yield read_member
@@ -85,9 +89,13 @@ def _is_archive(pages: UPath) -> bool:
 @contextmanager
 def _open_archive(pages: UPath) -> Iterator[zipfile.ZipFile]:
     try:
-        with open_read(pages) as stream, zipfile.ZipFile(stream) as archive:
-            yield archive
+        stream = open_read(pages)
     except FileNotFoundError:
         raise InputError(f"--pages must be there. Received: {pages}") from None
-    except zipfile.BadZipFile as error:
-        raise InputError(f"--pages must be a folder or a whole .zip. Received: {pages}: {error}") from None
+    with stream:
+        try:
+            archive = zipfile.ZipFile(stream)
+        except zipfile.BadZipFile as error:
+            raise InputError(f"--pages must be a folder or a whole .zip. Received: {pages}: {error}") from None
+        with archive:
+            yield archive

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import platform
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from upath import UPath
 
-from cluster.errors import InputError, OptionError
+from cluster.errors import DamageError, InputError, OptionError
 from cluster.manifest import MANIFEST_FILE, DatasetManifest, Shard, fault_of, file_entry, is_sealed, read_manifest, seal
 from cluster.progress import progress
 from cluster.runtime import cause_of, ray_session
@@ -82,10 +83,14 @@ def prepare(pages: UPath, labels: UPath, dataset: UPath, config: PrepareConfig) 
     losses = [loss for report in reports for loss in report["losses"]]
     boxes = len(plan.labels.boxes)
     if len(losses) > config.max_bad_fraction * boxes:
+        for group, report in enumerate(reports):  # cut again next time, when the pages may be readable
+            if report["losses"]:
+                report_path(dataset, group).unlink()
         raise InputError(
             f"at most {config.max_bad_fraction:g} of the boxes may be lost (--max-bad-fraction). "
             f"Received: {len(losses)} of {boxes}, "
-            f"first page {losses[0]['page']}: {losses[0]['what']}. Mend the input, or allow more and run again"
+            f"first page {losses[0]['page']}: {losses[0]['what']}. Allow more and run again, or mend the input and "
+            f"remove {dataset}"
         )
     return _finish(plan, dataset, config, reports, losses), True
 
@@ -99,7 +104,7 @@ def make_plan(pages: UPath, labels_path: UPath, config: PrepareConfig) -> Plan:
     files = {page_id: name for page_id, (name, _) in listing.items()}
     rows = plan_groups(labels, class_indices(names, labels.code_points), splits, files, config.shards)
     identity = config.model_dump(exclude={"max_bad_fraction"}) | {"input": fingerprint(labels.sha256, listing)}
-    unlabelled = sorted(set(listing) - set(labels.page_ids))
+    unlabelled = sorted(os.fsencode(p).decode(errors="replace") for p in set(listing) - set(labels.page_ids))
     return Plan(labels, names, splits, rows, unlabelled, identity)
 
 
@@ -113,6 +118,10 @@ def _earlier_attempt(dataset: UPath, plan: Plan) -> DatasetManifest | None:
     if is_sealed(dataset):
         manifest = read_manifest(dataset, DatasetManifest)
         _refuse_other(dataset, plan, manifest.config | {"input": manifest.fingerprint})
+        if {shard.name for shard in manifest.shards} != {name for row in plan.rows for name in row["files"] if name}:
+            raise DamageError(
+                f"{dataset / MANIFEST_FILE} must list the planned shards. Remove the folder and prepare again"
+            )
         there = list_files(dataset)
         faults = [fault for entry in manifest.entries if (fault := fault_of(dataset, entry, there))]
         if not faults:
@@ -122,12 +131,20 @@ def _earlier_attempt(dataset: UPath, plan: Plan) -> DatasetManifest | None:
         write_bytes(plan_path, json.dumps(plan.identity).encode())
         (dataset / MANIFEST_FILE).unlink()
     elif plan_path.is_file():
-        _refuse_other(dataset, plan, json.loads(plan_path.read_bytes()))
+        _refuse_other(dataset, plan, _read_plan(plan_path))
     elif list_files(dataset):
         raise OptionError(f"--dataset must be a new or empty folder, or one of the same job. Received: {dataset}")
     else:
         write_bytes(plan_path, json.dumps(plan.identity).encode())
     return None
+
+
+def _read_plan(path: UPath) -> dict[str, Any]:
+    try:
+        plan: dict[str, Any] = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise DamageError(f"{path} must be JSON. Received: {error}. Remove the folder and prepare again") from None
+    return plan
 
 
 def _refuse_other(dataset: UPath, plan: Plan, earlier: dict[str, Any]) -> None:
@@ -184,11 +201,17 @@ def _finish(
     counts = _counts(plan, shards)
     recorded = config.model_dump()
     card = dataset_card(plan.names, counts, recorded, len(losses), len(clipped))
+    there = list_files(dataset)
+    for shard in (shard for of_split in shards.values() for shard in of_split):
+        if there.get(shard.name) != shard.bytes:  # not one place for all hosts, or another prepare's doing
+            raise DamageError(
+                f"--dataset must be one folder for all workers. Received: {dataset}, without {shard.name}"
+            )
     texts = dataset_files(plan.names, shards, card)
     for name, text in texts.items():
         write_bytes(dataset / name, text.encode())
     remove_folder(dataset / PROGRESS_FOLDER)
-    for name in list_files(dataset):
+    for name in there:
         if name.startswith(TEMPORARY_PREFIX):  # of an attempt that was killed
             (dataset / name).unlink(missing_ok=True)
     manifest = DatasetManifest(

@@ -46,6 +46,7 @@ def plan_groups(
     total, pages = len(labels.boxes), len(labels.page_ids)
     if groups is None:
         groups = max(MIN_GROUPS, -(-total // BOXES_PER_GROUP))
+    groups = min(groups, pages)
     targets = np.arange(1, groups) * total / groups
     # The cut nearest to each target; cuts that fall together leave fewer groups.
     after = np.clip(np.searchsorted(labels.starts, targets), 1, pages)

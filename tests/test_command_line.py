@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import click
@@ -80,12 +81,15 @@ def test_every_option_has_a_line_of_help(command: str) -> None:
     ("arguments", "code", "says"),
     [
         (["prepare"], 2, "Missing option '--pages'"),
+        (["prepare", "--split", "half"], 2, "--split"),
+        (["prepare", "--pages", "foo://x", "--labels", "y", "--dataset", "z"], 2, "a place must be a path or an"),
+        (["pull", "--models", "x", "--to", "y", "../x"], 2, "the name of a model must be"),
         (["train", "--dataset", "x", "--models", "y", "--architecture", "vgg"], 2, "must be one of baseline"),
         (["train", "--dataset", "x", "--models", "y", "--architecture", "baseline", "--workers", "0"], 2, "--workers"),
         (["train", "--dataset", "x", "--models", "y", "--architecture", "baseline"], 1, "must hold manifest.json"),
         (["prepare", "--pages", "x", "--labels", "y", "--dataset", "z"], 1, "--labels must be a file"),
         (["prepare", "--pages", "x", "--labels", "y", "--dataset", "z", "--val-fraction", "2"], 2, "--val-fraction"),
-        (["evaluate", "--model", "x", "--dataset", "y"], 1, "a model folder must hold manifest.json"),
+        (["evaluate", "--model", "x", "--dataset", "y"], 1, "must hold manifest.json"),
         (["pull", "--models", "x", "--to", "y"], 1, "--models must hold"),
         (["verify", "x"], 1, "must hold manifest.json"),
         (["sample", "--out", "x", "--num-pages", "0"], 2, "--num-pages must be at least 1"),
@@ -100,9 +104,13 @@ def test_a_failure_is_one_line_with_the_rule_and_what_came(
     assert done.returncode == code
     assert says in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
-    if code == 1 or "Missing" not in says:
-        assert len(done.stderr.splitlines()) == 1
-    assert "Traceback" in kuzushiji(*arguments, "--debug", cwd=tmp_path).stderr or "Missing" in says
+    assert len(done.stderr.splitlines()) == 1
+    with_json = kuzushiji(*arguments, "--json", cwd=tmp_path)
+    assert with_json.returncode == code
+    assert (
+        says in ("Missing option '--pages'", "--split")
+        or says in json.loads(with_json.stdout.splitlines()[-1])["error"]
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -123,5 +131,23 @@ def test_a_user_walks_from_pages_to_a_checked_dataset(tmp_path: Path) -> None:
     checked = kuzushiji("verify", "crops", cwd=tmp_path)
     assert checked.returncode == 1
     assert re.search(rf"^{shard.name} has 0 bytes instead of \d+$", checked.stdout, re.M)
-    left = subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True, check=False)
-    assert left.stdout == ""
+
+
+def test_no_process_of_ray_is_left_when_a_command_ends(pages: Path, tmp_path: Path) -> None:
+    def ray_processes() -> set[str]:
+        listed = subprocess.run(["pgrep", "-f", "ray::|raylet|gcs_server"], capture_output=True, text=True, check=False)
+        return set(listed.stdout.split())
+
+    before = ray_processes()
+    source = ["--pages", str(pages / "train_images"), "--labels", str(pages / "train.csv"), "--dataset", "crops"]
+    seen: set[str] = set()
+    with subprocess.Popen([str(KUZUSHIJI), "prepare", *source], cwd=tmp_path, stdout=subprocess.DEVNULL) as job:
+        while job.poll() is None:
+            seen |= ray_processes() - before
+            time.sleep(0.2)
+    assert job.returncode == 0
+    assert seen
+    deadline = time.monotonic() + 30  # agents notice that their raylet is gone
+    while seen & ray_processes() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not seen & ray_processes()

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from upath import UPath
 
-from cluster.errors import DamageError, InputError, KuzushijiError
+from cluster.errors import DamageError, InputError, KuzushijiError, OptionError
 from cluster.manifest import MANIFEST_FILE, ModelManifest, file_entry, seal, verify
 from cluster.models import point_to_latest, read_latest, resolve_model
 from cluster.pull import pull
@@ -111,7 +112,7 @@ def test_a_missing_file_is_named(models: UPath, tmp_path: Path) -> None:
 
 def test_names_that_climb_out_are_refused(models: UPath, tmp_path: Path) -> None:
     for name in ("../x", "..", "baseline/../../x", "/etc", "baseline/..", ""):
-        with pytest.raises(InputError):
+        with pytest.raises(OptionError):
             pull(models, place(tmp_path / "to"), [name])
     folder = models / "other" / "one"
     entry = json.loads((folder / MANIFEST_FILE).read_bytes())["files"][0]
@@ -172,6 +173,22 @@ def test_verify_names_what_is_wrong_and_what_is_not_listed(models: UPath) -> Non
         "config.json was changed: its SHA-256 is not the manifest's",
     ]
     assert strangers == ["notes.txt"]
+
+
+def test_a_disk_that_is_full_while_staging_is_an_error_that_leaves_nothing(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from job.staging import staged
+
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", tmp_path], check=False).returncode:
+        pytest.skip("making a small disk takes the right to mount")
+    try:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        with pytest.raises(OSError, match="No space left"), staged(place(dataset), ["train"]):
+            pass
+        assert [path.name for path in (tmp_path / "kuzushiji" / "staged").iterdir()] == ["lock"]
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
 
 
 def test_a_dataset_at_an_address_is_staged_as_from_a_path_and_gone_after_its_last_user(

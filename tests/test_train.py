@@ -17,6 +17,7 @@ from cluster.manifest import ModelManifest, read_manifest, verify
 from cluster.storage import place
 from job.config import TrainConfig
 from job.train import train
+from preprocessing.prepare import PrepareConfig, prepare
 
 pytestmark = pytest.mark.usefixtures("ray_here")
 
@@ -233,12 +234,20 @@ def test_the_saved_model_loads_without_our_package_and_predicts_the_same(
     assert again["loss"] == pytest.approx(of_training["loss"], rel=1e-4)
 
 
-def test_a_finished_run_is_left_as_it_is_and_keeps_no_checkpoints(trained: Path, dataset: Path) -> None:
+def test_a_finished_run_is_left_as_it_is_and_keeps_no_checkpoints(
+    trained: Path, dataset: Path, pages: Path, tmp_path: Path
+) -> None:
     models = place(trained.parents[1])
     assert list((trained.parents[1] / ".runs").iterdir()) == []
+    (trained.parent / "latest.json").unlink()  # as if it had been killed just before
     assert train(place(dataset), models, config(workers=2), "first") == (place(trained), False)
+    assert json.loads((trained.parent / "latest.json").read_text())["run"] == "first"
     with pytest.raises(OptionError, match="epochs .then 2, now 3."):
         train(place(dataset), models, config(workers=2, epochs=3), "first")
+    source = (place(pages / "train_images"), place(pages / "train.csv"))
+    prepare(*source, place(tmp_path), PrepareConfig(coverage=0.5, split="book"))
+    with pytest.raises(OptionError, match="dataset_manifest_sha256"):
+        train(place(tmp_path), models, config(workers=2), "first")
 
 
 def test_a_killed_run_that_is_called_again_continues(dataset: Path, tmp_path: Path) -> None:
@@ -262,6 +271,9 @@ def test_a_killed_run_that_is_called_again_continues(dataset: Path, tmp_path: Pa
 
 
 def test_what_cannot_be_trained_is_refused_before_ray_train_starts(dataset: Path, tmp_path: Path) -> None:
+    for run in ("..", "a/b", "", "a.json"):
+        with pytest.raises(OptionError, match="--run must"):
+            train(place(dataset), place(tmp_path), config(), run)
     with pytest.raises(OptionError, match="must get a crop of each batch. Received: 3 for a batch of 2"):
         train(place(dataset), place(tmp_path), config(workers=3, global_batch_size=2), "few")
     damaged = tmp_path / "damaged"
