@@ -95,6 +95,8 @@ def _fetch(source: UPath, target: Path, entry: FileEntry, advance: Callable[[int
     with open(part, "ab") as out:
         try:
             fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.exists(part) or os.fstat(out.fileno()).st_ino != os.stat(part).st_ino:
+                raise BlockingIOError  # another pull moved it between our opening and our locking
         except BlockingIOError:
             raise KuzushijiError(
                 f"one pull at a time may write a folder. Received: {target}, where another one is at work"

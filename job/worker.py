@@ -6,6 +6,7 @@ its part of it.
 """
 
 import json
+import math
 import tempfile
 import time
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ import ray.train
 import tensorflow as tf
 from numpy.typing import NDArray
 
+from cluster.errors import KuzushijiError
 from cluster.storage import place
 from job.architectures import ARCHITECTURES
 from job.board import SECONDS_BETWEEN_POSTS
@@ -102,7 +104,7 @@ class Training:
         return [*self.model.variables, *self.optimizer.variables]
 
     def resume(self) -> None:
-        """1. From the run's own last checkpoint, if Ray Train has one; 2. from the seeded weights."""
+        """Go on from the run's own last checkpoint, if Ray Train has one; else the seeded weights stay."""
         checkpoint = ray.train.get_checkpoint()
         if checkpoint is None:
             return
@@ -153,6 +155,8 @@ class Training:
                 last_post = time.perf_counter()
                 self._post_step(epoch, step + 1, steps, sums, (step + 1) * size / (last_post - begin))
         loss, accuracy = (self.steps.sum_over_workers(sums.numpy()[None])[0] / (steps * size)).tolist()
+        if not math.isfinite(loss):
+            raise KuzushijiError(f"the loss must stay finite. Received: {loss} in epoch {epoch}. Lower --learning-rate")
         seconds = time.perf_counter() - begin
         self.steps.estimate_statistics(
             self.rows_of(crops, order, step)[1] for step in range(min(steps, STATISTICS_BATCHES))

@@ -1,5 +1,6 @@
 """Where page scans come from: a folder of `<image_id>.jpg`, or a zip archive of them as Kaggle ships it."""
 
+import errno
 import hashlib
 import lzma
 import os
@@ -17,7 +18,7 @@ from preprocessing.crop import MAX_PAGE_BYTES, PageFault
 
 SUFFIX = ".jpg"
 # What zipfile and its decompressors raise for a member that is broken, encrypted or of an unknown method.
-UNREADABLE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, NotImplementedError, RuntimeError, EOFError, ValueError)
+UNREADABLE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, RuntimeError, EOFError, ValueError, OSError)
 
 
 class ReadPage(Protocol):
@@ -67,6 +68,9 @@ def page_reader(pages: UPath) -> Iterator[ReadPage]:
                     with archive.open(name) as stream:
                         return stream.read(MAX_PAGE_BYTES + 1)
                 except UNREADABLE as error:
+                    # bz2 and a misled seek raise OSError too; one with another number is of the disk or the network.
+                    if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+                        raise
                     raise PageFault(f"page can't be read from the archive: {error}") from None
 
             yield read_member

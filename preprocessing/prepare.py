@@ -103,7 +103,8 @@ def make_plan(pages: UPath, labels_path: UPath, config: PrepareConfig) -> Plan:
     names = config.classes or class_names(labels.code_points, config.coverage)
     files = {page_id: name for page_id, (name, _) in listing.items()}
     rows = plan_groups(labels, class_indices(names, labels.code_points), splits, files, config.shards)
-    identity = config.model_dump(exclude={"max_bad_fraction"}) | {"input": fingerprint(labels.sha256, listing)}
+    identity = config.model_dump(exclude={"max_bad_fraction"})
+    identity |= {"input": fingerprint(labels.sha256, listing), "versions": _versions()}
     unlabelled = sorted(os.fsencode(p).decode(errors="replace") for p in set(listing) - set(labels.page_ids))
     return Plan(labels, names, splits, rows, unlabelled, identity)
 
@@ -117,7 +118,8 @@ def _earlier_attempt(dataset: UPath, plan: Plan) -> DatasetManifest | None:
     plan_path = dataset / PROGRESS_FOLDER / PLAN_FILE
     if is_sealed(dataset):
         manifest = read_manifest(dataset, DatasetManifest)
-        _refuse_other(dataset, plan, manifest.config | {"input": manifest.fingerprint})
+        earlier = manifest.config | {"input": manifest.fingerprint, "versions": plan.identity["versions"]}
+        _refuse_other(dataset, plan, earlier)
         if {shard.name for shard in manifest.shards} != {name for row in plan.rows for name in row["files"] if name}:
             raise DamageError(
                 f"{dataset / MANIFEST_FILE} must list the planned shards. Remove the folder and prepare again"
@@ -126,6 +128,7 @@ def _earlier_attempt(dataset: UPath, plan: Plan) -> DatasetManifest | None:
         faults = [fault for entry in manifest.entries if (fault := fault_of(dataset, entry, there))]
         if not faults:
             return manifest
+        _refuse_other(dataset, plan, earlier | {"versions": manifest.versions})  # they may cut other crops
         log.warning("%s: %s; what is damaged is made again", dataset, "; ".join(faults))
         _write_reports(dataset, plan, manifest)
         write_bytes(plan_path, json.dumps(plan.identity).encode())
@@ -137,6 +140,10 @@ def _earlier_attempt(dataset: UPath, plan: Plan) -> DatasetManifest | None:
     else:
         write_bytes(plan_path, json.dumps(plan.identity).encode())
     return None
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version()} | {package: version(package) for package in VERSIONED}
 
 
 def _read_plan(path: UPath) -> dict[str, Any]:
@@ -223,7 +230,7 @@ def _finish(
         unlabelled=plan.unlabelled,
         seed=config.seed,
         config=recorded,
-        versions={"python": platform.python_version()} | {package: version(package) for package in VERSIONED},
+        versions=plan.identity["versions"],
         fingerprint=plan.identity["input"],
     )
     seal(dataset, manifest)

@@ -107,10 +107,10 @@ def test_a_failure_is_one_line_with_the_rule_and_what_came(
     assert len(done.stderr.splitlines()) == 1
     with_json = kuzushiji(*arguments, "--json", cwd=tmp_path)
     assert with_json.returncode == code
-    assert (
-        says in ("Missing option '--pages'", "--split")
-        or says in json.loads(with_json.stdout.splitlines()[-1])["error"]
-    )
+    if with_json.stdout:
+        assert says in json.loads(with_json.stdout.splitlines()[-1])["error"]
+    else:  # click's own check of the options comes before `--json` is known
+        assert arguments[0] == "prepare"
     assert list(tmp_path.iterdir()) == []
 
 

@@ -308,9 +308,7 @@ def test_links_to_pages_are_pages(dataset: Path, pages: Path, tmp_path: Path) ->
     assert contents(tmp_path / "out") == contents(dataset)
 
 
-def test_a_sealed_folder_that_lost_shards_from_its_manifest_is_damage(
-    dataset: Path, pages: Path, tmp_path: Path
-) -> None:
+def test_a_manifest_that_lost_shards_is_damage(dataset: Path, pages: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(dataset, copy)
     manifest = json.loads((copy / "manifest.json").read_text())
