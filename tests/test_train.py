@@ -170,7 +170,7 @@ def test_dropout_masks_of_rows_differ_and_each_worker_uses_its_rows_of_one_mask(
 def trained(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder, trained by two workers for two epochs, and called again for nothing."""
     models = tmp_path_factory.mktemp("models")
-    folder, new = train(place(dataset), place(models), config(workers=2), "first")
+    folder, new = train(place(dataset), place(models), config(workers=2, global_batch_size=256), "first")
     assert new
     return Path(folder.path)
 
@@ -186,7 +186,7 @@ def test_the_model_folder_holds_what_the_contract_says(trained: Path, dataset: P
     assert all(set(row) == EPOCH_KEYS for row in history)
     metrics = json.loads((trained / "metrics.json").read_text())
     assert all(set(metrics[split]) == SPLIT_KEYS for split in ("train", "validation", "test"))
-    assert json.loads((trained / "config.json").read_text()) == config(workers=2).model_dump()
+    assert json.loads((trained / "config.json").read_text()) == config(workers=2, global_batch_size=256).model_dump()
     assert json.loads((trained.parent / "latest.json").read_text())["run"] == "first"
     counts = json.loads((dataset / "manifest.json").read_text())["counts"]
     assert metrics["test"]["examples"] == counts["test"]["examples"]
@@ -240,14 +240,14 @@ def test_a_finished_run_is_left_as_it_is_and_keeps_no_checkpoints(
     models = place(trained.parents[1])
     assert list((trained.parents[1] / ".runs").iterdir()) == []
     (trained.parent / "latest.json").unlink()  # as if it had been killed just before
-    assert train(place(dataset), models, config(workers=2), "first") == (place(trained), False)
+    assert train(place(dataset), models, config(workers=2, global_batch_size=256), "first") == (place(trained), False)
     assert json.loads((trained.parent / "latest.json").read_text())["run"] == "first"
     with pytest.raises(OptionError, match="epochs .then 2, now 3."):
-        train(place(dataset), models, config(workers=2, epochs=3), "first")
+        train(place(dataset), models, config(workers=2, global_batch_size=256, epochs=3), "first")
     source = (place(pages / "train_images"), place(pages / "train.csv"))
     prepare(*source, place(tmp_path), PrepareConfig(coverage=0.5, split="book"))
     with pytest.raises(OptionError, match="dataset_manifest_sha256"):
-        train(place(tmp_path), models, config(workers=2), "first")
+        train(place(tmp_path), models, config(workers=2, global_batch_size=256), "first")
 
 
 def test_a_killed_run_that_is_called_again_continues(dataset: Path, tmp_path: Path) -> None:
