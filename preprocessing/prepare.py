@@ -78,21 +78,28 @@ def prepare(pages: UPath, labels: UPath, dataset: UPath, config: PrepareConfig) 
     plan = make_plan(pages, labels, config)
     manifest = _earlier_attempt(dataset, plan)
     if manifest:
+        _check_losses(manifest.losses, plan, config, dataset)
         return manifest, False
     reports = _run(plan, pages, dataset)
     losses = [loss for report in reports for loss in report["losses"]]
-    boxes = len(plan.labels.boxes)
-    if len(losses) > config.max_bad_fraction * boxes:
+    try:
+        _check_losses(losses, plan, config, dataset)
+    except InputError:
         for group, report in enumerate(reports):  # cut again next time, when the pages may be readable
             if report["losses"]:
                 report_path(dataset, group).unlink()
+        raise
+    return _finish(plan, dataset, config, reports, losses), True
+
+
+def _check_losses(losses: list[dict[str, Any]], plan: Plan, config: PrepareConfig, dataset: UPath) -> None:
+    boxes = len(plan.labels.boxes)
+    if len(losses) > config.max_bad_fraction * boxes:
         raise InputError(
             f"at most {config.max_bad_fraction:g} of the boxes may be lost (--max-bad-fraction). "
-            f"Received: {len(losses)} of {boxes}, "
-            f"first page {losses[0]['page']}: {losses[0]['what']}. Allow more and run again, or mend the input and "
-            f"remove {dataset}"
+            f"Received: {len(losses)} of {boxes}, first page {losses[0]['page']}: {losses[0]['what']}. "
+            f"Allow more and run again, or mend the input and remove {dataset}"
         )
-    return _finish(plan, dataset, config, reports, losses), True
 
 
 def make_plan(pages: UPath, labels_path: UPath, config: PrepareConfig) -> Plan:

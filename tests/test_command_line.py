@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import click
+import psutil
 import pytest
 from click.testing import CliRunner
 from conftest import KUZUSHIJI
@@ -134,13 +135,15 @@ def test_a_user_walks_from_pages_to_a_checked_dataset(tmp_path: Path) -> None:
 
 
 def test_no_process_of_ray_is_left_when_a_command_ends(pages: Path, tmp_path: Path) -> None:
-    def ray_processes() -> set[str]:
-        listed = subprocess.run(["pgrep", "-f", "ray::|raylet|gcs_server"], capture_output=True, text=True, check=False)
-        return set(listed.stdout.split())
+    def ray_processes() -> set[int]:
+        commands = (
+            (process.pid, " ".join(process.info["cmdline"] or [])) for process in psutil.process_iter(["cmdline"])
+        )
+        return {pid for pid, command in commands if re.search("ray::|raylet|gcs_server", command)}
 
     before = ray_processes()
     source = ["--pages", str(pages / "train_images"), "--labels", str(pages / "train.csv"), "--dataset", "crops"]
-    seen: set[str] = set()
+    seen: set[int] = set()
     with subprocess.Popen([str(KUZUSHIJI), "prepare", *source], cwd=tmp_path, stdout=subprocess.DEVNULL) as job:
         while job.poll() is None:
             seen |= ray_processes() - before

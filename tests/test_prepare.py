@@ -176,6 +176,8 @@ def test_too_many_losses_fail_without_a_manifest_and_may_be_allowed_later(tmp_pa
     assert not (tmp_path / "out" / "manifest.json").exists()
     assert len(run(tmp_path, tmp_path / "out", PrepareConfig(max_bad_fraction=0.4)).losses) == 10
     assert not (tmp_path / "out" / ".prepare").exists()
+    with pytest.raises(InputError, match="Received: 10 of 30"):
+        run(tmp_path, tmp_path / "out", PrepareConfig())
 
 
 def test_a_file_all_of_whose_crops_were_lost_stays_valid_and_empty(tmp_path: Path) -> None:
