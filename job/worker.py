@@ -33,8 +33,9 @@ from job.staging import Crops, StagedDataset, staged
 from job.step import Steps, make_strategy, training_form
 from preprocessing.split import SPLITS
 
-# Batches over which batch norm's statistics are averaged before a validation.
+# Over how much batch norm's statistics are averaged before a validation: a quarter of an epoch, within these bounds.
 STATISTICS_BATCHES = 30
+STATISTICS_CROPS = 1024
 STATE_FILE = "state.json"
 ARRAYS_FILE = "arrays.npz"
 
@@ -158,9 +159,8 @@ class Training:
         if not math.isfinite(loss):
             raise KuzushijiError(f"the loss must stay finite. Received: {loss} in epoch {epoch}. Lower --learning-rate")
         seconds = time.perf_counter() - begin
-        self.steps.estimate_statistics(
-            self.rows_of(crops, order, step)[1] for step in range(min(steps, STATISTICS_BATCHES))
-        )
+        batches = min(steps, STATISTICS_BATCHES, max(steps // 4, -(-STATISTICS_CROPS // size)))
+        self.steps.estimate_statistics(self.rows_of(crops, order, step)[1] for step in range(batches))
         validation = metrics(self._predict("validation"), self._labels("validation"), self.dataset.class_names)
         row = {
             "epoch": epoch,
