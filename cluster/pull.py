@@ -101,9 +101,8 @@ def _fetch(source: UPath, target: Path, entry: FileEntry, advance: Callable[[int
             raise KuzushijiError(
                 f"one pull at a time may write a folder. Received: {target}, where another one is at work"
             ) from None
-        for begin in dict.fromkeys(
-            [min(out.tell(), entry.bytes), 0]
-        ):  # from the start, if the part was of something else
+        # Once more from the start, if the part was of something else.
+        for begin in dict.fromkeys([min(out.tell(), entry.bytes), 0]):
             out.truncate(begin)
             out.seek(begin)
             advance(begin)

@@ -108,13 +108,9 @@ def open_read(path: UPath) -> BinaryIO:
 def sha256_of(path: UPath) -> str:
     """Hex digest of a file's bytes, read in pieces."""
     with open_read(path) as stream:
-        return hash_stream(stream)
-
-
-def hash_stream(stream: BinaryIO) -> str:
-    digest = hashlib.sha256()
-    while chunk := stream.read(CHUNK_BYTES):
-        digest.update(chunk)
+        digest = hashlib.sha256()
+        while chunk := stream.read(CHUNK_BYTES):
+            digest.update(chunk)
     return digest.hexdigest()
 
 

@@ -37,7 +37,7 @@ class Board:
         return events
 
 
-class TellFailures(UserCallback):  # type: ignore[misc]
+class TellFailures(UserCallback):  # type: ignore[misc]  # Ray has no types
     """Says why workers were lost, since Ray Train starts them again without a word to the user."""
 
     def __init__(self, board: Any) -> None:

@@ -36,7 +36,7 @@ def batch_rows(rows: BatchRows) -> Iterator[None]:
         _rows.reset(token)
 
 
-class SharedDropout(keras.layers.Layer):  # type: ignore[misc]
+class SharedDropout(keras.layers.Layer):  # type: ignore[misc]  # Keras has no types
     """Stands in for `keras.layers.Dropout` while training; outside of `batch_rows` it passes its input on."""
 
     def __init__(self, rate: float, seed: int, **kwargs: Any) -> None:

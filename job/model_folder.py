@@ -105,7 +105,7 @@ A classifier of Kuzushiji characters: {metrics["parameters"]:,} parameters, {met
 probabilities.
 - Load it: `keras.saving.load_model("{MODEL_FILE}", compile=False)`, safe mode on, no package of ours needed.
 - Trained with Adam, learning rate {config["learning_rate"]:g}, global batch {config["global_batch_size"]},
-{config["epochs"]} epochs, seed
+at most {config["epochs"]} epochs, seed
   {config["seed"]}; the weights are those of epoch {metrics["best_epoch"]}, the best in validation.
 - Split of the dataset: {dataset}. What `rare` holds is not told apart.
 - The licence of the training data binds what is made from them: CC BY-SA 4.0 for Kaggle's *Kuzushiji Recognition*

@@ -10,7 +10,7 @@ import keras
 import tensorflow as tf
 
 
-class FusedAdam(keras.optimizers.Adam):  # type: ignore[misc]
+class FusedAdam(keras.optimizers.Adam):  # type: ignore[misc]  # Keras has no types
     """`keras.optimizers.Adam` with its defaults and its state, for float32 variables."""
 
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:

@@ -116,6 +116,6 @@ Read it with `tfds.builder_from_directory(...)`, `kuzushiji train`, or any reade
 ## Source and licence
 The crops have the licence of the pages that they were cut from. Kaggle's *Kuzushiji Recognition* data are adapted
 from the "Kuzushiji Dataset" (created by the National Institute of Japanese Literature and others, published by the
-Center for Open Data in the Humanities), doi:10.20676/00000341, CC BY-SA 4.0. Pages drawn by `kuzushiji sample` are
-free of rights.
+Center for Open Data in the Humanities), doi:10.20676/00000341, CC BY-SA 4.0.
+Pages drawn by `kuzushiji sample` copy no scan.
 """

@@ -273,7 +273,7 @@ def _paper(height: int, width: int, rng: np.random.Generator) -> Tones:
     tones: Tones = cv2.resize(np.clip(shade, 0, 255).astype(np.uint8), (width, height), interpolation=cv2.INTER_LINEAR)
     for across, along in ((0.7, 0.7), (1.2, 6.0)):
         cv2.subtract(tones, _tiled(rng, (height, width), across, along, 13), dst=tones)
-    return cv2.add(tones, 12)  # type: ignore[no-any-return]
+    return cv2.add(tones, 12)  # type: ignore[no-any-return]  # OpenCV's types are vague
 
 
 def _tiled(rng: np.random.Generator, shape: tuple[int, int], across: float, along: float, strength: float) -> Tones:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-# Before anything imports Ray or TensorFlow: staged data in a folder of the session, and no word to the terminal.
+# Before anything imports Ray or TensorFlow, so that some imports come after (E402):
+# staged data in a folder of the session, and no word to the terminal.
 _CACHE = tempfile.TemporaryDirectory(prefix="kuzushiji-tests-")
 os.environ["XDG_CACHE_HOME"] = _CACHE.name
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
