@@ -57,7 +57,7 @@ def _set_environment() -> None:
 
 def cause_of(error: BaseException) -> BaseException:
     """What failed on a worker, out of the wrappers that Ray puts around it."""
-    from ray.exceptions import RayError
+    from ray.exceptions import ActorDiedError, RayError
     from ray.train import TrainingFailedError
 
     seen = error
@@ -69,4 +69,6 @@ def cause_of(error: BaseException) -> BaseException:
         if inner is None:
             break
         seen = inner
+    if isinstance(seen, ActorDiedError) and "Error: " in (last := str(seen).strip().splitlines()[-1]):
+        return RuntimeError(last)  # an actor that failed to begin: Ray keeps no more than the text of its traceback
     return seen

@@ -1,4 +1,4 @@
-"""How a training is seen while it runs: the workers post what happens to a small actor, the driver shows it.
+"""How trainings are seen while they run: the workers post what happens to a small actor, the driver shows it.
 
 Posting never waits and never fails: losing a line must not lose a training.
 """
@@ -6,9 +6,10 @@ Posting never waits and never fails: losing a line must not lose a training.
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 import ray
 from ray.train import UserCallback
@@ -22,8 +23,8 @@ SECONDS_BETWEEN_POSTS = 1.0
 
 
 class Board:
-    """Events in the order in which they came. An event: {"step": ...} while an epoch runs, {"text": ...} for a log
-    line.
+    """Events in the order in which they came. An event names its `architecture`, and has `step` while an epoch runs,
+    `text` for a log line, or `state` when a run starts or ends.
     """
 
     def __init__(self) -> None:
@@ -40,21 +41,22 @@ class Board:
 class TellFailures(UserCallback):  # type: ignore[misc]  # Ray has no types
     """Says why workers were lost, since Ray Train starts them again without a word to the user."""
 
-    def __init__(self, board: Any) -> None:
-        self._board = board
+    def __init__(self, board: Any, architecture: str) -> None:
+        self._board, self._architecture = board, architecture
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         rank, error = min(worker_exceptions.items())
-        text = " ".join(str(cause_of(error)).split())[:300] or type(error).__name__
-        self._board.post.remote({"text": f"worker {rank} failed, all begin again from the last checkpoint: {text}"})
+        cause = " ".join(str(cause_of(error)).split())[:300] or type(error).__name__
+        text = f"worker {rank} failed, all begin again from the last checkpoint: {cause}"
+        self._board.post.remote({"architecture": self._architecture, "text": text})
 
 
 @contextmanager
-def watched() -> Iterator[Any]:
+def watched(architectures: Sequence[str]) -> Iterator[Any]:
     """An actor to post to; what is posted is shown until the block ends."""
     board: Any = ray.remote(num_cpus=0)(Board).remote()
     done = threading.Event()
-    thread = threading.Thread(target=_show, args=(board, done), daemon=True)
+    thread = threading.Thread(target=_show, args=(board, architectures, done), daemon=True)
     thread.start()
     try:
         yield board
@@ -64,9 +66,8 @@ def watched() -> Iterator[Any]:
         ray.kill(board)
 
 
-def _show(board: Any, done: threading.Event) -> None:
-    lines = _BarLines() if on_terminal() else _LogLines()
-    with lines:
+def _show(board: Any, architectures: Sequence[str], done: threading.Event) -> None:
+    with _Table(architectures) if on_terminal() else _LogLines() as lines:
         while True:
             last = done.wait(0.5)
             try:
@@ -75,9 +76,11 @@ def _show(board: Any, done: threading.Event) -> None:
                 return
             for event in events:
                 if "text" in event:
-                    log.info("%s", event["text"])
+                    log.info("%s: %s", event["architecture"], event["text"])
+                elif "state" in event:
+                    lines.state(event["architecture"], event["state"])
                 else:
-                    lines.step(event)
+                    lines.step(event["architecture"], event)
             if last:
                 return
 
@@ -87,34 +90,51 @@ def _describe(event: dict[str, Any]) -> str:
 
 
 class _LogLines:
-    """For logs: where an epoch stands, every few seconds."""
+    """For logs: where the epoch of each architecture stands, every few seconds."""
 
-    def __enter__(self) -> None:
-        self._last = time.monotonic()
+    def __enter__(self) -> Self:
+        self._last: dict[str, float] = defaultdict(time.monotonic)
+        return self
 
     def __exit__(self, *_: object) -> None: ...
 
-    def step(self, event: dict[str, Any]) -> None:
-        if time.monotonic() - self._last >= SECONDS_BETWEEN_LINES:
-            self._last = time.monotonic()
-            log.info("epoch %d, step %d of %d: %s", event["epoch"], event["step"], event["steps"], _describe(event))
+    def state(self, architecture: str, state: str) -> None: ...
+
+    def step(self, architecture: str, event: dict[str, Any]) -> None:
+        if time.monotonic() - self._last[architecture] >= SECONDS_BETWEEN_LINES:
+            self._last[architecture] = time.monotonic()
+            where = f"epoch {event['epoch']}, step {event['step']} of {event['steps']}"
+            log.info("%s: %s: %s", architecture, where, _describe(event))
 
 
-class _BarLines:
-    """For terminals: one bar, over all steps of the training."""
+class _Table:
+    """For terminals: a row an architecture, with a bar over all steps of its training."""
 
-    def __enter__(self) -> None:
+    def __init__(self, architectures: Sequence[str]) -> None:
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        text, state = TextColumn("{task.description}"), TextColumn("{task.fields[state]}")
+        columns = (text, BarColumn(bar_width=20), TimeElapsedColumn(), TimeRemainingColumn(), state)
         self._bars = Progress(*columns, console=terminal(), transient=True)
+        self._rows = {name: self._bars.add_task(name, total=None, start=False, state="waits") for name in architectures}
+
+    def __enter__(self) -> Self:
         self._bars.start()
-        self._task = self._bars.add_task("workers start", total=None)
+        return self
 
     def __exit__(self, *_: object) -> None:
         self._bars.stop()
 
-    def step(self, event: dict[str, Any]) -> None:
+    def state(self, architecture: str, state: str) -> None:
+        row = self._rows[architecture]
+        if state == "workers start":
+            self._bars.start_task(row)
+        else:
+            self._bars.stop_task(row)
+        self._bars.update(row, state=state)
+
+    def step(self, architecture: str, event: dict[str, Any]) -> None:
         done = (event["epoch"] - 1) * event["steps"] + event["step"]
-        text = f"epoch {event['epoch']} of {event['epochs']}: {_describe(event)}"
-        self._bars.update(self._task, description=text, completed=done, total=event["epochs"] * event["steps"])
+        state = f"epoch {event['epoch']} of {event['epochs']}: {_describe(event)}"
+        total = event["epochs"] * event["steps"]
+        self._bars.update(self._rows[architecture], state=state, completed=done, total=total)

@@ -158,7 +158,13 @@ def prepare(pages: str, labels: str, dataset: str, classes: str | None, **option
 @command
 @click.option("--dataset", required=True, metavar="PLACE", help="Folder made by `prepare`.")
 @click.option("--models", required=True, metavar="PLACE", help="Where <architecture>/<run>/ is written.")
-@click.option("--architecture", required=True, metavar="NAME", help="Only `baseline` so far.")
+@click.option("--architecture", "architectures", required=True, multiple=True, metavar="NAME",
+              help="baseline, xception, resnet152v2, inceptionresnetv2, fcn (550 times baseline's work a crop), all; "
+              "may be given again.")  # fmt: skip
+@click.option("--weights", metavar="imagenet|none|FILE",
+              help="What a base begins with.  [default: imagenet; only for the three that have one]")  # fmt: skip
+@click.option("--unfreeze", type=click.Choice(["last", "all"]),
+              help="Layers of the base to train.  [default: last, the study's; all with --weights none]")  # fmt: skip
 @click.option(
     "--workers", default=1, show_default=True, type=int, help="Data-parallel processes, spread over the hosts."
 )
@@ -168,28 +174,31 @@ def prepare(pages: str, labels: str, dataset: str, classes: str | None, **option
 )
 @click.option("--epochs", type=int, help="Passes over the crops.  [default: the architecture's recipe]")
 @click.option("--global-batch-size", type=int, help="Crops of a step over all workers.  [default: the recipe's]")
-@click.option("--learning-rate", type=float, help="Of Adam.  [default: the recipe's]")
+@click.option("--learning-rate", type=float, help="Of Adam; not scaled with the batch.  [default: the recipe's]")
+@click.option("--precision", type=click.Choice(["float32", "mixed_bfloat16"]), default="float32", show_default=True,
+              help="What layers compute in.")  # fmt: skip
+@click.option("--class-weights", type=click.Choice(["none", "balanced"]), default="none", show_default=True,
+              help="balanced: each class counts the same in the loss.")  # fmt: skip
 @click.option("--seed", default=42, show_default=True, type=int, help="Of weights, order and dropout.")
 @click.option("--patience", type=int, help="Stop after so many epochs that were no better.  [default: never]")
 @click.option("--run", metavar="NAME", help="A run that is called again continues.  [default: the time, a new run]")
-def train(dataset: str, models: str, architecture: str, run: str | None, **options: Any) -> Outcome:
-    """Train a classifier with Ray Train, evaluate it, write its folder."""
+def train(
+    dataset: str, models: str, architectures: tuple[str, ...], weights: str | None, run: str | None, **options: Any
+) -> Outcome:
+    """Train classifiers with Ray Train, evaluate them, write their folders."""
     from cluster.storage import place
-    from job.config import RECIPES, TrainConfig
+    from job.config import configs_of
+    from job.report import outcome_lines, outcome_result
     from job.train import default_cpus_per_worker, new_run_name
     from job.train import train as start
+    from job.weights import handed_over
 
-    if architecture not in RECIPES:
-        raise OptionError(f"--architecture must be one of {', '.join(RECIPES)}. Received: {architecture!r}")
-    given = {key: value for key, value in options.items() if value is not None}
-    given.setdefault("cpus_per_worker", default_cpus_per_worker(max(1, given["workers"])))
-    recipe = RECIPES[architecture].model_dump()
-    config = config_of(TrainConfig, architecture=architecture, **recipe | given)
-    folder, new = start(place(dataset), place(models), config, run or new_run_name())
-    numbers = json.loads((folder / "metrics.json").read_bytes())
-    result = {"model": str(folder), "trained": new, "metrics": numbers}
-    head = [] if new else [f"run {folder.name} is finished already: nothing to do"]
-    return result, [*head, *(_metrics_line(split, numbers[split]) for split in SPLITS), f"model: {folder}"]
+    if options["cpus_per_worker"] is None:
+        options["cpus_per_worker"] = default_cpus_per_worker(max(1, options["workers"]))
+    handed = handed_over(weights)
+    configs = configs_of(architectures, weights=handed.identity if handed else weights, **options)
+    outcomes = start(place(dataset), place(models), configs, run or new_run_name(), handed)
+    return outcome_result(outcomes), outcome_lines(outcomes)
 
 
 @command
@@ -204,6 +213,7 @@ def evaluate(model: str, dataset: str, split: str, out: str | None) -> Outcome:
     from cluster.storage import place
     from job.evaluate import evaluate as run
     from job.evaluate import write_evaluation
+    from job.report import metrics_line
 
     evaluation = run(place(model), place(dataset), split)
     if out:
@@ -226,7 +236,7 @@ def evaluate(model: str, dataset: str, split: str, out: str | None) -> Outcome:
         *listed[:SHOWN_CONFUSIONS],
         *more,
         "",
-        _metrics_line(split, evaluation.metrics),
+        metrics_line(split, evaluation.metrics),
     ]
 
 
@@ -269,16 +279,3 @@ def verify(folder: str) -> Outcome:
         else f"{len(manifest.entries)} files are right"
     )
     return result, [*faults, f"{manifest.kind} {checked}: {verdict}"]
-
-
-def _metrics_line(split: str, numbers: dict[str, Any]) -> str:
-    without_rare = numbers["accuracy_without_rare"]
-    parts = [
-        f"accuracy {numbers['accuracy']:.4f}",
-        f"without rare {'-' if without_rare is None else f'{without_rare:.4f}'}",
-        f"top 5 {numbers['top5']:.4f}",
-        f"macro F1 {numbers['macro_f1']:.4f}",
-        f"loss {numbers['loss']:.4f}",
-        f"{numbers['examples']:,} crops",
-    ]
-    return f"{split:<10} " + ", ".join(parts)

@@ -25,9 +25,11 @@ def without_chatter() -> Iterator[None]:
         os.close(silence)
 
 
-def load_tensorflow() -> None:
-    """Import TensorFlow and let it find its devices."""
+def load_tensorflow(gpus: bool = True) -> None:
+    """Import TensorFlow and let it find its devices; without `gpus`, leave those to other processes."""
     with without_chatter():
         import tensorflow as tf
 
+        if not gpus:
+            tf.config.set_visible_devices([], "GPU")
         tf.config.list_logical_devices()

@@ -24,6 +24,18 @@ LABELS = tf.TensorSpec((None,), tf.int64)
 ROW = tf.TensorSpec((), tf.int32)
 
 PREDICT_ROWS = 512
+# Where no layer makes the image smaller (`fcn`), activations of a crop are 500 times as large as `baseline`'s.
+PREDICT_ROWS_OF_ANY_SIZE = 16
+
+
+def balanced_weights(labels: NDArray[np.int64], classes: int) -> NDArray[np.float32]:
+    """(K,) what a crop of each class counts: as much as all others of its class together, 1 on average over the crops.
+
+    King and Zeng, Logistic Regression in Rare Events Data, 2001; scikit-learn's `class_weight="balanced"`.
+    """
+    counts = np.bincount(labels, minlength=classes)
+    weights = len(labels) / (np.count_nonzero(counts) * np.maximum(counts, 1))
+    return np.where(counts > 0, weights, 0.0).astype(np.float32)
 
 
 def make_strategy(workers: int) -> tf.distribute.Strategy:
@@ -50,7 +62,8 @@ def training_form(model: keras.Model, seed: int, dropout: bool) -> keras.Model:
         if isinstance(layer, keras.layers.Dropout):
             drops.append(layer.name)
             rate = config["rate"] if dropout else 0.0
-            return SharedDropout(rate, seed=seed + (len(drops) << 32), name=layer.name)
+            seed_of_layer = seed + (len(drops) << 32)
+            return SharedDropout(rate, seed=seed_of_layer, name=layer.name, dtype=layer.dtype_policy)
         return layer.from_config(config)
 
     trained = keras.models.clone_model(model, clone_function=swap)
@@ -68,9 +81,10 @@ class Steps:
         model: keras.Model,
         optimizer: Any = None,
         global_batch_size: int = 1,
+        class_weights: NDArray[np.float32] | None = None,
     ) -> None:
         """`model` and the built `optimizer` were made within `strategy.scope()`; without an optimizer, to predict
-        only.
+        only. class_weights: (K,) what a crop of each class counts in the loss that is minimised; None: 1.
         """
         self.strategy, self.model, self.optimizer, self.global_batch_size = (
             strategy,
@@ -78,6 +92,8 @@ class Steps:
             optimizer,
             global_batch_size,
         )
+        self.class_weights = class_weights
+        self.predict_rows = PREDICT_ROWS if model.input_shape[1] else PREDICT_ROWS_OF_ANY_SIZE
         self.local_replicas = strategy.num_replicas_in_sync // workers
         self.train = tf.function(self._train, input_signature=[IMAGES, LABELS, ROW])
         self._predict_step = tf.function(self._predict, input_signature=[IMAGES, LABELS])
@@ -87,7 +103,8 @@ class Steps:
     def _train(self, images: Any, labels: Any, first_row: Any) -> Any:
         """One step on this worker's rows, which begin at `first_row` of the global batch.
 
-        Returns (2,) float32 sums over the rows, as they were before the update: cross-entropy, correct predictions.
+        Returns (2,) float32 sums over the rows, as they were before the update: cross-entropy (each crop counts 1, to
+        compare with other splits), correct predictions.
         """
 
         def replica() -> Any:
@@ -98,8 +115,11 @@ class Steps:
             with batch_rows(mine), tf.GradientTape() as tape:
                 probabilities = self.model(images[first:end], training=True)
                 losses = keras.losses.sparse_categorical_crossentropy(labels[first:end], probabilities)
+                weighted = losses
+                if self.class_weights is not None:
+                    weighted *= tf.gather(self.class_weights, labels[first:end])
                 # Summed by `apply` over all replicas, so divided by B and not by the rows of this one.
-                loss = tf.reduce_sum(losses) / self.global_batch_size
+                loss = tf.reduce_sum(weighted) / self.global_batch_size
             variables = self.model.trainable_variables
             self.optimizer.apply(tape.gradient(loss, [v.value for v in variables]), variables)
             correct = tf.argmax(probabilities, axis=-1) == labels[first:end]
@@ -114,8 +134,8 @@ class Steps:
         cross-entropy.
         """
         parts = [np.empty((0, 4), np.float32)]
-        for at in range(0, len(labels), PREDICT_ROWS):
-            rows = slice(at, at + PREDICT_ROWS)
+        for at in range(0, len(labels), self.predict_rows):
+            rows = slice(at, at + self.predict_rows)
             parts.append(self._predict_step(images[rows], labels[rows]).numpy())
             advance(len(parts[-1]))
         return np.concatenate(parts)

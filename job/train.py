@@ -1,30 +1,46 @@
-"""The driver of a training: checks what can be checked at once, then hands it to Ray Train."""
+"""The driver of trainings: checks what can be checked at once, then hands each architecture to Ray Train.
 
-import json
+They run side by side where the hosts hold them, else one after the other. One that fails takes no other along.
+"""
+
+import importlib
 import logging
 import os
+import queue
+import threading
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
 
 from upath import UPath
 
 from cluster.errors import DamageError, InputError, OptionError
-from cluster.manifest import DatasetManifest, ModelManifest, read_manifest, verify
-from cluster.models import point_to_latest
-from cluster.runtime import cause_of, ray_session
-from cluster.storage import is_local, plain_name, remove_folder, write_bytes
-from job.config import TrainConfig
-from job.model_folder import finished_config
+from cluster.manifest import DatasetManifest, read_manifest, verify
+from cluster.runtime import ray_session
+from cluster.storage import is_local, plain_name
+from job.config import RECIPES, TrainConfig
+from job.run import Run
 from job.startup import without_chatter
+from job.weights import WeightsFile, share
 from preprocessing.split import SPLITS
 
 log = logging.getLogger("kuzushiji")
 
-RUNS_FOLDER = ".runs"
-# How often lost workers are replaced before a run is given up.
-MAX_FAILURES = 3
-# What may differ when a run is called again: the result hangs on none of these but by rounding.
-PLACEMENT = {"workers", "gpus_per_worker", "cpus_per_worker"}
+SECONDS_BETWEEN_LOOKS = 1.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the run of one architecture ended."""
+
+    architecture: str
+    folder: UPath
+    """Sealed, if there is no error."""
+    trained: bool
+    """False: the run was finished before."""
+    error: Exception | None = None
 
 
 def new_run_name() -> str:
@@ -37,37 +53,99 @@ def default_cpus_per_worker(workers: int) -> int:
     return 1 if os.environ.get("RAY_ADDRESS") else max(1, (os.cpu_count() or 1) // workers)
 
 
-def train(dataset: UPath, models: UPath, config: TrainConfig, run: str) -> tuple[UPath, bool]:
-    """Train, evaluate and seal `<models>/<architecture>/<run>/`; a run that is called again continues.
+def train(
+    dataset: UPath, models: UPath, configs: Sequence[TrainConfig], run: str, handed: WeightsFile | None = None
+) -> list[Outcome]:
+    """Train, evaluate and seal `<models>/<architecture>/<run>/` for each config; a run that is called again continues.
 
-    Returns the model folder, and whether there was anything to do.
+    handed: the file of `TrainConfig.weights`, if one was handed over. The outcomes come in the order of the configs,
+    which need the same workers, CPUs and GPUs. Failures are in them, unless there is one config alone.
 
     Raises:
-        OptionError: more workers than crops in a batch, or the run was begun with other options.
+        Exception: what the training of a config alone failed of.
+        OptionError: more workers than crops in a batch, or a run was begun with other options; nothing was started.
         InputError, DamageError: the dataset can't be used, or is not what its manifest says.
     """
     _check_run(run)
     manifest = _check_dataset(dataset)
-    config = _fit_batch(manifest, config)
-    folder = models / config.architecture / run
-    name = f"{config.architecture}-{run}"
-    begun_with = models / RUNS_FOLDER / f"{name}.json"
-    now = config.model_dump() | {"dataset_manifest_sha256": manifest.sha256}
-    finished = finished_config(folder)
-    if finished is not None:
-        _refuse_other(run, finished, now)
-        point_to_latest(folder, read_manifest(folder, ModelManifest))  # it may have been killed just before
-    else:
-        if begun_with.is_file():
-            _refuse_other(run, json.loads(begun_with.read_bytes()), now)
-        else:
-            write_bytes(begun_with, (json.dumps(now, indent=2) + "\n").encode())
-        with ray_session(at_least_cpus=config.workers * config.cpus_per_worker):
-            _fit(dataset, models, config, run, folder)
-    # The folder is sealed: nobody continues from the checkpoints, which are three times as large as the model.
-    remove_folder(models / RUNS_FOLDER / name)
-    begun_with.unlink(missing_ok=True)
-    return folder, finished is None
+    runs = [Run(run, _fit_batch(manifest, config), dataset, manifest.sha256, models) for config in configs]
+    waiting = [one for one in runs if not one.is_finished()]  # raises before any is started
+    outcomes = {one: Outcome(one.config.architecture, one.folder, one in waiting) for one in runs}
+    ready: dict[Run, WeightsFile | None] = {}
+    for one in waiting:
+        try:
+            ready[one] = share(one.config, handed, models)
+        except Exception as error:
+            outcomes[one] = _failed(one, error, alone=len(runs) == 1)
+    if ready:
+        with ray_session(at_least_cpus=configs[0].workers * configs[0].cpus_per_worker):
+            for one, failure in _side_by_side(ready):
+                outcomes[one] = _failed(one, failure, alone=len(runs) == 1)
+    for one, outcome in outcomes.items():
+        if outcome.error is None:
+            one.tidy()
+    return list(outcomes.values())
+
+
+def _failed(run: Run, error: Exception, alone: bool) -> Outcome:
+    if alone:
+        raise error
+    architecture = run.config.architecture
+    log.error("%s: failed: %s", architecture, " ".join(str(error).split()) or type(error).__name__)
+    return Outcome(architecture, run.folder, trained=False, error=error)
+
+
+def _side_by_side(ready: Mapping[Run, WeightsFile | None]) -> Iterator[tuple[Run, Exception]]:
+    """Start the next run whenever the hosts hold one more, until all have ended. Yields those that failed."""
+    from job.board import watched
+
+    with without_chatter():  # it imports TensorFlow to see that it is there; here, before there are threads
+        importlib.import_module("ray.train.tensorflow")
+    ended: queue.SimpleQueue[tuple[Run, Exception | None]] = queue.SimpleQueue()
+    waiting, running = deque(ready), 0
+    with watched([run.config.architecture for run in ready]) as board:
+
+        def fit(run: Run) -> None:
+            try:
+                run.fit(ready[run], board)
+            except Exception as error:
+                ended.put((run, error))
+            else:
+                ended.put((run, None))
+
+        while waiting or running:
+            # The first starts in any case: a cluster may add hosts for it.
+            while waiting and running < max(1, _runs_held(waiting[0].config)):
+                run = waiting.popleft()
+                running += 1
+                board.post.remote({"architecture": run.config.architecture, "state": "workers start"})
+                log.info(
+                    "%s: %d workers start; TensorFlow takes half a minute to load",
+                    run.config.architecture,
+                    run.config.workers,
+                )
+                # Ray Train blocks the thread that calls it. A daemon: Ctrl-C ends the command and Ray, not only it.
+                threading.Thread(target=fit, args=(run,), daemon=True).start()
+            with suppress(queue.Empty):
+                run, error = ended.get(timeout=SECONDS_BETWEEN_LOOKS)
+                running -= 1
+                board.post.remote({"architecture": run.config.architecture, "state": "failed" if error else "finished"})
+                if error is not None:
+                    yield run, error
+
+
+def _runs_held(config: TrainConfig) -> int:
+    """How many runs of this size the living hosts hold at once; a worker stays on one host."""
+    import ray
+
+    workers = 0
+    for node in ray.nodes():
+        has = node["Resources"] if node["Alive"] else {}
+        held = has.get("CPU", 0) // config.cpus_per_worker
+        if config.gpus_per_worker:
+            held = min(held, has.get("GPU", 0) // config.gpus_per_worker)
+        workers += int(held)
+    return workers // config.workers
 
 
 def _check_run(run: str) -> None:
@@ -89,7 +167,9 @@ def _check_dataset(dataset: UPath) -> DatasetManifest:
 
 
 def _fit_batch(manifest: DatasetManifest, config: TrainConfig) -> TrainConfig:
-    """Lower the global batch size to the number of crops where there are fewer, and say so."""
+    """Lower the global batch size to the number of crops where there are fewer, and say so, as well as what a batch
+    size other than the recipe's does not change.
+    """
     of_split = {split: sum(shard.examples for shard in manifest.shards_of(split)) for split in SPLITS}
     if not all(of_split.values()):
         raise InputError(f"--dataset must have crops in every split. Received: {of_split}")
@@ -104,66 +184,13 @@ def _fit_batch(manifest: DatasetManifest, config: TrainConfig) -> TrainConfig:
         raise OptionError(
             f"each worker (and GPU) must get a crop of each batch. Received: {replicas} for a batch of {size}"
         )
+    recipe = RECIPES[config.architecture].global_batch_size
+    if size != recipe:
+        log.info(
+            "%s: global batch size %d, the recipe's is %d; the learning rate stays %g, it is not scaled",
+            config.architecture,
+            size,
+            recipe,
+            config.learning_rate,
+        )
     return config.model_copy(update={"global_batch_size": size})
-
-
-def _refuse_other(run: str, earlier: dict[str, Any], now: dict[str, Any]) -> None:
-    differing = [key for key in now if key not in PLACEMENT and earlier.get(key) != now[key]]
-    if differing:
-        what = ", ".join(f"{key} (then {str(earlier.get(key))[:16]}, now {str(now[key])[:16]})" for key in differing)
-        raise OptionError(
-            f"a run that is called again must have the same options. Received: {what}. Name another --run than {run}"
-        )
-
-
-def _fit(dataset: UPath, models: UPath, config: TrainConfig, run: str, folder: UPath) -> None:
-    """One Ray Train run: a process a worker, spread over the hosts, restarted from the last checkpoint when one is
-    lost.
-    """
-    from pyarrow.fs import FSSpecHandler, PyFileSystem
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-
-    from job.board import TellFailures, watched
-
-    with without_chatter():  # it imports TensorFlow only to see that it is there
-        from ray.train.tensorflow import TensorflowTrainer
-
-    storage = models / RUNS_FOLDER
-    log.info("%s: %d workers start; TensorFlow takes half a minute to load", config.architecture, config.workers)
-    with watched() as board:
-        trainer = TensorflowTrainer(
-            _work,
-            train_loop_config={
-                "config": config.model_dump(),
-                "dataset": str(dataset),
-                "folder": str(folder),
-                "run": run,
-                "board": board,
-            },
-            scaling_config=ScalingConfig(
-                num_workers=config.workers,
-                use_gpu=config.gpus_per_worker > 0,
-                resources_per_worker={"CPU": config.cpus_per_worker, "GPU": config.gpus_per_worker},
-                placement_strategy="SPREAD",
-            ),
-            run_config=RunConfig(
-                name=f"{config.architecture}-{run}",
-                storage_path=storage.path,
-                storage_filesystem=None if is_local(storage) else PyFileSystem(FSSpecHandler(storage.fs)),
-                # Two: a recovery can begin from the checkpoint before the last.
-                checkpoint_config=CheckpointConfig(num_to_keep=2),
-                failure_config=FailureConfig(max_failures=MAX_FAILURES),
-                callbacks=[TellFailures(board)],
-            ),
-        )
-        try:
-            trainer.fit()
-        except Exception as error:
-            raise cause_of(error) from None
-
-
-def _work(job: dict[str, Any]) -> None:
-    """Imported on the worker: the driver needs no TensorFlow."""
-    from job.worker import train_worker
-
-    train_worker(job)

@@ -9,7 +9,7 @@ import json
 import math
 import tempfile
 import time
-from dataclasses import dataclass, field
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,32 +24,34 @@ from cluster.errors import KuzushijiError
 from cluster.storage import place
 from job.architectures import ARCHITECTURES
 from job.board import SECONDS_BETWEEN_POSTS
-from job.config import TrainConfig
+from job.checkpoint import State, changing_variables, read_checkpoint, write_checkpoint
+from job.config import TRANSFER, TrainConfig
 from job.evaluation import metrics, misclassified, per_class
 from job.model_folder import LABELS_FILE, model_card, write_model
 from job.optimizer import FusedAdam
 from job.order import permutation, share
 from job.staging import Crops, StagedDataset, staged
-from job.step import Steps, make_strategy, training_form
+from job.step import Steps, balanced_weights, make_strategy, training_form
+from job.weights import WeightsFile, local_copy
 from preprocessing.split import SPLITS
 
 # Over how much batch norm's statistics are averaged before a validation: a quarter of an epoch, within these bounds.
 STATISTICS_BATCHES = 30
 STATISTICS_CROPS = 1024
-STATE_FILE = "state.json"
-ARRAYS_FILE = "arrays.npz"
 
 
 def train_worker(job: dict[str, Any]) -> None:
-    """The function that Ray Train runs on each worker. `job`: `config`, places `dataset` and `folder`, `run`,
-    `board`.
+    """The function that Ray Train runs on each worker. `job`: `config`, `weights` (of a WeightsFile, or None),
+    places `dataset` and `folder`, `run`, `board`.
     """
     config = TrainConfig.model_validate(job["config"])
     fix_what_bits_depend_on(config)
     # Before anything else is computed: collectives can only be configured while TensorFlow is at rest.
     strategy = make_strategy(ray.train.get_context().get_world_size())
+    weights = local_copy(WeightsFile(**job["weights"])) if job["weights"] else nullcontext()
     with staged(place(job["dataset"]), SPLITS) as dataset:
-        training = Training(config, strategy, dataset, job["board"])
+        with weights as file:
+            training = Training(config, strategy, dataset, job["board"], file)
         training.resume()
         while not training.finished():
             training.run_epoch()
@@ -57,7 +59,7 @@ def train_worker(job: dict[str, Any]) -> None:
 
 
 def fix_what_bits_depend_on(config: TrainConfig) -> None:
-    """Threads, seeds, deterministic kernels; before TensorFlow runs anything."""
+    """Threads, seeds, precision, deterministic kernels; before TensorFlow runs anything."""
     tf.config.threading.set_intra_op_parallelism_threads(config.cpus_per_worker)
     # One more, so that gradients travel while others are computed.
     tf.config.threading.set_inter_op_parallelism_threads(config.cpus_per_worker + 1)
@@ -65,71 +67,78 @@ def fix_what_bits_depend_on(config: TrainConfig) -> None:
         tf.config.set_visible_devices([], "GPU")
     for gpu in tf.config.get_visible_devices("GPU"):
         tf.config.experimental.set_memory_growth(gpu, True)
-    tf.config.experimental.enable_op_determinism()
+    # The gradient of Xception's depthwise convolutions has no deterministic kernel on GPUs, and would raise
+    # (github.com/tensorflow/tensorflow/issues/47174).
+    if config.gpus_per_worker == 0 or config.architecture != "xception":
+        tf.config.experimental.enable_op_determinism()
+    keras.config.set_dtype_policy(config.precision)
     keras.utils.set_random_seed(config.seed)
 
 
-@dataclass
-class State:
-    """Where a training stands, besides its weights; what a checkpoint holds in JSON."""
-
-    epoch: int = 0
-    """Epochs done."""
-    best_epoch: int = 0
-    best_accuracy: float = -1.0
-    history: list[dict[str, Any]] = field(default_factory=list)
+def build(config: TrainConfig, num_classes: int, weights: str | None) -> keras.Model:
+    """The model before its first step. weights: file of what its base begins with; None: chance."""
+    base = {"weights": weights, "unfreeze": config.unfreeze} if config.architecture in TRANSFER else {}
+    return ARCHITECTURES[config.architecture](num_classes, **base)
 
 
 class Training:
     """One worker's side of a training."""
 
     def __init__(
-        self, config: TrainConfig, strategy: tf.distribute.Strategy, dataset: StagedDataset, board: Any
+        self,
+        config: TrainConfig,
+        strategy: tf.distribute.Strategy,
+        dataset: StagedDataset,
+        board: Any,
+        weights: str | None = None,
     ) -> None:
         context = ray.train.get_context()
         self.rank, self.workers = context.get_world_rank(), context.get_world_size()
         self.config, self.dataset, self.board = config, dataset, board
+        classes = len(dataset.class_names)
         # Built in one piece first: the same seed gives the same weights whatever the strategy.
-        self.plain = ARCHITECTURES[config.architecture](len(dataset.class_names))
+        plain = build(config, classes, weights)
+        self.form = plain.get_config()
         with strategy.scope():
-            self.model = training_form(self.plain, config.seed, config.dropout)
+            self.model = training_form(plain, config.seed, config.dropout)
             self.optimizer = FusedAdam(config.learning_rate)
             self.optimizer.build(self.model.trainable_variables)
-        self.steps = Steps(strategy, self.workers, self.model, self.optimizer, config.global_batch_size)
+        of_classes = balanced_weights(self._labels("train"), classes) if config.class_weights == "balanced" else None
+        self.steps = Steps(strategy, self.workers, self.model, self.optimizer, config.global_batch_size, of_classes)
         self.state = State()
+        self.changing = changing_variables(self.model)
         self.best_weights: list[NDArray[Any]] = []
 
     # --- checkpoints
 
-    def _variables(self) -> list[Any]:
-        return [*self.model.variables, *self.optimizer.variables]
-
     def resume(self) -> None:
-        """Go on from the run's own last checkpoint, if Ray Train has one; else the seeded weights stay."""
+        """Go on from the run's own last checkpoint, if Ray Train has one; else the first weights stay."""
         checkpoint = ray.train.get_checkpoint()
         if checkpoint is None:
             return
         with checkpoint.as_directory() as folder:
-            self.state = State(**json.loads((Path(folder) / STATE_FILE).read_text()))
-            with np.load(Path(folder) / ARRAYS_FILE, allow_pickle=False) as arrays:
-                for i, variable in enumerate(self._variables()):
-                    variable.assign(arrays[f"variable_{i}"])
-                best = [name for name in arrays.files if name.startswith("best_")]
-                self.best_weights = [arrays[f"best_{i}"] for i in range(len(best))] or self.model.get_weights()
+            variables = [*self.changing, *self.optimizer.variables]
+            self.state, best = read_checkpoint(Path(folder), variables)
+        self.best_weights = best or self._weights()
         self._say(f"goes on after epoch {self.state.epoch}")
+
+    def _weights(self) -> list[NDArray[Any]]:
+        return [variable.numpy() for variable in self.changing]
 
     def _report(self, row: dict[str, Any]) -> None:
         """Tell Ray Train, on every rank at once; rank 0's weights are everyone's, so its checkpoint is enough."""
         if self.rank > 0:
             ray.train.report(row)
             return
-        with tempfile.TemporaryDirectory() as folder:
-            arrays = {f"variable_{i}": np.asarray(variable) for i, variable in enumerate(self._variables())}
-            if self.state.best_epoch != self.state.epoch:  # else they are the variables
-                arrays |= {f"best_{i}": weights for i, weights in enumerate(self.best_weights)}
-            np.savez(Path(folder) / ARRAYS_FILE, allow_pickle=False, **arrays)
-            (Path(folder) / STATE_FILE).write_text(json.dumps(vars(self.state)))
-            ray.train.report(row, checkpoint=ray.train.Checkpoint.from_directory(folder))
+        folder = tempfile.mkdtemp()
+        variables = [*self.changing, *self.optimizer.variables]
+        write_checkpoint(Path(folder), self.state, variables, self.best_weights)
+        ray.train.report(
+            row,
+            checkpoint=ray.train.Checkpoint.from_directory(folder),
+            # The next epoch goes on meanwhile; Ray removes the folder after it.
+            checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
+        )
 
     # --- epochs
 
@@ -181,7 +190,7 @@ class Training:
         self.state.history.append(row)
         if row["val_accuracy"] > self.state.best_accuracy:
             self.state.best_epoch, self.state.best_accuracy = row["epoch"], row["val_accuracy"]
-            self.best_weights = self.model.get_weights()
+            self.best_weights = self._weights()
         self._report(row)
         self._say(
             f"epoch {row['epoch']} of {self.config.epochs}: loss {row['loss']:.4f}, accuracy {row['accuracy']:.4f}, "
@@ -214,16 +223,18 @@ class Training:
     def write(self, folder: str, run: str) -> None:
         """Evaluate every split with the best epoch's weights; rank 0 writes and seals the model folder."""
         self._say(f"evaluates the weights of epoch {self.state.best_epoch}")
-        self.model.set_weights(self.best_weights)
+        for variable, best in zip(self.changing, self.best_weights, strict=True):
+            variable.assign(best)
         predictions = {split: self._predict(split) for split in SPLITS}
         if self.rank > 0:
             return
         names, splits = self.dataset.class_names, self.dataset.splits
-        self.plain.set_weights(self.best_weights)
+        model = keras.Model.from_config(self.form)
+        model.set_weights(self.model.get_weights())
         recorded = self.config.model_dump()
         numbers: dict[str, Any] = {split: metrics(predictions[split], self._labels(split), names) for split in SPLITS}
         numbers |= {
-            "parameters": self.plain.count_params(),
+            "parameters": model.count_params(),
             "classes": len(names),
             "best_epoch": self.state.best_epoch,
             "seconds": sum(row["seconds"] for row in self.state.history),
@@ -239,17 +250,18 @@ class Training:
             "misclassified.csv": misclassified(predictions["test"], splits["test"], names).to_csv(index=False),
             "README.md": model_card(recorded, numbers, run, split_rule),
         }
-        write_model(place(folder), self.plain, texts, self.dataset.manifest.sha256)
+        write_model(place(folder), model, texts, self.dataset.manifest.sha256)
 
     # --- what people see
 
     def _say(self, text: str) -> None:
         if self.rank == 0:
-            self.board.post.remote({"text": f"{self.config.architecture}: {text}"})
+            self.board.post.remote({"architecture": self.config.architecture, "text": text})
 
     def _post_step(self, epoch: int, step: int, steps: int, sums: Any, crops_per_s: float) -> None:
         """Of rank 0's rows alone: the sum over workers waits for the end of the epoch."""
         first, end = share(self.config.global_batch_size, self.rank, self.workers)
         loss, accuracy = (sums.numpy() / (step * (end - first))).tolist()
-        position = {"epoch": epoch, "epochs": self.config.epochs, "step": step, "steps": steps}
+        position: dict[str, Any] = {"architecture": self.config.architecture, "epoch": epoch}
+        position |= {"epochs": self.config.epochs, "step": step, "steps": steps}
         self.board.post.remote(position | {"loss": loss, "accuracy": accuracy, "crops_per_s": crops_per_s})

@@ -1,6 +1,7 @@
 """What the tests share: a Ray of their own for the whole session, small datasets, the real pages where they are."""
 
 import os
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -57,8 +58,29 @@ def dataset(ray_here: None, pages: Path, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture(scope="session")
+def few(ray_here: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset of two global batches of 16, in few classes."""
+    folder = tmp_path_factory.mktemp("few")
+    sample(folder / "pages", num_pages=1, seed=42, scale=0.2)
+    source = place(folder / "pages" / "train_images"), place(folder / "pages" / "train.csv")
+    config = PrepareConfig(coverage=0.2, val_fraction=0.35, test_fraction=0.35)
+    counts = prepare(*source, place(folder / "crops"), config)[0].counts
+    assert counts["train"]["examples"] // 16 == 2
+    return folder / "crops"
+
+
+@pytest.fixture(scope="session")
 def real_dataset(ray_here: None, shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The three real pages, prepared with the defaults."""
     out = tmp_path_factory.mktemp("real") / "crops"
     prepare(place(shared / "pages"), place(shared / "train.csv"), place(out), PrepareConfig())
     return out
+
+
+def in_fresh_process(script: str, *arguments: str, cwd: Path) -> str:
+    """Standard output of a script in a new interpreter whose folder is elsewhere."""
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments], cwd=cwd, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout

@@ -23,7 +23,8 @@ SURFACE = {
     },
     "train": {
         "--dataset", "--models", "--architecture", "--workers", "--gpus-per-worker", "--cpus-per-worker", "--epochs",
-        "--global-batch-size", "--learning-rate", "--seed", "--patience", "--run",
+        "--global-batch-size", "--learning-rate", "--seed", "--patience", "--run", "--weights", "--unfreeze",
+        "--precision", "--class-weights",
     },
     "evaluate": {"--model", "--dataset", "--split", "--out"},
     "pull": {"--models", "--to", "names"},
@@ -47,9 +48,6 @@ def test_defaults_are_those_of_the_study() -> None:
     defaults = {parameter.name: parameter.default for parameter in main.commands["prepare"].params}
     assert (defaults["split"], defaults["seed"], defaults["coverage"]) == ("random", 42, 0.9)
     assert (defaults["val_fraction"], defaults["test_fraction"]) == (0.15, 0.15)
-    from job.config import RECIPES
-
-    assert RECIPES["baseline"].model_dump() == {"epochs": 10, "global_batch_size": 512, "learning_rate": 1e-4}
 
 
 LIGHT = """
@@ -78,6 +76,9 @@ def test_every_option_has_a_line_of_help(command: str) -> None:
             assert parameter.help, parameter.name
 
 
+XCEPTION = ["train", "--dataset", "x", "--models", "y", "--architecture", "xception"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
@@ -85,9 +86,12 @@ def test_every_option_has_a_line_of_help(command: str) -> None:
         (["prepare", "--split", "half"], 2, "--split"),
         (["prepare", "--pages", "foo://x", "--labels", "y", "--dataset", "z"], 2, "a place must be a path or an"),
         (["pull", "--models", "x", "--to", "y", "../x"], 2, "the name of a model must be"),
-        (["train", "--dataset", "x", "--models", "y", "--architecture", "vgg"], 2, "must be one of baseline"),
+        (["train", "--dataset", "x", "--models", "y", "--architecture", "vgg"], 2, "must be one of baseline, xception"),
         (["train", "--dataset", "x", "--models", "y", "--architecture", "baseline", "--workers", "0"], 2, "--workers"),
         (["train", "--dataset", "x", "--models", "y", "--architecture", "baseline"], 1, "must hold manifest.json"),
+        ([*XCEPTION, "--weights", "z.h5"], 1, "not there"),
+        ([*XCEPTION, "--weights", "z"], 2, "ends in .h5"),
+        ([*XCEPTION, "--weights", "none", "--unfreeze", "last"], 2, "--unfreeze last must come with weights"),
         (["prepare", "--pages", "x", "--labels", "y", "--dataset", "z"], 1, "--labels must be a file"),
         (["prepare", "--pages", "x", "--labels", "y", "--dataset", "z", "--val-fraction", "2"], 2, "--val-fraction"),
         (["evaluate", "--model", "x", "--dataset", "y"], 1, "must hold manifest.json"),

@@ -1,0 +1,74 @@
+"""What the command line tells of finished models."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from job.train import Outcome
+from preprocessing.split import SPLITS
+
+
+def outcome_result(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """For scripts: `models`, those that are finished; `faults`, a line for each of the others."""
+    finished = [outcome for outcome in outcomes if outcome.error is None]
+    return {
+        "models": [
+            {
+                "architecture": outcome.architecture,
+                "model": str(outcome.folder),
+                "trained": outcome.trained,
+                "metrics": _metrics(outcome),
+            }
+            for outcome in finished
+        ],
+        "faults": [f"{outcome.architecture}: {_line(outcome.error)}" for outcome in outcomes if outcome.error],
+    }
+
+
+def outcome_lines(outcomes: Sequence[Outcome]) -> list[str]:
+    """For people: every split of one model, or a table of the tests of several."""
+    if len(outcomes) > 1:
+        return _table(outcomes)
+    outcome, numbers = outcomes[0], _metrics(outcomes[0])
+    head = [] if outcome.trained else [f"run {outcome.folder.name} is finished already: nothing to do"]
+    return [*head, *(metrics_line(split, numbers[split]) for split in SPLITS), f"model: {outcome.folder}"]
+
+
+def _table(outcomes: Sequence[Outcome]) -> list[str]:
+    form = "{:<18} {:>8} {:>12} {:>7} {:>8} {:>12} {:>8}  {}"
+    lines = [form.format("test", "accuracy", "without rare", "top 5", "macro F1", "parameters", "minutes", "model")]
+    for outcome in outcomes:
+        if outcome.error is not None:
+            lines.append(f"{outcome.architecture:<18} failed: {_line(outcome.error)}")
+            continue
+        numbers = _metrics(outcome)
+        test, parameters = numbers["test"], f"{numbers['parameters']:,}"
+        scores = [_optional(test[key]) for key in ("accuracy", "accuracy_without_rare", "top5", "macro_f1")]
+        minutes = f"{numbers['seconds'] / 60:.1f}"
+        lines.append(form.format(outcome.architecture, *scores, parameters, minutes, outcome.folder))
+    return lines
+
+
+def metrics_line(split: str, numbers: dict[str, Any]) -> str:
+    parts = [
+        f"accuracy {numbers['accuracy']:.4f}",
+        f"without rare {_optional(numbers['accuracy_without_rare'])}",
+        f"top 5 {numbers['top5']:.4f}",
+        f"macro F1 {numbers['macro_f1']:.4f}",
+        f"loss {numbers['loss']:.4f}",
+        f"{numbers['examples']:,} crops",
+    ]
+    return f"{split:<10} " + ", ".join(parts)
+
+
+def _metrics(outcome: Outcome) -> dict[str, Any]:
+    metrics: dict[str, Any] = json.loads((outcome.folder / "metrics.json").read_bytes())
+    return metrics
+
+
+def _line(error: Exception | None) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _optional(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

@@ -1,0 +1,133 @@
+"""One Ray Train run: an architecture on a dataset, from the workers' start to the sealed model folder."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from upath import UPath
+
+from cluster.errors import OptionError
+from cluster.manifest import ModelManifest, read_manifest
+from cluster.models import point_to_latest
+from cluster.runtime import cause_of
+from cluster.storage import is_local, remove_folder, write_bytes
+from job.config import TrainConfig
+from job.model_folder import finished_config
+from job.weights import WeightsFile
+
+RUNS_FOLDER = ".runs"
+# How often lost workers are replaced before a run is given up.
+MAX_FAILURES = 3
+# What may differ when a run is called again: the result hangs on none of these but by rounding.
+PLACEMENT = {"workers", "gpus_per_worker", "cpus_per_worker"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training with a name. While it is not finished, `<models>/.runs/` holds what it was begun with and its
+    checkpoints.
+    """
+
+    name: str
+    config: TrainConfig
+    dataset: UPath
+    dataset_manifest_sha256: str
+    models: UPath
+
+    @property
+    def folder(self) -> UPath:
+        return self.models / self.config.architecture / self.name
+
+    @property
+    def _train_name(self) -> str:
+        return f"{self.config.architecture}-{self.name}"
+
+    @property
+    def _begun_with(self) -> UPath:
+        return self.models / RUNS_FOLDER / f"{self._train_name}.json"
+
+    def is_finished(self) -> bool:
+        """Whether there is nothing to do.
+
+        Raises:
+            OptionError: the run was begun with other options.
+        """
+        finished = finished_config(self.folder)
+        if finished is not None:
+            self._refuse_other(finished)
+        elif self._begun_with.is_file():
+            self._refuse_other(json.loads(self._begun_with.read_bytes()))
+        return finished is not None
+
+    def _options(self) -> dict[str, Any]:
+        return self.config.model_dump() | {"dataset_manifest_sha256": self.dataset_manifest_sha256}
+
+    def _refuse_other(self, earlier: dict[str, Any]) -> None:
+        now = self._options()
+        differing = [key for key in now if key not in PLACEMENT and earlier.get(key) != now[key]]
+        if differing:
+            what = ", ".join(
+                f"{key} (then {str(earlier.get(key))[:16]}, now {str(now[key])[:16]})" for key in differing
+            )
+            raise OptionError(
+                f"a run that is called again must have the same options. Received: {what}. "
+                f"Name another --run than {self.name}"
+            )
+
+    def fit(self, weights: WeightsFile | None, board: Any) -> None:
+        """A process a worker, spread over the hosts, restarted from the last checkpoint when one is lost.
+
+        Raises:
+            Exception: whatever the last of the tries failed of; the run can be called again.
+        """
+        from pyarrow.fs import FSSpecHandler, PyFileSystem
+        from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+        from ray.train.tensorflow import TensorflowTrainer
+
+        from job.board import TellFailures
+
+        write_bytes(self._begun_with, (json.dumps(self._options(), indent=2) + "\n").encode())
+        config, storage = self.config, self.models / RUNS_FOLDER
+        trainer = TensorflowTrainer(
+            _work,
+            train_loop_config={
+                "config": config.model_dump(),
+                "weights": vars(weights) if weights else None,
+                "dataset": str(self.dataset),
+                "folder": str(self.folder),
+                "run": self.name,
+                "board": board,
+            },
+            scaling_config=ScalingConfig(
+                num_workers=config.workers,
+                use_gpu=config.gpus_per_worker > 0,
+                resources_per_worker={"CPU": config.cpus_per_worker, "GPU": config.gpus_per_worker},
+                placement_strategy="SPREAD",
+            ),
+            run_config=RunConfig(
+                name=self._train_name,
+                storage_path=storage.path,
+                storage_filesystem=None if is_local(storage) else PyFileSystem(FSSpecHandler(storage.fs)),
+                # Two: a recovery can begin from the checkpoint before the last.
+                checkpoint_config=CheckpointConfig(num_to_keep=2),
+                failure_config=FailureConfig(max_failures=MAX_FAILURES),
+                callbacks=[TellFailures(board, config.architecture)],
+            ),
+        )
+        try:
+            trainer.fit()
+        except Exception as error:
+            raise cause_of(error) from None
+
+    def tidy(self) -> None:
+        """After the folder was sealed: nobody goes on from the checkpoints, which are three times as large."""
+        point_to_latest(self.folder, read_manifest(self.folder, ModelManifest))  # it may have been killed just before
+        remove_folder(self.models / RUNS_FOLDER / self._train_name)
+        self._begun_with.unlink(missing_ok=True)
+
+
+def _work(job: dict[str, Any]) -> None:
+    """Imported on the worker: the driver needs no TensorFlow."""
+    from job.worker import train_worker
+
+    train_worker(job)

@@ -1,0 +1,170 @@
+"""The weights that a base begins with: found or fetched once, kept beside the models, shared with the workers.
+
+They stand in `<models>/.weights/`, which `pull` leaves out. Only HDF5 is read: it holds numbers, no code.
+"""
+
+import logging
+import shutil
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+from upath import UPath
+
+from cluster.errors import DamageError, InputError, OptionError
+from cluster.storage import md5_of, new_file, open_read, place, sha256_of
+from job.config import TrainConfig
+from job.startup import load_tensorflow
+
+log = logging.getLogger("kuzushiji")
+
+WEIGHTS_FOLDER = ".weights"
+# Keras reads a name that ends so in its own form, and other .h5 in the older one.
+KERAS_SUFFIX, OLD_SUFFIX = ".weights.h5", ".h5"
+
+
+@dataclass(frozen=True)
+class Published:
+    """A file of ImageNet weights without the top, as `keras.applications` fetches it."""
+
+    url: str
+    md5: str
+
+    @property
+    def name(self) -> str:
+        return self.url.rpartition("/")[2]
+
+
+_KERAS = "https://storage.googleapis.com/tensorflow/keras-applications"
+IMAGENET = {
+    "xception": Published(
+        f"{_KERAS}/xception/xception_weights_tf_dim_ordering_tf_kernels_notop.h5", "b0042744bf5b25fce3cb969f33bebb97"
+    ),
+    "resnet152v2": Published(
+        f"{_KERAS}/resnet/resnet152v2_weights_tf_dim_ordering_tf_kernels_notop.h5", "ed17cf2e0169df9d443503ef94b23b33"
+    ),
+    "inceptionresnetv2": Published(
+        f"{_KERAS}/inception_resnet_v2/inception_resnet_v2_weights_tf_dim_ordering_tf_kernels_notop.h5",
+        "d19885ff4a710c122648d3b5c3b684e4",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class WeightsFile:
+    """Where a file is, and what its bytes are."""
+
+    place: str
+    sha256: str
+
+    @property
+    def identity(self) -> str:
+        """What `TrainConfig.weights` says of it."""
+        return f"sha256:{self.sha256}"
+
+    @property
+    def suffix(self) -> str:
+        return KERAS_SUFFIX if self.place.endswith(KERAS_SUFFIX) else OLD_SUFFIX
+
+
+def handed_over(text: str | None) -> WeightsFile | None:
+    """The file that `--weights` names; None for `imagenet`, `none` and no option.
+
+    Raises:
+        OptionError: its name does not end in .h5.
+        InputError: it is not there.
+    """
+    if text in (None, "imagenet", "none"):
+        return None
+    file = place(text)
+    if not file.name.endswith(OLD_SUFFIX):
+        raise OptionError(f"--weights must be imagenet, none, or a file that ends in {OLD_SUFFIX}. Received: {text}")
+    if not file.is_file():
+        raise InputError(f"--weights must be imagenet, none, or a file. Received: {text}, which is not there")
+    return WeightsFile(str(file), sha256_of(file))
+
+
+def share(config: TrainConfig, handed: WeightsFile | None, models: UPath) -> WeightsFile | None:
+    """Put what a training begins with beside the models, where every worker reads it; None where it begins by chance.
+
+    Raises:
+        InputError: it can't be fetched, or does not fit the architecture.
+    """
+    if config.weights == "none":
+        return None
+    if handed is None:
+        shared = _imagenet(config.architecture, models / WEIGHTS_FOLDER)
+        return WeightsFile(str(shared), sha256_of(shared))
+    shared = models / WEIGHTS_FOLDER / f"{handed.sha256}{handed.suffix}"
+    if not shared.is_file() or sha256_of(shared) != handed.sha256:
+        _copy(place(handed.place), shared)
+    file = WeightsFile(str(shared), handed.sha256)
+    _check_fit(config, file, named=handed.place)
+    return file
+
+
+def _imagenet(architecture: str, folder: UPath) -> UPath:
+    """The published file, checked by its hash: from the folder, else through Keras' own cache and download."""
+    import keras
+
+    published = IMAGENET[architecture]
+    shared = folder / published.name
+    if shared.is_file():
+        if md5_of(shared) == published.md5:
+            return shared
+        log.warning("%s is not what its publisher's hash says: it is fetched again", shared)
+    log.info("%s: fetches ImageNet weights, unless Keras has them: %s", architecture, published.url)
+    try:
+        with redirect_stdout(sys.stderr):
+            got = keras.utils.get_file(
+                published.name, published.url, cache_subdir="models", file_hash=published.md5, hash_algorithm="md5"
+            )
+    except Exception as error:  # Keras raises a plain one
+        raise InputError(
+            f"--weights imagenet must reach {published.url}. Received: {str(error).splitlines()[0]}. Fetch it where "
+            f"you can and put it at {shared}, or name it with --weights; --weights none begins by chance"
+        ) from None
+    _copy(place(got), shared)
+    return shared
+
+
+def _copy(source: UPath, target: UPath) -> None:
+    with new_file(target) as temporary, open_read(source) as stream, open(temporary, "wb") as written:
+        shutil.copyfileobj(stream, written)
+
+
+def _check_fit(config: TrainConfig, file: WeightsFile, named: str) -> None:
+    """Load it here once: on the workers, Ray Train would try a file that does not fit again and again."""
+    load_tensorflow(gpus=False)
+    from job.architectures import ARCHITECTURES
+
+    with local_copy(file) as local, warnings.catch_warnings():
+        # Keras only warns of layers that a file does not hold.
+        warnings.simplefilter("error", UserWarning)
+        try:
+            ARCHITECTURES[config.architecture](1, weights=local)
+        except (ValueError, OSError, KeyError, UserWarning) as error:
+            raise InputError(
+                f"--weights must be a file of the base of {config.architecture} without its top, as Keras saves it "
+                f"({KERAS_SUFFIX}, or {OLD_SUFFIX} in its older form). Received: {named}: {str(error).splitlines()[0]}"
+            ) from None
+
+
+@contextmanager
+def local_copy(file: WeightsFile) -> Iterator[str]:
+    """A path on this machine that holds the file while the block runs.
+
+    Raises:
+        DamageError: it was changed since.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        local = Path(folder) / f"base{file.suffix}"
+        with open_read(place(file.place)) as stream, local.open("wb") as written:
+            shutil.copyfileobj(stream, written)
+        if sha256_of(place(local)) != file.sha256:
+            raise DamageError(f"{file.place} was changed while a training needed it. Run the same command again")
+        yield str(local)

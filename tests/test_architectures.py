@@ -1,0 +1,265 @@
+"""The five architectures: what they are made of, what they begin with, and that each trains, saves and loads."""
+
+import gc
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import in_fresh_process
+
+from cluster.errors import OptionError
+from cluster.manifest import verify
+from cluster.storage import place
+from job.config import NAMES, RECIPES, TRANSFER, TrainConfig, configs_of
+
+# At 514 classes: all, as the study counts them, and those that the study trained.
+PARAMETERS = {
+    "baseline": (37_934_274, 37_921_314),
+    "xception": (96_935_994, 80_791_314),
+    "resnet152v2": (134_406_162, 77_098_258),
+    "inceptionresnetv2": (125_291_250, 75_225_330),
+    "fcn": (11_072_230, 11_067_162),
+}
+TWO_STEPS = {"epochs": 1, "global_batch_size": 16, "workers": 2}
+
+
+@pytest.fixture
+def memory() -> Iterator[None]:
+    """Gives back what models of full size take."""
+    import keras
+
+    yield
+    keras.utils.clear_session()
+    gc.collect()
+
+
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Real bases under small heads."""
+    monkeypatch.setattr("job.architectures.HEAD", (16, 8))
+
+
+def trainable(model: Any) -> int:
+    return sum(int(np.prod(variable.shape)) for variable in model.trainable_variables)
+
+
+@pytest.mark.usefixtures("memory")
+@pytest.mark.parametrize("name", NAMES)
+def test_parameters_are_those_of_the_study(name: str) -> None:
+    from job.architectures import ARCHITECTURES
+
+    assert set(ARCHITECTURES) == set(NAMES) == set(RECIPES)
+    model = ARCHITECTURES[name](514)
+    assert (model.count_params(), trainable(model)) == PARAMETERS[name]
+
+
+@pytest.mark.usefixtures("memory", "narrow")
+@pytest.mark.parametrize(("name", "module"), [
+    ("xception", "xception"), ("resnet152v2", "resnet_v2"), ("inceptionresnetv2", "inception_resnet_v2"),
+])  # fmt: skip
+def test_a_base_gets_the_input_that_it_was_trained_with_and_frozen_norms_keep_their_statistics(
+    name: str, module: str
+) -> None:
+    import keras
+
+    from job.architectures import ARCHITECTURES
+
+    model = ARCHITECTURES[name](5, unfreeze="last")
+    crops = np.random.default_rng(0).integers(0, 256, (2, 80, 80, 1)).astype(np.float32)
+    first = next(layer for layer in model.layers if isinstance(layer, keras.layers.Concatenate))
+    seen = keras.Model(model.input, first.output)(crops)
+    wanted = getattr(keras.applications, module).preprocess_input(np.repeat(crops, 3, axis=-1))
+    assert np.allclose(seen, wanted, atol=1e-6)
+
+    norms = [layer for layer in model.layers if isinstance(layer, keras.layers.BatchNormalization)]
+    frozen = [norm for norm in norms if not norm.trainable]
+    before = [norm.moving_mean.numpy() for norm in norms]
+    model(crops, training=True)
+    moved = {norm.name for norm, mean in zip(norms, before, strict=True) if not np.array_equal(norm.moving_mean, mean)}
+    assert frozen
+    assert moved == {norm.name for norm in norms} - {norm.name for norm in frozen}
+    everything = ARCHITECTURES[name](5, unfreeze="all")
+    assert all(layer.trainable for layer in everything.layers)
+
+
+# --- options
+
+
+def test_defaults_come_from_each_architecture_s_recipe_and_options_go_before_them() -> None:
+    configs = {config.architecture: config for config in configs_of(["all"], None, None)}
+    assert tuple(configs) == NAMES
+    assert set(TRANSFER) < set(NAMES)
+    assert configs["fcn"] == TrainConfig(architecture="fcn", epochs=40, global_batch_size=200, learning_rate=1e-3)
+    assert {name: (c.epochs, c.global_batch_size, c.learning_rate) for name, c in configs.items()} == {
+        "baseline": (10, 512, 1e-4),
+        **dict.fromkeys(TRANSFER, (30, 512, 1e-3)),
+        "fcn": (40, 200, 1e-3),
+    }
+    assert {name: (c.weights, c.unfreeze) for name, c in configs.items()} == {
+        "baseline": ("none", "all"),
+        **dict.fromkeys(TRANSFER, ("imagenet", "last")),
+        "fcn": ("none", "all"),
+    }
+    given = configs_of(["fcn", "xception", "fcn"], "none", None, epochs=3, learning_rate=None, workers=2)
+    assert [(c.architecture, c.weights, c.unfreeze, c.epochs, c.workers) for c in given] == [
+        ("xception", "none", "all", 3, 2),
+        ("fcn", "none", "all", 3, 2),
+    ]
+    assert configs_of(["xception"], "imagenet", "all")[0].unfreeze == "all"
+
+
+@pytest.mark.parametrize(("architectures", "weights", "unfreeze", "says"), [
+    (["vgg"], None, None, "--architecture must be one of baseline, .*, all. Received: 'vgg'"),
+    (["baseline"], "imagenet", None, "--weights must come with one of xception"),
+    (["fcn"], None, "all", "--unfreeze must come with one of xception"),
+    (["all"], f"sha256:{'0' * 64}", None, "must come with one architecture. Received: xception, resnet152v2"),
+    (["xception"], "none", "last", "--unfreeze last must come with weights"),
+])  # fmt: skip
+def test_options_that_contradict_one_another_are_refused(
+    architectures: list[str], weights: str | None, unfreeze: str | None, says: str
+) -> None:
+    with pytest.raises(OptionError, match=says):
+        configs_of(architectures, weights, unfreeze)
+
+
+# --- training
+
+
+@pytest.fixture(scope="module")
+def xception_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights of an Xception base, made here, in Keras' own form."""
+    import keras
+
+    keras.utils.set_random_seed(1)
+    base = keras.applications.Xception(include_top=False, weights=None, input_shape=(80, 80, 3))
+    path = tmp_path_factory.mktemp("weights") / "made.weights.h5"
+    base.save_weights(path)
+    return path
+
+
+CONFIGS = {
+    "xception": {"unfreeze": "last"},
+    "resnet152v2": {"precision": "mixed_bfloat16"},
+    "inceptionresnetv2": {"class_weights": "balanced"},
+    "fcn": {},
+}
+
+
+@pytest.fixture(scope="module")
+def trained(few: Path, xception_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A models place with four architectures, each trained for 2 steps by the same two Ray Train workers."""
+    import ray
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.tensorflow import TensorflowTrainer
+
+    from job.board import Board
+
+    def work(job: dict[str, Any]) -> None:
+        import keras
+
+        from job import architectures
+        from job.staging import staged
+        from job.step import make_strategy
+        from job.worker import Training, fix_what_bits_depend_on
+
+        architectures.HEAD, architectures.FCN_FILTERS = (64, 32), (4, 8, 8)
+        configs = [TrainConfig.model_validate(config) for config in job["configs"]]
+        fix_what_bits_depend_on(configs[0])
+        strategy = make_strategy(2)
+        with staged(place(job["dataset"]), ("train", "validation", "test")) as data:
+            for config in configs:
+                keras.config.set_dtype_policy(config.precision)
+                keras.utils.set_random_seed(config.seed)
+                weights = job["weights"] if config.architecture == "xception" else None
+                training = Training(config, strategy, data, job["board"], weights)
+                training.run_epoch()
+                training.write(f"{job['models']}/{config.architecture}/narrow", "narrow")
+                keras.utils.clear_session()
+
+    models = tmp_path_factory.mktemp("narrow")
+    configs = [{"architecture": name, "learning_rate": 1e-3} | TWO_STEPS | more for name, more in CONFIGS.items()]
+    board = ray.remote(num_cpus=0)(Board).remote()
+    job = {"configs": configs, "dataset": str(few), "models": str(models), "weights": str(xception_weights)}
+    TensorflowTrainer(
+        work,
+        train_loop_config=job | {"board": board},
+        scaling_config=ScalingConfig(num_workers=2),
+        run_config=RunConfig(name="narrow", storage_path=str(models / ".runs")),
+    ).fit()
+    ray.kill(board)
+    return models
+
+
+LOAD_ALONE = """
+import sys
+sys.modules.update(dict.fromkeys(["job", "cluster", "preprocessing"]))  # any import of ours fails
+import keras, numpy as np
+images = np.load(sys.argv[2])
+for name in sys.argv[3:]:
+    model = keras.saving.load_model(f"{sys.argv[1]}/{name}/narrow/model.keras", safe_mode=True)
+    assert {type(layer).__module__.split(".")[0] for layer in model.layers} == {"keras"}
+    np.save(f"{name}.npy", model.predict(images, batch_size=16, verbose=0))
+    if name == "fcn":
+        for height, width in ((80, 640), (33, 41)):
+            line = np.random.default_rng(0).integers(0, 255, (2, height, width, 1), dtype=np.uint8)
+            assert np.allclose(model.predict(line, verbose=0).sum(axis=1), 1, atol=1e-5)
+"""
+
+
+def test_each_trains_saves_loads_without_our_package_and_predicts_the_same(
+    trained: Path, few: Path, tmp_path: Path
+) -> None:
+    from job.staging import staged
+
+    with staged(place(few), ["test"]) as data:
+        crops = data.splits["test"]
+        np.save(tmp_path / "images.npy", crops.images)
+        labels = np.array(crops.labels)
+    in_fresh_process(LOAD_ALONE, str(trained), str(tmp_path / "images.npy"), *CONFIGS, cwd=tmp_path)
+    for name, options in CONFIGS.items():
+        folder = trained / name / "narrow"
+        assert verify(place(folder))[1:] == ([], [])
+        history = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in history] == [2]
+        probabilities = np.load(tmp_path / f"{name}.npy")
+        assert probabilities.dtype == np.float32
+        of_training = json.loads((folder / "metrics.json").read_text())["test"]
+        loss = -np.log(probabilities[np.arange(len(labels)), labels]).mean()
+        rounding = 1e-2 if "precision" in options else 1e-4
+        assert loss == pytest.approx(of_training["loss"], rel=rounding), name
+
+
+def layers_of(model: Any) -> dict[str, list[np.ndarray]]:
+    """Weights by layer, of those that have some."""
+    return {layer.name: layer.get_weights() for layer in model.layers if layer.weights}
+
+
+def test_handed_over_weights_are_in_the_model_frozen_ones_as_they_were_and_the_others_trained(
+    trained: Path, xception_weights: Path
+) -> None:
+    import keras
+
+    base = keras.applications.Xception(include_top=False, weights=None, input_shape=(80, 80, 3))
+    base.load_weights(xception_weights)
+    given = list(layers_of(base).values())
+    model = keras.saving.load_model(trained / "xception" / "narrow" / "model.keras", compile=False)
+    now = layers_of(model)
+    for (name, weights), before in zip(list(now.items())[: len(given)], given, strict=True):
+        same = all(np.array_equal(a, b) for a, b in zip(weights, before, strict=True))
+        assert same is (not model.get_layer(name).trainable), name
+    assert [name for name in now if not model.get_layer(name).trainable] == list(now)[: len(given) - 4]
+
+
+def test_a_model_computes_in_the_precision_that_it_was_trained_in(trained: Path) -> None:
+    import keras
+
+    model = keras.saving.load_model(trained / "resnet152v2" / "narrow" / "model.keras", compile=False)
+    policies = {layer.name: layer.dtype_policy.name for layer in model.layers}
+    assert {policies[layer.name] for layer in model.layers if isinstance(layer, keras.layers.Conv2D)} == {
+        "mixed_bfloat16"
+    }
+    assert policies[model.layers[-1].name] == "float32"
+    assert {variable.dtype for variable in model.trainable_variables} == {"float32"}

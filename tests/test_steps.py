@@ -1,0 +1,84 @@
+"""What a step counts, and what a checkpoint holds."""
+
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+
+def test_balanced_classes_count_the_same_and_a_crop_1_on_average() -> None:
+    from job.step import balanced_weights
+
+    labels = np.array([0] * 6 + [2] * 3 + [3])
+    weights = balanced_weights(labels, 4)
+    assert weights.dtype == np.float32
+    assert weights[1] == 0  # no crop has it
+    assert np.bincount(labels, weights[labels])[[0, 2, 3]] == pytest.approx([10 / 3] * 3)
+    assert weights[labels].mean() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+def test_a_step_follows_the_weighted_loss_and_tells_the_plain_one(balanced: bool) -> None:
+    import keras
+    import tensorflow as tf
+
+    from job.step import Steps, balanced_weights
+
+    images = np.random.default_rng(0).integers(0, 255, (8, 80, 80, 1), dtype=np.uint8)
+    labels = np.array([0, 0, 0, 0, 0, 1, 1, 2])
+    crops = keras.Input((80, 80, 1))
+    x = keras.layers.Flatten()(keras.layers.Rescaling(1 / 255, dtype="float32")(crops))
+    model = keras.Model(crops, keras.layers.Dense(3, activation="softmax")(x))
+    before = model.predict(images, verbose=0)
+    weights = balanced_weights(labels, 3) if balanced else None
+    optimizer = keras.optimizers.SGD(1.0)
+    optimizer.build(model.trainable_variables)
+    steps = Steps(tf.distribute.get_strategy(), 1, model, optimizer, 8, weights)
+    loss = float(steps.train(images, labels, 0)[0])
+    assert loss == pytest.approx(-np.log(before[np.arange(8), labels]).sum(), rel=1e-5)
+    # The gradient of cross-entropy by the bias of a softmax is what was predicted less what is so.
+    counted = np.ones(8) if weights is None else weights[labels]
+    gradient = (counted[:, None] * (before - np.eye(3)[labels])).sum(axis=0) / 8
+    assert model.layers[-1].bias.numpy() == pytest.approx(-gradient, abs=1e-5)
+
+
+def test_a_checkpoint_holds_what_training_changes_once_and_gives_it_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+
+    from job.architectures import ARCHITECTURES
+    from job.checkpoint import State, changing_variables, read_checkpoint, write_checkpoint
+    from job.optimizer import FusedAdam
+
+    monkeypatch.setattr("job.architectures.HEAD", (16, 8))
+    model = ARCHITECTURES["xception"](5, unfreeze="last")
+    optimizer = FusedAdam(1e-3)
+    optimizer.build(model.trainable_variables)
+    changing = changing_variables(model)
+    paths = {variable.path for variable in changing}
+    assert {variable.path for variable in model.trainable_variables} < paths
+    frozen = {variable.path for layer in model.layers if not layer.trainable for variable in layer.variables}
+    assert frozen
+    assert paths == {variable.path for variable in model.variables} - frozen
+
+    best = [variable.numpy() for variable in changing]
+    for epoch in (1, 2):  # the first is the best
+        for variable in changing:
+            variable.assign(variable.value + 1)
+        folder = tmp_path / str(epoch)
+        folder.mkdir()
+        state = State(epoch=epoch, best_epoch=1, best_accuracy=0.5, history=[{"epoch": 1}])
+        write_checkpoint(folder, state, [*changing, *optimizer.variables], best)
+        held = sum(entry.file_size for entry in zipfile.ZipFile(folder / "arrays.npz").infolist())
+        floats = sum(int(np.prod(variable.shape)) for variable in [*changing, *optimizer.variables])
+        floats += sum(weights.size for weights in best) if epoch == 2 else 0
+        assert held == pytest.approx(4 * floats, rel=0.01)
+        now = [variable.numpy() for variable in changing]
+        for variable in changing:
+            variable.assign(variable.value * 0)
+        again, its_best = read_checkpoint(folder, [*changing, *optimizer.variables])
+        assert again == state
+        assert all(np.array_equal(a, b) for a, b in zip(changing, now, strict=True))
+        assert len(its_best) == (len(best) if epoch == 2 else 0)
+        assert all(np.array_equal(a, b) for a, b in zip(its_best, best, strict=False))

@@ -1,0 +1,180 @@
+"""What a base begins with: handed over or fetched once, checked, shared; and several architectures in one `train`."""
+
+import hashlib
+import json
+import re
+import subprocess
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from conftest import KUZUSHIJI, in_fresh_process
+
+from cluster.errors import DamageError, InputError
+from cluster.manifest import verify
+from cluster.storage import place
+from job.config import TRANSFER, configs_of
+from job.weights import IMAGENET, handed_over, local_copy, share
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Weights of one Xception base in both forms that Keras reads; the older one is that of the published files."""
+    import keras
+    from keras.src.legacy.saving.legacy_h5_format import save_weights_to_hdf5_group
+
+    keras.utils.set_random_seed(1)
+    base = keras.applications.Xception(include_top=False, weights=None, input_shape=(80, 80, 3))
+    folder = tmp_path_factory.mktemp("made")
+    base.save_weights(folder / "new.weights.h5")
+    with h5py.File(folder / "old.h5", "w") as file:
+        save_weights_to_hdf5_group(file, base)
+    return {"new": folder / "new.weights.h5", "old": folder / "old.h5"}
+
+
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("job.architectures.HEAD", (16, 8))
+
+
+@pytest.mark.usefixtures("narrow")
+@pytest.mark.parametrize("form", ["new", "old"])
+def test_a_file_that_is_handed_over_is_shared_by_its_hash_and_read_in_both_forms(
+    form: str, made: dict[str, Path], tmp_path: Path
+) -> None:
+    import keras
+
+    from job.architectures import ARCHITECTURES
+
+    handed = handed_over(str(made[form]))
+    assert handed is not None
+    config = configs_of(["xception"], handed.identity, None)[0]
+    shared = share(config, handed, place(tmp_path))
+    assert shared is not None
+    assert shared.sha256 == hashlib.sha256(made[form].read_bytes()).hexdigest()
+    assert [path.name for path in (tmp_path / ".weights").iterdir()] == [shared.sha256 + handed.suffix]
+    with local_copy(shared) as local:
+        model = ARCHITECTURES["xception"](5, weights=local)
+    base = keras.applications.Xception(include_top=False, weights=None, input_shape=(80, 80, 3))
+    base.load_weights(made[form])
+    for mine, given in zip(model.weights, base.weights, strict=False):
+        assert np.array_equal(mine, given), given.path
+    Path(shared.place).write_bytes(b"changed")
+    with pytest.raises(DamageError, match="was changed"), local_copy(shared):
+        pass
+    assert share(config, handed, place(tmp_path)) == shared  # and mended
+
+
+@pytest.mark.usefixtures("narrow")
+def test_a_file_that_does_not_fit_is_refused_in_one_line_before_ray_starts(
+    made: dict[str, Path], tmp_path: Path
+) -> None:
+    no_hdf5 = tmp_path / "text.weights.h5"
+    no_hdf5.write_text("not weights")
+    linked = tmp_path / "linked.h5"
+    with h5py.File(linked, "w") as file:
+        file["layer"] = h5py.ExternalLink(made["old"], "/")
+    for path, architecture in ((made["new"], "resnet152v2"), (made["old"], "resnet152v2"), (no_hdf5, "xception"),
+                               (linked, "xception")):  # fmt: skip
+        handed = handed_over(str(path))
+        assert handed is not None
+        config = configs_of([architecture], handed.identity, None)[0]
+        with pytest.raises(InputError, match=f"--weights must be .* of {architecture} without its top") as raised:
+            share(config, handed, place(tmp_path))
+        assert "\n" not in str(raised.value)
+        assert str(path) in str(raised.value)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[tuple[str, list[str]]]:
+    """A web server on loopback: its address, and what was asked of it. It serves `published.h5`."""
+    asked: list[str] = []
+
+    class Handler(SimpleHTTPRequestHandler):
+        def log_message(self, format: str, *arguments: object) -> None:
+            asked.append(self.path)
+
+    (tmp_path / "www").mkdir()
+    (tmp_path / "www" / "published.h5").write_bytes(b"weights of ImageNet, as it were")
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(tmp_path / "www"))) as http:
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{http.server_port}", asked
+        http.shutdown()
+
+
+FETCH = """
+import sys
+from cluster.errors import InputError
+from cluster.storage import place
+from job import weights
+from job.config import TRANSFER, configs_of
+url, md5, models = sys.argv[1:]
+weights.IMAGENET["xception"] = weights.Published(url, md5)
+try:
+    shared = weights.share(configs_of(["xception"], "imagenet", None)[0], None, place(models))
+    print(shared.place, shared.sha256)
+except InputError as error:
+    print(error)
+"""
+
+
+def test_imagenet_weights_are_fetched_once_checked_and_shared(
+    server: tuple[str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address, asked = server
+    data = (tmp_path / "www" / "published.h5").read_bytes()
+    md5, sha256 = hashlib.md5(data).hexdigest(), hashlib.sha256(data).hexdigest()  # noqa: S324  # the publisher's
+
+    def fetch(url: str, md5: str, home: str) -> str:
+        monkeypatch.setenv("KERAS_HOME", str(tmp_path / home))
+        return in_fresh_process(FETCH, url, md5, str(tmp_path / "models"), cwd=Path.cwd()).strip()
+
+    shared = tmp_path / "models" / ".weights" / "published.h5"
+    unreachable = fetch("http://127.0.0.1:9/published.h5", md5, "first")
+    assert "--weights imagenet must reach http://127.0.0.1:9/published.h5" in unreachable
+    assert f"put it at {shared}, or name it with --weights" in unreachable
+    other = fetch(f"{address}/published.h5", "0" * 32, "second")
+    assert f"put it at {shared}" in other
+    assert "\n" not in unreachable + other
+    assert not shared.exists()
+    asked.clear()
+    assert fetch(f"{address}/published.h5", md5, "third") == f"{shared} {sha256}"
+    assert asked == ["/published.h5"]
+    # Elsewhere, where nothing can be fetched: the file beside the models is enough, and is checked.
+    assert fetch("http://127.0.0.1:9/published.h5", md5, "fourth") == f"{shared} {sha256}"
+    shared.write_bytes(b"damaged")
+    assert "must reach" in fetch("http://127.0.0.1:9/published.h5", md5, "fifth")
+    assert set(IMAGENET) == set(TRANSFER)
+
+
+def test_one_architecture_that_fails_does_not_take_another_along(few: Path, tmp_path: Path) -> None:
+    (tmp_path / "models" / ".runs").mkdir(parents=True)
+    (tmp_path / "models" / ".runs" / "fcn-both").write_text("in the way of the checkpoints")
+    command = [str(KUZUSHIJI), "train", "--dataset", str(few), "--models", "models", "--architecture", "fcn"]
+    command += ["--architecture", "baseline", "--epochs", "1", "--global-batch-size", "16", "--cpus-per-worker", "1"]
+    call = partial(subprocess.run, cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = call([*command, "--run", "both"])
+    assert done.returncode == 1, done.stderr
+    lines = done.stderr.splitlines()
+    started, failed, trained = (
+        [i for i, line in enumerate(lines) if text in line]
+        for text in ("1 workers start", "fcn: failed: ", "baseline: epoch 1 of 1")
+    )
+    # Side by side: both had started before either ended.
+    assert len(started) == 2
+    assert max(started) < min(failed + trained)
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["test", "baseline", "fcn"]
+    assert re.search("^fcn +failed: FileExistsError: .*/.runs/fcn-both", done.stdout, re.M)
+    assert verify(place(tmp_path / "models" / "baseline" / "both"))[1:] == ([], [])
+    again = subprocess.run(
+        [*command, "--run", "both", "--json"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert again.returncode == 1
+    result = json.loads(again.stdout)
+    assert [(model["architecture"], model["trained"]) for model in result["models"]] == [("baseline", False)]
+    assert [fault.split(":")[0] for fault in result["faults"]] == ["fcn"]
