@@ -10,7 +10,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -78,13 +78,23 @@ def train(
         except Exception as error:
             outcomes[one] = _failed(one, error, alone=len(runs) == 1)
     if ready:
-        with ray_session(at_least_cpus=configs[0].workers * configs[0].cpus_per_worker):
+        with ray_session(at_least_cpus=configs[0].workers * configs[0].cpus_per_worker), _said_how_to_go_on(run):
             for one, failure in _side_by_side(ready):
                 outcomes[one] = _failed(one, failure, alone=len(runs) == 1)
     for one, outcome in outcomes.items():
         if outcome.error is None:
             one.tidy()
     return list(outcomes.values())
+
+
+@contextmanager
+def _said_how_to_go_on(run: str) -> Iterator[None]:
+    """Here, since Ray ends this process, with 1, when it is shut down while threads wait for it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        log.warning("stopped; the same command with --run %s goes on from the last checkpoints", run)
+        raise
 
 
 def _failed(run: Run, error: Exception, alone: bool) -> Outcome:
