@@ -159,8 +159,8 @@ def prepare(pages: str, labels: str, dataset: str, classes: str | None, **option
 @click.option("--dataset", required=True, metavar="PLACE", help="Folder made by `prepare`.")
 @click.option("--models", required=True, metavar="PLACE", help="Where <architecture>/<run>/ is written.")
 @click.option("--architecture", "architectures", required=True, multiple=True, metavar="NAME",
-              help="baseline, xception, resnet152v2, inceptionresnetv2, fcn (550 times baseline's work a crop), all; "
-              "may be given again.")  # fmt: skip
+              help="baseline, xception, resnet152v2, inceptionresnetv2, fcn (71 GMAC a crop, 550 times "
+              "baseline's), all; may be given again.")  # fmt: skip
 @click.option("--weights", metavar="imagenet|none|FILE",
               help="What a base begins with.  [default: imagenet; only for the three that have one]")  # fmt: skip
 @click.option("--unfreeze", type=click.Choice(["last", "all"]),

@@ -18,6 +18,7 @@ from cluster.errors import DamageError
 from cluster.manifest import ModelManifest, fault_of, file_entry, is_sealed, read_manifest, seal
 from cluster.models import point_to_latest, resolve_model
 from cluster.storage import list_files, new_file, write_bytes
+from job.config import TRANSFER
 from job.startup import load_tensorflow
 from preprocessing.classes import parse_class_names
 from preprocessing.split import SPLITS
@@ -101,16 +102,28 @@ A classifier of Kuzushiji characters: {metrics["parameters"]:,} parameters, {met
 {header}
 {rows}
 
-- Input: N x 80 x 80 x 1, uint8 or float, 0..255, cut as in `kuzushiji prepare`; scaling is inside. Output:
-probabilities.
+- Input: N x 80 x 80 x 1, uint8 or float, 0..255, cut as in `kuzushiji prepare`; scaling is inside.{_any_size(config)}
+  Output: probabilities.
 - Load it: `keras.saving.load_model("{MODEL_FILE}", compile=False)`, safe mode on, no package of ours needed.
 - Trained with Adam, learning rate {config["learning_rate"]:g}, global batch {config["global_batch_size"]},
 at most {config["epochs"]} epochs, seed
-  {config["seed"]}; the weights are those of epoch {metrics["best_epoch"]}, the best in validation.
+  {config["seed"]}, {config["precision"]}, class weights: {config["class_weights"]};
+  the weights are those of epoch {metrics["best_epoch"]}, the best in validation.{_base(config)}
 - Split of the dataset: {dataset}. What `rare` holds is not told apart.
 - The licence of the training data binds what is made from them: CC BY-SA 4.0 for Kaggle's *Kuzushiji Recognition*
 pages.
 """
+
+
+def _any_size(config: Mapping[str, Any]) -> str:
+    return " Any height and width will do." if config["architecture"] == "fcn" else ""
+
+
+def _base(config: Mapping[str, Any]) -> str:
+    if config["architecture"] not in TRANSFER:
+        return ""
+    trained = {"last": "its last layers were trained", "all": "all its layers were trained"}[config["unfreeze"]]
+    return f"\n- The base began with the weights: {config['weights']}; {trained}."
 
 
 def _optional(value: float | None) -> str:
