@@ -280,6 +280,7 @@ def test_what_cannot_be_trained_is_refused_before_ray_train_starts(dataset: Path
 def test_the_real_pages_are_learned_by_heart_though_they_are_less_than_a_batch(
     real_dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", "kuzushiji")
     given = config(epochs=8, global_batch_size=512, learning_rate=1e-3)
     folder = train(place(real_dataset), place(tmp_path), [given], "heart")[0].folder
     assert "--global-batch-size 512 is lowered to 155" in caplog.text
