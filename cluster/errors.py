@@ -18,6 +18,12 @@ class KuzushijiError(Exception):
     """A failure with a cause that the user can mend."""
 
 
+def one_line(error: BaseException) -> str:
+    """What people read of a failure; of one that is no fault of theirs, its kind too."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if isinstance(error, KuzushijiError | OSError) else f"{type(error).__name__}: {text} (see --debug)"
+
+
 class OptionError(KuzushijiError):
     """You meet it when options contradict one another or what they point to."""
 

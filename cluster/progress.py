@@ -28,14 +28,17 @@ def terminal() -> "Console":
     return Console(stderr=True, highlight=False)
 
 
-def log_to_stderr() -> None:
-    """Let what the package says be seen: above the bar on a terminal, with the time of day elsewhere."""
+def log_to_stderr(debug: bool = False) -> None:
+    """Let what the package says be seen: above the bar on a terminal, with the time of day elsewhere.
+
+    debug: tracebacks too, of failures that do not end the command.
+    """
     handler: logging.Handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     if on_terminal():
         handler = _TerminalHandler()
     log.handlers = [handler]
-    log.setLevel(logging.INFO)
+    log.setLevel(logging.DEBUG if debug else logging.INFO)
     log.propagate = False
 
 

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from cluster.errors import KuzushijiError
+
 log = logging.getLogger("kuzushiji")
 
 
@@ -70,5 +72,5 @@ def cause_of(error: BaseException) -> BaseException:
             break
         seen = inner
     if isinstance(seen, ActorDiedError) and "Error: " in (last := str(seen).strip().splitlines()[-1]):
-        return RuntimeError(last)  # an actor that failed to begin: Ray keeps no more than the text of its traceback
+        return KuzushijiError(last)  # an actor that failed to begin: Ray keeps no more than the text of its traceback
     return seen

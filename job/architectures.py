@@ -65,11 +65,15 @@ def fcn(num_classes: int, input_size: tuple[int | None, int | None] = (None, Non
     """
     inputs = keras.Input((*input_size, 1))
     x = layers.Rescaling(1 / 255, dtype="float32")(inputs)
-    for filters in (*FCN_FILTERS, num_classes):
+    for filters in FCN_FILTERS:
         x = layers.Conv2D(filters, 3, padding="same")(x)
         x = layers.BatchNormalization()(x)
         x = layers.ReLU()(x)
-    x = layers.GlobalMaxPooling2D()(x)
+    x = layers.Conv2D(num_classes, 3, padding="same")(x)
+    # In float32, or classes would tie: bfloat16 has 8 bits.
+    x = layers.BatchNormalization(dtype="float32")(x)
+    x = layers.ReLU(dtype="float32")(x)
+    x = layers.GlobalMaxPooling2D(dtype="float32")(x)
     return keras.Model(inputs, layers.Softmax(dtype="float32")(x), name="fcn")
 
 

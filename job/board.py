@@ -14,6 +14,7 @@ from typing import Any, Self
 import ray
 from ray.train import UserCallback
 
+from cluster.errors import one_line
 from cluster.progress import SECONDS_BETWEEN_LINES, on_terminal, terminal
 from cluster.runtime import cause_of
 
@@ -46,8 +47,8 @@ class TellFailures(UserCallback):  # type: ignore[misc]  # Ray has no types
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         rank, error = min(worker_exceptions.items())
-        cause = " ".join(str(cause_of(error)).split())[:300] or type(error).__name__
-        text = f"worker {rank} failed, all begin again from the last checkpoint: {cause}"
+        cause = one_line(cause_of(error))[:300]
+        text = f"worker {rank} failed, all begin again from the last checkpoint, if there is one: {cause}"
         self._board.post.remote({"architecture": self._architecture, "text": text})
 
 
@@ -72,6 +73,8 @@ def _show(board: Any, architectures: Sequence[str], done: threading.Event) -> No
             last = done.wait(0.5)
             try:
                 events = ray.get(board.take.remote(), timeout=10)
+            except ray.exceptions.GetTimeoutError:  # Ray is slow
+                events = []
             except ray.exceptions.RayError:
                 return
             for event in events:

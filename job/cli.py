@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from cluster.errors import KuzushijiError, OptionError
+from cluster.errors import OptionError, one_line
 from cluster.progress import log_to_stderr
 
 SHOWN_CONFUSIONS = 20
@@ -62,7 +62,7 @@ def command(function: Callable[..., Outcome]) -> click.Command:
 
     @functools.wraps(function)
     def run(as_json: bool, debug: bool, **options: Any) -> None:
-        log_to_stderr()
+        log_to_stderr(debug)
         try:
             result, lines = function(**options)
         except (click.ClickException, click.Abort):
@@ -70,9 +70,7 @@ def command(function: Callable[..., Outcome]) -> click.Command:
         except Exception as error:
             if debug:
                 raise
-            text = " ".join(str(error).split()) or type(error).__name__
-            if not isinstance(error, KuzushijiError | OSError):
-                text = f"{type(error).__name__}: {text} (see --debug)"
+            text = one_line(error)
             click.echo(f"kuzushiji: {text}", err=True)
             if as_json:
                 click.echo(json.dumps({"error": text}, ensure_ascii=False))

@@ -41,7 +41,7 @@ class TrainConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     architecture: ArchitectureName
-    weights: str = Field("none", pattern=r"none|imagenet|sha256:[0-9a-f]{64}")
+    weights: str = Field("none", pattern=r"^(none|imagenet|sha256:[0-9a-f]{64})$")
     """What the base begins with; a file that was handed over is known by its hash."""
     unfreeze: Literal["last", "all"] = "all"
     """Which layers of the base are trained: the study's last few, or all."""

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from cluster.errors import one_line
 from job.train import Outcome
 from preprocessing.split import SPLITS
 
@@ -21,7 +22,7 @@ def outcome_result(outcomes: Sequence[Outcome]) -> dict[str, Any]:
             }
             for outcome in finished
         ],
-        "faults": [f"{outcome.architecture}: {_line(outcome.error)}" for outcome in outcomes if outcome.error],
+        "faults": [f"{outcome.architecture}: {one_line(outcome.error)}" for outcome in outcomes if outcome.error],
     }
 
 
@@ -39,7 +40,7 @@ def _table(outcomes: Sequence[Outcome]) -> list[str]:
     lines = [form.format("test", "accuracy", "without rare", "top 5", "macro F1", "parameters", "minutes", "model")]
     for outcome in outcomes:
         if outcome.error is not None:
-            lines.append(f"{outcome.architecture:<18} failed: {_line(outcome.error)}")
+            lines.append(f"{outcome.architecture:<18} failed: {one_line(outcome.error)}")
             continue
         numbers = _metrics(outcome)
         test, parameters = numbers["test"], f"{numbers['parameters']:,}"
@@ -64,10 +65,6 @@ def metrics_line(split: str, numbers: dict[str, Any]) -> str:
 def _metrics(outcome: Outcome) -> dict[str, Any]:
     metrics: dict[str, Any] = json.loads((outcome.folder / "metrics.json").read_bytes())
     return metrics
-
-
-def _line(error: Exception | None) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _optional(value: float | None) -> str:

@@ -75,7 +75,7 @@ class Run:
             )
 
     def fit(self, weights: WeightsFile | None, board: Any) -> None:
-        """A process a worker, spread over the hosts, restarted from the last checkpoint when one is lost.
+        """A process a worker, spread over the hosts; all begin again from the last checkpoint when one is lost.
 
         Raises:
             Exception: whatever the last of the tries failed of; the run can be called again.
@@ -118,9 +118,10 @@ class Run:
             trainer.fit()
         except Exception as error:
             raise cause_of(error) from None
+        self.tidy()
 
     def tidy(self) -> None:
-        """After the folder was sealed: nobody goes on from the checkpoints, which are three times as large."""
+        """After the folder was sealed: nobody goes on from the checkpoints, which are larger than the model."""
         point_to_latest(self.folder, read_manifest(self.folder, ModelManifest))  # it may have been killed just before
         remove_folder(self.models / RUNS_FOLDER / self._train_name)
         self._begun_with.unlink(missing_ok=True)

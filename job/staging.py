@@ -55,6 +55,8 @@ class StagedDataset:
     manifest: DatasetManifest
     class_names: list[str]
     splits: dict[str, Crops]
+    folder: Path
+    """On this machine's disk, gone with the dataset: its users may put what they need for a while here."""
 
 
 @contextmanager
@@ -79,7 +81,7 @@ def staged(dataset: UPath, splits: Sequence[str]) -> Iterator[StagedDataset]:
         fcntl.flock(in_use, fcntl.LOCK_SH)
     try:
         names = parse_class_names((folder / LABELS_FILE).read_text(), str(dataset / LABELS_FILE))
-        yield StagedDataset(manifest, names, {split: _map(folder / split) for split in splits})
+        yield StagedDataset(manifest, names, {split: _map(folder / split) for split in splits}, folder)
     finally:
         in_use.close()
         with _locked(root):

@@ -16,14 +16,14 @@ from datetime import UTC, datetime
 
 from upath import UPath
 
-from cluster.errors import DamageError, InputError, OptionError
+from cluster.errors import DamageError, InputError, OptionError, one_line
 from cluster.manifest import DatasetManifest, read_manifest, verify
 from cluster.runtime import ray_session
 from cluster.storage import is_local, plain_name
 from job.config import RECIPES, TrainConfig
 from job.run import Run
 from job.startup import without_chatter
-from job.weights import WeightsFile, share
+from job.weights import WeightsFile, obtain
 from preprocessing.split import SPLITS
 
 log = logging.getLogger("kuzushiji")
@@ -69,21 +69,21 @@ def train(
     _check_run(run)
     manifest = _check_dataset(dataset)
     runs = [Run(run, _fit_batch(manifest, config), dataset, manifest.sha256, models) for config in configs]
-    waiting = [one for one in runs if not one.is_finished()]  # raises before any is started
-    outcomes = {one: Outcome(one.config.architecture, one.folder, one in waiting) for one in runs}
+    finished = {one: one.is_finished() for one in runs}  # raises before any is started
+    outcomes = {one: Outcome(one.config.architecture, one.folder, not finished[one]) for one in runs}
     ready: dict[Run, WeightsFile | None] = {}
-    for one in waiting:
+    for one in runs:
         try:
-            ready[one] = share(one.config, handed, models)
+            if finished[one]:
+                one.tidy()
+            else:
+                ready[one] = obtain(one.config, handed, models)
         except Exception as error:
             outcomes[one] = _failed(one, error, alone=len(runs) == 1)
     if ready:
         with ray_session(at_least_cpus=configs[0].workers * configs[0].cpus_per_worker), _said_how_to_go_on(run):
             for one, failure in _side_by_side(ready):
                 outcomes[one] = _failed(one, failure, alone=len(runs) == 1)
-    for one, outcome in outcomes.items():
-        if outcome.error is None:
-            one.tidy()
     return list(outcomes.values())
 
 
@@ -93,16 +93,16 @@ def _said_how_to_go_on(run: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        log.warning("stopped; the same command with --run %s goes on from the last checkpoints", run)
+        log.warning("stopped; the same command with --run %s goes on from the last checkpoint, if there is one", run)
         raise
 
 
 def _failed(run: Run, error: Exception, alone: bool) -> Outcome:
     if alone:
         raise error
-    architecture = run.config.architecture
-    log.error("%s: failed: %s", architecture, " ".join(str(error).split()) or type(error).__name__)
-    return Outcome(architecture, run.folder, trained=False, error=error)
+    log.error("%s: failed: %s", run.config.architecture, one_line(error))
+    log.debug("where:", exc_info=error)
+    return Outcome(run.config.architecture, run.folder, trained=False, error=error)
 
 
 def _side_by_side(ready: Mapping[Run, WeightsFile | None]) -> Iterator[tuple[Run, Exception]]:
@@ -116,12 +116,12 @@ def _side_by_side(ready: Mapping[Run, WeightsFile | None]) -> Iterator[tuple[Run
     with watched([run.config.architecture for run in ready]) as board:
 
         def fit(run: Run) -> None:
+            error: Exception | None = None
             try:
                 run.fit(ready[run], board)
-            except Exception as error:
-                ended.put((run, error))
-            else:
-                ended.put((run, None))
+            except BaseException as raised:  # whatever it is, the loop below waits to hear of it
+                error = raised if isinstance(raised, Exception) else RuntimeError(repr(raised))
+            ended.put((run, error))
 
         while waiting or running:
             # The first starts in any case: a cluster may add hosts for it.
@@ -187,7 +187,10 @@ def _fit_batch(manifest: DatasetManifest, config: TrainConfig) -> TrainConfig:
     size = min(config.global_batch_size, crops)
     if size < config.global_batch_size:
         log.warning(
-            "--global-batch-size %d is lowered to %d, all crops there are to train on", config.global_batch_size, size
+            "%s: --global-batch-size %d is lowered to %d, all crops there are to train on",
+            config.architecture,
+            config.global_batch_size,
+            size,
         )
     replicas = config.workers * max(1, config.gpus_per_worker)
     if replicas > size:

@@ -88,27 +88,30 @@ def handed_over(text: str | None) -> WeightsFile | None:
     return WeightsFile(str(file), sha256_of(file))
 
 
-def share(config: TrainConfig, handed: WeightsFile | None, models: UPath) -> WeightsFile | None:
+def obtain(config: TrainConfig, handed: WeightsFile | None, models: UPath) -> WeightsFile | None:
     """Put what a training begins with beside the models, where every worker reads it; None where it begins by chance.
 
     Raises:
+        OptionError: the config is of another file than `handed`.
         InputError: it can't be fetched, or does not fit the architecture.
     """
     if config.weights == "none":
         return None
-    if handed is None:
+    if config.weights == "imagenet":
         shared = _imagenet(config.architecture, models / WEIGHTS_FOLDER)
         return WeightsFile(str(shared), sha256_of(shared))
+    if handed is None or handed.identity != config.weights:
+        raise OptionError(f"--weights must be the file of the config. Received: {handed}, not {config.weights}")
+    _check_fit(config.architecture, handed)
     shared = models / WEIGHTS_FOLDER / f"{handed.sha256}{handed.suffix}"
     if not shared.is_file() or sha256_of(shared) != handed.sha256:
         _copy(place(handed.place), shared)
-    file = WeightsFile(str(shared), handed.sha256)
-    _check_fit(config, file, named=handed.place)
-    return file
+    return WeightsFile(str(shared), handed.sha256)
 
 
 def _imagenet(architecture: str, folder: UPath) -> UPath:
     """The published file, checked by its hash: from the folder, else through Keras' own cache and download."""
+    load_tensorflow(gpus=False)
     import keras
 
     published = IMAGENET[architecture]
@@ -125,8 +128,8 @@ def _imagenet(architecture: str, folder: UPath) -> UPath:
             )
     except Exception as error:  # Keras raises a plain one
         raise InputError(
-            f"--weights imagenet must reach {published.url}. Received: {str(error).splitlines()[0]}. Fetch it where "
-            f"you can and put it at {shared}, or name it with --weights; --weights none begins by chance"
+            f"--weights imagenet must reach {published.url}. Received: {' '.join(str(error).split())}. Fetch it "
+            f"where you can and put it at {shared}, or, for one architecture, name it with --weights"
         ) from None
     _copy(place(got), shared)
     return shared
@@ -137,7 +140,7 @@ def _copy(source: UPath, target: UPath) -> None:
         shutil.copyfileobj(stream, written)
 
 
-def _check_fit(config: TrainConfig, file: WeightsFile, named: str) -> None:
+def _check_fit(architecture: str, file: WeightsFile) -> None:
     """Load it here once: on the workers, Ray Train would try a file that does not fit again and again."""
     load_tensorflow(gpus=False)
     from job.architectures import ARCHITECTURES
@@ -146,11 +149,12 @@ def _check_fit(config: TrainConfig, file: WeightsFile, named: str) -> None:
         # Keras only warns of layers that a file does not hold.
         warnings.simplefilter("error", UserWarning)
         try:
-            ARCHITECTURES[config.architecture](1, weights=local)
+            ARCHITECTURES[architecture](1, weights=local)
         except (ValueError, OSError, KeyError, UserWarning) as error:
             raise InputError(
-                f"--weights must be a file of the base of {config.architecture} without its top, as Keras saves it "
-                f"({KERAS_SUFFIX}, or {OLD_SUFFIX} in its older form). Received: {named}: {str(error).splitlines()[0]}"
+                f"--weights must be a file of the base of {architecture} without its top, as Keras saves it "
+                f"({KERAS_SUFFIX}, or {OLD_SUFFIX} in its older form). Received: {file.place}: "
+                f"{' '.join(str(error).split())[:200]}"
             ) from None
 
 

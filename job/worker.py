@@ -21,6 +21,7 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from cluster.errors import KuzushijiError
+from cluster.manifest import is_sealed
 from cluster.storage import place
 from job.architectures import ARCHITECTURES
 from job.board import SECONDS_BETWEEN_POSTS
@@ -44,6 +45,8 @@ def train_worker(job: dict[str, Any]) -> None:
     """The function that Ray Train runs on each worker. `job`: `config`, `weights` (of a WeightsFile, or None),
     places `dataset` and `folder`, `run`, `board`.
     """
+    if is_sealed(place(job["folder"])):  # a worker was lost between the last line of `write` and its end
+        return
     config = TrainConfig.model_validate(job["config"])
     fix_what_bits_depend_on(config)
     # Before anything else is computed: collectives can only be configured while TensorFlow is at rest.
@@ -130,15 +133,21 @@ class Training:
         if self.rank > 0:
             ray.train.report(row)
             return
-        folder = tempfile.mkdtemp()
+        self._wait_for_upload()
+        folder = tempfile.mkdtemp(dir=self.dataset.folder)
         variables = [*self.changing, *self.optimizer.variables]
         write_checkpoint(Path(folder), self.state, variables, self.best_weights)
         ray.train.report(
             row,
             checkpoint=ray.train.Checkpoint.from_directory(folder),
-            # The next epoch goes on meanwhile; Ray removes the folder after it.
+            # The next epoch goes on meanwhile. Ray removes the folder after it; if it can't, it goes with the dataset.
             checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
         )
+
+    def _wait_for_upload(self) -> None:
+        """One at a time: Ray queues any number, of which a lost worker would lose all."""
+        if self.rank == 0:
+            ray.train.get_all_reported_checkpoints(ray.train.CheckpointConsistencyMode.COMMITTED)
 
     # --- epochs
 
@@ -228,6 +237,7 @@ class Training:
         predictions = {split: self._predict(split) for split in SPLITS}
         if self.rank > 0:
             return
+        self._wait_for_upload()  # one that fails would begin again what is sealed
         names, splits = self.dataset.class_names, self.dataset.splits
         model = keras.Model.from_config(self.form)
         model.set_weights(self.model.get_weights())

@@ -116,6 +116,7 @@ def test_defaults_come_from_each_architecture_s_recipe_and_options_go_before_the
     (["baseline"], "imagenet", None, "--weights must come with one of xception"),
     (["fcn"], None, "all", "--unfreeze must come with one of xception"),
     (["all"], f"sha256:{'0' * 64}", None, "must come with one architecture. Received: xception, resnet152v2"),
+    (["xception"], "none.h5", None, "--weights"),
     (["xception"], "none", "last", "--unfreeze last must come with weights"),
 ])  # fmt: skip
 def test_options_that_contradict_one_another_are_refused(

@@ -43,6 +43,22 @@ def test_a_step_follows_the_weighted_loss_and_tells_the_plain_one(balanced: bool
     assert model.layers[-1].bias.numpy() == pytest.approx(-gradient, abs=1e-5)
 
 
+def test_among_equal_probabilities_the_first_classes_are_the_likelier() -> None:
+    import keras
+    import tensorflow as tf
+
+    from job.step import Steps
+
+    crops = keras.Input((80, 80, 1))
+    x = keras.layers.GlobalMaxPooling2D()(crops)
+    model = keras.Model(crops, keras.layers.Dense(20, activation="softmax", kernel_initializer="zeros")(x))
+    labels = np.arange(20)
+    images = np.zeros((20, 80, 80, 1), np.uint8)
+    predicted = Steps(tf.distribute.get_strategy(), 1, model).predict(images, labels)
+    assert predicted[:, 0].tolist() == [0] * 20
+    assert predicted[:, 2].tolist() == [1] * 5 + [0] * 15
+
+
 def test_a_checkpoint_holds_what_training_changes_once_and_gives_it_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

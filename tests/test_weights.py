@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import subprocess
 import threading
@@ -9,17 +10,19 @@ from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
 import pytest
 from conftest import KUZUSHIJI, in_fresh_process
 
-from cluster.errors import DamageError, InputError
+from cluster.errors import DamageError, InputError, OptionError
 from cluster.manifest import verify
 from cluster.storage import place
 from job.config import TRANSFER, configs_of
-from job.weights import IMAGENET, handed_over, local_copy, share
+from job.train import train
+from job.weights import IMAGENET, handed_over, local_copy, obtain
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +57,7 @@ def test_a_file_that_is_handed_over_is_shared_by_its_hash_and_read_in_both_forms
     handed = handed_over(str(made[form]))
     assert handed is not None
     config = configs_of(["xception"], handed.identity, None)[0]
-    shared = share(config, handed, place(tmp_path))
+    shared = obtain(config, handed, place(tmp_path))
     assert shared is not None
     assert shared.sha256 == hashlib.sha256(made[form].read_bytes()).hexdigest()
     assert [path.name for path in (tmp_path / ".weights").iterdir()] == [shared.sha256 + handed.suffix]
@@ -67,7 +70,7 @@ def test_a_file_that_is_handed_over_is_shared_by_its_hash_and_read_in_both_forms
     Path(shared.place).write_bytes(b"changed")
     with pytest.raises(DamageError, match="was changed"), local_copy(shared):
         pass
-    assert share(config, handed, place(tmp_path)) == shared  # and mended
+    assert obtain(config, handed, place(tmp_path)) == shared  # and mended
 
 
 @pytest.mark.usefixtures("narrow")
@@ -85,9 +88,12 @@ def test_a_file_that_does_not_fit_is_refused_in_one_line_before_ray_starts(
         assert handed is not None
         config = configs_of([architecture], handed.identity, None)[0]
         with pytest.raises(InputError, match=f"--weights must be .* of {architecture} without its top") as raised:
-            share(config, handed, place(tmp_path))
+            obtain(config, handed, place(tmp_path))
         assert "\n" not in str(raised.value)
         assert str(path) in str(raised.value)
+    assert not (tmp_path / ".weights").exists()  # what is refused is not kept
+    with pytest.raises(OptionError, match="must be the file of the config"):
+        obtain(configs_of(["xception"], f"sha256:{'0' * 64}", None)[0], None, place(tmp_path))
 
 
 @pytest.fixture
@@ -113,10 +119,11 @@ from cluster.errors import InputError
 from cluster.storage import place
 from job import weights
 from job.config import TRANSFER, configs_of
+from job.train import train
 url, md5, models = sys.argv[1:]
 weights.IMAGENET["xception"] = weights.Published(url, md5)
 try:
-    shared = weights.share(configs_of(["xception"], "imagenet", None)[0], None, place(models))
+    shared = weights.obtain(configs_of(["xception"], "imagenet", None)[0], None, place(models))
     print(shared.place, shared.sha256)
 except InputError as error:
     print(error)
@@ -152,6 +159,26 @@ def test_imagenet_weights_are_fetched_once_checked_and_shared(
     assert set(IMAGENET) == set(TRANSFER)
 
 
+def test_what_cannot_be_fetched_is_one_line_each_and_debug_shows_where(few: Path, tmp_path: Path) -> None:
+    command = [str(KUZUSHIJI), "train", "--dataset", str(few), "--models", "models", "--debug"]
+    command += ["--architecture", "xception", "--architecture", "resnet152v2", "--global-batch-size", "16"]
+    # All that would leave this machine goes to a port where nobody listens.
+    away = {"KERAS_HOME": str(tmp_path), "https_proxy": "http://127.0.0.1:9"}
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | away, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert re.findall(r"^(\w+) +failed: --weights imagenet must reach https://", done.stdout, re.M) == [
+        "xception", "resnet152v2",
+    ]  # fmt: skip
+    assert done.stderr.count("Traceback") >= 2
+    plain = subprocess.run(
+        [option for option in command if option != "--debug"],
+        cwd=tmp_path, env=os.environ | away, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    lines = [line for line in plain.stderr.splitlines() if not line.startswith("Downloading data from https://")]
+    assert len(lines) == 6  # of each: the batch size, that it is fetched, that it failed
+    assert all(re.match(r"[0-9:]{8} (xception|resnet152v2): ", line) for line in lines)
+
+
 def test_one_architecture_that_fails_does_not_take_another_along(few: Path, tmp_path: Path) -> None:
     (tmp_path / "models" / ".runs").mkdir(parents=True)
     (tmp_path / "models" / ".runs" / "fcn-both").write_text("in the way of the checkpoints")
@@ -178,3 +205,63 @@ def test_one_architecture_that_fails_does_not_take_another_along(few: Path, tmp_
     result = json.loads(again.stdout)
     assert [(model["architecture"], model["trained"]) for model in result["models"]] == [("baseline", False)]
     assert [fault.split(":")[0] for fault in result["faults"]] == ["fcn"]
+
+
+def test_a_lost_worker_repeats_one_saved_epoch_at_most_and_frozen_layers_stay_as_they_were_handed_over(
+    few: Path, made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Uploads take longer than epochs; the worker dies just after it told of epoch 4."""
+    import keras
+
+    marker = str(tmp_path / "died")
+
+    def work(job: dict[str, Any]) -> None:
+        import os
+        import time
+        from pathlib import Path
+
+        from ray.train.v2._internal.execution.storage import StorageContext
+
+        from job import architectures, worker
+
+        upload, report = StorageContext.persist_current_checkpoint, worker.Training._report
+
+        def slowly(*arguments: Any, **options: Any) -> Any:
+            time.sleep(4)
+            return upload(*arguments, **options)
+
+        def then_die(training: Any, row: dict[str, Any]) -> None:
+            report(training, row)
+            here = [path for path in training.dataset.folder.iterdir() if (path / "state.json").exists()]
+            with open(marker + ".pending", "a") as pending:
+                pending.write(f"{len(here)}\n")
+            if row["epoch"] == 4 and not Path(marker).exists():
+                Path(marker).touch()
+                os._exit(1)
+
+        StorageContext.persist_current_checkpoint, worker.Training._report = slowly, then_die
+        architectures.HEAD = (16, 8)
+        worker.train_worker(job)
+
+    monkeypatch.setattr("job.run._work", work)
+    monkeypatch.setattr("job.architectures.HEAD", (16, 8))
+    caplog.set_level("INFO", "kuzushiji")
+    handed = handed_over(str(made["new"]))
+    assert handed is not None
+    config = configs_of(["xception"], handed.identity, "last", epochs=5, global_batch_size=16, learning_rate=1e-3)
+    outcome = train(place(few), place(tmp_path), config, "lost", handed)[0]
+    assert Path(marker).exists()
+    assert "xception: goes on after epoch 3" in caplog.text
+    assert set(Path(marker + ".pending").read_text().split()) <= {"0", "1", "2"}
+    history = (outcome.folder / "history.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in history] == [1, 2, 3, 4, 5]
+    base = keras.applications.Xception(include_top=False, weights=None, input_shape=(80, 80, 3))
+    base.load_weights(made["new"])
+    model = keras.saving.load_model((outcome.folder / "model.keras").path, compile=False)
+    frozen = [layer for layer in model.layers if layer.weights and not layer.trainable]
+    given = [layer for layer in base.layers if layer.weights]
+    assert len(frozen) == len(given) - 4
+    for mine, handed_layer in zip(frozen, given, strict=False):
+        assert all(np.array_equal(a, b) for a, b in zip(mine.get_weights(), handed_layer.get_weights(), strict=True))
+    staged = Path(os.environ["XDG_CACHE_HOME"]) / "kuzushiji" / "staged"
+    assert [path for path in staged.iterdir() if path.is_dir()] == []  # also what the lost worker left
