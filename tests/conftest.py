@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 # Before anything imports Ray or TensorFlow, so that some imports come after (E402):
@@ -75,6 +76,16 @@ def real_dataset(ray_here: None, shared: Path, tmp_path_factory: pytest.TempPath
     out = tmp_path_factory.mktemp("real") / "crops"
     prepare(place(shared / "pages"), place(shared / "train.csv"), place(out), PrepareConfig())
     return out
+
+
+def save_test_crops(dataset: Path, images: Path) -> np.ndarray:
+    """Write the crops of the test split as one array; returns their labels."""
+    from job.staging import staged
+
+    with staged(place(dataset), ["test"]) as data:
+        crops = data.splits["test"]
+        np.save(images, crops.images)
+        return np.array(crops.labels)
 
 
 def in_fresh_process(script: str, *arguments: str, cwd: Path) -> str:

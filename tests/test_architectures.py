@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import in_fresh_process
+from conftest import in_fresh_process, save_test_crops
 
 from cluster.errors import OptionError
 from cluster.manifest import verify
@@ -217,12 +217,7 @@ for name in sys.argv[3:]:
 def test_each_trains_saves_loads_without_our_package_and_predicts_the_same(
     trained: Path, few: Path, tmp_path: Path
 ) -> None:
-    from job.staging import staged
-
-    with staged(place(few), ["test"]) as data:
-        crops = data.splits["test"]
-        np.save(tmp_path / "images.npy", crops.images)
-        labels = np.array(crops.labels)
+    labels = save_test_crops(few, tmp_path / "images.npy")
     in_fresh_process(LOAD_ALONE, str(trained), str(tmp_path / "images.npy"), *CONFIGS, cwd=tmp_path)
     for name, options in CONFIGS.items():
         folder = trained / name / "narrow"

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import KUZUSHIJI, in_fresh_process
+from conftest import KUZUSHIJI, in_fresh_process, save_test_crops
 
 from cluster.errors import DamageError, OptionError
 from cluster.manifest import ModelManifest, read_manifest, verify
@@ -206,12 +206,8 @@ def test_the_saved_model_loads_without_our_package_and_predicts_the_same(
     trained: Path, dataset: Path, tmp_path: Path
 ) -> None:
     from job.evaluate import evaluate
-    from job.staging import staged
 
-    with staged(place(dataset), ["test"]) as data:
-        crops = data.splits["test"]
-        np.save(tmp_path / "images.npy", crops.images)
-        labels = np.array(crops.labels)
+    labels = save_test_crops(dataset, tmp_path / "images.npy")
     arguments = [str(trained / "model.keras"), str(tmp_path / "images.npy"), str(tmp_path / "out.npy")]
     in_fresh_process(LOAD_ALONE, *arguments, cwd=tmp_path)
     probabilities = np.load(tmp_path / "out.npy")
