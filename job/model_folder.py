@@ -105,8 +105,10 @@ A classifier of Kuzushiji characters: {metrics["parameters"]:,} parameters, {met
 - Input: N x 80 x 80 x 1, uint8 or float, 0..255, cut as in `kuzushiji prepare`; scaling is inside.{_any_size(config)}
   Output: probabilities.
 - Load it: `keras.saving.load_model("{MODEL_FILE}", compile=False)`, safe mode on, no package of ours needed.
-- Trained with Adam, learning rate {config["learning_rate"]:g}, global batch {config["global_batch_size"]}, epochs at most:
-  {config["epochs"]}, seed {config["seed"]}, {config["precision"]}, class weights: {config["class_weights"]}; the weights are those of epoch {metrics["best_epoch"]}, the best in validation.{_base(config)}
+- Trained with Adam, learning rate {config["learning_rate"]:g}, global batch {config["global_batch_size"]},
+  epochs at most: {config["epochs"]}, seed {config["seed"]}, {config["precision"]},
+  class weights: {config["class_weights"]}; the weights are those of epoch {metrics["best_epoch"]},
+  the best in validation.{_base(config)}
 - Split of the dataset: {dataset}. What `rare` holds is not told apart.
 - The licence of the training data binds what is made from them: CC BY-SA 4.0 for Kaggle's *Kuzushiji Recognition*
 pages.
