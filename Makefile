@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 KUZUSHIJI = .venv/bin/kuzushiji
 
-.PHONY: demo check test lock clean
+.PHONY: demo check test test-smoke test-cloud test-image lock clean
 .DELETE_ON_ERROR:
 
 # Hashes are checked for every package; the project itself comes from this folder, built by the locked setuptools.
@@ -25,7 +25,18 @@ check: .venv/.installed-dev
 	.venv/bin/mypy
 
 test: .venv/.installed-dev
-	.venv/bin/pytest -q
+	.venv/bin/pytest -q -m 'not cloud'
+
+# As root: a cluster in a Google Cloud of one machine (tests/fake_cloud/README.md). The smoke is the main part of it.
+test-smoke: .venv/.installed-dev
+	.venv/bin/pytest -q -m smoke
+
+test-cloud: .venv/.installed-dev
+	.venv/bin/pytest -q -m cloud
+
+# The Dockerfile, built and run for real: root on Debian 12, 3 to 7 minutes, 1 GB of downloads.
+test-image:
+	tests/build_image.sh
 
 # From drawn pages to a checked model, under demo/ (which git ignores): every command once, in the order of use.
 demo: .venv/.installed
@@ -51,6 +62,8 @@ lock:
 	  --output-file requirements.lock pyproject.toml
 	uv pip compile --quiet --no-header --no-annotate --python-version 3.11 --generate-hashes --group dev \
 	  --constraints requirements.lock --output-file requirements-dev.lock pyproject.toml
+	uv pip compile --quiet --no-header --no-annotate --python-version 3.11 --generate-hashes --extra gpu \
+	  --constraints requirements.lock --output-file requirements-gpu.lock pyproject.toml
 
 clean:
 	rm -rf .venv demo
