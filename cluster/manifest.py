@@ -23,7 +23,7 @@ from upath import UPath
 
 from cluster.errors import DamageError, InputError
 from cluster.progress import progress
-from cluster.storage import list_files, plain_name, sha256_of, write_bytes
+from cluster.storage import change_bytes, list_files, plain_name, read_bytes, sha256_of, write_bytes
 
 MANIFEST_FILE = "manifest.json"
 MAX_MANIFEST_BYTES = 1 << 30
@@ -118,14 +118,29 @@ class ModelManifest(Manifest):
 ManifestT = TypeVar("ManifestT", bound=Manifest)
 
 
-def file_entry(path: UPath) -> FileEntry:
-    """Name, size and hash of a file that is already there."""
-    return FileEntry(name=path.name, bytes=path.stat().st_size, sha256=sha256_of(path))
+def write_listed(path: UPath, data: bytes) -> FileEntry:
+    """Write a file that the manifest is to list; its entry is of the bytes meant, whatever a place makes of them."""
+    write_bytes(path, data)
+    return FileEntry(name=path.name, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 
 def seal(folder: UPath, manifest: Manifest) -> None:
-    """Write the manifest; from now on the folder is there."""
-    write_bytes(folder / MANIFEST_FILE, (manifest.model_dump_json(indent=1) + "\n").encode())
+    """Write the manifest; from now on the folder is there.
+
+    Raises:
+        DamageError: somebody else sealed the folder meanwhile, with another content.
+    """
+    new = (manifest.model_dump_json(indent=1) + "\n").encode()
+
+    def first(old: bytes | None) -> bytes | None:
+        if old not in (None, new):
+            raise DamageError(
+                f"one job at a time may write a folder. Received: {folder}, which another one sealed meanwhile. "
+                "Run `kuzushiji verify` on it, or name another folder"
+            )
+        return new
+
+    change_bytes(folder / MANIFEST_FILE, first)
 
 
 def is_sealed(folder: UPath) -> bool:
@@ -160,7 +175,7 @@ def _read(folder: UPath) -> tuple[bytes, dict[str, Any]]:
         raise InputError(f"a finished dataset or model folder must hold {MANIFEST_FILE}. Received: {folder}, without")
     if path.stat().st_size > MAX_MANIFEST_BYTES:
         raise DamageError(f"{path} must be at most {MAX_MANIFEST_BYTES} bytes")
-    raw: bytes = path.read_bytes()
+    raw = read_bytes(path)
     try:
         content = json.loads(raw)
     except (ValueError, RecursionError) as error:

@@ -5,7 +5,7 @@ from upath import UPath
 
 from cluster.errors import DamageError, InputError
 from cluster.manifest import MANIFEST_FILE, ModelManifest, is_sealed
-from cluster.storage import plain_name, write_bytes
+from cluster.storage import change_bytes, plain_name, read_bytes
 
 LATEST_FILE = "latest.json"
 
@@ -29,10 +29,12 @@ def read_latest(architecture: UPath) -> Latest | None:
         DamageError: it is not what we write.
     """
     path = architecture / LATEST_FILE
-    if not path.is_file():
-        return None
+    return _parse(path, read_bytes(path)) if path.is_file() else None
+
+
+def _parse(path: UPath, content: bytes) -> Latest:
     try:
-        return Latest.model_validate_json(path.read_bytes())
+        return Latest.model_validate_json(content)
     except (ValidationError, InputError) as error:
         raise DamageError(
             f"{path} must name a run and when it finished. Received: {str(error).splitlines()[0]}"
@@ -40,11 +42,20 @@ def read_latest(architecture: UPath) -> Latest | None:
 
 
 def point_to_latest(folder: UPath, manifest: ModelManifest) -> None:
-    """Let `latest.json` name a sealed run, unless it names one that finished later."""
-    latest = read_latest(folder.parent)
-    if latest is None or latest.finished_at < manifest.finished_at:
-        new = Latest(run=folder.name, finished_at=manifest.finished_at)
-        write_bytes(folder.parent / LATEST_FILE, (new.model_dump_json() + "\n").encode())
+    """Let `latest.json` name a sealed run, unless it names one that finished later; also where many finish at once.
+
+    Raises:
+        DamageError: `latest.json` is not what we write.
+    """
+    path = folder.parent / LATEST_FILE
+    new = Latest(run=folder.name, finished_at=manifest.finished_at)
+
+    def pointer(old: bytes | None) -> bytes | None:
+        if old is not None and _parse(path, old).finished_at >= new.finished_at:
+            return None
+        return (new.model_dump_json() + "\n").encode()
+
+    change_bytes(path, pointer)
 
 
 def resolve_model(place: UPath) -> UPath:

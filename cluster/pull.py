@@ -13,7 +13,7 @@ from cluster.errors import DamageError, InputError, KuzushijiError, OptionError
 from cluster.manifest import MANIFEST_FILE, FileEntry, ModelManifest, fault_of, read_manifest
 from cluster.models import LATEST_FILE, point_to_latest, read_latest
 from cluster.progress import progress
-from cluster.storage import CHUNK_BYTES, list_files, open_read, plain_name, sha256_of, write_bytes
+from cluster.storage import list_files, plain_name, read_chunks, sha256_of, write_bytes
 
 
 @dataclass(frozen=True)
@@ -125,10 +125,8 @@ def _fetch(source: UPath, target: Path, entry: FileEntry, advance: Callable[[int
 def _append(source: UPath, out: BinaryIO, begin: int, size: int, advance: Callable[[int], None]) -> int:
     """Copy bytes `begin` to `size` of a file."""
     copied = 0
-    with open_read(source) as stream:
-        stream.seek(begin)
-        while begin + copied < size and (chunk := stream.read(min(CHUNK_BYTES, size - begin - copied))):
-            out.write(chunk)
-            copied += len(chunk)
-            advance(len(chunk))
+    for chunk in read_chunks(source, begin, size):
+        out.write(chunk)
+        copied += len(chunk)
+        advance(len(chunk))
     return copied

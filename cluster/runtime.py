@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from cluster.bucket import explained
 from cluster.errors import KuzushijiError
 
 log = logging.getLogger("kuzushiji")
@@ -73,4 +74,4 @@ def cause_of(error: BaseException) -> BaseException:
         seen = inner
     if isinstance(seen, ActorDiedError) and "Error: " in (last := str(seen).strip().splitlines()[-1]):
         return KuzushijiError(last)  # an actor that failed to begin: Ray keeps no more than the text of its traceback
-    return seen
+    return explained(seen) or seen

@@ -4,19 +4,22 @@ Nothing half-written ever stands under a final name: local files are written und
 folder and moved; object stores show an object only when its upload is complete.
 """
 
+import fcntl
 import hashlib
 import os
 import re
 import shutil
+import sys
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from upath import UPath
 
+from cluster import bucket
 from cluster.errors import InputError, OptionError
 
 CHUNK_BYTES = 1 << 20
@@ -38,6 +41,21 @@ def place(text: str | os.PathLike[str]) -> UPath:
         raise OptionError(f"a place must be a path or an address. Received: {text}: {error}") from None
     if is_local(path):
         return UPath(os.path.abspath(path.path))
+    if bucket.is_bucket(path):
+        path = UPath(text, **bucket.options())
+    return path
+
+
+def reachable_place(text: str | os.PathLike[str]) -> UPath:
+    """A place that a person named: of a bucket, only if it is there and lets us in.
+
+    Raises:
+        OptionError: as `place`.
+        KuzushijiError: there is no such bucket, no right to look into it, or nobody to ask for.
+    """
+    path = place(text)
+    if bucket.is_bucket(path):
+        bucket.reach(path.path.partition("/")[0])
     return path
 
 
@@ -87,6 +105,8 @@ def new_file(target: UPath) -> Iterator[Path]:
             with open(temporary, "rb") as written:
                 os.fsync(written.fileno())
             os.replace(temporary, target.path)
+        elif bucket.is_bucket(target):
+            bucket.upload(temporary, target)
         else:
             target.fs.put_file(str(temporary), target.path)
     finally:
@@ -99,10 +119,72 @@ def write_bytes(target: UPath, data: bytes) -> None:
         temporary.write_bytes(data)
 
 
+def change_bytes(target: UPath, content: Callable[[bytes | None], bytes | None]) -> None:
+    """Replace a small file by what `content` makes of its bytes (None: there is none; as a result: leave it), with
+    nobody writing in between. `content` may be called again with what somebody else wrote meanwhile.
+    """
+    if bucket.is_bucket(target):
+        bucket.change(target, content)
+        return
+    with _alone_in(target.parent):
+        new = content(read_bytes(target) if target.is_file() else None)
+        if new is not None:
+            write_bytes(target, new)
+
+
+@contextmanager
+def _alone_in(folder: UPath) -> Iterator[None]:
+    """One at a time among all processes that change files of a local folder so; other places know no locks."""
+    if not is_local(folder):
+        yield
+        return
+    os.makedirs(folder.path, exist_ok=True)
+    descriptor = os.open(folder.path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def open_read(path: UPath) -> BinaryIO:
     """Open for streaming."""
     stream: BinaryIO = path.fs.open(path.path, "rb")
     return stream
+
+
+def read_chunks(path: UPath, begin: int, end: int) -> Iterator[bytes]:
+    """Bytes `begin` to `end` of a file, in pieces; fewer if it is shorter.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        DamageError: a whole object of a bucket did not arrive as it is there.
+    """
+    if bucket.is_bucket(path):
+        yield from bucket.read_chunks(path, begin, end)
+        return
+    with open_read(path) as stream:
+        stream.seek(begin)
+        while begin < end and (chunk := stream.read(min(CHUNK_BYTES, end - begin))):
+            begin += len(chunk)
+            yield chunk
+
+
+def read_bytes(path: UPath) -> bytes:
+    """A small file, as it was at one moment.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    content: bytes = bucket.read_bytes(path) if bucket.is_bucket(path) else path.read_bytes()
+    return content
+
+
+def fetch(path: UPath, local: Path) -> None:
+    """Copy a file to this machine, as fast as its place allows."""
+    with local.open("wb") as out:
+        for chunk in read_chunks(path, 0, sys.maxsize):
+            out.write(chunk)
 
 
 def sha256_of(path: UPath) -> str:
@@ -116,9 +198,8 @@ def md5_of(path: UPath) -> str:
 
 
 def _hex_digest(path: UPath, digest: "hashlib._Hash") -> str:
-    with open_read(path) as stream:
-        while chunk := stream.read(CHUNK_BYTES):
-            digest.update(chunk)
+    for chunk in read_chunks(path, 0, sys.maxsize):
+        digest.update(chunk)
     return digest.hexdigest()
 
 

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 from upath import UPath
 
 from cluster.errors import DamageError
-from cluster.manifest import ModelManifest, fault_of, file_entry, is_sealed, read_manifest, seal
+from cluster.manifest import FileEntry, ModelManifest, fault_of, is_sealed, read_manifest, seal, write_listed
 from cluster.models import point_to_latest, resolve_model
-from cluster.storage import list_files, new_file, write_bytes
+from cluster.storage import fetch, list_files, new_file, read_bytes, sha256_of
 from job.config import TRANSFER
 from job.startup import load_tensorflow
 from preprocessing.classes import parse_class_names
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 MODEL_FILE = "model.keras"
 LABELS_FILE = "labels.txt"
+METRICS_FILE = "metrics.json"
 
 
 def write_model(
@@ -37,12 +38,12 @@ def write_model(
     with tempfile.TemporaryDirectory() as temporary:
         saved = Path(temporary) / MODEL_FILE
         model.save(saved)
+        entry = FileEntry(name=MODEL_FILE, bytes=saved.stat().st_size, sha256=sha256_of(UPath(saved)))
         with new_file(folder / MODEL_FILE) as target:
             shutil.copyfile(saved, target)
-    for name, text in texts.items():
-        write_bytes(folder / name, text.encode())
+    written = [write_listed(folder / name, text.encode()) for name, text in texts.items()]
     manifest = ModelManifest(
-        files=[file_entry(folder / name) for name in sorted([MODEL_FILE, *texts])],
+        files=sorted([entry, *written], key=lambda file: file.name),
         dataset_manifest_sha256=dataset_manifest_sha256,
         finished_at=datetime.now(UTC),
     )
@@ -70,7 +71,7 @@ def load_model(place: UPath) -> tuple["keras.Model", list[str], UPath]:
         there = list_files(folder)
         for entry in manifest.entries:  # copied first, so that what is loaded is what was checked
             if entry.name in there:
-                folder.fs.get_file((folder / entry.name).path, (local / entry.name).path)
+                fetch(folder / entry.name, Path(temporary) / entry.name)
             if fault := fault_of(local, entry, list_files(local)):
                 raise DamageError(f"{folder}: {fault}. Pull the model again")
         names = parse_class_names((local / LABELS_FILE).read_text(encoding="utf-8"), str(folder / LABELS_FILE))
@@ -78,12 +79,28 @@ def load_model(place: UPath) -> tuple["keras.Model", list[str], UPath]:
     return model, names, folder
 
 
+def read_json(path: UPath) -> dict[str, Any]:
+    """An object that a training wrote.
+
+    Raises:
+        DamageError: it is not there, or not whole.
+    """
+    try:
+        content = json.loads(read_bytes(path))
+    except (FileNotFoundError, ValueError) as error:
+        raise DamageError(f"{path} must be what a training wrote. Received: {error}. Name another --run") from None
+    if not isinstance(content, dict):
+        raise DamageError(f"{path} must be what a training wrote. Received: no object. Name another --run")
+    return content
+
+
 def finished_config(folder: UPath) -> dict[str, Any] | None:
     """What a finished model folder was trained with: its config and `dataset_manifest_sha256`; None without one."""
     if not is_sealed(folder):
         return None
-    config: dict[str, Any] = json.loads((folder / "config.json").read_bytes())
-    return config | {"dataset_manifest_sha256": read_manifest(folder, ModelManifest).dataset_manifest_sha256}
+    return read_json(folder / "config.json") | {
+        "dataset_manifest_sha256": read_manifest(folder, ModelManifest).dataset_manifest_sha256
+    }
 
 
 def model_card(config: Mapping[str, Any], metrics: Mapping[str, Any], run: str, dataset: str) -> str:

@@ -25,7 +25,7 @@ from upath import UPath
 from cluster.errors import DamageError, InputError
 from cluster.manifest import DatasetManifest, Shard, fault_of, read_manifest
 from cluster.progress import progress
-from cluster.storage import is_local, list_files
+from cluster.storage import fetch, is_local, list_files
 from preprocessing.classes import LABELS_FILE, parse_class_names
 from preprocessing.crop import SIDE
 from preprocessing.labels import parse_code_point
@@ -99,7 +99,7 @@ def _locked(root: Path) -> Iterator[None]:
 def _remove_unused(root: Path, keep: str = "") -> None:
     for folder in root.iterdir():
         if folder.is_dir() and folder.name != keep and not _is_used(folder):
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)  # Ray may be removing an uploaded checkpoint in it
 
 
 def _is_used(folder: Path) -> bool:
@@ -127,7 +127,7 @@ def _stage(dataset: UPath, manifest: DatasetManifest, splits: Sequence[str], fol
             raise DamageError(f"{dataset}: the manifest must list {LABELS_FILE}")
         if fault := fault_of(dataset, labels_file, there):
             raise DamageError(f"{dataset}: {fault}. Prepare again, or copy the folder again")
-        (temporary / LABELS_FILE).write_bytes((dataset / LABELS_FILE).read_bytes())
+        fetch(dataset / LABELS_FILE, temporary / LABELS_FILE)
         of_split = {split: manifest.shards_of(split) for split in splits}
         total = sum(shard.examples for shards in of_split.values() for shard in shards)
         with progress("crops staged", total, "crops") as advance:
@@ -152,7 +152,7 @@ def _unpack(dataset: UPath, shard: Shard, there: dict[str, int], temporary: Path
         local, names = UPath(dataset), there
     else:
         local, names = UPath(temporary), {shard.name: 0}
-        dataset.fs.get_file((dataset / shard.name).path, str(temporary / shard.name))
+        fetch(dataset / shard.name, temporary / shard.name)
         names[shard.name] = (temporary / shard.name).stat().st_size
     if fault := fault_of(local, shard, names):
         raise DamageError(f"{dataset}: {fault}. Prepare again, or copy the folder again")

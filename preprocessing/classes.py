@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 from upath import UPath
 
 from cluster.errors import InputError
+from cluster.storage import read_bytes
 from preprocessing.labels import code_point_name, parse_code_point
 
 RARE = "rare"
@@ -56,4 +57,4 @@ def parse_class_names(text: str, where: str) -> list[str]:
 def read_class_names(path: UPath) -> list[str]:
     if not path.is_file():
         raise InputError(f"a file of classes must be there. Received: {path}")
-    return parse_class_names(path.read_text(encoding="utf-8"), str(path))
+    return parse_class_names(read_bytes(path).decode(), str(path))

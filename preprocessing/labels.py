@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from upath import UPath
 
 from cluster.errors import InputError
-from cluster.storage import plain_name
+from cluster.storage import plain_name, read_bytes
 
 HEADER = ["image_id", "labels"]
 FIELDS_PER_BOX = 5
@@ -81,7 +81,7 @@ def read_labels(path: UPath) -> Labels:
     """
     if not path.is_file():
         raise InputError(f"--labels must be a file. Received: {path}, which is not there")
-    data = path.read_bytes()
+    data = read_bytes(path)
     page_ids: list[str] = []
     rows: list[NDArray[np.int32]] = []
     for page_id, boxes in parse_rows(data, str(path)):

@@ -13,7 +13,7 @@ from typing import Protocol
 from upath import UPath
 
 from cluster.errors import InputError
-from cluster.storage import list_files, open_read
+from cluster.storage import list_files, open_read, read_chunks
 from preprocessing.crop import MAX_PAGE_BYTES, PageFault
 
 SUFFIX = ".jpg"
@@ -78,8 +78,7 @@ def page_reader(pages: UPath) -> Iterator[ReadPage]:
 
         def read_file(name: str) -> bytes:
             try:
-                with open_read(pages / name) as stream:
-                    return stream.read(MAX_PAGE_BYTES + 1)
+                return b"".join(read_chunks(pages / name, 0, MAX_PAGE_BYTES + 1))
             except FileNotFoundError:
                 raise PageFault("page has no file") from None
 

@@ -14,10 +14,19 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from upath import UPath
 
 from cluster.errors import DamageError, InputError, OptionError
-from cluster.manifest import MANIFEST_FILE, DatasetManifest, Shard, fault_of, file_entry, is_sealed, read_manifest, seal
+from cluster.manifest import (
+    MANIFEST_FILE,
+    DatasetManifest,
+    Shard,
+    fault_of,
+    is_sealed,
+    read_manifest,
+    seal,
+    write_listed,
+)
 from cluster.progress import progress
 from cluster.runtime import cause_of, ray_session
-from cluster.storage import TEMPORARY_PREFIX, list_files, remove_folder, write_bytes
+from cluster.storage import TEMPORARY_PREFIX, list_files, read_bytes, remove_folder, write_bytes
 from preprocessing.classes import class_indices, class_names
 from preprocessing.dataset import dataset_card, dataset_files
 from preprocessing.labels import Labels, book_of, read_labels
@@ -155,7 +164,7 @@ def _versions() -> dict[str, str]:
 
 def _read_plan(path: UPath) -> dict[str, Any]:
     try:
-        plan: dict[str, Any] = json.loads(path.read_bytes())
+        plan: dict[str, Any] = json.loads(read_bytes(path))
     except ValueError as error:
         raise DamageError(f"{path} must be JSON. Received: {error}. Remove the folder and prepare again") from None
     return plan
@@ -198,7 +207,7 @@ def _run(plan: Plan, pages: UPath, dataset: UPath) -> list[dict[str, Any]]:
                 reports[row["group"]] = json.loads(row["report"])
                 advance(len(plan.rows[row["group"]]["image_id"]))
         except Exception as error:
-            raise cause_of(error) from None
+            raise cause_of(error) from error  # which holds the traceback of the task, for --debug
     return [reports[group] for group in sorted(reports)]
 
 
@@ -222,15 +231,14 @@ def _finish(
                 f"--dataset must be one folder for all workers. Received: {dataset}, without {shard.name}"
             )
     texts = dataset_files(plan.names, shards, card)
-    for name, text in texts.items():
-        write_bytes(dataset / name, text.encode())
+    files = [write_listed(dataset / name, texts[name].encode()) for name in sorted(texts)]
     remove_folder(dataset / PROGRESS_FOLDER)
     for name in there:
         if name.startswith(TEMPORARY_PREFIX):  # of an attempt that was killed
             (dataset / name).unlink(missing_ok=True)
     manifest = DatasetManifest(
         shards=[shard for of_split in shards.values() for shard in of_split],
-        files=[file_entry(dataset / name) for name in sorted(texts)],
+        files=files,
         counts=counts,
         losses=losses,
         clipped=clipped,

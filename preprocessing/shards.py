@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from upath import UPath
 
-from cluster.storage import list_files, new_file, place, sha256_of, write_bytes
+from cluster.storage import list_files, new_file, place, read_bytes, sha256_of, write_bytes
 from preprocessing.crop import PageFault, clip_box, crop, decode_page
 from preprocessing.labels import Labels, code_point_name
 from preprocessing.pages import ReadPage, page_reader
@@ -92,7 +92,7 @@ def finished_report(dataset: UPath, group: int) -> str | None:
     path = report_path(dataset, group)
     if not path.is_file():
         return None
-    text = path.read_text(encoding="utf-8")
+    text = read_bytes(path).decode()
     there = list_files(dataset)
     for shard in json.loads(text)["shards"].values():
         if there.get(shard["name"]) != shard["bytes"] or sha256_of(dataset / shard["name"]) != shard["sha256"]:

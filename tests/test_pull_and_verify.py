@@ -11,7 +11,7 @@ import pytest
 from upath import UPath
 
 from cluster.errors import DamageError, InputError, KuzushijiError, OptionError
-from cluster.manifest import MANIFEST_FILE, ModelManifest, file_entry, seal, verify
+from cluster.manifest import MANIFEST_FILE, ModelManifest, seal, verify, write_listed
 from cluster.models import point_to_latest, read_latest, resolve_model
 from cluster.pull import pull
 from cluster.storage import place, write_bytes
@@ -22,9 +22,7 @@ FILES = {"model.keras": bytes(range(256)) * 9000, "labels.txt": b"U+306F\nrare\n
 
 def write_run(models: UPath, name: str, run: str, finished_at: datetime = NOON) -> UPath:
     folder = models / name / run
-    for file, data in FILES.items():
-        write_bytes(folder / file, data)
-    entries = [file_entry(folder / file) for file in FILES]
+    entries = [write_listed(folder / file, data) for file, data in FILES.items()]
     manifest = ModelManifest(files=entries, dataset_manifest_sha256="0" * 64, finished_at=finished_at)
     seal(folder, manifest)
     point_to_latest(folder, manifest)

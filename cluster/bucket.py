@@ -1,0 +1,231 @@
+"""Google Cloud Storage through its own client, where fsspec can't: uploads checked on arrival, ranges side by side, and
+writes that go through only where nobody wrote in between. Listings and streams go through gcsfs.
+
+Requests are retried by the client, two minutes at most; what fails for good is told by `explained`.
+"""
+
+import base64
+import os
+import re
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import google_crc32c
+from upath import UPath
+
+from cluster.errors import DamageError, KuzushijiError
+
+if TYPE_CHECKING:
+    from google.cloud.storage import Blob, Client
+
+RANGE_BYTES = 8 << 20
+RANGES_AT_ONCE = 8
+SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
+
+# gcsfs looks for hierarchical namespaces, which nothing here uses, and waits a minute for a server without them.
+os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+
+
+def is_bucket(path: UPath) -> bool:
+    return path.protocol in ("gs", "gcs")
+
+
+@cache
+def options() -> dict[str, Any]:
+    """How gcsfs is to be used: with the credentials that the client uses, and no memory of listings, since others write
+    too.
+    """
+    return {"token": "google_default" if _credentials() else "anon", "use_listings_cache": False}
+
+
+@cache
+def _credentials() -> Any:
+    """Application default credentials; None where there are none: public buckets can be read all the same."""
+    import google.auth
+    from google.auth.exceptions import DefaultCredentialsError
+
+    if "STORAGE_EMULATOR_HOST" in os.environ:
+        return None
+    try:
+        return google.auth.default(scopes=[SCOPE])[0]
+    except DefaultCredentialsError:
+        return None
+
+
+@cache
+def _client() -> "Client":
+    from google.auth.credentials import AnonymousCredentials
+    from google.cloud.storage import Client
+
+    return Client(project=None, credentials=_credentials() or AnonymousCredentials())  # type: ignore[no-untyped-call]
+
+
+def _blob(path: UPath) -> "Blob":
+    bucket, _, name = path.path.partition("/")
+    return _client().bucket(bucket).blob(name)
+
+
+@cache
+def reach(bucket: str) -> None:
+    """Look into a bucket, so that a wrong name or a missing right is found before any work.
+
+    Raises:
+        KuzushijiError: it is not there, or may not be listed.
+    """
+    with _explaining():
+        next(iter(_client().list_blobs(bucket, max_results=1)), None)
+
+
+def upload(local: Path, target: UPath) -> None:
+    """Make an object of a file; what arrives is held against the file's CRC32C."""
+    from google.cloud.storage.retry import DEFAULT_RETRY
+
+    with _explaining():
+        _blob(target).upload_from_filename(str(local), checksum="crc32c", retry=DEFAULT_RETRY)
+
+
+def change(target: UPath, content: Callable[[bytes | None], bytes | None]) -> None:
+    """Write what `content` makes of an object's bytes (None: there is none; or, as a result, leave it), if nobody wrote
+    in between; else once more with what is there then.
+    """
+    from google.api_core.exceptions import PreconditionFailed
+    from google.cloud.storage.retry import DEFAULT_RETRY
+
+    while True:  # each turn but the last is somebody else's write that went through
+        blob = _blob(target)
+        try:
+            old = _download(blob)  # which also tells the generation
+        except FileNotFoundError:
+            old = None
+        new = content(old)
+        if new is None or new == old:
+            return
+        with suppress(PreconditionFailed), _explaining():
+            # Generation 0 is that of an object that is not there.
+            generation = blob.generation if old is not None else 0
+            blob.upload_from_string(new, checksum="crc32c", if_generation_match=generation, retry=DEFAULT_RETRY)
+            return
+
+
+def read_bytes(path: UPath) -> bytes:
+    """An object, in one request, so that it is whole also while others replace it; held against its CRC32C.
+
+    Raises:
+        FileNotFoundError: there is no such object.
+        DamageError: it did not arrive as it is there.
+    """
+    return _download(_blob(path))
+
+
+def read_chunks(path: UPath, begin: int, end: int) -> Iterator[bytes]:
+    """Bytes `begin` to `end` of one generation of an object, in order, fewer if it is shorter; several ranges are under
+    way at once. What is read whole is held against its CRC32C.
+
+    Raises:
+        FileNotFoundError: there is no such object, or it was replaced meanwhile.
+        DamageError: it did not arrive as it is there.
+    """
+    blob = _blob(path)
+    with _explaining():
+        blob.reload()
+        checksum = google_crc32c.Checksum()
+        for chunk in _ranges(blob, begin, min(end, blob.size)):
+            checksum.update(chunk)
+            yield chunk
+        if begin == 0 and end >= blob.size and base64.b64encode(checksum.digest()).decode() != blob.crc32c:
+            raise DamageError(f"{path} must arrive as it is there. Received: other bytes. Run the same command again")
+
+
+def _download(blob: "Blob") -> bytes:
+    with _explaining():
+        content: bytes = blob.download_as_bytes()
+    return content
+
+
+def _ranges(blob: "Blob", begin: int, end: int) -> Iterator[bytes]:
+    """In order, with a bounded number in memory."""
+    coming: deque[Future[bytes]] = deque()
+    with ThreadPoolExecutor(RANGES_AT_ONCE) as pool:
+        for start in range(begin, end, RANGE_BYTES):
+            last = min(start + RANGE_BYTES, end) - 1  # the client counts it in
+            coming.append(
+                pool.submit(blob.download_as_bytes, start=start, end=last, if_generation_match=blob.generation)
+            )
+            if len(coming) > RANGES_AT_ONCE:
+                yield coming.popleft().result()
+        while coming:
+            yield coming.popleft().result()
+
+
+@contextmanager
+def _explaining() -> Iterator[None]:
+    """Failures of the client come out as ours; an object that is not there (any more) as FileNotFoundError."""
+    from google.api_core.exceptions import NotFound, PreconditionFailed
+
+    try:
+        yield
+    except PreconditionFailed as error:
+        if error.response is not None and error.response.request.method == "GET":  # replaced since it was looked at
+            raise FileNotFoundError(" ".join(str(error).split())) from None
+        raise
+    except Exception as error:
+        told = explained(error)
+        if told is None and isinstance(error, NotFound):
+            raise FileNotFoundError(" ".join(str(error).split())) from None
+        if told is None:
+            raise
+        raise told from None
+
+
+def explained(error: BaseException) -> KuzushijiError | None:
+    """What a failure of Google's client or of gcsfs means, in one line with its mend; None for other failures."""
+    if "google.auth" not in sys.modules:
+        return None
+    from google.api_core.exceptions import GoogleAPICallError, RetryError
+    from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError
+    from google.cloud.storage.exceptions import DataCorruption
+
+    cause = error.cause if isinstance(error, RetryError) and error.cause else error
+    text = " ".join(str(cause).split())
+    code = cause.code if isinstance(cause, GoogleAPICallError) else getattr(cause, "code", None)
+    if isinstance(cause, OSError) and text.startswith("Forbidden: "):  # so gcsfs
+        code = 403
+    if isinstance(cause, DefaultCredentialsError) or code == 401:
+        return KuzushijiError(
+            f"Google Cloud must know who asks. Received: {text[:200]}. Run `gcloud auth application-default login`, "
+            "or let GOOGLE_APPLICATION_CREDENTIALS name a key file"
+        )
+    if isinstance(cause, GoogleAuthError):
+        return KuzushijiError(
+            f"Google Cloud must accept the credentials. Received: {text[:200]}. "
+            "Run `gcloud auth application-default login`"
+        )
+    bucket = _bucket_in(text)
+    if isinstance(cause, DataCorruption):
+        return DamageError(f"what {bucket} sends must arrive as it is there. Received: {text[:200]}. Run it again")
+    if code == 403:
+        return KuzushijiError(
+            f"{bucket} must let you in. Received: {text[:300]}. Whoever owns it runs `gcloud storage buckets "
+            f"add-iam-policy-binding {bucket} --member=user:YOU --role=roles/storage.objectUser`"
+        )
+    if code == 404 and "specified bucket" in text:
+        return KuzushijiError(
+            f"{bucket} must be there. Received: {text[:200]}. Run `gcloud storage buckets create {bucket}`"
+        )
+    if isinstance(error, RetryError) or (isinstance(code, int) and (code == 429 or code >= 500)):
+        return KuzushijiError(
+            f"{bucket} must answer. Received, after retries: {text[:300]}. Run the same command again"
+        )
+    return None
+
+
+def _bucket_in(text: str) -> str:
+    """The bucket that a failed request was of, from its address."""
+    found = re.search(r"/b/([a-z0-9][a-z0-9._-]+)", text) or re.search(r"Forbidden: (?:.*/b/)?([a-z0-9._-]+)", text)
+    return f"gs://{found[1]}" if found else "the bucket"

@@ -1,0 +1,345 @@
+"""A bucket is as good as a folder: the same bytes, one winner at a time, and each fault ends in success or one line."""
+
+import json
+import os
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from conftest import KUZUSHIJI
+from fake_cloud.bucket import StrictBucket
+from google.api_core.exceptions import RetryError, ServiceUnavailable
+from google.auth.exceptions import DefaultCredentialsError, RefreshError
+from upath import UPath
+
+from cluster import bucket
+from cluster.bucket import RANGE_BYTES, explained
+from cluster.errors import DamageError, KuzushijiError
+from cluster.manifest import MANIFEST_FILE, ModelManifest, read_manifest, seal, verify, write_listed
+from cluster.models import Latest, point_to_latest, read_latest
+from cluster.pull import pull
+from cluster.storage import (
+    fetch,
+    list_files,
+    place,
+    reachable_place,
+    read_bytes,
+    read_chunks,
+    remove_folder,
+    sha256_of,
+    write_bytes,
+)
+
+# aiohttp, under gcsfs.
+pytestmark = pytest.mark.filterwarnings("ignore:Sending a large body directly:ResourceWarning")
+
+NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
+BIG = os.urandom(2 * RANGE_BYTES + 12_345)
+FILES = {"model.keras": BIG, "labels.txt": b"U+306F\nrare\n"}
+
+
+@pytest.fixture(scope="module")
+def strict() -> Iterator[StrictBucket]:
+    """A strict bucket on loopback, which this process and its children use as Google Cloud Storage."""
+    with StrictBucket(page_size=10) as running, pytest.MonkeyPatch.context() as patch:
+        for name, value in running.environment.items():
+            patch.setenv(name, value)
+        running.create("demo")
+        caches = (bucket.options, bucket._credentials, bucket._client, bucket.reach)
+        for cached in caches:
+            cached.cache_clear()
+        yield running
+        for cached in caches:
+            cached.cache_clear()
+
+
+@pytest.fixture
+def folder(strict: StrictBucket) -> Iterator[UPath]:
+    """A folder of its own on the bucket, whose name fits none of the faults' patterns."""
+    yield place(f"gs://demo/{uuid.uuid4().hex}")
+    strict.faults.clear()
+
+
+def write_run(models: UPath, run: str) -> UPath:
+    folder = models / "baseline" / run
+    entries = [write_listed(folder / name, data) for name, data in FILES.items()]
+    manifest = ModelManifest(files=entries, dataset_manifest_sha256="0" * 64, finished_at=NOON)
+    seal(folder, manifest)
+    point_to_latest(folder, manifest)
+    return folder
+
+
+def test_what_is_written_is_read_whole_in_parts_and_listed(folder: UPath, tmp_path: Path) -> None:
+    write_bytes(folder / "big", BIG)
+    for name in range(25):  # more than a page of a listing
+        write_bytes(folder / f"small-{name:02}", str(name).encode())
+    assert read_bytes(folder / "big") == BIG
+    assert b"".join(read_chunks(folder / "big", 5, len(BIG) - 7)) == BIG[5:-7]
+    assert b"".join(read_chunks(folder / "big", 0, 1000)) == BIG[:1000]
+    assert read_bytes(folder / "small-07") == b"7"
+    fetch(folder / "big", tmp_path / "here")
+    assert (tmp_path / "here").read_bytes() == BIG
+    there = list_files(folder)
+    assert there.pop("big") == len(BIG)
+    assert sorted(there) == [f"small-{name:02}" for name in range(25)]
+    with pytest.raises(FileNotFoundError):
+        read_bytes(folder / "nothing")
+    remove_folder(folder)
+    assert list_files(folder) == {}
+
+
+def test_an_empty_object_is_read(folder: UPath) -> None:
+    write_bytes(folder / "empty", b"")
+    assert read_bytes(folder / "empty") == b""
+
+
+def test_a_dataset_on_a_bucket_has_the_bytes_of_one_in_a_folder(
+    strict: StrictBucket, folder: UPath, pages: Path, dataset: Path, tmp_path: Path
+) -> None:
+    for path in [pages / "train.csv", *(pages / "train_images").iterdir()]:
+        strict.write("demo", f"{folder.path.partition('/')[2]}/pages/{path.name}", path.read_bytes())
+    source = ["--pages", f"{folder}/pages", "--labels", f"{folder}/pages/train.csv", "--coverage", "0.5"]
+    command = [str(KUZUSHIJI), "prepare", *source, "--dataset", f"{folder}/crops"]
+    strict.faults.inject("503", times=3)
+    strict.faults.inject("cut", times=3, method="GET", matching="jpg")
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    here, there = (
+        json.loads((dataset / MANIFEST_FILE).read_bytes()),
+        json.loads(read_bytes(folder / "crops/manifest.json")),
+    )
+    assert there["shards"] == here["shards"]
+    assert there["losses"] == here["losses"]
+    assert strict.faults.left() == 0
+    assert verify(folder / "crops")[1:] == ([], [])
+    again = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert "nothing written" in again.stdout
+
+
+@pytest.fixture(params=["path", "bucket"])
+def models(request: pytest.FixtureRequest, folder: UPath, tmp_path: Path) -> UPath:
+    return folder / "models" if request.param == "bucket" else place(tmp_path / "models")
+
+
+RACE = """
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from cluster.manifest import ModelManifest
+from cluster.models import point_to_latest
+from cluster.storage import place
+
+def finish(minute):
+    at = datetime(2026, 1, 1, 12, minute, tzinfo=UTC)
+    manifest = ModelManifest(files=[], dataset_manifest_sha256="0" * 64, finished_at=at)
+    point_to_latest(place(sys.argv[1]) / f"run-{minute:02}", manifest)
+
+with ThreadPoolExecutor() as pool:
+    list(pool.map(finish, map(int, sys.argv[2:])))
+"""
+
+
+def test_of_16_racers_for_one_pointer_the_last_to_finish_wins_and_it_is_always_valid(models: UPath) -> None:
+    architecture = models / "baseline"
+    minutes = [str(7 * minute % 16) for minute in range(16)]
+    racers = [subprocess.Popen([sys.executable, "-c", RACE, str(architecture), *minutes[part::4]]) for part in range(4)]
+    seen: list[Latest] = []
+    while any(racer.poll() is None for racer in racers):
+        latest = read_latest(architecture)  # raises if it is not whole
+        if latest is not None:
+            seen.append(latest)
+    assert [racer.wait() for racer in racers] == [0, 0, 0, 0]
+    last = read_latest(architecture)
+    assert last is not None
+    assert last.run == "run-15"
+    times = [latest.finished_at for latest in seen]
+    assert times == sorted(times)  # it moves only to a later one
+
+
+def test_a_folder_is_sealed_once(models: UPath) -> None:
+    folder = write_run(models, "one")
+    manifest = read_manifest(folder, ModelManifest)
+    seal(folder, manifest)  # the same again: an answer that was lost on its way looks so
+    other = manifest.model_copy(update={"finished_at": NOON + timedelta(hours=1)})
+    with pytest.raises(DamageError, match="another one sealed meanwhile"):
+        seal(folder, other)
+    assert read_manifest(folder, ModelManifest).finished_at == NOON
+
+
+def test_an_answer_that_is_lost_after_an_exclusive_write_is_no_defeat(strict: StrictBucket, folder: UPath) -> None:
+    strict.faults.inject(
+        "cut", times=2, method="POST", matching="ifGenerationMatch=0"
+    )  # the manifest, then the pointer
+    run = write_run(folder, "one")
+    assert strict.faults.left() == 0
+    assert [entry.status for entry in strict.requests if "ifGenerationMatch=0" in entry.path].count(412) >= 2
+    assert verify(run)[1:] == ([], [])
+    assert read_latest(run.parent) == Latest(run="one", finished_at=NOON)
+
+
+@pytest.mark.parametrize("kind", ["429", "503", "cut", "slow", "flip"])
+@pytest.mark.parametrize("file", ["model.keras", "labels.txt", "manifest.json", "latest.json"])
+def test_a_fault_while_pulling_ends_in_the_right_bytes_or_one_line(
+    strict: StrictBucket, folder: UPath, tmp_path: Path, kind: str, file: str
+) -> None:
+    write_run(folder, "one")
+    to = place(tmp_path / "to")
+    strict.faults.inject(
+        kind, method="GET", matching=rf"{file}.*alt=media" if kind in ("cut", "flip", "slow") else file
+    )
+    try:
+        pull(folder, to)
+    except KuzushijiError as error:
+        assert kind == "flip"
+        assert "\n" not in str(error)
+        pull(folder, to)  # and it goes on from there
+    assert strict.faults.left() == 0
+    assert verify(to / "baseline" / "one")[1:] == ([], [])
+    for name, data in FILES.items():
+        assert (tmp_path / "to" / "baseline" / "one" / name).read_bytes() == data
+
+
+@pytest.mark.parametrize("kind", ["429", "503", "cut", "cut-upload"])
+@pytest.mark.parametrize(
+    "matching",
+    ["upload_id=", "uploadType=multipart$", "ifGenerationMatch=0"],
+    ids=["big", "small", "exclusive"],
+)
+def test_a_fault_while_writing_leaves_what_was_meant(
+    strict: StrictBucket, folder: UPath, kind: str, matching: str
+) -> None:
+    strict.faults.inject(kind, times=2, matching=matching)
+    run = write_run(folder, "one")
+    write_listed(run / "labels.txt", FILES["labels.txt"])  # a second small one
+    write_bytes(folder / "big", BIG)
+    assert strict.faults.left() == 0
+    assert verify(run)[1:] == ([], [])
+    assert read_bytes(folder / "big") == BIG
+    assert read_latest(run.parent) == Latest(run="one", finished_at=NOON)
+
+
+def test_an_interrupted_pull_goes_on_where_it_stopped(strict: StrictBucket, folder: UPath, tmp_path: Path) -> None:
+    write_run(folder, "one")
+    part = tmp_path / "baseline" / "one" / ".model.keras.part"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(BIG[: RANGE_BYTES + 5])
+    (pulled,) = pull(folder, place(tmp_path))
+    assert pulled.new_bytes == len(BIG) - RANGE_BYTES - 5 + len(FILES["labels.txt"])
+    assert sha256_of(place(part.with_name("model.keras"))) == sha256_of(folder / "baseline" / "one" / "model.keras")
+
+
+def test_bytes_that_come_changed_are_not_taken(strict: StrictBucket, folder: UPath, tmp_path: Path) -> None:
+    write_bytes(folder / "labels.csv", b"image_id,labels\n")
+    strict.faults.inject("flip")
+    with pytest.raises(DamageError, match="must arrive as it is there"):
+        read_bytes(folder / "labels.csv")
+    strict.faults.inject("flip")
+    with pytest.raises(DamageError, match="must arrive as it is there"):
+        fetch(folder / "labels.csv", tmp_path / "labels.csv")
+    assert read_bytes(folder / "labels.csv") == b"image_id,labels\n"
+
+
+def test_an_object_replaced_while_it_is_read_is_not_mixed(folder: UPath) -> None:
+    write_bytes(folder / "big", BIG)
+    chunks = read_chunks(folder / "big", 0, len(BIG))
+    first = next(chunks)
+    assert first == BIG[:RANGE_BYTES]
+    write_bytes(folder / "big", BIG[::-1])
+    rest = b""
+    try:
+        for chunk in chunks:  # a range may have been under way already
+            rest += chunk
+    except FileNotFoundError:
+        pass
+    assert BIG[RANGE_BYTES:].startswith(rest)
+
+
+def test_two_readers_of_one_bucket_share_no_memory_of_it(folder: UPath) -> None:
+    """Listings are asked for anew: another process may have written."""
+    assert list_files(folder) == {}
+    write_bytes(folder / "x", b"1")
+    assert list_files(folder) == {"x": 1}
+    assert not (folder / "y").is_file()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(write_bytes, folder / "y", b"2").result()
+    assert (folder / "y").is_file()
+
+
+COMMANDS = [
+    ["verify", "{place}/x"],
+    ["pull", "--models", "{place}", "--to", "here"],
+    ["evaluate", "--model", "{place}", "--dataset", "{place}"],
+    ["prepare", "--pages", "{place}", "--labels", "{place}/x.csv", "--dataset", "{place}/y"],
+    ["train", "--dataset", "{place}", "--models", "{place}", "--architecture", "baseline"],
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
+def test_a_missing_bucket_is_one_line(strict: StrictBucket, command: list[str], tmp_path: Path) -> None:
+    filled = [word.format(place="gs://nowhere") for word in command]
+    done = subprocess.run([str(KUZUSHIJI), *filled], capture_output=True, text=True, check=False, cwd=tmp_path)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 1
+    assert "gs://nowhere must be there." in line
+    assert "gcloud storage buckets create gs://nowhere" in line
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("403", "gs://demo must let you in."),
+        ("401", "Run `gcloud auth application-default login`"),
+    ],
+)
+def test_no_right_and_no_credentials_are_one_line_with_what_to_run(
+    strict: StrictBucket, folder: UPath, kind: str, says: str, tmp_path: Path
+) -> None:
+    strict.faults.inject(kind, times=100)
+    command = [str(KUZUSHIJI), "verify", "gs://demo/x"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    strict.faults.clear()
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 1
+    assert says in line
+
+
+def test_a_right_that_is_missing_for_writing_alone_is_one_line(strict: StrictBucket, folder: UPath) -> None:
+    strict.faults.inject("403", times=100, method="POST")
+    with pytest.raises(KuzushijiError, match=r"gs://demo must let you in\..*roles/storage\.objectUser"):
+        write_bytes(folder / "x", b"1")
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (DefaultCredentialsError("Your default credentials were not found."), "Google Cloud must know who asks"),
+        (RefreshError("invalid_grant: Token has been expired or revoked."), "must accept the credentials"),
+        (RetryError("Timeout of 120.0s exceeded", ServiceUnavailable("GET https://x/b/demo/o: 503")), "must answer"),
+        (OSError("Forbidden: https://x/b/demo/o\nno storage.objects.list access"), "gs://demo must let you in"),
+    ],
+)  # fmt: skip
+def test_what_google_says_is_one_line_with_what_to_run(error: Exception, says: str) -> None:
+    told = explained(error)
+    assert told is not None
+    assert says in str(told)
+    assert "\n" not in str(told)
+
+
+def test_other_failures_are_left_as_they_are() -> None:
+    assert explained(OSError("disk full")) is None
+    assert explained(ValueError("x")) is None
+
+
+def test_a_place_is_looked_at_once(strict: StrictBucket, folder: UPath) -> None:
+    bucket.reach.cache_clear()
+    before = len([logged for logged in strict.requests if logged.path.startswith("/storage/v1/b/demo/o?")])
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(reachable_place, folder).result()
+    reachable_place(folder / "x")
+    after = len([logged for logged in strict.requests if logged.path.startswith("/storage/v1/b/demo/o?")])
+    assert after == before + 1
