@@ -17,6 +17,9 @@ FCN_FILTERS = (32, 64, 128, 256, 512, 1028)
 
 Unfreeze = Literal["last", "all"]
 
+# Their names in `keras.applications`.
+BASES = {"xception": "Xception", "resnet152v2": "ResNet152V2", "inceptionresnetv2": "InceptionResNetV2"}
+
 
 def baseline(num_classes: int) -> keras.Model:
     """Four convolutions and two wide dense layers: 37,934,274 parameters at 514 classes."""
@@ -37,7 +40,7 @@ def xception(num_classes: int, weights: str | None = None, unfreeze: Unfreeze = 
     weights: file of the base's weights without its top, as Keras saves them; None: chance. `last` unfreezes its last 6
     layers, block 14.
     """
-    return _transfer(keras.applications.Xception, num_classes, weights, unfreeze, last=6)
+    return _transfer("xception", num_classes, weights, unfreeze, last=6)
 
 
 def resnet152v2(num_classes: int, weights: str | None = None, unfreeze: Unfreeze = "last") -> keras.Model:
@@ -46,7 +49,7 @@ def resnet152v2(num_classes: int, weights: str | None = None, unfreeze: Unfreeze
     weights: as for `xception`. The study names no number of layers here: `last` unfreezes 6 as in `xception`, the last
     convolution and the batch norms around it.
     """
-    return _transfer(keras.applications.ResNet152V2, num_classes, weights, unfreeze, last=6)
+    return _transfer("resnet152v2", num_classes, weights, unfreeze, last=6)
 
 
 def inceptionresnetv2(num_classes: int, weights: str | None = None, unfreeze: Unfreeze = "last") -> keras.Model:
@@ -54,7 +57,7 @@ def inceptionresnetv2(num_classes: int, weights: str | None = None, unfreeze: Un
 
     weights: as for `xception`. `last` unfreezes its last 11 layers.
     """
-    return _transfer(keras.applications.InceptionResNetV2, num_classes, weights, unfreeze, last=11)
+    return _transfer("inceptionresnetv2", num_classes, weights, unfreeze, last=11)
 
 
 def fcn(num_classes: int, input_size: tuple[int | None, int | None] = (None, None)) -> keras.Model:
@@ -70,30 +73,37 @@ def fcn(num_classes: int, input_size: tuple[int | None, int | None] = (None, Non
         x = layers.BatchNormalization()(x)
         x = layers.ReLU()(x)
     x = layers.Conv2D(num_classes, 3, padding="same")(x)
-    # In float32, or classes would tie: bfloat16 has 8 bits.
+    # In float32, or more classes would tie: bfloat16 has 8 bits.
     x = layers.BatchNormalization(dtype="float32")(x)
     x = layers.ReLU(dtype="float32")(x)
     x = layers.GlobalMaxPooling2D(dtype="float32")(x)
     return keras.Model(inputs, layers.Softmax(dtype="float32")(x), name="fcn")
 
 
-def _transfer(
-    application: Callable[..., keras.Model], num_classes: int, weights: str | None, unfreeze: Unfreeze, last: int
-) -> keras.Model:
-    """A base of `keras.applications` under three dense layers; frozen batch norms stay in inference mode by Keras."""
+def base(architecture: str, weights: str | None) -> keras.Model:
+    """What an architecture of `BASES` has below its head: crops in, scaled as it was trained, feature maps out.
+
+    weights: as for `xception`.
+    """
     inputs = keras.Input((SIDE, SIDE, 1))
     # -1..1 is what all three were trained with: `preprocess_input` of their modules.
     x = layers.Rescaling(1 / 127.5, offset=-1, dtype="float32")(inputs)
     x = layers.Concatenate()([x, x, x])
-    base = application(include_top=False, weights=None, input_tensor=x)
+    model = getattr(keras.applications, BASES[architecture])(include_top=False, weights=None, input_tensor=x)
     if weights is not None:
-        base.load_weights(weights)
+        model.load_weights(weights)
+    return model
+
+
+def _transfer(architecture: str, num_classes: int, weights: str | None, unfreeze: Unfreeze, last: int) -> keras.Model:
+    """A base under three dense layers; frozen batch norms stay in inference mode by Keras."""
+    below = base(architecture, weights)
     if unfreeze == "last":
-        for layer in base.layers[:-last]:
+        for layer in below.layers[:-last]:
             layer.trainable = False
-    x = layers.GlobalAveragePooling2D()(base.output)
+    x = layers.GlobalAveragePooling2D()(below.output)
     x = _dense(layers.Dropout(0.2)(x), HEAD, dropout=0.3)
-    return keras.Model(inputs, _probabilities(x, num_classes), name=application.__name__.lower())
+    return keras.Model(below.input, _probabilities(x, num_classes), name=architecture)
 
 
 def _dense(x: Any, widths: tuple[int, ...], dropout: float) -> Any:

@@ -48,7 +48,7 @@ class TellFailures(UserCallback):  # type: ignore[misc]  # Ray has no types
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         rank, error = min(worker_exceptions.items())
         cause = one_line(cause_of(error))[:300]
-        text = f"worker {rank} failed, all begin again from the last checkpoint, if there is one: {cause}"
+        text = f"worker {rank} failed; while tries are left, all begin again from the last checkpoint, if any: {cause}"
         self._board.post.remote({"architecture": self._architecture, "text": text})
 
 

@@ -1,100 +1,19 @@
 """The command line. Each command imports what it needs when it runs: `--help` loads neither TensorFlow nor Ray."""
 
-import functools
-import json
 import logging
-import sys
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
 
-from cluster.errors import OptionError, one_line
-from cluster.progress import log_to_stderr
+from cluster.errors import OptionError
+from job.command import Outcome, command, config_of, main
 
 SHOWN_CONFUSIONS = 20
 SPLITS = ("train", "validation", "test")
+# What makes sense on a cluster; the others read or write the disk of the machine that they run on.
+JOBS = ("prepare", "train", "evaluate", "verify")
 
 log = logging.getLogger("kuzushiji")
-
-# What a command gives back: an object for `--json`, and lines for people.
-Outcome = tuple[dict[str, Any], list[str]]
-
-
-class OneLine(click.Group):
-    """A group whose usage errors are one line as well."""
-
-    def main(
-        self,
-        args: Sequence[str] | None = None,
-        prog_name: str | None = None,
-        complete_var: str | None = None,
-        standalone_mode: bool = True,
-        **extra: Any,
-    ) -> Any:
-        """As click's, but for how an error is shown."""
-        if not standalone_mode:
-            return super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
-        try:
-            sys.exit(super().main(args, prog_name, complete_var, standalone_mode=False, **extra))
-        except click.exceptions.NoArgsIsHelpError as error:
-            error.show()
-            sys.exit(error.exit_code)
-        except click.ClickException as error:
-            click.echo(f"kuzushiji: {' '.join(error.format_message().split())} See --help", err=True)
-            sys.exit(error.exit_code)
-        except click.Abort:
-            click.echo("kuzushiji: stopped", err=True)
-            sys.exit(1)
-
-
-@click.group(cls=OneLine, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(package_name="kuzushiji")
-def main() -> None:
-    """From scans of old Japanese pages to a trained classifier of their characters.
-
-    A PLACE is a path or an address (/data/pages, gs://bucket/pages). Exit: 0 done, 1 failed, 2 used wrongly.
-    """
-
-
-def command(function: Callable[..., Outcome]) -> click.Command:
-    """Register a command: prints what it gives back, and its failures in one line."""
-
-    @functools.wraps(function)
-    def run(as_json: bool, debug: bool, **options: Any) -> None:
-        log_to_stderr(debug)
-        try:
-            result, lines = function(**options)
-        except (click.ClickException, click.Abort):
-            raise
-        except Exception as error:
-            if debug:
-                raise
-            text = one_line(error)
-            click.echo(f"kuzushiji: {text}", err=True)
-            if as_json:
-                click.echo(json.dumps({"error": text}, ensure_ascii=False))
-            sys.exit(2 if isinstance(error, OptionError) else 1)
-        for line in lines if not as_json else [json.dumps(result, ensure_ascii=False)]:
-            click.echo(line)
-        sys.exit(1 if result.get("faults") else 0)
-
-    registered: click.Command = main.command(run)
-    registered.params += [
-        click.Option(["--json", "as_json"], is_flag=True, help="One JSON object as the last line, for scripts."),
-        click.Option(["--debug"], is_flag=True, help="Show the traceback of a failure."),
-    ]
-    return registered
-
-
-def config_of(model: Any, **values: Any) -> Any:
-    """A pydantic config, or the option that it complains of."""
-    from pydantic import ValidationError
-
-    try:
-        return model(**values)
-    except ValidationError as error:
-        raise OptionError.of(error) from None
 
 
 @command
@@ -132,14 +51,14 @@ def sample(out: str, num_pages: int, seed: int, scale: float, layouts: str | Non
 @click.option("--max-bad-fraction", default=0.01, show_default=True, type=float, help="Boxes that may be lost.")
 def prepare(pages: str, labels: str, dataset: str, classes: str | None, **options: Any) -> Outcome:
     """Cut labelled pages into crops: a dataset of TFRecords."""
-    from cluster.storage import place
+    from cluster.storage import reachable_place
     from preprocessing.classes import read_class_names
     from preprocessing.prepare import PrepareConfig
     from preprocessing.prepare import prepare as run
 
-    names = read_class_names(place(classes)) if classes else None
+    names = read_class_names(reachable_place(classes)) if classes else None
     config = config_of(PrepareConfig, classes=names, **options)
-    manifest, new = run(place(pages), place(labels), place(dataset), config)
+    manifest, new = run(reachable_place(pages), reachable_place(labels), reachable_place(dataset), config)
     counts = {split: manifest.counts[split]["examples"] for split in SPLITS}
     lost = {key: len(getattr(manifest, key)) for key in ("losses", "clipped", "unlabelled")}
     result = {"dataset": dataset, "written": new, "crops": counts, "shards": len(manifest.shards)} | lost
@@ -184,7 +103,7 @@ def train(
     dataset: str, models: str, architectures: tuple[str, ...], weights: str | None, run: str | None, **options: Any
 ) -> Outcome:
     """Train classifiers with Ray Train, evaluate them, write their folders."""
-    from cluster.storage import place
+    from cluster.storage import reachable_place
     from job.config import configs_of
     from job.report import outcome_lines, outcome_result
     from job.train import default_cpus_per_worker, new_run_name
@@ -195,7 +114,7 @@ def train(
         options["cpus_per_worker"] = default_cpus_per_worker(max(1, options["workers"]))
     handed = handed_over(weights)
     configs = configs_of(architectures, weights=handed.identity if handed else weights, **options)
-    outcomes = start(place(dataset), place(models), configs, run or new_run_name(), handed)
+    outcomes = start(reachable_place(dataset), reachable_place(models), configs, run or new_run_name(), handed)
     return outcome_result(outcomes), outcome_lines(outcomes)
 
 
@@ -208,14 +127,14 @@ def train(
 @click.option("--out", metavar="DIR", help="Write metrics.json, per_class.csv and misclassified.csv here.")
 def evaluate(model: str, dataset: str, split: str, out: str | None) -> Outcome:
     """Accuracy of a model on a split, and what it takes for what."""
-    from cluster.storage import place
+    from cluster.storage import reachable_place
     from job.evaluate import evaluate as run
     from job.evaluate import write_evaluation
     from job.report import metrics_line
 
-    evaluation = run(place(model), place(dataset), split)
+    evaluation = run(reachable_place(model), reachable_place(dataset), split)
     if out:
-        write_evaluation(evaluation, place(out))
+        write_evaluation(evaluation, reachable_place(out))
     seen = evaluation.per_class.query("examples > 0").sort_values(
         ["f1", "examples"], ascending=[True, False], kind="stable"
     )
@@ -245,9 +164,9 @@ def evaluate(model: str, dataset: str, split: str, out: str | None) -> Outcome:
 def pull(models: str, to: str, names: tuple[str, ...]) -> Outcome:
     """Fetch trained models, checked and resumable: all latest runs, or those named."""
     from cluster.pull import pull as fetch
-    from cluster.storage import local_path, place
+    from cluster.storage import local_path, place, reachable_place
 
-    pulled = fetch(place(models), place(local_path(to, "--to")), names)
+    pulled = fetch(reachable_place(models), place(local_path(to, "--to")), names)
     lines = [f"{one.name}/{one.run}: {one.new_bytes:,} new bytes, checked: {one.folder}" for one in pulled]
     return {"models": [vars(one) for one in pulled]}, lines
 
@@ -255,12 +174,17 @@ def pull(models: str, to: str, names: tuple[str, ...]) -> Outcome:
 @command
 @click.argument("folder", metavar="PLACE")
 def verify(folder: str) -> Outcome:
-    """Check a dataset or model folder against its manifest."""
+    """Check a dataset or model folder against its manifest, or a cluster file (.yaml) before `ray up`."""
+    from cluster.cluster_file import SUFFIXES, faults_of_cluster_file
     from cluster.manifest import verify as check
     from cluster.models import resolve_model
-    from cluster.storage import place
+    from cluster.storage import local_path, reachable_place
 
-    checked = resolve_model(place(folder))
+    if folder.endswith(SUFFIXES):
+        faults = faults_of_cluster_file(local_path(folder, "a cluster file"))
+        verdict = f"{len(faults)} faults" if faults else "can go up"
+        return {"place": folder, "kind": "cluster", "faults": faults}, [*faults, f"cluster file {folder}: {verdict}"]
+    checked = resolve_model(reachable_place(folder))
     manifest, faults, strangers = check(checked)
     for name in strangers:
         log.warning("%s is not listed in the manifest", name)
@@ -277,3 +201,49 @@ def verify(folder: str) -> Outcome:
         else f"{len(manifest.entries)} files are right"
     )
     return result, [*faults, f"{manifest.kind} {checked}: {verdict}"]
+
+
+@command
+@click.option("--cluster", metavar="FILE", help="What `ray up` was given.  [default: ray_cluster.yaml]")
+@click.option("--address", metavar="URL", help="A head in reach, as http://127.0.0.1:8265, instead of a cluster file.")
+@click.option("--working-dir", metavar="DIR", help="Ship this checkout and run its code instead of the image's.")
+@click.option("--no-wait", is_flag=True, help="Hand it in and come back at once.")
+@click.option("--attach", metavar="JOB", help="Follow a job that was handed in before.")
+@click.argument("arguments", nargs=-1, metavar="[-- prepare|train|evaluate|verify ...]")
+def submit(
+    cluster: str | None,
+    address: str | None,
+    working_dir: str | None,
+    no_wait: bool,
+    attach: str | None,
+    arguments: tuple[str, ...],
+) -> Outcome:
+    """Run a command as a job on a cluster, follow its log, end as it ends."""
+    from cluster.storage import local_path
+    from cluster.submit import Head, connected, follow, hand_in
+
+    if cluster and address:
+        raise OptionError("--cluster or --address must be given, not both")
+    if bool(attach) == bool(arguments):
+        raise OptionError(
+            f"a command after -- or --attach JOB must be given. Received: {' '.join(arguments) or 'none'}"
+        )
+    if arguments:
+        _check_job(arguments)
+    folder = local_path(working_dir, "--working-dir") if working_dir else None
+    head = Head(address, None if address else local_path(cluster or "ray_cluster.yaml", "--cluster"))
+    with connected(head) as client:
+        job = attach or hand_in(client, arguments, folder)
+        log.info("job %s%s", job, "" if attach else f" was handed in: kuzushiji {' '.join(arguments)}")
+        if no_wait:
+            return {"job": job}, [f"follow it: kuzushiji submit {head.option} --attach {job}"]
+        code = follow(client, job, head)
+    return {"job": job, "exit_code": code}, []
+
+
+def _check_job(arguments: tuple[str, ...]) -> None:
+    """Usage errors are found here, not after minutes on a cluster."""
+    name, *rest = arguments
+    if name not in JOBS:
+        raise OptionError(f"a job must be one of {', '.join(JOBS)}. Received: {name}")
+    main.commands[name].make_context(f"kuzushiji {name}", rest)

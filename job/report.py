@@ -1,6 +1,5 @@
 """What the command line tells of finished models."""
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ def outcome_result(outcomes: Sequence[Outcome]) -> dict[str, Any]:
                 "architecture": outcome.architecture,
                 "model": str(outcome.folder),
                 "trained": outcome.trained,
-                "metrics": _metrics(outcome),
+                "metrics": outcome.metrics,
             }
             for outcome in finished
         ],
@@ -30,7 +29,7 @@ def outcome_lines(outcomes: Sequence[Outcome]) -> list[str]:
     """For people: every split of one model, or a table of the tests of several."""
     if len(outcomes) > 1:
         return _table(outcomes)
-    outcome, numbers = outcomes[0], _metrics(outcomes[0])
+    outcome, numbers = outcomes[0], outcomes[0].metrics
     head = [] if outcome.trained else [f"run {outcome.folder.name} is finished already: nothing to do"]
     return [*head, *(metrics_line(split, numbers[split]) for split in SPLITS), f"model: {outcome.folder}"]
 
@@ -42,7 +41,7 @@ def _table(outcomes: Sequence[Outcome]) -> list[str]:
         if outcome.error is not None:
             lines.append(f"{outcome.architecture:<18} failed: {one_line(outcome.error)}")
             continue
-        numbers = _metrics(outcome)
+        numbers = outcome.metrics
         test, parameters = numbers["test"], f"{numbers['parameters']:,}"
         scores = [_optional(test[key]) for key in ("accuracy", "accuracy_without_rare", "top5", "macro_f1")]
         minutes = f"{numbers['seconds'] / 60:.1f}"
@@ -60,11 +59,6 @@ def metrics_line(split: str, numbers: dict[str, Any]) -> str:
         f"{numbers['examples']:,} crops",
     ]
     return f"{split:<10} " + ", ".join(parts)
-
-
-def _metrics(outcome: Outcome) -> dict[str, Any]:
-    metrics: dict[str, Any] = json.loads((outcome.folder / "metrics.json").read_bytes())
-    return metrics
 
 
 def _optional(value: float | None) -> str:

@@ -12,7 +12,7 @@ from cluster.models import point_to_latest
 from cluster.runtime import cause_of
 from cluster.storage import is_local, remove_folder, write_bytes
 from job.config import TrainConfig
-from job.model_folder import finished_config
+from job.model_folder import METRICS_FILE, finished_config, read_json
 from job.weights import WeightsFile
 
 RUNS_FOLDER = ".runs"
@@ -51,13 +51,22 @@ class Run:
 
         Raises:
             OptionError: the run was begun with other options.
+            DamageError: what it was begun with can't be read.
         """
         finished = finished_config(self.folder)
         if finished is not None:
             self._refuse_other(finished)
         elif self._begun_with.is_file():
-            self._refuse_other(json.loads(self._begun_with.read_bytes()))
+            self._refuse_other(read_json(self._begun_with))
         return finished is not None
+
+    def metrics(self) -> dict[str, Any]:
+        """Of the finished run.
+
+        Raises:
+            DamageError: they can't be read.
+        """
+        return read_json(self.folder / METRICS_FILE)
 
     def _options(self) -> dict[str, Any]:
         return self.config.model_dump() | {"dataset_manifest_sha256": self.dataset_manifest_sha256}
@@ -117,7 +126,7 @@ class Run:
         try:
             trainer.fit()
         except Exception as error:
-            raise cause_of(error) from None
+            raise cause_of(error) from error  # which holds the worker's traceback, for --debug
         self.tidy()
 
     def tidy(self) -> None:

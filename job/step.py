@@ -95,9 +95,11 @@ class Steps:
         self.class_weights = class_weights
         self.predict_rows = PREDICT_ROWS if model.input_shape[1] else PREDICT_ROWS_OF_ANY_SIZE
         self.local_replicas = strategy.num_replicas_in_sync // workers
-        self.train = tf.function(self._train, input_signature=[IMAGES, LABELS, ROW])
-        self._predict_step = tf.function(self._predict, input_signature=[IMAGES, LABELS])
-        self._sum_step = tf.function(self._sum, input_signature=[tf.TensorSpec((None, None), tf.float32)])
+        self.train = tf.function(self._train, autograph=False, input_signature=[IMAGES, LABELS, ROW])
+        self._predict_step = tf.function(self._predict, autograph=False, input_signature=[IMAGES, LABELS])
+        self._sum_step = tf.function(
+            self._sum, autograph=False, input_signature=[tf.TensorSpec((None, None), tf.float32)]
+        )
         self._statistics_step: Any = None
 
     def _train(self, images: Any, labels: Any, first_row: Any) -> Any:
@@ -206,7 +208,9 @@ class Steps:
         momenta = [norm.momentum for norm in norms]
         for norm in norms:
             norm.momentum = 0.0
-        traced: Callable[[Any], Any] = tf.function(forward, input_signature=[IMAGES]).get_concrete_function()
+        traced: Callable[[Any], Any] = tf.function(
+            forward, autograph=False, input_signature=[IMAGES]
+        ).get_concrete_function()
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
         return traced

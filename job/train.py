@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Any
 
 from upath import UPath
 
@@ -40,6 +41,8 @@ class Outcome:
     """Sealed, if there is no error."""
     trained: bool
     """False: the run was finished before."""
+    metrics: dict[str, Any]
+    """What `metrics.json` holds; nothing, if there is an error."""
     error: Exception | None = None
 
 
@@ -69,22 +72,36 @@ def train(
     _check_run(run)
     manifest = _check_dataset(dataset)
     runs = [Run(run, _fit_batch(manifest, config), dataset, manifest.sha256, models) for config in configs]
-    finished = {one: one.is_finished() for one in runs}  # raises before any is started
-    outcomes = {one: Outcome(one.config.architecture, one.folder, not finished[one]) for one in runs}
+    alone = len(runs) == 1
+    if len({one.folder for one in runs}) < len(runs):
+        raise OptionError("each architecture must be given once. Received: one with two configs")
+    outcomes: dict[Run, Outcome] = {}
+    for one in runs:
+        try:
+            if one.is_finished():
+                one.tidy()
+                outcomes[one] = Outcome(one.config.architecture, one.folder, False, one.metrics())
+        except OptionError:  # of the command as a whole; nothing was started
+            raise
+        except Exception as error:
+            outcomes[one] = _failed(one, error, alone)
     ready: dict[Run, WeightsFile | None] = {}
     for one in runs:
         try:
-            if finished[one]:
-                one.tidy()
-            else:
+            if one not in outcomes:
                 ready[one] = obtain(one.config, handed, models)
         except Exception as error:
-            outcomes[one] = _failed(one, error, alone=len(runs) == 1)
+            outcomes[one] = _failed(one, error, alone)
     if ready:
         with ray_session(at_least_cpus=configs[0].workers * configs[0].cpus_per_worker), _said_how_to_go_on(run):
             for one, failure in _side_by_side(ready):
-                outcomes[one] = _failed(one, failure, alone=len(runs) == 1)
-    return list(outcomes.values())
+                try:
+                    if failure:
+                        raise failure
+                    outcomes[one] = Outcome(one.config.architecture, one.folder, True, one.metrics())
+                except Exception as error:
+                    outcomes[one] = _failed(one, error, alone)
+    return [outcomes[one] for one in runs]
 
 
 @contextmanager
@@ -102,11 +119,13 @@ def _failed(run: Run, error: Exception, alone: bool) -> Outcome:
         raise error
     log.error("%s: failed: %s", run.config.architecture, one_line(error))
     log.debug("where:", exc_info=error)
-    return Outcome(run.config.architecture, run.folder, trained=False, error=error)
+    return Outcome(run.config.architecture, run.folder, trained=False, metrics={}, error=error)
 
 
-def _side_by_side(ready: Mapping[Run, WeightsFile | None]) -> Iterator[tuple[Run, Exception]]:
-    """Start the next run whenever the hosts hold one more, until all have ended. Yields those that failed."""
+def _side_by_side(ready: Mapping[Run, WeightsFile | None]) -> Iterator[tuple[Run, Exception | None]]:
+    """Start the next run whenever the hosts hold one more, until all have ended. Yields each as it ends, with what it
+    failed of.
+    """
     from job.board import watched
 
     with without_chatter():  # it imports TensorFlow to see that it is there; here, before there are threads
@@ -140,8 +159,7 @@ def _side_by_side(ready: Mapping[Run, WeightsFile | None]) -> Iterator[tuple[Run
                 run, error = ended.get(timeout=SECONDS_BETWEEN_LOOKS)
                 running -= 1
                 board.post.remote({"architecture": run.config.architecture, "state": "failed" if error else "finished"})
-                if error is not None:
-                    yield run, error
+                yield run, error
 
 
 def _runs_held(config: TrainConfig) -> int:

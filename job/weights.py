@@ -4,25 +4,26 @@ They stand in `<models>/.weights/`, which `pull` leaves out. Only HDF5 is read: 
 """
 
 import logging
-import shutil
-import sys
+import socket
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from upath import UPath
 
 from cluster.errors import DamageError, InputError, OptionError
-from cluster.storage import md5_of, new_file, open_read, place, sha256_of
+from cluster.storage import fetch, md5_of, new_file, place, sha256_of
 from job.config import TrainConfig
 from job.startup import load_tensorflow
 
 log = logging.getLogger("kuzushiji")
 
 WEIGHTS_FOLDER = ".weights"
+SECONDS_OF_SILENCE = 60.0
 # Keras reads a name that ends so in its own form, and other .h5 in the older one.
 KERAS_SUFFIX, OLD_SUFFIX = ".weights.h5", ".h5"
 
@@ -121,36 +122,42 @@ def _imagenet(architecture: str, folder: UPath) -> UPath:
             return shared
         log.warning("%s is not what its publisher's hash says: it is fetched again", shared)
     log.info("%s: fetches ImageNet weights, unless Keras has them: %s", architecture, published.url)
+    keras.config.disable_interactive_logging()  # else its bar goes into logs, where it is noise
+    waited = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(SECONDS_OF_SILENCE)  # Keras would wait for ever
     try:
-        with redirect_stdout(sys.stderr):
-            got = keras.utils.get_file(
-                published.name, published.url, cache_subdir="models", file_hash=published.md5, hash_algorithm="md5"
-            )
+        got = keras.utils.get_file(
+            published.name, published.url, cache_subdir="models", file_hash=published.md5, hash_algorithm="md5"
+        )
     except Exception as error:  # Keras raises a plain one
         raise InputError(
             f"--weights imagenet must reach {published.url}. Received: {' '.join(str(error).split())}. Fetch it "
             f"where you can and put it at {shared}, or, for one architecture, name it with --weights"
         ) from None
+    finally:
+        socket.setdefaulttimeout(waited)
     _copy(place(got), shared)
     return shared
 
 
 def _copy(source: UPath, target: UPath) -> None:
-    with new_file(target) as temporary, open_read(source) as stream, open(temporary, "wb") as written:
-        shutil.copyfileobj(stream, written)
+    with new_file(target) as temporary:
+        fetch(source, temporary)
 
 
 def _check_fit(architecture: str, file: WeightsFile) -> None:
     """Load it here once: on the workers, Ray Train would try a file that does not fit again and again."""
     load_tensorflow(gpus=False)
-    from job.architectures import ARCHITECTURES
+    from job.architectures import base
 
     with local_copy(file) as local, warnings.catch_warnings():
         # Keras only warns of layers that a file does not hold.
         warnings.simplefilter("error", UserWarning)
         try:
-            ARCHITECTURES[architecture](1, weights=local)
-        except (ValueError, OSError, KeyError, UserWarning) as error:
+            model = base(architecture, local)
+            if not all(np.isfinite(weight.numpy()).all() for weight in model.weights):
+                raise ValueError("it holds values that are not finite")
+        except Exception as error:  # Keras and h5py raise all kinds, by what is wrong with a file
             raise InputError(
                 f"--weights must be a file of the base of {architecture} without its top, as Keras saves it "
                 f"({KERAS_SUFFIX}, or {OLD_SUFFIX} in its older form). Received: {file.place}: "
@@ -167,8 +174,7 @@ def local_copy(file: WeightsFile) -> Iterator[str]:
     """
     with tempfile.TemporaryDirectory() as folder:
         local = Path(folder) / f"base{file.suffix}"
-        with open_read(place(file.place)) as stream, local.open("wb") as written:
-            shutil.copyfileobj(stream, written)
+        fetch(place(file.place), local)
         if sha256_of(place(local)) != file.sha256:
             raise DamageError(f"{file.place} was changed while a training needed it. Run the same command again")
         yield str(local)

@@ -28,7 +28,7 @@ from job.board import SECONDS_BETWEEN_POSTS
 from job.checkpoint import State, changing_variables, read_checkpoint, write_checkpoint
 from job.config import TRANSFER, TrainConfig
 from job.evaluation import metrics, misclassified, per_class
-from job.model_folder import LABELS_FILE, model_card, write_model
+from job.model_folder import LABELS_FILE, METRICS_FILE, model_card, write_model
 from job.optimizer import FusedAdam
 from job.order import permutation, share
 from job.staging import Crops, StagedDataset, staged
@@ -174,12 +174,16 @@ class Training:
                 last_post = time.perf_counter()
                 self._post_step(epoch, step + 1, steps, sums, (step + 1) * size / (last_post - begin))
         loss, accuracy = (self.steps.sum_over_workers(sums.numpy()[None])[0] / (steps * size)).tolist()
-        if not math.isfinite(loss):
-            raise KuzushijiError(f"the loss must stay finite. Received: {loss} in epoch {epoch}. Lower --learning-rate")
         seconds = time.perf_counter() - begin
         batches = min(steps, STATISTICS_BATCHES, max(steps // 4, -(-STATISTICS_CROPS // size)))
         self.steps.estimate_statistics(self.rows_of(crops, order, step)[1] for step in range(batches))
         validation = metrics(self._predict("validation"), self._labels("validation"), self.dataset.class_names)
+        # The training loss is that before each update: what the last one did shows in the validation only.
+        if not math.isfinite(loss + validation["loss"]):
+            raise KuzushijiError(
+                f"the loss must stay finite. Received: {loss} in training, {validation['loss']} in validation, epoch "
+                f"{epoch}. Lower --learning-rate"
+            )
         row = {
             "epoch": epoch,
             "step": epoch * steps,
@@ -254,7 +258,7 @@ class Training:
         texts = {
             LABELS_FILE: "".join(f"{name}\n" for name in names),
             "config.json": json.dumps(recorded, indent=2) + "\n",
-            "metrics.json": json.dumps(numbers, indent=2) + "\n",
+            METRICS_FILE: json.dumps(numbers, indent=2) + "\n",
             "history.jsonl": "".join(json.dumps(row) + "\n" for row in self.state.history),
             "per_class.csv": per_class(predictions["test"], self._labels("test"), names).to_csv(index=False),
             "misclassified.csv": misclassified(predictions["test"], splits["test"], names).to_csv(index=False),

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pandas as pd
 import pytest
 from conftest import KUZUSHIJI, in_fresh_process, save_test_crops
 
-from cluster.errors import DamageError, OptionError
+from cluster.errors import DamageError, KuzushijiError, OptionError
 from cluster.manifest import ModelManifest, read_manifest, verify
 from cluster.storage import place
 from job.config import TrainConfig
@@ -271,6 +272,17 @@ def test_what_cannot_be_trained_is_refused_before_ray_train_starts(dataset: Path
     shard.write_bytes(shard.read_bytes()[:-1] + b"\0")
     with pytest.raises(DamageError, match=f"{shard.name} was changed"):
         train(place(damaged), place(tmp_path), [config()], "damaged")
+
+
+def test_a_loss_that_the_last_step_made_infinite_seals_nothing_and_debug_can_show_where(
+    real_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("job.run.MAX_FAILURES", 0)
+    given = config(epochs=1, global_batch_size=100, learning_rate=1e30)  # one step: its own loss is of before
+    with pytest.raises(KuzushijiError, match=r"the loss must stay finite\..*in validation, epoch 1") as failure:
+        train(place(real_dataset), place(tmp_path), [given], "nan")
+    assert "run_epoch" in "".join(traceback.format_exception(failure.value))
+    assert not (tmp_path / "baseline").exists()
 
 
 def test_the_real_pages_are_learned_by_heart_though_they_are_less_than_a_batch(

@@ -1,0 +1,94 @@
+"""What every command has: failures in one line, `--json`, `--debug`, exit codes."""
+
+import functools
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import click
+
+from cluster.errors import OptionError, one_line
+from cluster.progress import log_to_stderr
+
+# What a command gives back: an object for `--json`, and lines for people.
+Outcome = tuple[dict[str, Any], list[str]]
+
+
+class OneLine(click.Group):
+    """A group whose usage errors are one line as well."""
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """As click's, but for how an error is shown."""
+        if not standalone_mode:
+            return super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
+        try:
+            sys.exit(super().main(args, prog_name, complete_var, standalone_mode=False, **extra))
+        except click.exceptions.NoArgsIsHelpError as error:
+            error.show()
+            sys.exit(error.exit_code)
+        except click.ClickException as error:
+            click.echo(f"kuzushiji: {' '.join(error.format_message().split())} See --help", err=True)
+            sys.exit(error.exit_code)
+        except click.Abort:
+            click.echo("kuzushiji: stopped", err=True)
+            sys.exit(1)
+
+
+@click.group(cls=OneLine, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="kuzushiji")
+def main() -> None:
+    """From scans of old Japanese pages to a trained classifier of their characters.
+
+    A PLACE is a path or an address (/data/pages, gs://bucket/pages). Exit: 0 done, 1 failed, 2 used wrongly.
+    """
+
+
+def command(function: Callable[..., Outcome]) -> click.Command:
+    """Register a command: prints what it gives back, and its failures in one line."""
+
+    @functools.wraps(function)
+    def run(as_json: bool, debug: bool, **options: Any) -> None:
+        log_to_stderr(debug)
+        try:
+            result, lines = function(**options)
+        except (click.ClickException, click.Abort):
+            raise
+        except Exception as error:
+            if debug:
+                raise
+            from cluster.bucket import explained
+
+            error = explained(error) or error
+            text = one_line(error)
+            click.echo(f"kuzushiji: {text}", err=True)
+            if as_json:
+                click.echo(json.dumps({"error": text}, ensure_ascii=False))
+            sys.exit(2 if isinstance(error, OptionError) else 1)
+        for line in lines if not as_json else [json.dumps(result, ensure_ascii=False)]:
+            click.echo(line)
+        sys.exit(result.get("exit_code", 1 if result.get("faults") else 0))
+
+    registered: click.Command = main.command(run)
+    registered.params += [
+        click.Option(["--json", "as_json"], is_flag=True, help="One JSON object as the last line, for scripts."),
+        click.Option(["--debug"], is_flag=True, help="Show the traceback of a failure."),
+    ]
+    return registered
+
+
+def config_of(model: Any, **values: Any) -> Any:
+    """A pydantic config, or the option that it complains of."""
+    from pydantic import ValidationError
+
+    try:
+        return model(**values)
+    except ValidationError as error:
+        raise OptionError.of(error) from None
