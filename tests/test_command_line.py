@@ -29,6 +29,7 @@ SURFACE = {
     "evaluate": {"--model", "--dataset", "--split", "--out"},
     "pull": {"--models", "--to", "names"},
     "verify": {"folder"},
+    "submit": {"--cluster", "--address", "--working-dir", "--no-wait", "--attach", "arguments"},
 }  # fmt: skip
 
 

@@ -1,0 +1,126 @@
+"""A Google Cloud of one machine: `with FakeCloud() as cloud:`, and unmodified Ray brings clusters up in it."""
+
+import contextlib
+import importlib.util
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Self
+
+from fake_cloud.bucket import StrictBucket
+from fake_cloud.compute import Compute
+from fake_cloud.google import NAMES, Asked, Google
+from fake_cloud.hosts import Host
+from fake_cloud.identity import Identity
+from fake_cloud.machines import Instance, Machines
+from fake_cloud.plan import Plan
+from fake_cloud.room import GATEWAY, METADATA_ADDRESS, Room, why_none
+
+AUTHORITIES = "/etc/ssl/certs/ca-certificates.crt"
+CREDENTIALS = "/root/.config/gcloud/application_default_credentials.json"  # where Google's libraries look for them
+ENVIRONMENT = {
+    # The libraries bring authorities of their own; these make each of them trust the fake's too.
+    **dict.fromkeys(("CURL_CA_BUNDLE", "HTTPLIB2_CA_CERTS", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE"), AUTHORITIES),
+    "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # else gcsfs asks over gRPC first, which the fake does not speak
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+
+
+class FakeCloud:
+    """Hosts, Google's endpoints and a bucket. When it is left, or this process ends in whatever way, all is gone.
+
+    laptop: a host beside the cluster, as a user's machine. Its application default credentials are the project owner's.
+    bucket: what lies behind storage.googleapis.com, with its faults.
+    """
+
+    laptop: Host
+    bucket: StrictBucket
+
+    def __init__(self, project: str = "demo-project-1", buckets: Sequence[str] = ("demo-bucket",)) -> None:
+        self.project, self._buckets = project, set(buckets)
+        self.owner = self.account("owner")
+        self._stack = contextlib.ExitStack()
+
+    @staticmethod
+    def cannot_run() -> str | None:
+        """Why it cannot run here, in one line, or None."""
+        missing = [name for name in ("psutil", "trustme") if importlib.util.find_spec(name) is None]
+        if missing:
+            return f"the fake cloud cannot run here: Python packages are missing: {', '.join(missing)}"
+        why = why_none()
+        return f"the fake cloud cannot run here: {why}" if why else None
+
+    def __enter__(self) -> Self:
+        with contextlib.ExitStack() as stack:
+            self.bucket = stack.enter_context(StrictBucket())
+            for bucket in self._buckets:
+                self.bucket.create(bucket)
+            self._identity = Identity(self.project)
+            room = Room()
+            self._machines = Machines(room, self._plan)
+            compute = Compute(self._machines, self._identity)
+            stack.callback(compute.close)
+            stack.enter_context(room)
+            stack.callback(self._machines.close)
+            self._google = Google(compute, self._identity, self.bucket.url, self._buckets)
+            stack.enter_context(self._google)
+            self.add_account(self.owner, "roles/owner")
+            for bucket in self._buckets:
+                self.grant(self.owner, bucket)
+            self.laptop = Host(room, self._laptop_plan(), room.address())
+            self._google.names[self.laptop.address] = self.laptop.name
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._stack.close()
+
+    def account(self, name: str) -> str:
+        """The address of a service account of the project."""
+        return f"{name}@{self.project}.iam.gserviceaccount.com"
+
+    def add_account(self, email: str, *roles: str) -> None:
+        """Makes a service account, with roles in the whole project: those of `identity.RIGHTS`."""
+        self._identity.add_account(email, *roles)
+
+    def key(self, email: str) -> str:
+        """A new key of the account, as the JSON file that GOOGLE_APPLICATION_CREDENTIALS names."""
+        return self._identity.key(email)
+
+    def grant(self, email: str, bucket: str) -> None:
+        """Lets the account read and write the objects of one bucket."""
+        self._identity.grant(email, "objects", bucket)
+
+    def grant_use(self, email: str, other: str) -> None:
+        """Lets the account give another one to instances that it makes (serviceAccountUser on that one alone)."""
+        self._identity.grant(email, "use accounts", other)
+
+    def instances(self) -> list[Instance]:
+        return list(self._machines.instances.values())
+
+    def instance(self, name: str) -> Instance:
+        return self._machines.instances[name]
+
+    def delete(self, name: str) -> None:
+        """The machine is gone at once, behind Ray's back; nothing runs on it before."""
+        self._machines.lose(name)
+
+    def preempt(self, name: str) -> None:
+        """Google takes a spot machine back: metadata say so, its shutdown script runs, at most 30 s, and it is gone."""
+        self._machines.preempt(name)
+
+    @property
+    def requests(self) -> list[Asked]:
+        """What the endpoints were asked, in the order of their answers."""
+        return list(self._google.requests)
+
+    def _plan(self, name: str, keys: dict[str, list[str]]) -> Plan:
+        """An instance."""
+        names = [f"{GATEWAY} {' '.join(NAMES)}", f"{METADATA_ADDRESS} metadata.google.internal metadata"]
+        return Plan(name, keys, names, ENVIRONMENT, {AUTHORITIES: (self._authorities(), 0o644)})
+
+    def _laptop_plan(self) -> Plan:
+        files = {AUTHORITIES: (self._authorities(), 0o644), CREDENTIALS: (self._identity.key(self.owner), 0o600)}
+        return Plan("laptop", {}, [f"{GATEWAY} {' '.join(NAMES)}"], ENVIRONMENT, files)
+
+    def _authorities(self) -> str:
+        return self._google.authority.cert_pem.bytes().decode()

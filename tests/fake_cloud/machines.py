@@ -1,0 +1,148 @@
+"""The machines of the cloud: how they boot, and the ways in which they end."""
+
+import logging
+import secrets
+import subprocess
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from fake_cloud.hosts import Host
+from fake_cloud.instance_rules import is_spot, scheduling_of
+from fake_cloud.plan import Plan
+from fake_cloud.room import SYSTEM_PATH, Room
+
+SECONDS_OF_SHUTDOWN = 30.0
+
+log = logging.getLogger("fake_cloud")
+
+Dress = Callable[[str, dict[str, list[str]]], Plan]  # from a name and the SSH keys of each user
+
+
+@dataclass
+class Instance:
+    """A machine as Google tells of it (`resource`), and the host that it runs on."""
+
+    resource: dict[str, Any]
+    zone: str
+    host: Host | None = None
+    preempted: bool = False
+    shutdown_output: str | None = None  # of its shutdown script, once that ran
+    lock: threading.RLock = field(default_factory=threading.RLock, repr=False)  # held while it boots or ends
+
+    @property
+    def name(self) -> str:
+        return self.resource["name"]
+
+    @property
+    def status(self) -> str:
+        return self.resource["status"]
+
+    @property
+    def ip(self) -> str:
+        return self.resource["networkInterfaces"][0]["networkIP"]
+
+    @property
+    def labels(self) -> dict[str, str]:
+        return self.resource.get("labels", {})
+
+    @property
+    def account(self) -> dict[str, Any] | None:
+        """`email` and `scopes` of its service account."""
+        return next(iter(self.resource.get("serviceAccounts", [])), None)
+
+    @property
+    def email(self) -> str | None:
+        return self.account["email"] if self.account else None
+
+    @property
+    def kind(self) -> str | None:
+        """Ray's: head or worker."""
+        return self.labels.get("ray-node-type")
+
+    @property
+    def node_type(self) -> str | None:
+        """The name in Ray's YAML."""
+        return self.labels.get("ray-user-node-type")
+
+    def attribute(self, key: str) -> str | None:
+        items = self.resource.get("metadata", {}).get("items", [])
+        return next((item["value"] for item in items if item["key"] == key), None)
+
+
+class Machines:
+    """All instances, and what is common to them."""
+
+    def __init__(self, room: Room, dress: Dress) -> None:
+        self.room, self._dress = room, dress
+        self.instances: dict[str, Instance] = {}
+        self.metadata: dict[str, Any] = {"items": [], "fingerprint": secrets.token_hex(4)}  # the project's
+        self.changed = threading.Condition()  # told of each change that machines may wait for
+        self.closing = threading.Event()
+
+    def close(self) -> None:
+        """Lets go who waits."""
+        self.closing.set()
+        with self.changed:
+            self.changed.notify_all()
+
+    def at(self, address: str) -> Instance | None:
+        return next((one for one in list(self.instances.values()) if one.ip == address), None)
+
+    def boot(self, instance: Instance) -> None:
+        """Returns when its sshd answers. Raises OSError when it does not."""
+        keys: dict[str, list[str]] = {}
+        project_keys = [item["value"] for item in self.metadata["items"] if item["key"] == "ssh-keys"]
+        for line in "\n".join([*project_keys, instance.attribute("ssh-keys") or ""]).splitlines():
+            user, _, key = line.partition(":")
+            if key:
+                keys.setdefault(user, []).append(key)
+        with instance.lock:
+            if self.instances.get(instance.name) is not instance:
+                return  # deleted before it began
+            instance.resource["status"] = "STAGING"
+            instance.host = Host(self.room, self._dress(instance.name, keys), instance.ip)
+            instance.resource["status"] = "RUNNING"
+
+    def end(self, instance: Instance, status: str | None) -> None:
+        """Ends a machine as Google does: its shutdown script runs first, but not for long. No status: it is deleted."""
+        instance.resource["status"] = "STOPPING"
+        with instance.lock:
+            script = instance.attribute("shutdown-script")
+            if script and instance.host and instance.host.alive:
+                instance.shutdown_output = self._run_script(instance.host, script)
+            if instance.host:
+                instance.host.end()
+            instance.host = None
+            instance.resource["status"] = status or "STOPPING"
+        if status is None:
+            self.instances.pop(instance.name, None)
+
+    def _run_script(self, host: Host, script: str) -> str:
+        try:
+            host.write("/run/shutdown-script", script, 0o700)
+            command = "exec /run/shutdown-script 2>&1"
+            return host.run(command, env={"PATH": SYSTEM_PATH}, timeout=SECONDS_OF_SHUTDOWN, check=False).stdout
+        except subprocess.TimeoutExpired as error:
+            return (error.stdout or b"").decode() + f"\nkilled after {SECONDS_OF_SHUTDOWN:.0f} s\n"
+        except subprocess.CalledProcessError as error:
+            return f"did not run: {error}"  # the machine is on its way out
+
+    def lose(self, name: str) -> None:
+        """The machine is gone, at once and without a word to anybody. Raises KeyError for an unknown name."""
+        instance = self.instances.pop(name)
+        with instance.lock:
+            if instance.host:
+                instance.host.end()
+
+    def preempt(self, name: str) -> None:
+        """Google takes a spot machine back. Returns when it is gone; raises ValueError if it is none."""
+        instance = self.instances[name]
+        if not is_spot(instance.resource):
+            raise ValueError(f"{name} is no spot machine")
+        with self.changed:
+            instance.preempted = True
+            self.changed.notify_all()
+        delete = scheduling_of(instance.resource).get("instanceTerminationAction") == "DELETE"
+        self.end(instance, None if delete else "TERMINATED")

@@ -1,0 +1,79 @@
+"""What a host is to be like: its files, as they lie over those of the real machine."""
+
+import io
+import shutil
+import sys
+import tarfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fake_cloud.room import SYSTEM_PATH
+
+CHECKOUT = Path(__file__).parents[2]
+# The real machine's folders that hosts see, read-only and at their own places: ours, and Python where it is elsewhere.
+VISIBLE = sorted({str(CHECKOUT), sys.prefix, sys.base_prefix} - {"/usr"})
+SSHD = """PermitRootLogin prohibit-password
+PasswordAuthentication no
+UsePAM no
+AuthorizedKeysFile /etc/ssh/keys/%u
+HostKey /etc/ssh/ssh_host_ed25519_key
+MaxSessions 100
+MaxStartups 100
+PidFile none
+Subsystem sftp internal-sftp
+"""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A host.
+
+    keys: public SSH keys of each login user. names: lines of /etc/hosts. environment: of every session.
+    files: content and mode by path.
+    """
+
+    name: str
+    keys: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    names: Sequence[str] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, tuple[str, int]] = field(default_factory=dict)
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """The whole environment of a session, but for what is the user's."""
+        return {"PATH": f"{sys.prefix}/bin:{SYSTEM_PATH}", "LANG": "C.UTF-8", **self.environment}
+
+    def tar(self, address: str) -> bytes:
+        """All files that differ from the real machine's."""
+        files = {**self._system(address), **self._ssh(), **self.files}
+        out = io.BytesIO()
+        with tarfile.open(fileobj=out, mode="w") as tar:
+            for path, (content, mode) in files.items():
+                entry = tarfile.TarInfo(path.lstrip("/"))
+                entry.size, entry.mode, entry.mtime = len(content.encode()), mode, int(time.time())
+                tar.addfile(entry, io.BytesIO(content.encode()))
+        return out.getvalue()
+
+    def _system(self, address: str) -> dict[str, tuple[str, int]]:
+        hosts = ["127.0.0.1 localhost", f"{address} {self.name}", *self.names]
+        files = {
+            "/etc/hostname": (self.name + "\n", 0o644),
+            "/etc/hosts": ("\n".join(hosts) + "\n", 0o644),
+            "/etc/resolv.conf": ("", 0o644),
+        }
+        if shutil.which("sudo", path=SYSTEM_PATH):
+            rules = "".join(f"{user} ALL=(ALL:ALL) NOPASSWD:ALL\n" for user in self.keys)
+            files["/etc/sudoers.d/fake-cloud"] = (rules, 0o440)
+        return files
+
+    def _ssh(self) -> dict[str, tuple[str, int]]:
+        # sshd gives its variables to every session; a login shell then sets PATH anew in /etc/profile.
+        setenv = "SetEnv " + " ".join(f"{name}={value}" for name, value in self.variables.items())
+        profile = "".join(f"export {name}='{value}'\n" for name, value in self.variables.items())
+        return {
+            "/etc/ssh/sshd_config": (SSHD + setenv + "\n", 0o644),
+            "/etc/profile.d/fake-cloud.sh": (profile, 0o644),
+            **{f"/etc/ssh/keys/{user}": ("\n".join(keys) + "\n", 0o644) for user, keys in self.keys.items()},
+        }

@@ -1,0 +1,134 @@
+"""The room where the hosts stand: a network that leads nowhere, and the process that all of theirs are below.
+
+Nothing in here has a name on the real machine: namespaces, their mounts and network cards live as long as a process
+in them. The first process of the room ends when the pipe from this process to it closes: when `Room` is left, and also
+when this process is killed. With it the kernel ends all others, and clears the rest; no later start has to tidy up.
+"""
+
+import ctypes
+import itertools
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import psutil
+
+GATEWAY = "10.128.0.1"  # in the range of Google's default network in us-central1
+NETWORK = "10.128.0.0/20"
+METADATA_ADDRESS = "169.254.169.254"
+SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+PROGRAMS = ["bash", "chroot", "ip", "mount", "nsenter", "pivot_root", "rsync", "setpriv", "ssh", "ssh-keygen", "sshd"]
+PROGRAMS += ["tar", "unshare", "useradd"]
+
+# A bridge takes the address of one of its ports, and another's when that port goes: then every host loses its gateway
+# for a minute, unless the address was set. Who looks for the world outside hears at once that there is none.
+SCRIPT = f"""set -e
+ip link set lo up
+ip link add bridge0 type bridge
+ip link set bridge0 address 02:00:0a:80:00:01 up
+ip address add {GATEWAY}/20 dev bridge0
+ip address add {METADATA_ADDRESS}/32 dev bridge0
+ip route add unreachable default
+echo 1 >/proc/sys/net/ipv4/ip_forward
+echo ready
+read -r end || true
+"""
+TRIAL = """mount --make-rprivate / && mount -t tmpfs tmpfs /sys && mkdir /sys/u /sys/w /sys/r &&
+mount -t overlay overlay -o lowerdir=/,upperdir=/sys/u,workdir=/sys/w /sys/r && mount -t proc proc /sys/r/proc &&
+ip link add one type veth peer name two && ip link add bridge0 type bridge"""
+
+T = TypeVar("T")
+
+
+def why_none() -> str | None:
+    """Why there can be no room on this machine, in one line, or None."""
+    if sys.platform != "linux":
+        return "it needs Linux"
+    if os.geteuid() != 0:
+        return "it needs root, to make namespaces"
+    missing = [name for name in PROGRAMS if shutil.which(name, path=SYSTEM_PATH) is None]
+    if missing:
+        return f"programs are missing: {', '.join(missing)} (Debian: iproute2 openssh-server rsync util-linux)"
+    trial = ["unshare", "--mount", "--net", "--pid", "--uts", "--ipc", "--fork", "sh", "-c", TRIAL]
+    done = subprocess.run(trial, env={"PATH": SYSTEM_PATH}, capture_output=True, text=True, check=False)
+    said = " ".join(done.stderr.split())
+    return f"namespaces, overlays or bridges are not to be had: {said}" if done.returncode else None
+
+
+def in_network(pid: int, function: Callable[[], T]) -> T:
+    """What the function returns in the network of a process. Sockets that it makes stay there."""
+
+    def enter() -> T:
+        with open(f"/proc/{pid}/ns/net") as namespace:
+            libc = ctypes.CDLL(None, use_errno=True)
+            if libc.setns(namespace.fileno(), 0) != 0:
+                raise OSError(ctypes.get_errno(), f"the network of process {pid} cannot be entered")
+        return function()
+
+    with ThreadPoolExecutor(1) as thread:  # the network is the thread's, and goes with it
+        return thread.submit(enter).result()
+
+
+class Room:
+    """A network with a bridge, and its first process (`pid`, as it is seen from here)."""
+
+    def __init__(self) -> None:
+        self._numbers = itertools.count(2)
+        self._inside: list[subprocess.Popen[bytes]] = []
+
+    def __enter__(self) -> Self:
+        self._process = subprocess.Popen(
+            ["unshare", "--net", "--pid", "--fork", "--kill-child", "sh", "-c", SCRIPT],
+            env={"PATH": SYSTEM_PATH},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        assert self._process.stdout is not None
+        if self._process.stdout.readline() != b"ready\n":
+            said = self._process.communicate()[1].decode()
+            raise OSError(f"the network of the fake cloud cannot be made: {said.strip()}")
+        self.pid = psutil.Process(self._process.pid).children()[0].pid
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._process.communicate()  # closes the pipe; unshare ends when the last process below it is gone
+        for process in self._inside:
+            process.wait()
+
+    def start(self, command: Sequence[str], **streams: Any) -> subprocess.Popen[bytes]:
+        """Starts a command of the machine in the room, but not in its network. What it is the child of ends with it."""
+        enter = ["nsenter", f"--target={self.pid}", "--pid", "--"]
+        process = subprocess.Popen([*enter, *command], env={"PATH": SYSTEM_PATH}, **streams)
+        self._inside.append(process)
+        return process
+
+    def ip(self, *lines: str, inside: int | None = None) -> None:
+        """Has `ip` do the lines in the room's network or that of the process `inside`. Raises CalledProcessError."""
+        command = ["nsenter", f"--target={inside or self.pid}", "--net", "ip", "-batch", "-"]
+        batch = "\n".join(lines).encode() + b"\n"
+        subprocess.run(command, env={"PATH": SYSTEM_PATH}, input=batch, capture_output=True, check=True)
+
+    def address(self) -> str:
+        """An address that no host has had."""
+        number = next(self._numbers)
+        return f"10.128.{number // 256}.{number % 256}"
+
+    def listen(self, function: Callable[[], T]) -> T:
+        """What the function returns in the room's network."""
+        return in_network(self.pid, function)
+
+
+def answers(pid: int, port: int) -> bool:
+    """Whether somebody listens in the network of a process."""
+    try:
+        in_network(pid, lambda: socket.create_connection(("127.0.0.1", port), 5).close())
+    except ConnectionRefusedError:
+        return False
+    return True

@@ -1,0 +1,251 @@
+"""The shipped cluster file, brought up by unmodified Ray in a cloud of one machine, from `ray up` to `ray down`.
+
+Marked `smoke`: what `.ci/run` shows of it. `make test-cloud` runs all. The tests stand in the order of a user's steps.
+"""
+
+import io
+import json
+import re
+import shlex
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from subprocess import CompletedProcess
+from typing import Any
+
+import pytest
+import yaml
+from fake_cloud.cloud import FakeCloud
+from fake_cloud.machines import Instance
+from test_project import ROOT
+
+from cluster.manifest import Manifest
+from preprocessing.sample import sample
+
+pytestmark = pytest.mark.cloud
+
+BUCKET = "demo-bucket"
+HERE = "/root/kuzushiji"
+CLUSTER_FILE = f"{HERE}/ray_cluster.yaml"
+BIN = Path(sys.executable).parent
+PLACES = ["--dataset", f"gs://{BUCKET}/crops", "--models", f"gs://{BUCKET}/models"]
+# Two workers, which only machines of the GPU group hold: see `cluster_file`.
+TRAIN = ["train", *PLACES, "--architecture", "baseline", "--workers", "2", "--cpus-per-worker", "2",
+         "--global-batch-size", "64", "--learning-rate", "1e-3"]  # fmt: skip
+
+
+def cluster_file(project: str) -> str:
+    """The shipped one, but for: the project; no image, since hosts here have no Docker; the sizes of machines."""
+    config: dict[str, Any] = yaml.safe_load((ROOT / "ray_cluster.yaml").read_text().replace("<PROJECT>", project))
+    types = config["available_node_types"]
+    del config["docker"], types["gpu"]["docker"]
+    for key in ("initialization_commands", "setup_commands"):
+        config[key] = [command for command in config[key] if not command.startswith(("docker ", "gcloud auth "))]
+    types["cpu"]["resources"], types["gpu"]["resources"] = {"CPU": 1}, {"CPU": 2}
+    types["cpu"]["max_workers"] = 1
+    (script,) = [item for item in types["gpu"]["node_config"]["metadata"]["items"] if item["key"] == "shutdown-script"]
+    in_container = "docker exec --env RAY_AUTH_MODE=token kuzushiji ray"
+    assert in_container in script["value"]
+    on_host = f"runuser -u ubuntu -- env HOME=/home/ubuntu RAY_AUTH_MODE=token {BIN}/ray"
+    script["value"] = script["value"].replace(in_container, on_host)
+    return yaml.safe_dump(config, sort_keys=False)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    cloud: FakeCloud
+
+    def laptop(self, *command: str, timeout: float = 600, check: bool = True) -> CompletedProcess[str]:
+        return self.cloud.laptop.run(f"cd {HERE} && {shlex.join(command)}", timeout=timeout, check=check)
+
+    def submit(self, *arguments: str, timeout: float = 900) -> CompletedProcess[str]:
+        return self.laptop("kuzushiji", "submit", "--", *arguments, timeout=timeout)
+
+    def of_type(self, name: str) -> list[Instance]:
+        return [one for one in self.cloud.instances() if one.node_type == name and one.status == "RUNNING"]
+
+    @property
+    def head(self) -> Instance:
+        (head,) = self.of_type("head")
+        return head
+
+    def read(self, name: str) -> bytes:
+        content = self.cloud.bucket.read(BUCKET, name)
+        assert content is not None, name
+        return content
+
+    def weights(self, run: str) -> bytes:
+        """The numbers of a model; the archive around them holds the time."""
+        with zipfile.ZipFile(io.BytesIO(self.read(f"models/baseline/{run}/model.keras"))) as archive:
+            return archive.read("model.weights.h5")
+
+
+@pytest.fixture(scope="module")
+def cloud() -> Iterator[FakeCloud]:
+    """A project as the README tells to make it: a bucket, two accounts with their rights."""
+    if why := FakeCloud.cannot_run():
+        pytest.skip(why)
+    with FakeCloud(buckets=[BUCKET]) as running:
+        head, worker = running.account("kuzushiji-head"), running.account("kuzushiji-worker")
+        running.add_account(head, "roles/compute.instanceAdmin.v1")
+        running.add_account(worker)
+        running.grant_use(head, worker)
+        for account in (head, worker):
+            running.grant(account, BUCKET)
+        yield running
+
+
+@pytest.fixture(scope="module")
+def scans(cloud: FakeCloud, shared: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The three real pages and a sample, uploaded."""
+    drawn = tmp_path_factory.mktemp("drawn") / "pages"
+    sample(drawn, num_pages=6, seed=7, scale=0.2)
+    real = sorted((shared / "pages").glob("*.jpg"))
+    assert len(real) == 3
+    for page in [*real, *(drawn / "train_images").iterdir()]:
+        cloud.bucket.write(BUCKET, f"scans/train_images/{page.name}", page.read_bytes())
+    rows = [
+        row for row in (shared / "train.csv").read_text().splitlines() if row.split(",")[0] in {p.stem for p in real}
+    ]
+    assert len(rows) == 3
+    labels = (drawn / "train.csv").read_text() + "\n".join(rows) + "\n"
+    cloud.bucket.write(BUCKET, "scans/train.csv", labels.encode())
+
+
+@pytest.fixture(scope="module")
+def cluster(cloud: FakeCloud) -> Iterator[Cluster]:
+    """`ray up`, and `ray down` after the last test, which leaves nothing that costs money."""
+    up = Cluster(cloud)
+    cloud.laptop.write(CLUSTER_FILE, cluster_file(cloud.project))
+    up.laptop("sh", "-c", "ray get-auth-token --generate > /dev/null && chmod 600 ~/.ray/auth_token")
+    up.laptop("kuzushiji", "verify", "ray_cluster.yaml")
+    up.laptop("ray", "up", "-y", "ray_cluster.yaml", timeout=300)
+    yield up
+    up.laptop("ray", "down", "-y", "ray_cluster.yaml", timeout=300)
+    assert [one.name for one in cloud.instances()] == []
+
+
+@pytest.fixture(scope="module")
+def prepared(cluster: Cluster, scans: None) -> str:
+    """What the job that prepares the scans printed."""
+    done = cluster.submit(
+        "prepare", "--pages", f"gs://{BUCKET}/scans/train_images", "--labels", f"gs://{BUCKET}/scans/train.csv",
+        "--dataset", f"gs://{BUCKET}/crops", "--coverage", "0.6",
+    )  # fmt: skip
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def trained(cluster: Cluster, prepared: str) -> str:
+    """What the job of an undisturbed training printed."""
+    return cluster.submit(*TRAIN, "--epochs", "2", "--run", "undisturbed").stdout
+
+
+@pytest.mark.smoke
+def test_a_cluster_begins_with_its_head_alone(cluster: Cluster) -> None:
+    assert cluster.head.email == cluster.cloud.account("kuzushiji-head")
+    assert {one.node_type for one in cluster.cloud.instances()} <= {"head"}
+
+
+@pytest.mark.smoke
+def test_a_worker_comes_for_prepare_and_the_dataset_is_on_the_bucket(cluster: Cluster, prepared: str) -> None:
+    assert re.search(r"[\d,]+ crops in \d+ shards", prepared)
+    assert "0 boxes lost" in prepared
+    assert [one.email for one in cluster.of_type("cpu")] == [cluster.cloud.account("kuzushiji-worker")]
+    manifest = Manifest.model_validate_json(cluster.read("crops/manifest.json"))
+    assert {file.name for file in manifest.files} >= {"label.labels.txt", "dataset_info.json"}
+
+
+@pytest.mark.smoke
+def test_two_hosts_train_one_model(cluster: Cluster, trained: str) -> None:
+    assert "model: gs://demo-bucket/models/baseline/undisturbed" in trained
+    spot = cluster.of_type("gpu")
+    assert len(spot) == 2  # which hold one worker each
+    assert json.loads(cluster.read("models/baseline/latest.json"))["run"] == "undisturbed"
+    history = cluster.read("models/baseline/undisturbed/history.jsonl").splitlines()
+    assert [json.loads(row)["epoch"] for row in history] == [1, 2]
+
+
+@pytest.mark.smoke
+def test_the_model_comes_to_the_laptop_checked(cluster: Cluster, trained: str) -> None:
+    pulled = cluster.laptop("kuzushiji", "pull", "--models", f"gs://{BUCKET}/models", "--to", "here").stdout
+    assert "baseline/undisturbed" in pulled
+    assert "files are right" in cluster.laptop("kuzushiji", "verify", "here/baseline").stdout
+
+
+CURL = "curl -s -o /dev/null -w '%{http_code}' --max-time 20"
+
+
+@pytest.mark.smoke
+def test_http_ports_answer_only_to_the_token_and_the_dashboard_only_on_the_head(cluster: Cluster) -> None:
+    def ask(host: Any, url: str, token: str) -> str:
+        header = f"-H 'Authorization: Bearer {token}'" if token else ""
+        answered: str = host.run(f"{CURL} {header} {url}", check=False).stdout
+        return answered
+
+    head, right = cluster.head, cluster.cloud.laptop.read("/root/.ray/auth_token").strip()
+    url = "http://127.0.0.1:8265/api/jobs/"
+    assert [ask(head.host, url, token) for token in ("", "0" * 64, right)] == ["401", "403", "200"]
+    assert ask(cluster.cloud.laptop, f"http://{head.ip}:8265/api/jobs/", right) == "000"  # nobody listens there
+    # The agent of each machine listens to the network.
+    url = f"http://{head.ip}:52365/api/job_agent/jobs/none/logs"
+    assert [ask(cluster.cloud.laptop, url, token) for token in ("", "0" * 64)] == ["401", "403"]
+    assert ask(cluster.cloud.laptop, url, right) not in ("000", "401", "403")  # it knows no such job
+
+
+GRPC = """
+import sys
+import ray
+print(len(ray._raylet.GcsClient(address=sys.argv[1]).internal_kv_keys(b"", namespace=None)))
+"""
+
+
+@pytest.mark.smoke
+def test_grpc_answers_only_to_the_token(cluster: Cluster) -> None:
+    def ask(**environment: str) -> CompletedProcess[str]:
+        command = [f"{BIN}/python", "-c", GRPC, f"{cluster.head.ip}:6379"]
+        return cluster.cloud.laptop.run(command, env=environment, timeout=120, check=False)
+
+    assert ask(RAY_AUTH_MODE="token").returncode == 0
+    assert "InvalidAuthToken" in ask(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="0" * 64).stderr
+    assert "InvalidAuthToken" in ask(RAY_AUTH_MODE="disabled").stderr
+
+
+@pytest.mark.smoke
+def test_the_token_can_be_read_by_its_owner_alone_on_every_machine(cluster: Cluster, trained: str) -> None:
+    for one in cluster.cloud.instances():
+        seen = one.host.run("stat -c '%a %U' /home/ubuntu/.ray/auth_token", check=False).stdout.strip()
+        assert seen == "600 ubuntu", one.name
+    assert cluster.laptop("stat", "-c", "%a", "/root/.ray/auth_token").stdout.strip() == "600"
+
+
+def wait_for(what: Callable[[], Any], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(1)
+
+
+def test_a_host_that_is_gone_changes_nothing_of_the_model(cluster: Cluster, trained: str) -> None:
+    job = cluster.cloud.laptop.popen(
+        f"cd {HERE} && {shlex.join(['kuzushiji', 'submit', '--', *TRAIN, '--epochs', '2', '--run', 'disturbed'])}"
+    )
+    assert job.stdout is not None
+    while "epoch 1 of 2" not in job.stdout.readline():
+        assert job.poll() is None
+    cluster.cloud.delete(cluster.of_type("gpu")[0].name)
+    out, err = job.communicate(timeout=900)
+    assert job.returncode == 0, out[-3000:] + err[-3000:]
+    assert cluster.weights("disturbed") == cluster.weights("undisturbed")
+    assert "files are right" in cluster.laptop("kuzushiji", "verify", f"gs://{BUCKET}/models/baseline/disturbed").stdout
+
+
+def test_a_spot_machine_that_is_taken_back_drains_its_node(cluster: Cluster, trained: str) -> None:
+    wait_for(lambda: cluster.of_type("gpu"), 300)
+    spot = cluster.of_type("gpu")[0]
+    cluster.cloud.preempt(spot.name)
+    gone = cluster.cloud.instance(spot.name) if spot.name in {one.name for one in cluster.cloud.instances()} else spot
+    assert not gone.shutdown_output or "Traceback" not in gone.shutdown_output

@@ -1,0 +1,188 @@
+"""The cluster file: what is shipped is safe and pinned, and `verify` refuses what would fail late, cost, or be open."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from test_project import ROOT, locked
+
+from cluster.cluster_file import faults_of_cluster_file
+from cluster.errors import InputError
+
+SHIPPED = ROOT / "ray_cluster.yaml"
+Config = dict[str, Any]
+
+
+@pytest.fixture(autouse=True)
+def token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home with a token as `ray get-auth-token --generate; chmod 600` leaves it."""
+    home = tmp_path / "home"
+    (home / ".ray").mkdir(parents=True)
+    path = home / ".ray" / "auth_token"
+    path.write_text("0" * 64)
+    path.chmod(0o600)
+    monkeypatch.setenv("HOME", str(home))
+    return path
+
+
+@pytest.fixture
+def config() -> Config:
+    """The shipped file, filled in."""
+    filled: Config = yaml.safe_load(SHIPPED.read_text().replace("<PROJECT>", "demo-project-1"))
+    return filled
+
+
+def faults(config: Config, tmp_path: Path) -> list[str]:
+    path = tmp_path / "cluster.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return faults_of_cluster_file(path)
+
+
+def test_the_shipped_file_can_go_up_once_its_project_is_filled_in(config: Config, tmp_path: Path) -> None:
+    assert faults(config, tmp_path) == []
+
+
+def test_every_placeholder_is_named_before_anything_else() -> None:
+    found = faults_of_cluster_file(SHIPPED)
+    assert len(found) == str(yaml.safe_load(SHIPPED.read_text())).count("<PROJECT>") == 10
+    assert all("replace <PROJECT>" in fault for fault in found)
+
+
+def workers(config: Config) -> list[Config]:
+    return [node["node_config"] for name, node in config["available_node_types"].items() if name != "head"]
+
+
+def change(path: str, value: Any) -> Callable[[Config], None]:
+    def apply(config: Config) -> None:
+        *parents, last = path.split("/")
+        for key in parents:
+            config = config[key]
+        if value is None:
+            del config[last]
+        else:
+            config[last] = value
+
+    return apply
+
+
+GPU = "available_node_types/gpu/node_config"
+HEAD = "available_node_types/head/node_config"
+START = "ray start --head --autoscaling-config=~/ray_bootstrap_config.yaml"
+BROAD = "123-compute@developer.gserviceaccount.com"
+
+
+@pytest.mark.parametrize(
+    ("broken", "says"),
+    [
+        (change("provider/project_id", "My Project"), "provider.project_id: must be the id of a project"),
+        (change("provider/project_id", None), "provider.project_id: must be the id of a project"),
+        (change(f"{GPU}/serviceAccounts", None), "gpu.node_config.serviceAccounts: must name an account"),
+        (change(f"{GPU}/serviceAccounts", [{"email": BROAD}]), "must be an account of its own"),
+        (change(f"{HEAD}/serviceAccounts", [{"email": "ray-autoscaler-sa-v1@x.iam"}]), "must be an account of its own"),
+        (change(f"{GPU}/scheduling", {"provisioningModel": "SPOT"}), "onHostMaintenance: must be TERMINATE"),
+        (change(f"{GPU}/guestAccelerators", None), ""),  # g2 machines have theirs anyway
+        (change(f"{GPU}/machineType", None), "gpu.node_config.machineType: must be there"),
+        (change(f"{GPU}/tags", None), "gpu.node_config.tags.items: must hold the tag"),
+        (change("setup_commands", ["pip install ray==2.59.0"]), "ray must be 2.60.0, as here. Received: 2.59.0"),
+        (change("setup_commands", []), "one must check that keras is"),
+        (change("docker/image", "rayproject/ray:2.9.0"), "docker.image: ray must be"),
+        (change("head_start_ray_commands", [START]), "must set RAY_AUTH_MODE=token"),
+        (
+            change("head_start_ray_commands", [f"RAY_AUTH_MODE=token {START} --dashboard-host=0.0.0.0"]),
+            "--dashboard-host must be 127.0.0.1",
+        ),
+        (change("head_start_ray_commands", None), "--dashboard-host must be 127.0.0.1"),  # so Ray's own default
+        (change("worker_start_ray_commands", ["ray start --address=$HEAD:6379"]), "must set RAY_AUTH_MODE=token"),
+        (change("head_setup_commands", None), "head_setup_commands: must be there"),
+        (change("file_mounts", {}), "file_mounts: must bring the token"),
+        (change("file_mounts", {"~/.ray/auth_token": "~/nowhere"}), "must be there: `ray get-auth-token --generate"),
+    ],
+)  # fmt: skip
+def test_what_would_fail_cost_or_be_open_is_one_line(
+    config: Config, tmp_path: Path, broken: Callable[[Config], None], says: str
+) -> None:
+    broken(config)
+    found = faults(config, tmp_path)
+    assert [fault for fault in found if says and says in fault] or (not says and not found)
+    assert all("\n" not in fault for fault in found)
+
+
+def test_a_gpu_on_another_machine_type_needs_the_rule_too(config: Config, tmp_path: Path) -> None:
+    config["available_node_types"]["gpu"]["node_config"] |= {"machineType": "n1-standard-8", "scheduling": {}}
+    assert any("onHostMaintenance" in fault for fault in faults(config, tmp_path))
+    rules = [{"preemptible": True}, {"onHostMaintenance": "terminate"}]  # the list that Ray's examples have
+    config["available_node_types"]["gpu"]["node_config"]["scheduling"] = rules
+    assert faults(config, tmp_path) == []
+
+
+def test_a_token_that_others_can_read_is_refused(config: Config, tmp_path: Path, token: Path) -> None:
+    token.chmod(0o644)
+    assert any("must be readable by you alone" in fault and "0644" in fault for fault in faults(config, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("a: [", "must be YAML"),
+        ("- 1", "without `provider`"),
+        ("provider: {type: aws}", "provider.type must be gcp"),
+        ("provider: {type: gcp}\nmax_wokers: 3", "max_wokers"),
+        ("!!python/object/apply:os.system ['true']", "must be YAML"),
+    ],
+)
+def test_what_is_no_cluster_file_is_one_line(tmp_path: Path, text: str, says: str) -> None:
+    path = tmp_path / "cluster.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError) as failure:
+        faults_of_cluster_file(path)
+    assert says in str(failure.value)
+    assert "\n" not in str(failure.value)
+
+
+def test_versions_of_the_shipped_file_are_the_locks() -> None:
+    pinned = dict(re.findall(r"\b(ray|tensorflow|keras)='([\d.]+)'", SHIPPED.read_text()))
+    assert pinned == {name: locked("requirements.lock")[name] for name in ("ray", "tensorflow", "keras")}
+    assert pinned == {name: locked("requirements-gpu.lock")[name] for name in pinned}
+
+
+def test_the_head_does_no_work_and_workers_start_from_none_under_a_ceiling(config: Config) -> None:
+    types = config["available_node_types"]
+    assert types["head"]["resources"] == {"CPU": 0}
+    for name in ("cpu", "gpu"):
+        assert types[name]["min_workers"] == 0
+        assert 0 < types[name]["max_workers"] <= config["max_workers"]
+    assert "GPU" not in types["cpu"]["resources"]
+    assert 0 < config["idle_timeout_minutes"] <= 10
+    assert config["provider"]["cache_stopped_nodes"] is False
+
+
+def test_spot_machines_end_for_good_and_drain_their_node_first(config: Config) -> None:
+    machine = config["available_node_types"]["gpu"]["node_config"]
+    assert machine["scheduling"]["provisioningModel"] == "SPOT"
+    assert machine["scheduling"]["instanceTerminationAction"] == "DELETE"
+    (script,) = [item["value"] for item in machine["metadata"]["items"] if item["key"] == "shutdown-script"]
+    assert "instance/preempted" in script
+    assert "ray drain-node" in script
+
+
+def test_no_worker_has_an_address_in_the_internet_nor_the_heads_account(config: Config) -> None:
+    head = config["available_node_types"]["head"]["node_config"]
+    for machine in workers(config):
+        assert not any("accessConfigs" in interface for interface in machine["networkInterfaces"])
+        assert machine["serviceAccounts"] != head["serviceAccounts"]
+
+
+def test_the_readmes_firewall_admits_only_the_tag_of_the_machines(config: Config) -> None:
+    readme = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    rules = re.findall(r"^gcloud compute firewall-rules create .*", readme, re.M)
+    machines = [config["available_node_types"]["head"]["node_config"], *workers(config)]
+    tags = {tag for machine in machines for tag in machine["tags"]["items"]}
+    assert len(rules) == 2  # within the cluster, and ssh from one address
+    for rule in rules:
+        assert set(re.findall(r"--target-tags[= ](\S+)", rule)) == tags
+        if "tcp:22" not in rule:
+            assert set(re.findall(r"--source-tags[= ](\S+)", rule)) == tags
+            assert "--source-ranges" not in rule
