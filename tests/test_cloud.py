@@ -205,6 +205,8 @@ print(len(ray._raylet.GcsClient(address=sys.argv[1]).internal_kv_keys(b"", names
 
 @pytest.mark.smoke
 def test_grpc_answers_only_to_the_token(cluster: Cluster) -> None:
+    """Each service: `test_submit.py`."""
+
     def ask(**environment: str) -> CompletedProcess[str]:
         command = [f"{BIN}/python", "-c", GRPC, f"{cluster.head.ip}:6379"]
         return cluster.cloud.laptop.run(command, env=environment, timeout=120, check=False)
@@ -243,9 +245,18 @@ def test_a_host_that_is_gone_changes_nothing_of_the_model(cluster: Cluster, trai
     assert "files are right" in cluster.laptop("kuzushiji", "verify", f"gs://{BUCKET}/models/baseline/disturbed").stdout
 
 
-def test_a_spot_machine_that_is_taken_back_drains_its_node(cluster: Cluster, trained: str) -> None:
+NODES = """
+import ray
+ray.init(log_to_driver=False)
+for node in ray.nodes():
+    print(node["NodeManagerAddress"], node["Alive"], node["DeathReasonMessage"])
+"""
+
+
+def test_a_spot_machine_that_is_taken_back_drains_its_node_first(cluster: Cluster, trained: str) -> None:
     wait_for(lambda: cluster.of_type("gpu"), 300)
     spot = cluster.of_type("gpu")[0]
     cluster.cloud.preempt(spot.name)
-    gone = cluster.cloud.instance(spot.name) if spot.name in {one.name for one in cluster.cloud.instances()} else spot
-    assert not gone.shutdown_output or "Traceback" not in gone.shutdown_output
+    environment = {"RAY_AUTH_MODE": "token", "RAY_ADDRESS": "auto"}
+    seen = cluster.head.host.run([f"{BIN}/python", "-c", NODES], user="ubuntu", env=environment).stdout
+    assert f"{spot.ip} False Google takes the spot machine back" in seen, spot.shutdown_output

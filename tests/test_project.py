@@ -46,11 +46,12 @@ def locked(name: str) -> dict[str, str]:
 
 
 def test_lock_files_hold_hashes_and_the_same_versions_and_no_address() -> None:
-    run, dev = locked("requirements.lock"), locked("requirements-dev.lock")
-    assert run.items() <= dev.items()
+    run = locked("requirements.lock")
+    for name in ("requirements-dev.lock", "requirements-gpu.lock"):
+        assert run.items() <= locked(name).items()
     pinned = dict(re.findall(r'"(ray|tensorflow|keras)(?:\[.*\])?==([^"]+)"', (ROOT / "pyproject.toml").read_text()))
     assert pinned == {name: run[name] for name in ("ray", "tensorflow", "keras")}
-    for name in ("requirements.lock", "requirements-dev.lock"):
+    for name in ("requirements.lock", "requirements-dev.lock", "requirements-gpu.lock"):
         text = (ROOT / name).read_text()
         assert "://" not in text
         assert "--index" not in text

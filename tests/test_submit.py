@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import grpc
 import psutil
 import pytest
 from conftest import KUZUSHIJI
@@ -36,7 +37,7 @@ class Head:
     """A head on loopback, as `ray_cluster.yaml` starts it."""
 
     address: str
-    gcs: str
+    ports: dict[str, int]  # of its gRPC services
     environment: dict[str, str]
 
     def kuzushiji(self, *arguments: str) -> list[str]:
@@ -59,17 +60,19 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     token = home / "auth_token"
     token.write_text(secrets.token_hex(32))
     token.chmod(0o600)
-    port, dashboard = free_port(), free_port()
+    dashboard = free_port()
+    ports = {service: free_port() for service in METHODS}
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     # The command of the job must be found, as in the image.
     environment["PATH"] = f"{KUZUSHIJI.parent}:{environment['PATH']}"
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0"}
     environment |= {"HOME": str(home), "NO_PROXY": "127.0.0.1"}
     command = [
-        str(RAY), "start", "--head", "--block", "--num-cpus=1", "--node-ip-address=127.0.0.1", f"--port={port}",
+        str(RAY), "start", "--head", "--block", "--num-cpus=1", "--node-ip-address=127.0.0.1", f"--port={ports['gcs']}",
         f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", f"--temp-dir={home / 'ray'}",
-        "--object-store-memory=100000000", f"--ray-client-server-port={free_port()}",
-        f"--dashboard-agent-listen-port={free_port()}", f"--dashboard-agent-grpc-port={free_port()}",
+        "--object-store-memory=100000000", f"--ray-client-server-port={ports['client']}",
+        f"--node-manager-port={ports['raylet']}", f"--object-manager-port={ports['objects']}",
+        f"--dashboard-agent-listen-port={free_port()}", f"--dashboard-agent-grpc-port={ports['agent']}",
         "--min-worker-port=0", "--max-worker-port=0",
     ]  # fmt: skip
     with open(home / "log", "w") as log:
@@ -80,7 +83,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
             assert process.poll() is None, (home / "log").read_text()[-2000:]
             assert time.monotonic() < deadline, (home / "log").read_text()[-2000:]
             time.sleep(0.5)
-        yield Head(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{port}", environment)
+        yield Head(f"http://127.0.0.1:{dashboard}", ports, environment)
     finally:
         # At once: asked nicely, it takes half a minute.
         for one in [process, *psutil.Process(process.pid).children(recursive=True)]:
@@ -187,20 +190,27 @@ def test_a_wrong_token_or_none_is_one_line(head: Head, tmp_path: Path) -> None:
     assert "must accept this machine's token" in none.stderr.splitlines()[-1]
 
 
-GRPC = """
-import sys
-import ray
-gcs = ray._raylet.GcsClient(address=sys.argv[1])
-print(len(gcs.internal_kv_keys(b"", namespace=None)))
-"""
+# A method of each service that a head offers to the network.
+METHODS = {
+    "gcs": "/ray.rpc.NodeInfoGcsService/GetAllNodeInfo",
+    "raylet": "/ray.rpc.NodeManagerService/GetNodeStats",
+    "objects": "/ray.rpc.ObjectManagerService/Pull",
+    "agent": "/ray.rpc.ReporterService/HealthCheck",
+    "client": "/ray.rpc.RayletDriver/ClusterInfo",
+}
 
 
-def test_grpc_asks_for_the_token(head: Head) -> None:
-    def ask(**changed: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", GRPC, head.gcs]
-        environment = head.environment | changed
-        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+@pytest.mark.parametrize("service", METHODS)
+def test_grpc_asks_for_the_token(head: Head, service: str) -> None:
+    def ask(token: str | None) -> grpc.StatusCode:
+        metadata = [("authorization", f"Bearer {token}")] if token else []
+        with grpc.insecure_channel(f"127.0.0.1:{head.ports[service]}") as channel:
+            try:
+                channel.unary_unary(METHODS[service])(b"", timeout=30, metadata=metadata)
+            except grpc.RpcError as error:
+                return error.code()
+        return grpc.StatusCode.OK
 
-    assert ask().returncode == 0
-    assert "InvalidAuthToken" in ask(RAY_AUTH_TOKEN="0" * 64).stderr
-    assert "InvalidAuthToken" in ask(RAY_AUTH_TOKEN_PATH="", RAY_AUTH_MODE="disabled").stderr
+    assert ask(None) == grpc.StatusCode.UNAUTHENTICATED
+    assert ask("0" * 64) == grpc.StatusCode.UNAUTHENTICATED
+    assert ask(Path(head.environment["RAY_AUTH_TOKEN_PATH"]).read_text()) != grpc.StatusCode.UNAUTHENTICATED
