@@ -1,7 +1,9 @@
 """The cluster file: what is shipped is safe and pinned, and `verify` refuses what would fail late, cost, or be open."""
 
 import re
+import subprocess
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -175,14 +177,60 @@ def test_no_worker_has_an_address_in_the_internet_nor_the_heads_account(config: 
         assert machine["serviceAccounts"] != head["serviceAccounts"]
 
 
-def test_the_readmes_firewall_admits_only_the_tag_of_the_machines(config: Config) -> None:
-    readme = (ROOT / "README.md").read_text().replace("\\\n", " ")
-    rules = re.findall(r"^gcloud compute firewall-rules create .*", readme, re.M)
-    machines = [config["available_node_types"]["head"]["node_config"], *workers(config)]
+@pytest.fixture(scope="module")
+def commands() -> list[str]:
+    """What the README's first block under "On Google Cloud" runs, with its variables filled in; nothing is done."""
+    section = (ROOT / "README.md").read_text().partition("## On Google Cloud")[2]
+    block = section.split("```")[1].replace("my-project", "demo-project-1")
+    tell = "".join(f'{tool}() {{ echo {tool} "$@"; }}\n' for tool in ("gcloud", "docker", "ray", "sed", "chmod"))
+    script = f"set -euo pipefail\n{tell}{block}"
+    return subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+def option(command: str, name: str) -> str:
+    (value,) = re.findall(rf"--{name}[= ](\S+)", command)
+    return str(value)
+
+
+def test_the_readmes_commands_make_what_the_file_names(commands: list[str], config: Config) -> None:
+    types = config["available_node_types"]
+    pushed = {command.split()[-1] for command in commands if command.startswith("docker push")}
+    assert pushed == {config["docker"]["image"], types["gpu"]["docker"]["worker_image"]}
+    assert config["docker"]["image"].endswith(f":{version('kuzushiji')}")
+    made = {command.split()[-1] for command in commands if "service-accounts create" in command}
+    used = {account["email"] for node in types.values() for account in node["node_config"]["serviceAccounts"]}
+    assert {f"{name}@demo-project-1.iam.gserviceaccount.com" for name in made} == used
+    (subnet,) = [command for command in commands if "subnets create" in command]
+    path = f"projects/demo-project-1/regions/{option(subnet, 'region')}/subnetworks/{subnet.split()[5]}"
+    assert {i["subnetwork"] for node in types.values() for i in node["node_config"]["networkInterfaces"]} == {path}
+    assert config["provider"]["region"] == option(subnet, "region")
+
+
+def test_the_readmes_commands_give_the_least_rights(commands: list[str]) -> None:
+    roles = [
+        (command.split()[1], option(command, "member"), option(command, "role"))
+        for command in commands
+        if "--role" in command
+    ]
+    head, worker = (
+        f"serviceAccount:kuzushiji-{name}@demo-project-1.iam.gserviceaccount.com" for name in ("head", "worker")
+    )
+    of_both = [("storage", "roles/storage.objectUser"), ("artifacts", "roles/artifactregistry.reader")]
+    of_head = [("projects", "roles/compute.instanceAdmin.v1"), ("iam", "roles/iam.serviceAccountUser")]
+    assert sorted(roles) == sorted(
+        [(on, account, role) for on, role in of_both for account in (head, worker)]
+        + [(on, head, role) for on, role in of_head]
+    )
+
+
+def test_the_readmes_firewall_admits_only_the_tag_of_the_machines(commands: list[str], config: Config) -> None:
+    rules = [command for command in commands if "firewall-rules create" in command]
+    machines = [node["node_config"] for node in config["available_node_types"].values()]
     tags = {tag for machine in machines for tag in machine["tags"]["items"]}
-    assert len(rules) == 2  # within the cluster, and ssh from one address
+    inside, ssh = rules
     for rule in rules:
-        assert set(re.findall(r"--target-tags[= ](\S+)", rule)) == tags
-        if "tcp:22" not in rule:
-            assert set(re.findall(r"--source-tags[= ](\S+)", rule)) == tags
-            assert "--source-ranges" not in rule
+        assert {option(rule, "target-tags")} == tags
+    assert {option(inside, "source-tags")} == tags
+    assert "--source-ranges" not in inside
+    assert option(ssh, "allow") == "tcp:22"
+    assert option(ssh, "source-ranges").endswith("/32")

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -118,6 +119,18 @@ def test_a_failure_is_one_line_with_the_rule_and_what_came(
     else:  # click's own check of the options comes before `--json` is known
         assert arguments[0] == "prepare"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_readmes_commands_are_used_rightly() -> None:
+    blocks = (Path(__file__).parents[1] / "README.md").read_text().split("```")[1::2]
+    lines = [line.split("#")[0] for block in blocks for line in block.splitlines() if line.startswith("kuzushiji ")]
+    assert len(lines) >= 9
+    for line in lines:
+        name, *rest = shlex.split(line)[1:]
+        main.commands[name].make_context(name, list(rest))  # raises what is wrong
+        if name == "submit":
+            job, *options = rest[rest.index("--") + 1 :]
+            main.commands[job].make_context(job, list(options))
 
 
 def test_a_user_walks_from_pages_to_a_checked_dataset(tmp_path: Path) -> None:
