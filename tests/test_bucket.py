@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import uuid
@@ -34,6 +35,7 @@ from cluster.storage import (
     sha256_of,
     write_bytes,
 )
+from preprocessing.pages import list_pages, page_reader
 
 # aiohttp, under gcsfs.
 pytestmark = pytest.mark.filterwarnings("ignore:Sending a large body directly:ResourceWarning")
@@ -119,6 +121,17 @@ def test_a_dataset_on_a_bucket_has_the_bytes_of_one_in_a_folder(
     assert verify(folder / "crops")[1:] == ([], [])
     again = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert "nothing written" in again.stdout
+
+
+def test_pages_in_an_archive_on_a_bucket_are_read(folder: UPath, pages: Path, tmp_path: Path) -> None:
+    archive = Path(shutil.make_archive(str(tmp_path / "pages"), "zip", pages / "train_images"))
+    write_bytes(folder / "pages.zip", archive.read_bytes())
+    listing = list_pages(folder / "pages.zip")
+    assert len(listing) == 12
+    with page_reader(folder / "pages.zip") as read:
+        for name, size in listing.values():
+            assert read(name) == (pages / "train_images" / name).read_bytes()
+            assert size == len(read(name))
 
 
 @pytest.fixture(params=["path", "bucket"])
