@@ -26,6 +26,10 @@ _PROJECT = re.compile(r"[a-z][a-z0-9-]{4,28}[a-z0-9]")
 _WITH_GPU = re.compile(r"(a[234]|g[24])-")
 # What Ray does on the head where `head_setup_commands` is left out.
 _RAYS_OWN_SETUP = "pip install google-api-python-client"
+# `ray start` under RAY_AUTH_MODE=token: exported before it, or set for it.
+_WITH_TOKEN = re.compile(
+    r"(?:^|;|&&)\s*export RAY_AUTH_MODE=token\s*(?:;|&&)|\bRAY_AUTH_MODE=token(?:\s+\w+=\S+)*\s+ray start\b"
+)
 # Accounts with rights over a whole project: Compute Engine's default, and the one that Ray makes for itself.
 _BROAD_ACCOUNT = re.compile(r"\d+-compute@developer\.gserviceaccount\.com|ray-autoscaler-sa-v1@.*")
 
@@ -47,6 +51,7 @@ def faults_of_cluster_file(path: Path) -> list[str]:
     return [
         *_of_project(config),
         *(fault for name, node in config["available_node_types"].items() for fault in _of_node(name, node)),
+        *_of_places(config),
         *_of_versions(config),
         *_of_ray(config),
         *_of_token(config, path.parent),
@@ -129,6 +134,16 @@ def _of_node(name: str, node: dict[str, Any]) -> Iterator[str]:
         )
 
 
+def _of_places(config: dict[str, Any]) -> Iterator[str]:
+    """All in the region and zone of the provider: Google refuses a machine whose parts are elsewhere."""
+    for where, text in _texts(config["available_node_types"]):
+        for key, kind in (("region", "regions"), ("availability_zone", "zones")):
+            for found in re.findall(rf"\b{kind}/([^/]+)/", text):
+                if found != config["provider"].get(key):
+                    wanted = config["provider"].get(key)
+                    yield f"available_node_types.{where}: must be in {wanted}, as provider.{key}. Received: {text}"
+
+
 def _of_versions(config: dict[str, Any]) -> Iterator[str]:
     """Of each version of a pinned package that is named: `ray==2.60.0`, `ray='2.60.0'`, `rayproject/ray:2.60.0`."""
     seen = set()
@@ -154,7 +169,7 @@ def _of_ray(config: dict[str, Any]) -> Iterator[str]:
         for command in config.get(key) or []:
             if "ray start" not in command:
                 continue
-            if not re.search(r"\bRAY_AUTH_MODE=token\b", command):
+            if not _WITH_TOKEN.search(command):
                 yield f"{key}: must set RAY_AUTH_MODE=token, or whoever reaches a port runs code. Received: {command}"
             host = re.search(r"--dashboard-host[= ](\S+)", command)
             if host and host[1] not in ("127.0.0.1", "localhost"):

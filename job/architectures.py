@@ -103,7 +103,7 @@ def _transfer(architecture: str, num_classes: int, weights: str | None, unfreeze
             layer.trainable = False
     x = layers.GlobalAveragePooling2D()(below.output)
     x = _dense(layers.Dropout(0.2)(x), HEAD, dropout=0.3)
-    return keras.Model(below.input, _probabilities(x, num_classes), name=architecture)
+    return keras.Model(below.inputs[0], _probabilities(x, num_classes), name=architecture)
 
 
 def _dense(x: Any, widths: tuple[int, ...], dropout: float) -> Any:

@@ -56,6 +56,7 @@ def strict() -> Iterator[StrictBucket]:
         for cached in caches:
             cached.cache_clear()
         yield running
+        bucket._client().close()
         for cached in caches:
             cached.cache_clear()
 

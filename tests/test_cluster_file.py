@@ -99,6 +99,10 @@ BROAD = "123-compute@developer.gserviceaccount.com"
         (change("head_start_ray_commands", None), "--dashboard-host must be 127.0.0.1"),  # so Ray's own default
         (change("worker_start_ray_commands", ["ray start --address=$HEAD:6379"]), "must set RAY_AUTH_MODE=token"),
         (change("head_setup_commands", None), "head_setup_commands: must be there"),
+        (change("head_start_ray_commands", [f"RAY_AUTH_MODE=token ray stop; {START}"]), "must set RAY_AUTH_MODE=token"),
+        (change("head_start_ray_commands", [f"echo RAY_AUTH_MODE=token; {START}"]), "must set RAY_AUTH_MODE=token"),
+        (change("provider/region", "europe-west4"), "must be in europe-west4, as provider.region"),
+        (change("provider/availability_zone", "us-central1-b"), "must be in us-central1-b, as provider.availab"),
         (change("file_mounts", {}), "file_mounts: must bring the token"),
         (change("file_mounts", {"~/.ray/auth_token": "~/nowhere"}), "must be there: `ray get-auth-token --generate"),
     ],

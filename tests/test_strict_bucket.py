@@ -482,8 +482,8 @@ def test_nothing_is_left_running() -> None:
     server = StrictBucket()
     with pytest.raises(RuntimeError, match="of the test"), server:
         fail_in_the_middle(server)
-    assert set(psutil.Process().children()) == children
-    assert set(threading.enumerate()) == threads
+    assert set(psutil.Process().children()) <= children
+    assert set(threading.enumerate()) <= threads
     with pytest.raises(ConnectionRefusedError):
         ask(server, "GET", "/storage/v1/b")
     for connection in connections:

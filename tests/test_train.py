@@ -17,7 +17,7 @@ from cluster.errors import DamageError, KuzushijiError, OptionError
 from cluster.manifest import ModelManifest, read_manifest, verify
 from cluster.storage import place
 from job.config import TrainConfig
-from job.train import Outcome, train
+from job.train import train
 from preprocessing.prepare import PrepareConfig, prepare
 
 pytestmark = pytest.mark.usefixtures("ray_here")
@@ -229,7 +229,8 @@ def test_a_finished_run_is_left_as_it_is_and_keeps_no_checkpoints(
     assert list((trained.parents[1] / ".runs").iterdir()) == []
     (trained.parent / "latest.json").unlink()  # as if it had been killed just before
     given = config(workers=2, global_batch_size=256)
-    assert train(place(dataset), models, [given], "first") == [Outcome("baseline", place(trained), trained=False)]
+    (outcome,) = train(place(dataset), models, [given], "first")
+    assert (outcome.folder, outcome.trained, outcome.error) == (place(trained), False, None)
     assert json.loads((trained.parent / "latest.json").read_text())["run"] == "first"
     with pytest.raises(OptionError, match="epochs .then 2, now 3."):
         train(place(dataset), models, [given.model_copy(update={"epochs": 3})], "first")
