@@ -13,6 +13,7 @@ from typing import Any, Self
 
 import ray
 from ray.train import UserCallback
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.errors import one_line
 from cluster.progress import SECONDS_BETWEEN_LINES, on_terminal, terminal
@@ -55,7 +56,9 @@ class TellFailures(UserCallback):  # type: ignore[misc]  # Ray has no types
 @contextmanager
 def watched(architectures: Sequence[str]) -> Iterator[Any]:
     """An actor to post to; what is posted is shown until the block ends."""
-    board: Any = ray.remote(num_cpus=0)(Board).remote()
+    # Beside the driver: with a host that is lost, all that is told later would be lost.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board: Any = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
     done = threading.Event()
     thread = threading.Thread(target=_show, args=(board, architectures, done), daemon=True)
     thread.start()
