@@ -113,6 +113,12 @@ def change(target: UPath, content: Callable[[bytes | None], bytes | None]) -> No
             return
 
 
+def has(path: UPath) -> bool:
+    """Whether there is such an object. gcsfs' own answer takes every failure for a no (fsspec's `isfile`)."""
+    with _explaining():
+        return bool(_blob(path).exists())
+
+
 def read_bytes(path: UPath) -> bytes:
     """An object, in one request, so that it is whole also while others replace it; held against its CRC32C.
 
@@ -188,7 +194,7 @@ def explained(error: BaseException) -> KuzushijiError | None:
     if "google.auth" not in sys.modules:
         return None
     from google.api_core.exceptions import GoogleAPICallError, RetryError
-    from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError
+    from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError, TransportError
     from google.cloud.storage.exceptions import DataCorruption
 
     cause = error.cause if isinstance(error, RetryError) and error.cause else error
@@ -201,7 +207,7 @@ def explained(error: BaseException) -> KuzushijiError | None:
             f"Google Cloud must know who asks. Received: {text[:200]}. Run `gcloud auth application-default login`, "
             "or let GOOGLE_APPLICATION_CREDENTIALS name a key file"
         )
-    if isinstance(cause, GoogleAuthError):
+    if isinstance(cause, GoogleAuthError) and not isinstance(cause, TransportError):
         return KuzushijiError(
             f"Google Cloud must accept the credentials. Received: {text[:200]}. "
             "Run `gcloud auth application-default login`"
@@ -218,7 +224,7 @@ def explained(error: BaseException) -> KuzushijiError | None:
         return KuzushijiError(
             f"{bucket} must be there. Received: {text[:200]}. Run `gcloud storage buckets create {bucket}`"
         )
-    if isinstance(error, RetryError) or (isinstance(code, int) and (code == 429 or code >= 500)):
+    if isinstance(error, RetryError | TransportError) or (isinstance(code, int) and (code == 429 or code >= 500)):
         return KuzushijiError(
             f"{bucket} must answer. Received, after retries: {text[:300]}. Run the same command again"
         )

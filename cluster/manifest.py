@@ -23,7 +23,7 @@ from upath import UPath
 
 from cluster.errors import DamageError, InputError
 from cluster.progress import progress
-from cluster.storage import change_bytes, list_files, plain_name, read_bytes, sha256_of, write_bytes
+from cluster.storage import change_bytes, is_file, list_files, plain_name, read_bytes, sha256_of, write_bytes
 
 MANIFEST_FILE = "manifest.json"
 MAX_MANIFEST_BYTES = 1 << 30
@@ -144,7 +144,7 @@ def seal(folder: UPath, manifest: Manifest) -> None:
 
 
 def is_sealed(folder: UPath) -> bool:
-    return bool((folder / MANIFEST_FILE).is_file())
+    return is_file(folder / MANIFEST_FILE)
 
 
 def read_any_manifest(folder: UPath) -> DatasetManifest | ModelManifest:

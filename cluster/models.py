@@ -5,7 +5,7 @@ from upath import UPath
 
 from cluster.errors import DamageError, InputError
 from cluster.manifest import MANIFEST_FILE, ModelManifest, is_sealed
-from cluster.storage import change_bytes, plain_name, read_bytes
+from cluster.storage import change_bytes, is_file, plain_name, read_bytes
 
 LATEST_FILE = "latest.json"
 
@@ -29,7 +29,7 @@ def read_latest(architecture: UPath) -> Latest | None:
         DamageError: it is not what we write.
     """
     path = architecture / LATEST_FILE
-    return _parse(path, read_bytes(path)) if path.is_file() else None
+    return _parse(path, read_bytes(path)) if is_file(path) else None
 
 
 def _parse(path: UPath, content: bytes) -> Latest:

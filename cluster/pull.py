@@ -13,7 +13,7 @@ from cluster.errors import DamageError, InputError, KuzushijiError, OptionError
 from cluster.manifest import MANIFEST_FILE, FileEntry, ModelManifest, fault_of, read_manifest
 from cluster.models import LATEST_FILE, point_to_latest, read_latest
 from cluster.progress import progress
-from cluster.storage import list_files, plain_name, read_chunks, sha256_of, write_bytes
+from cluster.storage import is_file, list_files, plain_name, read_chunks, sha256_of, write_bytes
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def pull(models: UPath, to: UPath, wanted: Sequence[str] = ()) -> list[Pulled]:
 
 def _architectures(models: UPath) -> list[str]:
     folders = sorted(path.name for path in models.iterdir() if path.is_dir()) if models.is_dir() else []
-    found = [name for name in folders if not name.startswith(".") and (models / name / LATEST_FILE).is_file()]
+    found = [name for name in folders if not name.startswith(".") and is_file(models / name / LATEST_FILE)]
     if not found:
         raise InputError(f"--models must hold <architecture>/{LATEST_FILE}. Received: {models}, with none")
     return found

@@ -74,4 +74,6 @@ def cause_of(error: BaseException) -> BaseException:
         seen = inner
     if isinstance(seen, ActorDiedError) and "Error: " in (last := str(seen).strip().splitlines()[-1]):
         return KuzushijiError(last)  # an actor that failed to begin: Ray keeps no more than the text of its traceback
+    if isinstance(seen, KuzushijiError):  # to whose text Ray Data adds where it was
+        return type(seen)(str(seen).partition("\nFailed to ")[0])
     return explained(seen) or seen

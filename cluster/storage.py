@@ -127,7 +127,7 @@ def change_bytes(target: UPath, content: Callable[[bytes | None], bytes | None])
         bucket.change(target, content)
         return
     with _alone_in(target.parent):
-        new = content(read_bytes(target) if target.is_file() else None)
+        new = content(read_bytes(target) if is_file(target) else None)
         if new is not None:
             write_bytes(target, new)
 
@@ -145,6 +145,11 @@ def _alone_in(folder: UPath) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def is_file(path: UPath) -> bool:
+    """Whether there is such a file; a bucket that does not answer is no answer, but a failure."""
+    return bucket.has(path) if bucket.is_bucket(path) else bool(path.is_file())
 
 
 def open_read(path: UPath) -> BinaryIO:

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -70,7 +70,8 @@ def _client(address: str) -> "JobSubmissionClient":
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
-    logging.getLogger("ray.dashboard").setLevel(logging.WARNING)  # it tells of each connection
+    for module in ("dashboard_sdk", "job.sdk"):  # which tell of each connection
+        logging.getLogger(f"ray.dashboard.modules.{module}").setLevel(logging.WARNING)
     try:
         return JobSubmissionClient(address)
     except AuthenticationError as error:
@@ -105,7 +106,8 @@ def _tunnel(cluster_file: Path) -> Iterator[str]:
             _wait_for(forward, port, cluster_file)
             yield f"http://127.0.0.1:{port}"
         finally:
-            os.killpg(forward.pid, signal.SIGTERM)
+            with suppress(ProcessLookupError):  # it ended by itself
+                os.killpg(forward.pid, signal.SIGTERM)
 
 
 def _wait_for(forward: "subprocess.Popen[str]", port: int, cluster_file: Path) -> None:

@@ -59,7 +59,7 @@ def command(function: Callable[..., Outcome]) -> click.Command:
         log_to_stderr(debug)
         try:
             result, lines = function(**options)
-        except (click.ClickException, click.Abort):
+        except (click.ClickException, click.Abort, click.exceptions.Exit):
             raise
         except Exception as error:
             if debug:

@@ -10,7 +10,7 @@ from cluster.errors import OptionError
 from cluster.manifest import ModelManifest, read_manifest
 from cluster.models import point_to_latest
 from cluster.runtime import cause_of
-from cluster.storage import is_local, remove_folder, write_bytes
+from cluster.storage import is_file, is_local, remove_folder, write_bytes
 from job.config import TrainConfig
 from job.model_folder import METRICS_FILE, finished_config, read_json
 from job.weights import WeightsFile
@@ -56,7 +56,7 @@ class Run:
         finished = finished_config(self.folder)
         if finished is not None:
             self._refuse_other(finished)
-        elif self._begun_with.is_file():
+        elif is_file(self._begun_with):
             self._refuse_other(read_json(self._begun_with))
         return finished is not None
 

@@ -16,7 +16,7 @@ import numpy as np
 from upath import UPath
 
 from cluster.errors import DamageError, InputError, OptionError
-from cluster.storage import fetch, md5_of, new_file, place, sha256_of
+from cluster.storage import fetch, is_file, md5_of, new_file, place, sha256_of
 from job.config import TrainConfig
 from job.startup import load_tensorflow
 
@@ -84,7 +84,7 @@ def handed_over(text: str | None) -> WeightsFile | None:
     file = place(text)
     if not file.name.endswith(OLD_SUFFIX):
         raise OptionError(f"--weights must be imagenet, none, or a file that ends in {OLD_SUFFIX}. Received: {text}")
-    if not file.is_file():
+    if not is_file(file):
         raise InputError(f"--weights must be imagenet, none, or a file. Received: {text}, which is not there")
     return WeightsFile(str(file), sha256_of(file))
 
@@ -105,7 +105,7 @@ def obtain(config: TrainConfig, handed: WeightsFile | None, models: UPath) -> We
         raise OptionError(f"--weights must be the file of the config. Received: {handed}, not {config.weights}")
     _check_fit(config.architecture, handed)
     shared = models / WEIGHTS_FOLDER / f"{handed.sha256}{handed.suffix}"
-    if not shared.is_file() or sha256_of(shared) != handed.sha256:
+    if not is_file(shared) or sha256_of(shared) != handed.sha256:
         _copy(place(handed.place), shared)
     return WeightsFile(str(shared), handed.sha256)
 
@@ -117,7 +117,7 @@ def _imagenet(architecture: str, folder: UPath) -> UPath:
 
     published = IMAGENET[architecture]
     shared = folder / published.name
-    if shared.is_file():
+    if is_file(shared):
         if md5_of(shared) == published.md5:
             return shared
         log.warning("%s is not what its publisher's hash says: it is fetched again", shared)

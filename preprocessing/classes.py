@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from upath import UPath
 
 from cluster.errors import InputError
-from cluster.storage import read_bytes
+from cluster.storage import is_file, read_bytes
 from preprocessing.labels import code_point_name, parse_code_point
 
 RARE = "rare"
@@ -55,6 +55,6 @@ def parse_class_names(text: str, where: str) -> list[str]:
 
 
 def read_class_names(path: UPath) -> list[str]:
-    if not path.is_file():
+    if not is_file(path):
         raise InputError(f"a file of classes must be there. Received: {path}")
     return parse_class_names(read_bytes(path).decode(), str(path))

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from upath import UPath
 
 from cluster.errors import InputError
-from cluster.storage import plain_name, read_bytes
+from cluster.storage import is_file, plain_name, read_bytes
 
 HEADER = ["image_id", "labels"]
 FIELDS_PER_BOX = 5
@@ -79,7 +79,7 @@ def read_labels(path: UPath) -> Labels:
     Raises:
         InputError: wrong header, a repeated or unsafe id, or a row that is not groups of five well-formed fields.
     """
-    if not path.is_file():
+    if not is_file(path):
         raise InputError(f"--labels must be a file. Received: {path}, which is not there")
     data = read_bytes(path)
     page_ids: list[str] = []

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from upath import UPath
 
+from cluster.bucket import explained
 from cluster.errors import InputError
 from cluster.storage import list_files, open_read, read_chunks
 from preprocessing.crop import MAX_PAGE_BYTES, PageFault
@@ -69,7 +70,8 @@ def page_reader(pages: UPath) -> Iterator[ReadPage]:
                         return stream.read(MAX_PAGE_BYTES + 1)
                 except UNREADABLE as error:
                     # bz2 and a misled seek raise OSError too; one with another number is of the disk or the network.
-                    if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+                    ours = not isinstance(error, OSError) or error.errno in (None, errno.EINVAL)
+                    if not ours or isinstance(error, TimeoutError) or explained(error):
                         raise
                     raise PageFault(f"page can't be read from the archive: {error}") from None
 

@@ -26,7 +26,7 @@ from cluster.manifest import (
 )
 from cluster.progress import progress
 from cluster.runtime import cause_of, ray_session
-from cluster.storage import TEMPORARY_PREFIX, list_files, read_bytes, remove_folder, write_bytes
+from cluster.storage import TEMPORARY_PREFIX, change_bytes, is_file, list_files, read_bytes, remove_folder, write_bytes
 from preprocessing.classes import class_indices, class_names
 from preprocessing.dataset import dataset_card, dataset_files
 from preprocessing.labels import Labels, book_of, read_labels
@@ -149,12 +149,19 @@ def _earlier_attempt(dataset: UPath, plan: Plan) -> DatasetManifest | None:
         _write_reports(dataset, plan, manifest)
         write_bytes(plan_path, json.dumps(plan.identity).encode())
         (dataset / MANIFEST_FILE).unlink()
-    elif plan_path.is_file():
+    elif is_file(plan_path):
         _refuse_other(dataset, plan, _read_plan(plan_path))
     elif list_files(dataset):
         raise OptionError(f"--dataset must be a new or empty folder, or one of the same job. Received: {dataset}")
     else:
-        write_bytes(plan_path, json.dumps(plan.identity).encode())
+
+        def first(old: bytes | None) -> bytes | None:
+            if old is None:
+                return json.dumps(plan.identity).encode()
+            _refuse_other(dataset, plan, json.loads(old))  # another job began at the same time
+            return None
+
+        change_bytes(plan_path, first)
     return None
 
 
@@ -199,8 +206,10 @@ def _run(plan: Plan, pages: UPath, dataset: UPath) -> list[dict[str, Any]]:
     with ray_session(), progress("pages cut", len(plan.labels.page_ids), "pages") as advance:
         import ray.data
 
-        logging.getLogger("ray.data").setLevel(logging.ERROR)  # else it warns of the bars that are off
-        ray.data.DataContext.get_current().enable_progress_bars = False
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # else it warns of the bars that are off
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        context.raise_original_map_exception = True  # else the cause is lost on its way back
         groups = ray.data.from_items(plan.rows, override_num_blocks=len(plan.rows))
         try:
             for row in groups.map(write_group, fn_kwargs=places, num_cpus=1).iter_rows():

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from upath import UPath
 
-from cluster.storage import list_files, new_file, place, read_bytes, sha256_of, write_bytes
+from cluster.storage import is_file, list_files, new_file, place, read_bytes, sha256_of, write_bytes
 from preprocessing.crop import PageFault, clip_box, crop, decode_page
 from preprocessing.labels import Labels, code_point_name
 from preprocessing.pages import ReadPage, page_reader
@@ -90,7 +90,7 @@ def report_path(dataset: UPath, group: int) -> UPath:
 def finished_report(dataset: UPath, group: int) -> str | None:
     """The report of a group whose files are all there and right."""
     path = report_path(dataset, group)
-    if not path.is_file():
+    if not is_file(path):
         return None
     text = read_bytes(path).decode()
     there = list_files(dataset)

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import uuid
+import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
@@ -21,8 +22,17 @@ from upath import UPath
 from cluster import bucket
 from cluster.bucket import RANGE_BYTES, explained
 from cluster.errors import DamageError, KuzushijiError
-from cluster.manifest import MANIFEST_FILE, ModelManifest, read_manifest, seal, verify, write_listed
-from cluster.models import Latest, point_to_latest, read_latest
+from cluster.manifest import (
+    MANIFEST_FILE,
+    ModelManifest,
+    is_sealed,
+    read_any_manifest,
+    read_manifest,
+    seal,
+    verify,
+    write_listed,
+)
+from cluster.models import Latest, point_to_latest, read_latest, resolve_model
 from cluster.pull import pull
 from cluster.storage import (
     fetch,
@@ -320,6 +330,47 @@ def test_no_right_and_no_credentials_are_one_line_with_what_to_run(
     (line,) = done.stderr.splitlines()
     assert done.returncode == 1
     assert says in line
+
+
+@pytest.mark.parametrize(("kind", "says"), [("401", "must know who asks"), ("403", "must let you in")])
+def test_a_bucket_that_refuses_later_is_not_taken_for_an_empty_one(
+    strict: StrictBucket, folder: UPath, kind: str, says: str
+) -> None:
+    write_run(folder, "one")
+    strict.faults.inject(kind, times=100)
+    for ask in (is_sealed, read_any_manifest, resolve_model, read_latest):
+        with pytest.raises(KuzushijiError, match=says):
+            ask(folder / "baseline")
+
+
+def test_a_page_that_is_refused_while_prepare_runs_is_one_line(
+    strict: StrictBucket, folder: UPath, pages: Path, tmp_path: Path
+) -> None:
+    name = folder.path.partition("/")[2]
+    for path in (pages / "train_images").iterdir():
+        strict.write("demo", f"{name}/{path.name}", path.read_bytes())
+    strict.faults.inject("403", times=100, matching=f"{name}/.*jpg")
+    command = ["prepare", "--pages", str(folder), "--labels", str(pages / "train.csv"), "--dataset", "crops"]
+    done = subprocess.run([str(KUZUSHIJI), *command], capture_output=True, text=True, check=False, cwd=tmp_path)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 1
+    assert "gs://demo must let you in." in line
+
+
+def test_an_archive_that_is_refused_later_is_no_loss_of_pages(
+    strict: StrictBucket, folder: UPath, pages: Path, tmp_path: Path
+) -> None:
+    archive = Path(shutil.make_archive(str(tmp_path / "pages"), "zip", pages / "train_images"))
+    big = os.urandom(30 << 20)  # more than is read ahead
+    with zipfile.ZipFile(archive, "a") as zipped:
+        zipped.writestr("between", big)
+        zipped.write(next((pages / "train_images").iterdir()), "last.jpg")
+    write_bytes(folder / "pages.zip", archive.read_bytes())
+    with page_reader(folder / "pages.zip") as read:
+        strict.faults.inject("403", times=100)
+        names = sorted(path.name for path in (pages / "train_images").iterdir())
+        with pytest.raises(OSError, match="Forbidden"):
+            list(map(read, names))
 
 
 def test_a_right_that_is_missing_for_writing_alone_is_one_line(strict: StrictBucket, folder: UPath) -> None:
