@@ -1,10 +1,11 @@
-"""Google Cloud Storage through its own client, where fsspec can't: uploads checked on arrival, ranges side by side, and
-writes that go through only where nobody wrote in between. Listings and streams go through gcsfs.
+"""Google Cloud Storage through its own client, where fsspec can't: uploads checked on arrival, ranges side by side,
+writes that go through only where nobody wrote in between, and reads of one generation. Listings go through gcsfs.
 
 Requests are retried by the client, two minutes at most; what fails for good is told by `explained`.
 """
 
 import base64
+import logging
 import os
 import re
 import sys
@@ -14,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import google_crc32c
 from upath import UPath
@@ -27,13 +28,20 @@ if TYPE_CHECKING:
 RANGE_BYTES = 8 << 20
 RANGES_AT_ONCE = 8
 SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")  # https://cloud.google.com/storage/docs/buckets#naming
 
-# gcsfs looks for hierarchical namespaces, which nothing here uses, and waits a minute for a server without them.
+logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # what fails is raised, and told in one line
+# It looks for hierarchical namespaces, which nothing here uses, and waits a minute for a server without them.
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 
 
 def is_bucket(path: UPath) -> bool:
     return path.protocol in ("gs", "gcs")
+
+
+def has_name(path: UPath) -> bool:
+    """Whether the bucket of a path has a name that a bucket can have."""
+    return _NAME.fullmatch(path.path.partition("/")[0]) is not None
 
 
 @cache
@@ -46,7 +54,11 @@ def options() -> dict[str, Any]:
 
 @cache
 def _credentials() -> Any:
-    """Application default credentials; None where there are none: public buckets can be read all the same."""
+    """Application default credentials; None where there are none: public buckets can be read all the same.
+
+    Raises:
+        KuzushijiError: the file that is to hold them can't be used.
+    """
     import google.auth
     from google.auth.exceptions import DefaultCredentialsError
 
@@ -54,8 +66,15 @@ def _credentials() -> Any:
         return None
     try:
         return google.auth.default(scopes=[SCOPE])[0]
-    except DefaultCredentialsError:
-        return None
+    except Exception as error:  # of many kinds, where the file is not as it should be
+        if file := os.environ.get("GOOGLE_APPLICATION_CREDENTIALS"):
+            raise KuzushijiError(
+                "GOOGLE_APPLICATION_CREDENTIALS must name a file with credentials. "
+                f"Received: {file}: {' '.join(str(error).split())[:200]}. Mend it, or unset the variable"
+            ) from None
+        if isinstance(error, DefaultCredentialsError):
+            return None
+        raise
 
 
 @cache
@@ -78,7 +97,7 @@ def reach(bucket: str) -> None:
     Raises:
         KuzushijiError: it is not there, or may not be listed.
     """
-    with _explaining():
+    with explaining():
         next(iter(_client().list_blobs(bucket, max_results=1)), None)
 
 
@@ -86,7 +105,7 @@ def upload(local: Path, target: UPath) -> None:
     """Make an object of a file; what arrives is held against the file's CRC32C."""
     from google.cloud.storage.retry import DEFAULT_RETRY
 
-    with _explaining():
+    with explaining():
         _blob(target).upload_from_filename(str(local), checksum="crc32c", retry=DEFAULT_RETRY)
 
 
@@ -106,7 +125,7 @@ def change(target: UPath, content: Callable[[bytes | None], bytes | None]) -> No
         new = content(old)
         if new is None or new == old:
             return
-        with suppress(PreconditionFailed), _explaining():
+        with suppress(PreconditionFailed), explaining():
             # Generation 0 is that of an object that is not there.
             generation = blob.generation if old is not None else 0
             blob.upload_from_string(new, checksum="crc32c", if_generation_match=generation, retry=DEFAULT_RETRY)
@@ -115,7 +134,7 @@ def change(target: UPath, content: Callable[[bytes | None], bytes | None]) -> No
 
 def has(path: UPath) -> bool:
     """Whether there is such an object. gcsfs' own answer takes every failure for a no (fsspec's `isfile`)."""
-    with _explaining():
+    with explaining():
         return bool(_blob(path).exists())
 
 
@@ -129,6 +148,20 @@ def read_bytes(path: UPath) -> bytes:
     return _download(_blob(path))
 
 
+def open_read(path: UPath) -> BinaryIO:
+    """Open one generation of an object for reading here and there. Nothing is held against a checksum; reads fail with
+    the client's errors, for `explaining`.
+
+    Raises:
+        FileNotFoundError: there is no such object.
+    """
+    blob = _blob(path)
+    with explaining():
+        blob.reload()
+        stream: BinaryIO = blob.open("rb", chunk_size=RANGE_BYTES, if_generation_match=blob.generation)
+    return stream
+
+
 def read_chunks(path: UPath, begin: int, end: int) -> Iterator[bytes]:
     """Bytes `begin` to `end` of one generation of an object, in order, fewer if it is shorter; several ranges are under
     way at once. What is read whole is held against its CRC32C.
@@ -138,7 +171,7 @@ def read_chunks(path: UPath, begin: int, end: int) -> Iterator[bytes]:
         DamageError: it did not arrive as it is there.
     """
     blob = _blob(path)
-    with _explaining():
+    with explaining():
         blob.reload()
         checksum = google_crc32c.Checksum()
         for chunk in _ranges(blob, begin, min(end, blob.size)):
@@ -149,7 +182,7 @@ def read_chunks(path: UPath, begin: int, end: int) -> Iterator[bytes]:
 
 
 def _download(blob: "Blob") -> bytes:
-    with _explaining():
+    with explaining():
         content: bytes = blob.download_as_bytes()
     return content
 
@@ -157,7 +190,8 @@ def _download(blob: "Blob") -> bytes:
 def _ranges(blob: "Blob", begin: int, end: int) -> Iterator[bytes]:
     """In order, with a bounded number in memory."""
     coming: deque[Future[bytes]] = deque()
-    with ThreadPoolExecutor(RANGES_AT_ONCE) as pool:
+    pool = ThreadPoolExecutor(RANGES_AT_ONCE)
+    try:
         for start in range(begin, end, RANGE_BYTES):
             last = min(start + RANGE_BYTES, end) - 1  # the client counts it in
             coming.append(
@@ -167,10 +201,12 @@ def _ranges(blob: "Blob", begin: int, end: int) -> Iterator[bytes]:
                 yield coming.popleft().result()
         while coming:
             yield coming.popleft().result()
+    finally:  # after a failure the others are not waited for: each may take the client's two minutes
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 @contextmanager
-def _explaining() -> Iterator[None]:
+def explaining() -> Iterator[None]:
     """Failures of the client come out as ours; an object that is not there (any more) as FileNotFoundError."""
     from google.api_core.exceptions import NotFound, PreconditionFailed
 
@@ -196,6 +232,7 @@ def explained(error: BaseException) -> KuzushijiError | None:
     from google.api_core.exceptions import GoogleAPICallError, RetryError
     from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError, TransportError
     from google.cloud.storage.exceptions import DataCorruption
+    from requests import RequestException
 
     cause = error.cause if isinstance(error, RetryError) and error.cause else error
     text = " ".join(str(cause).split())
@@ -224,7 +261,8 @@ def explained(error: BaseException) -> KuzushijiError | None:
         return KuzushijiError(
             f"{bucket} must be there. Received: {text[:200]}. Run `gcloud storage buckets create {bucket}`"
         )
-    if isinstance(error, RetryError | TransportError) or (isinstance(code, int) and (code == 429 or code >= 500)):
+    unreached = RetryError | TransportError | RequestException
+    if isinstance(error, unreached) or (isinstance(code, int) and (code == 429 or code >= 500)):
         return KuzushijiError(
             f"{bucket} must answer. Received, after retries: {text[:300]}. Run the same command again"
         )

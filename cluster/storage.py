@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from fsspec import get_filesystem_class
 from upath import UPath
 
 from cluster import bucket
@@ -31,16 +32,21 @@ def place(text: str | os.PathLike[str]) -> UPath:
     """A path or address. Local ones are made absolute, since workers run in other folders.
 
     Raises:
-        OptionError: it is empty, or an address of a kind that fsspec does not know.
+        OptionError: it is empty, an address of a kind that can't be used here, or of no bucket's name.
     """
     if not str(text):
         raise OptionError("a place must be a path or an address. Received: an empty one")
     try:
-        path = UPath(text)
+        path: UPath = UPath(text)
+        get_filesystem_class(path.protocol)  # which imports what is needed for it
     except (ValueError, ImportError) as error:
         raise OptionError(f"a place must be a path or an address. Received: {text}: {error}") from None
     if is_local(path):
         return UPath(os.path.abspath(path.path))
+    if bucket.is_bucket(path) and not bucket.has_name(path):
+        raise OptionError(
+            f"an address of Google Cloud Storage must be gs://BUCKET/..., in small letters. Received: {text}"
+        )
     if bucket.is_bucket(path):
         path = UPath(text, **bucket.options())
     return path
@@ -153,8 +159,12 @@ def is_file(path: UPath) -> bool:
 
 
 def open_read(path: UPath) -> BinaryIO:
-    """Open for streaming."""
-    stream: BinaryIO = path.fs.open(path.path, "rb")
+    """Open for reading here and there, as it is now.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    stream: BinaryIO = bucket.open_read(path) if bucket.is_bucket(path) else path.fs.open(path.path, "rb")
     return stream
 
 

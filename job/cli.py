@@ -1,11 +1,12 @@
 """The command line. Each command imports what it needs when it runs: `--help` loads neither TensorFlow nor Ray."""
 
 import logging
+import shlex
 from typing import Any
 
 import click
 
-from cluster.errors import OptionError
+from cluster.errors import InputError, OptionError
 from job.command import Outcome, command, config_of, main
 
 SHOWN_CONFUSIONS = 20
@@ -219,7 +220,7 @@ def submit(
     arguments: tuple[str, ...],
 ) -> Outcome:
     """Run a command as a job on a cluster, follow its log, end as it ends."""
-    from cluster.storage import local_path
+    from cluster.storage import local_path, plain_name
     from cluster.submit import Head, connected, follow, hand_in
 
     if cluster and address:
@@ -230,11 +231,18 @@ def submit(
         )
     if arguments:
         _check_job(arguments)
+    elif attach:
+        try:
+            plain_name(attach, "--attach")
+        except InputError as error:
+            raise OptionError(str(error)) from None
     folder = local_path(working_dir, "--working-dir") if working_dir else None
+    if folder and not folder.is_dir():
+        raise OptionError(f"--working-dir must be a folder that is there. Received: {working_dir}")
     head = Head(address, None if address else local_path(cluster or "ray_cluster.yaml", "--cluster"))
     with connected(head) as client:
-        job = attach or hand_in(client, arguments, folder)
-        log.info("job %s%s", job, "" if attach else f" was handed in: kuzushiji {' '.join(arguments)}")
+        job = attach or hand_in(client, arguments, folder, head)
+        log.info("job %s%s", job, "" if attach else f" was handed in: kuzushiji {shlex.join(arguments)}")
         if no_wait:
             return {"job": job}, [f"follow it: kuzushiji submit {head.option} --attach {job}"]
         code = follow(client, job, head)

@@ -12,9 +12,9 @@ from typing import Protocol
 
 from upath import UPath
 
-from cluster.bucket import explained
-from cluster.errors import InputError
-from cluster.storage import list_files, open_read, read_chunks
+from cluster.bucket import explaining
+from cluster.errors import DamageError, InputError
+from cluster.storage import is_local, list_files, open_read, read_chunks
 from preprocessing.crop import MAX_PAGE_BYTES, PageFault
 
 SUFFIX = ".jpg"
@@ -31,11 +31,13 @@ def list_pages(pages: UPath) -> dict[str, tuple[str, int]]:
 
     Raises:
         InputError: no such folder or archive, a broken archive, no page in it, or two pages of one id.
+        DamageError: an archive's list of its pages did not arrive as it is there.
     """
     if _is_archive(pages):
-        with _open_archive(pages) as archive:
-            members = [(info.filename, info.file_size) for info in archive.infolist()]
-            found = [(name, size) for name, size in members if not name.startswith("__MACOSX/")]
+        members = _list_members(pages)
+        if not is_local(pages) and members != _list_members(pages):  # unlike its pages, it has no checksum
+            raise DamageError(f"{pages} must arrive as it is there. Received: other bytes. Run the same command again")
+        found = [(name, size) for name, size in members if not name.startswith("__MACOSX/")]
     else:
         found = list(list_files(pages).items())
     listing: dict[str, tuple[str, int]] = {}
@@ -60,35 +62,49 @@ def fingerprint(labels_sha256: str, listing: Mapping[str, tuple[str, int]]) -> s
 
 @contextmanager
 def page_reader(pages: UPath) -> Iterator[ReadPage]:
-    """A function from a name of the listing to the file's bytes; it raises PageFault for what can't be read."""
-    if _is_archive(pages):
-        with _open_archive(pages) as archive:
+    """A function from a name of the listing to the file's bytes.
 
-            def read_member(name: str) -> bytes:
-                try:
-                    with archive.open(name) as stream:
-                        return stream.read(MAX_PAGE_BYTES + 1)
-                except UNREADABLE as error:
-                    # bz2 and a misled seek raise OSError too; one with another number is of the disk or the network.
-                    ours = not isinstance(error, OSError) or error.errno in (None, errno.EINVAL)
-                    if not ours or isinstance(error, TimeoutError) or explained(error):
-                        raise
-                    raise PageFault(f"page can't be read from the archive: {error}") from None
+    It raises PageFault for what can't be read as it is there, and FileNotFoundError for what is there no more.
+    """
+    if not _is_archive(pages):
+        yield lambda name: b"".join(read_chunks(pages / name, 0, MAX_PAGE_BYTES + 1))
+        return
+    with _open_archive(pages) as archive:
 
-            yield read_member
-    else:
-
-        def read_file(name: str) -> bytes:
+        def read(name: str) -> bytes:
             try:
-                return b"".join(read_chunks(pages / name, 0, MAX_PAGE_BYTES + 1))
-            except FileNotFoundError:
-                raise PageFault("page has no file") from None
+                return _read_member(archive, name)
+            except (PageFault, FileNotFoundError):
+                if is_local(pages):
+                    raise
+            # A byte may have changed on its way here, of the page or of the archive's list of its pages.
+            with _open_archive(pages) as afresh:
+                return _read_member(afresh, name)
 
-        yield read_file
+        yield read
 
 
 def _is_archive(pages: UPath) -> bool:
     return pages.suffix == ".zip"
+
+
+def _list_members(pages: UPath) -> list[tuple[str, int]]:
+    """Name and size in bytes of all that an archive holds."""
+    with _open_archive(pages) as archive:
+        return [(info.filename, info.file_size) for info in archive.infolist()]
+
+
+def _read_member(archive: zipfile.ZipFile, name: str) -> bytes:
+    try:
+        with explaining(), archive.open(name) as stream:
+            return stream.read(MAX_PAGE_BYTES + 1)
+    except KeyError:
+        raise FileNotFoundError(f"{name} is not in {archive.filename}") from None
+    except UNREADABLE as error:
+        # bz2 and a misled seek raise OSError too; one with another number is of the disk.
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise
+        raise PageFault(f"page can't be read from the archive: {error}") from None
 
 
 @contextmanager
@@ -99,7 +115,8 @@ def _open_archive(pages: UPath) -> Iterator[zipfile.ZipFile]:
         raise InputError(f"--pages must be there. Received: {pages}") from None
     with stream:
         try:
-            archive = zipfile.ZipFile(stream)
+            with explaining():
+                archive = zipfile.ZipFile(stream)
         except zipfile.BadZipFile as error:
             raise InputError(f"--pages must be a folder or a whole .zip. Received: {pages}: {error}") from None
         with archive:

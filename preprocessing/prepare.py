@@ -117,8 +117,7 @@ def make_plan(pages: UPath, labels_path: UPath, config: PrepareConfig) -> Plan:
     listing = list_pages(pages)
     splits = split_of_boxes(labels, config.split, config.seed, config.val_fraction, config.test_fraction)
     names = config.classes or class_names(labels.code_points, config.coverage)
-    files = {page_id: name for page_id, (name, _) in listing.items()}
-    rows = plan_groups(labels, class_indices(names, labels.code_points), splits, files, config.shards)
+    rows = plan_groups(labels, class_indices(names, labels.code_points), splits, listing, config.shards)
     identity = config.model_dump(exclude={"max_bad_fraction"})
     identity |= {"input": fingerprint(labels.sha256, listing), "versions": _versions()}
     unlabelled = sorted(os.fsencode(p).decode(errors="replace") for p in set(listing) - set(labels.page_ids))

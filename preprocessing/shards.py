@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from upath import UPath
 
+from cluster.errors import InputError
 from cluster.storage import is_file, list_files, new_file, place, read_bytes, sha256_of, write_bytes
-from preprocessing.crop import PageFault, clip_box, crop, decode_page
+from preprocessing.crop import MAX_PAGE_BYTES, PageFault, clip_box, crop, decode_page
 from preprocessing.labels import Labels, code_point_name
 from preprocessing.pages import ReadPage, page_reader
 from preprocessing.records import encode_example, frame
@@ -35,13 +36,17 @@ def shard_name(split: str, index: int, count: int) -> str:
 
 
 def plan_groups(
-    labels: Labels, classes: NDArray[np.int64], splits: NDArray[np.int8], names: dict[str, str], groups: int | None
+    labels: Labels,
+    classes: NDArray[np.int64],
+    splits: NDArray[np.int8],
+    files: dict[str, tuple[str, int]],
+    groups: int | None,
 ) -> list[dict[str, Any]]:
     """Rows for Ray Data, one a group, in the order of their pages.
 
-    classes, splits: (N,), of each box. names: page id to file name, for the pages that have a file.
+    classes, splits: (N,), of each box. files: page id to file name and size in bytes, for the pages that have a file.
     A row has `group`, `files` (a name or "" for each of `SPLITS`), P values each of `image_id`, `name` ("" without a
-    file) and `boxes`, and n values each of `unicode`, `label`, `split` and 4n of `box`, page by page.
+    file), `bytes` and `boxes`, and n values each of `unicode`, `label`, `split` and 4n of `box`, page by page.
     """
     total, pages = len(labels.boxes), len(labels.page_ids)
     if groups is None:
@@ -61,7 +66,8 @@ def plan_groups(
         row = {
             "group": len(rows),
             "image_id": ids,
-            "name": [names.get(page_id, "") for page_id in ids],
+            "name": [files.get(page_id, ("", 0))[0] for page_id in ids],
+            "bytes": [files.get(page_id, ("", 0))[1] for page_id in ids],
             "boxes": labels.boxes_per_page[first:last].tolist(),
             "unicode": labels.code_points[boxes].tolist(),
             "label": classes[boxes].tolist(),
@@ -122,8 +128,9 @@ def _cut_group(row: dict[str, Any], pages: UPath, folder: UPath) -> dict[str, An
     with ExitStack() as stack:
         writers = [_open_writer(stack, folder, name) if name else None for name in row["files"]]
         read = stack.enter_context(page_reader(pages))
-        for page_id, name, count in zip(row["image_id"], row["name"], row["boxes"], strict=True):
-            page = _read_page(read, name) if count else PageFault("page without boxes")
+        files = zip(row["image_id"], row["name"], row["bytes"], row["boxes"], strict=True)
+        for page_id, name, size, count in files:
+            page = _read_page(read, name, size) if count else PageFault("page without boxes")
             for i in range(start, start + count):
                 box: list[int] = boxes[i].tolist()
                 unicode = code_point_name(row["unicode"][i])
@@ -151,13 +158,26 @@ def _cut_group(row: dict[str, Any], pages: UPath, folder: UPath) -> dict[str, An
     return {"shards": shards, "losses": losses, "clipped": clipped}
 
 
-def _read_page(read: ReadPage, name: str) -> "NDArray[np.uint8] | PageFault":
+def _read_page(read: ReadPage, name: str, size: int) -> "NDArray[np.uint8] | PageFault":
+    """A page, or why it can't be cut; only what is wrong with the file that was listed is such a reason.
+
+    Raises:
+        InputError: it is not the file that was listed.
+    """
     try:
         if not name:
             raise PageFault("page has no file")
-        return decode_page(read(name))
+        data = read(name)
+        if len(data) not in (size, MAX_PAGE_BYTES + 1):
+            raise FileNotFoundError(f"{name} with {len(data)} bytes instead of {size}")
+        return decode_page(data)
     except PageFault as fault:
         return fault
+    except FileNotFoundError as error:
+        raise InputError(
+            "--pages must stay as they are while they are cut, and be one place for all workers. "
+            f"Received: {' '.join(str(error).split())}. Run the same command again"
+        ) from None
 
 
 def _open_writer(stack: ExitStack, folder: UPath, name: str) -> "_ShardWriter":

@@ -223,11 +223,13 @@ def test_the_token_can_be_read_by_its_owner_alone_on_every_machine(cluster: Clus
     assert cluster.laptop("stat", "-c", "%a", "/root/.ray/auth_token").stdout.strip() == "600"
 
 
-def wait_for(what: Callable[[], Any], seconds: float) -> None:
+def wait_for(what: Callable[[], Any], seconds: float) -> Any:
+    """What `what` returns, once that is something."""
     deadline = time.monotonic() + seconds
-    while not what():
+    while not (found := what()):
         assert time.monotonic() < deadline
         time.sleep(1)
+    return found
 
 
 def test_a_host_that_is_gone_changes_nothing_of_the_model(cluster: Cluster, trained: str) -> None:
@@ -255,9 +257,16 @@ for node in ray.nodes():
 
 
 def test_a_spot_machine_that_is_taken_back_drains_its_node_first(cluster: Cluster, trained: str) -> None:
-    wait_for(lambda: cluster.of_type("gpu"), 300)
-    spot = cluster.of_type("gpu")[0]
+    def seen() -> str:
+        environment = {"RAY_AUTH_MODE": "token", "RAY_ADDRESS": "auto"}
+        said: str = cluster.head.host.run([f"{BIN}/python", "-c", NODES], user="ubuntu", env=environment).stdout
+        return said
+
+    def joined() -> list[Instance]:
+        """A machine runs before its node is Ray's."""
+        nodes = seen()
+        return [one for one in cluster.of_type("gpu") if f"{one.ip} True" in nodes]
+
+    spot = wait_for(joined, 300)[0]
     cluster.cloud.preempt(spot.name)
-    environment = {"RAY_AUTH_MODE": "token", "RAY_ADDRESS": "auto"}
-    seen = cluster.head.host.run([f"{BIN}/python", "-c", NODES], user="ubuntu", env=environment).stdout
-    assert f"{spot.ip} False Google takes the spot machine back" in seen, spot.shutdown_output
+    assert f"{spot.ip} False Google takes the spot machine back" in seen(), spot.shutdown_output

@@ -48,16 +48,23 @@ try:
 except urllib.error.HTTPError as error:
     print(error.code)
 """
+# What an object of each bucket holds, which objects there are, and what the bucket itself is called.
 BUCKETS = """
 import sys
 from google.api_core.exceptions import GoogleAPIError
 from google.cloud import storage
 
-for bucket in sys.argv[1:]:
-    try:
-        print(bucket, storage.Client().bucket(bucket).blob("page").download_as_bytes().decode())
-    except GoogleAPIError as error:
-        print(bucket, error.code)
+client = storage.Client()
+for bucket in map(client.bucket, sys.argv[1:]):
+    for ask in (
+        lambda: bucket.blob("page").download_as_bytes().decode(),
+        lambda: [blob.name for blob in client.list_blobs(bucket)],
+        lambda: client.get_bucket(bucket).name,
+    ):
+        try:
+            print(bucket.name, ask())
+        except GoogleAPIError as error:
+            print(bucket.name, error.code)
 """
 CONNECT = """
 import socket, sys
@@ -71,13 +78,12 @@ for address in sys.argv[1:]:
 """
 
 
+DEBIAN = {"sourceImage": "projects/debian/global/images/family/12"}
+
+
 def wanted(name: str = "good", **changes: Any) -> dict[str, Any]:
     """The body of a request for an instance."""
-    disk = {
-        "boot": True,
-        "autoDelete": True,
-        "initializeParams": {"sourceImage": "projects/debian/global/images/family/12"},
-    }
+    disk = {"boot": True, "autoDelete": True, "initializeParams": DEBIAN}
     body = {
         "name": name,
         "machineType": f"zones/{ZONE}/machineTypes/n2-standard-4",
@@ -145,6 +151,11 @@ def test_hosts_reach_each_other_and_nothing_else(cloud: FakeCloud) -> None:
     assert cloud.laptop.run("getent hosts example.org", check=False).returncode == 2
 
 
+def speaking_for(email: str) -> list[dict[str, Any]]:
+    """The `serviceAccounts` of an instance."""
+    return [{"email": email, "scopes": ["https://www.googleapis.com/auth/cloud-platform"]}]
+
+
 @needs_hosts
 def test_only_an_instance_with_an_account_gets_tokens_and_they_open_only_its_buckets(cloud: FakeCloud) -> None:
     email = cloud.account("workers")
@@ -154,18 +165,38 @@ def test_only_an_instance_with_an_account_gets_tokens_and_they_open_only_its_buc
     poor = made(cloud, "poor")
     assert poor.host is not None
     assert poor.host.run(token).stdout == "404\n"
-    rich = made(
-        cloud, "rich", serviceAccounts=[{"email": email, "scopes": ["https://www.googleapis.com/auth/cloud-platform"]}]
-    )
+    rich = made(cloud, "rich", serviceAccounts=speaking_for(email))
     assert rich.host is not None
     assert rich.host.run(token).stdout.startswith("200 {")
     read = rich.host.run(["python", "-c", BUCKETS, "demo-bucket", "other-bucket", "no-bucket"]).stdout
-    assert read.splitlines() == ["demo-bucket hello", "other-bucket 403", "no-bucket 404"]
+    refused = ["other-bucket 403"] * 3 + ["no-bucket 404"] * 3
+    assert read.splitlines() == ["demo-bucket hello", "demo-bucket ['page']", "demo-bucket 403", *refused]
+    read = cloud.laptop.run(["python", "-c", BUCKETS, "demo-bucket"]).stdout  # as the owner
+    assert read.splitlines() == ["demo-bucket hello", "demo-bucket ['page']", "demo-bucket demo-bucket"]
     assert {one.account for one in cloud.requests if one.machine == "rich" and one.host.startswith("storage")} == {
         email
     }
     # Who has rights in a bucket has none over instances.
     assert rich.host.run(["python", "-c", CALL, "list", "{}"]).stdout.startswith('{"error": {"code": 403')
+
+
+@needs_hosts
+def test_who_makes_instances_gives_them_only_accounts_that_it_may_use(cloud: FakeCloud) -> None:
+    maker, used, other = (cloud.account(name) for name in ("maker", "used", "other"))
+    cloud.add_account(maker, "roles/compute.instanceAdmin.v1")
+    cloud.add_account(used)
+    cloud.add_account(other)
+    cloud.grant_use(maker, used)
+    host = made(cloud, "maker", serviceAccounts=speaking_for(maker)).host
+    assert host is not None
+
+    def insert(email: str) -> str:
+        body = json.dumps({"body": wanted("given", serviceAccounts=speaking_for(email))})
+        return host.run(["python", "-c", CALL, "insert", body]).stdout
+
+    assert '"SERVICE_ACCOUNT_ACCESS_DENIED"' in insert(other)
+    assert "was not found" in insert(cloud.account("nobody"))
+    assert '"error"' not in insert(used)
 
 
 @needs_hosts
@@ -192,6 +223,8 @@ def test_a_spot_machine_that_is_taken_back_knows_it_and_runs_its_script(cloud: F
     assert instance.host is None
     assert call(cloud, "get", instance="spot")["error"]["code"] == 404
     made(cloud, "lost")
+    with pytest.raises(ValueError, match="lost is no spot machine"):
+        cloud.preempt("lost")
     cloud.delete("lost")
     assert "lost" not in [one["name"] for one in call(cloud, "list")["items"]]
 
@@ -207,16 +240,23 @@ N1 = f"zones/{ZONE}/machineTypes/n1-standard-8"
         ({"machineType": "n2-standard-4"}, "resource.machineType"),
         ({"machineType": "zones/us-east1-b/machineTypes/n2-standard-4"}, "does not exist"),
         ({"disks": None}, "No disks"),
+        ({"disks": [{"initializeParams": DEBIAN}]}, "Boot disk"),
+        ({"disks": [{"boot": True, "initializeParams": {"sourceImage": "debian"}}]}, "sourceImage"),
+        ({"disks": [{"boot": True, "initializeParams": {**DEBIAN, "diskSizeGb": 5}}]}, "diskSizeGb"),
         ({"networkInterfaces": None}, "network interface"),
+        ({"networkInterfaces": [{"network": "default"}]}, "networkInterfaces.0."),
         ({"networkConfig": {}}, 'Unknown name "networkConfig"'),
         ({"labels": {"9": "a"}}, "Label key"),
         ({"tags": {"items": ["Ray"]}}, "resource.tags.items"),
         ({"scheduling": [{"provisioningModel": "CHEAP"}]}, "CHEAP"),
         ({"scheduling": {"provisioningModel": "SPOT", "automaticRestart": True}}, "automaticRestart"),
+        ({"scheduling": {"provisioningModel": "SPOT", "onHostMaintenance": "MIGRATE"}}, "onHostMaintenance"),
         ({"scheduling": {"instanceTerminationAction": "DELETE"}}, "only for SPOT"),
         ({"guestAccelerators": [GPU], "machineType": N1}, "live migration"),
         ({"guestAccelerators": [GPU]}, "not compatible"),
+        ({"guestAccelerators": [{**GPU, "acceleratorCount": 3}], "machineType": N1}, "number of GPUs"),
         ({"guestAccelerators": [{**GPU, "acceleratorType": "nvidia-tesla-t4"}], "machineType": N1}, "malformed"),
+        ({"metadata": {"items": [{"key": "a.b", "value": "1"}]}}, "metadata.items.key"),
         ({"metadata": {"items": [{"key": "a", "value": "1"}, {"key": "a", "value": "2"}]}}, "Duplicate"),
     ],
 )

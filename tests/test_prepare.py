@@ -18,7 +18,8 @@ from cluster.errors import DamageError, InputError, OptionError
 from cluster.manifest import DatasetManifest, read_manifest, verify
 from cluster.storage import place
 from preprocessing.labels import read_labels
-from preprocessing.prepare import PrepareConfig, prepare
+from preprocessing.prepare import PrepareConfig, make_plan, prepare
+from preprocessing.shards import write_group
 
 pytestmark = pytest.mark.usefixtures("ray_here")
 
@@ -351,3 +352,19 @@ def test_a_page_that_is_broken_in_the_archive_is_a_loss(method: int, tmp_path: P
     manifest = run(tmp_path, tmp_path / "out", pages="pages.zip")
     assert {loss["page"] for loss in manifest.losses} == {"a_1"}
     assert "page can't be read from the archive" in manifest.losses[0]["what"]
+
+
+@pytest.mark.parametrize("change", ["gone", "longer"])
+@pytest.mark.parametrize("source", ["train_images", "pages.zip"])
+def test_a_page_that_changes_under_prepare_is_no_loss_but_one_line(source: str, change: str, tmp_path: Path) -> None:
+    """As it is, too, where `--pages` is another folder on another host."""
+    write_pages(tmp_path, {"a_1.jpg": page()}, {"a_1": boxes(10)})
+    files = tmp_path / "train_images"
+    shutil.make_archive(str(tmp_path / "pages"), "zip", files)
+    places = place(tmp_path / source), place(tmp_path / "train.csv")
+    (row,) = make_plan(*places, PrepareConfig()).rows
+    (files / "a_1.jpg").rename(files / "a_2.jpg") if change == "gone" else (files / "a_1.jpg").write_bytes(page(150))
+    shutil.make_archive(str(tmp_path / "pages"), "zip", files)
+    with pytest.raises(InputError, match=r"--pages must stay as they are .* Received: [^\n]*a_1\.jpg"):
+        write_group(row, str(places[0]), str(tmp_path / "out"))
+    assert not list(tmp_path.glob("out/*.tfrecord-*"))

@@ -1,25 +1,35 @@
 """submit: a command runs as a job on a real head, whose log and outcome come back, and which asks for the token."""
 
+import asyncio
+import dataclasses
 import json
 import os
 import secrets
+import shlex
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
+import aiohttp
 import grpc
 import psutil
 import pytest
+from aiohttp import web
 from conftest import KUZUSHIJI
 from test_project import ROOT
+
+from cluster import submit
+from cluster.errors import KuzushijiError
 
 RAY = Path(sys.executable).with_name("ray")
 SECONDS_TO_START = 120
@@ -42,6 +52,17 @@ class Head:
 
     def kuzushiji(self, *arguments: str) -> list[str]:
         return [str(KUZUSHIJI), "submit", "--address", self.address, *arguments]
+
+    @contextmanager
+    def popen(self, *arguments: str) -> Iterator["subprocess.Popen[str]"]:
+        with subprocess.Popen(
+            self.kuzushiji(*arguments), env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as here:
+            try:
+                yield here
+            except BaseException:
+                here.kill()  # or its job is waited for
+                raise
 
     def submit(self, *arguments: str, **changed: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -103,6 +124,135 @@ def answer(url: str, token: str | None) -> int | None:
         return None
 
 
+# Ends with 7 when the file that it is given is there.
+JOB = """
+import pathlib, sys, time
+
+def main():
+    print("begun", flush=True)
+    while not pathlib.Path(sys.argv[-1]).exists():
+        print("at work", flush=True)
+        time.sleep(0.1)
+    return 7
+"""
+
+
+@pytest.fixture(scope="module")
+def waiting(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A job that goes on until its last argument, to be added, is there."""
+    checkout = tmp_path_factory.mktemp("checkout")
+    (checkout / "job").mkdir()
+    (checkout / "job" / "__init__.py").touch()
+    (checkout / "job" / "cli.py").write_text(JOB)
+    return ["--working-dir", str(checkout), "--", "verify"]
+
+
+# Leads to the head, as `ray dashboard` does by ssh from where a cluster was brought up (`test_cloud.py`).
+RAY_DASHBOARD = """#!{python}
+import asyncio, os, sys
+
+async def pour(reader, writer):
+    while data := await reader.read(65536):
+        writer.write(data)
+        await writer.drain()
+    writer.close()
+
+async def lead(reader, writer):
+    there = await asyncio.open_connection("127.0.0.1", {port})
+    await asyncio.gather(pour(reader, there[1]), pour(there[0], writer))
+
+async def main():
+    server = await asyncio.start_server(lead, "127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1]))
+    await server.serve_forever()
+
+with open({pid!r}, "w") as file:
+    file.write(str(os.getpid()))
+asyncio.run(main())
+"""
+# `ray` is looked for beside the interpreter.
+KUZUSHIJI_BESIDE = "import sys; sys.executable = {python!r}; from job.cli import main; main()"
+
+
+@dataclass(frozen=True)
+class Cluster(Head):
+    """The head by way of a cluster file."""
+
+    folder: Path
+
+    @property
+    def file(self) -> Path:
+        return self.folder / "ray_cluster.yaml"
+
+    @property
+    def tunnel(self) -> Path:
+        """Holds the process that leads there, once there is one."""
+        return self.folder / "pid"
+
+    def kuzushiji(self, *arguments: str) -> list[str]:
+        script = KUZUSHIJI_BESIDE.format(python=str(self.folder / "python"))
+        return [sys.executable, "-c", script, "submit", "--cluster", str(self.file), *arguments]
+
+
+@pytest.fixture
+def cluster(head: Head, tmp_path: Path) -> Cluster:
+    folder = tmp_path / "a cluster"
+    folder.mkdir()
+    environment = {key: value for key, value in head.environment.items() if key != "RAY_AUTH_MODE"}
+    cluster = Cluster(head.address, head.ports, environment, folder)
+    text = (ROOT / "ray_cluster.yaml").read_text().replace("<PROJECT>", "a-project")
+    token = head.environment["RAY_AUTH_TOKEN_PATH"]
+    cluster.file.write_text(text.replace('token": "~/.ray/auth_token"', f'token": "{token}"'))
+    port = head.address.rpartition(":")[2]
+    (folder / "ray").write_text(RAY_DASHBOARD.format(python=sys.executable, port=port, pid=str(cluster.tunnel)))
+    (folder / "ray").chmod(0o755)
+    return cluster
+
+
+PassOn = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+@contextmanager
+def behind(head: Head, answer: Callable[[web.Request, PassOn], Awaitable[web.StreamResponse]]) -> Iterator[Head]:
+    """The head behind something that may answer in its place."""
+
+    async def pass_on(request: web.Request) -> web.StreamResponse:
+        what = {"headers": request.headers, "data": await request.read()}
+        async with (
+            aiohttp.ClientSession() as session,
+            session.request(request.method, head.address + request.path_qs, **what) as there,
+        ):
+            return web.Response(status=there.status, body=await there.read(), content_type=there.content_type)
+
+    async def start() -> web.ServerRunner:
+        runner = web.ServerRunner(web.Server(lambda request: answer(request, pass_on)), shutdown_timeout=0.1)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        return runner
+
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    try:
+        runner = asyncio.run_coroutine_threadsafe(start(), loop).result()
+        yield dataclasses.replace(head, address=f"http://127.0.0.1:{runner.addresses[0][1]}")
+        asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result()
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+def wait_for(text: str, stream: IO[str] | None) -> None:
+    assert stream is not None
+    while text not in (line := stream.readline()):
+        assert line, "it ended"
+
+
+def job_of(line: str) -> str:
+    """Which job a line tells how to follow."""
+    return line.partition("--attach ")[2].partition(";")[0]
+
+
 def test_a_job_runs_and_its_log_and_outcome_come_back(head: Head, dataset: Path) -> None:
     done = head.submit("--", "verify", str(dataset))
     assert done.returncode == 0, done.stderr
@@ -124,6 +274,10 @@ def test_what_is_used_wrongly_is_told_before_any_job(head: Head) -> None:
     done = head.submit("--", "prepare", "--pages", "x")
     assert (done.returncode, "Missing option" in done.stderr) == (2, True)
     assert head.submit("--", "pull", "--models", "x", "--to", "y").returncode == 2
+    done = head.submit("--attach", "../x")
+    assert (done.returncode, "--attach must be letters" in done.stderr) == (2, True)
+    done = head.submit("--working-dir", "/nowhere", "--", "verify", "x")
+    assert (done.returncode, "--working-dir must be a folder" in done.stderr) == (2, True)
 
 
 def test_a_job_that_is_not_waited_for_can_be_followed_later(head: Head, dataset: Path) -> None:
@@ -153,22 +307,126 @@ def test_the_code_of_a_checkout_is_shipped_where_it_is_asked_for(head: Head, dat
 def test_ctrl_c_leaves_the_job_running_and_says_how_to_go_on(head: Head, pages: Path, tmp_path: Path) -> None:
     source = ["--pages", str(pages / "train_images"), "--labels", str(pages / "train.csv")]
     job = ["--", "prepare", *source, "--dataset", str(tmp_path / "crops")]
-    with subprocess.Popen(
-        head.kuzushiji(*job), env=head.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as here:
-        assert here.stderr is not None
-        while "was handed in" not in here.stderr.readline():
-            assert here.poll() is None
+    with head.popen(*job) as here:
+        wait_for("was handed in", here.stderr)
         time.sleep(2)
         here.send_signal(signal.SIGINT)
         said = here.communicate(timeout=30)[1]
     assert here.returncode == 1
     (line,) = [line for line in said.splitlines() if "goes on. Follow it: kuzushiji submit --address" in line]
     assert "stop it: ray job stop --address" in line
-    name = line.partition("--attach ")[2].partition(";")[0]
-    followed = head.submit("--attach", name)
+    followed = head.submit("--attach", job_of(line))
     assert followed.returncode == 0, followed.stdout
     assert (tmp_path / "crops" / "manifest.json").is_file()
+
+
+def test_ctrl_c_before_the_head_has_answered_names_the_job_that_it_may_have_taken(
+    head: Head, waiting: list[str], tmp_path: Path
+) -> None:
+    taken = threading.Event()
+
+    async def silent_on_jobs(request: web.Request, pass_on: PassOn) -> web.StreamResponse:
+        response = await pass_on(request)
+        if request.method == "POST":
+            taken.set()
+            await asyncio.sleep(3600)
+        return response
+
+    with behind(head, silent_on_jobs) as way, way.popen(*waiting, str(tmp_path)) as here:
+        assert taken.wait(60)
+        here.send_signal(signal.SIGINT)
+        said = here.communicate(timeout=30)[1]
+    assert here.returncode == 1
+    (line,) = [line for line in said.splitlines() if "may have been taken. Follow it: kuzushiji submit" in line]
+    assert head.submit("--attach", job_of(line)).returncode == 7
+
+
+def test_a_log_that_is_cut_off_is_not_the_end_of_the_job(head: Head, waiting: list[str], tmp_path: Path) -> None:
+    async def without_log(request: web.Request, pass_on: PassOn) -> web.StreamResponse:
+        if not request.path.endswith("/logs/tail"):
+            return await pass_on(request)
+        socket = web.WebSocketResponse()
+        await socket.prepare(request)
+        await socket.close()
+        return socket
+
+    with behind(head, without_log) as way, way.popen(*waiting, str(tmp_path / "end")) as here:
+        wait_for("the log was cut off", here.stderr)
+        (tmp_path / "end").touch()
+        said = here.communicate(timeout=60)[1]
+    assert (here.returncode, "failed" in said) == (7, True)
+
+
+def test_whoever_reads_the_log_may_leave_and_the_job_goes_on(head: Head, waiting: list[str], tmp_path: Path) -> None:
+    with head.popen(*waiting, str(tmp_path / "end")) as here:
+        assert here.stdout is not None
+        assert here.stderr is not None
+        wait_for("begun", here.stdout)
+        here.stdout.close()
+        here.wait(timeout=60)
+        said = here.stderr.read().splitlines()
+    (tmp_path / "end").touch()
+    assert here.returncode == 1
+    assert "was handed in" in said[-2], said
+    assert "goes on. Follow it: kuzushiji submit" in said[-1]
+    assert "reach" not in said[-1]
+
+
+def test_a_signal_ends_the_tunnel_too_and_the_job_goes_on(
+    head: Head, cluster: Cluster, waiting: list[str], tmp_path: Path
+) -> None:
+    arguments = [*waiting, str(tmp_path / "end")]
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        with cluster.popen(*arguments) as here:
+            wait_for("begun", here.stdout)
+            assert psutil.pid_exists(int(cluster.tunnel.read_text()))
+            here.send_signal(number)
+            said = here.communicate(timeout=30)[1]
+        assert here.returncode == 128 + number, said
+        assert not psutil.pid_exists(int(cluster.tunnel.read_text()))
+        (line,) = [line for line in said.splitlines() if "goes on. Follow it" in line]
+        assert shlex.join(["kuzushiji", "submit", "--cluster", str(cluster.file), "--attach"]) in line
+        arguments = ["--attach", job_of(line)]
+    (tmp_path / "end").touch()
+    assert head.submit(*arguments).returncode == 7
+
+
+def test_no_proxy_is_asked_for_what_is_on_this_machine(
+    head: Head, cluster: Cluster, waiting: list[str], tmp_path: Path
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        proxy.setblocking(False)
+        url = f"http://127.0.0.1:{proxy.getsockname()[1]}"
+        asks = {"http_proxy": url, "all_proxy": url, "NO_PROXY": "", "no_proxy": ""}
+        done = head.submit(*waiting, str(tmp_path), **asks)
+        assert done.returncode == 7, done.stderr
+        job = done.stderr.partition(" was handed in")[0].split()[-1]
+        assert cluster.submit("--attach", job, **asks).returncode == 7
+        with pytest.raises(BlockingIOError):  # nobody came
+            proxy.accept()
+
+
+def test_a_cluster_file_with_faults_is_named_and_not_given_to_ray(cluster: Cluster) -> None:
+    cluster.file.write_text((ROOT / "ray_cluster.yaml").read_text())
+    done = cluster.submit("--", "verify", "x")
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert "replace <PROJECT>" in line
+    assert line.endswith(f"Run `kuzushiji verify '{cluster.file}'`")
+    assert not cluster.tunnel.exists()
+
+
+def test_one_who_takes_connections_and_is_silent_is_no_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submit, "SECONDS_FOR_ANSWER", 0.5)
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with (
+            pytest.raises(KuzushijiError, match="--address must be a Ray head's.* timed out"),
+            submit.connected(submit.Head(address)),
+        ):
+            pass
 
 
 def test_http_asks_for_the_token(head: Head) -> None:
@@ -188,6 +446,17 @@ def test_a_wrong_token_or_none_is_one_line(head: Head, tmp_path: Path) -> None:
     none = head.submit("--", "verify", "x", RAY_AUTH_TOKEN_PATH="", RAY_AUTH_MODE="disabled")
     assert none.returncode == 1
     assert "must accept this machine's token" in none.stderr.splitlines()[-1]
+
+
+def test_a_token_that_is_refused_later_is_one_line_too(head: Head) -> None:
+    async def refused(request: web.Request, pass_on: PassOn) -> web.StreamResponse:
+        return await pass_on(request) if request.path == "/api/version" else web.Response(status=403)
+
+    with behind(head, refused) as way:
+        for arguments in (["--", "verify", "x"], ["--attach", "nobody"]):
+            done = way.submit(*arguments)
+            assert done.returncode == 1
+            assert "kuzushiji: the head must accept this machine's token" in done.stderr.splitlines()[-1]
 
 
 # A method of each service that a head offers to the network.

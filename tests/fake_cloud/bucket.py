@@ -172,8 +172,7 @@ for _method in ("GET", "POST", "PUT", "PATCH", "DELETE"):
 class StrictBucket:
     """A server of buckets that are as strict as Google's; all is gone at the end."""
 
-    def __init__(self, *, host: str = "127.0.0.1", port: int = 0, page_size: int = 1000) -> None:
-        self._address = (host, port)
+    def __init__(self, *, page_size: int = 1000) -> None:
         self._page_size = page_size
         self.faults = Faults()
         self.requests: list[Logged] = []
@@ -182,13 +181,13 @@ class StrictBucket:
         self._emulator = Emulator().__enter__()
         try:
             self._objects = Objects(self._emulator)
-            self._server = _Server(self._address, Routes(self._objects, self._page_size), self.faults, self.requests)
+            self._server = _Server(("127.0.0.1", 0), Routes(self._objects, self._page_size), self.faults, self.requests)
         except BaseException:
             self._emulator.__exit__(None, None, None)
             raise
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), name="strict-bucket")
         self._thread.start()
-        self.url = f"http://{self._address[0]}:{self._server.server_port}"
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
         return self
 
     def __exit__(

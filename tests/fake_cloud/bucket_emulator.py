@@ -99,9 +99,6 @@ class Emulator:
     def bucket(self, bucket: str) -> dict[str, Any]:
         return dict(json.loads(self._ask("GET", f"/storage/v1/b/{bucket}")[1]))
 
-    def delete_bucket(self, bucket: str) -> None:
-        self._ask("DELETE", f"/storage/v1/b/{bucket}")
-
     def _target(self, bucket: str, name: str) -> str:
         return f"/storage/v1/b/{bucket}/o/{quote(_key(name), safe='')}"
 

@@ -86,25 +86,15 @@ class Objects:
         self._versions: dict[str, dict[str, Version]] = {}
         self._last_generation = 0
 
-    def create_bucket(self, bucket: str) -> Resource:
+    def create_bucket(self, bucket: str) -> None:
         with self.lock:
-            if bucket in self._versions:
-                raise RefusedError(409, "conflict", "Your previous request to create the named bucket succeeded.")
             self._emulator.create_bucket(bucket)
             self._versions[bucket] = {}
-            return self._emulator.bucket(bucket)
 
     def bucket(self, bucket: str) -> Resource:
         with self.lock:
             self.names(bucket)
             return self._emulator.bucket(bucket)
-
-    def delete_bucket(self, bucket: str) -> None:
-        with self.lock:
-            if self.names(bucket):
-                raise RefusedError(409, "conflict", "The bucket you tried to delete is not empty.")
-            self._emulator.delete_bucket(bucket)
-            del self._versions[bucket]
 
     def buckets(self) -> list[str]:
         with self.lock:

@@ -49,9 +49,7 @@ class Routes:
         self._uploads = Uploads(objects)
         self._page_size = page_size
         table: list[tuple[str, dict[str, Handler]]] = [
-            (r"/storage/v1/b", {"GET": self._list_buckets, "POST": self._create_bucket}),
-            (r"/storage/v1/b/([^/]+)", {"GET": self._get_bucket, "DELETE": self._delete_bucket}),
-            (r"/storage/v1/b/([^/]+)/iam/testPermissions", {"GET": self._permissions}),
+            (r"/storage/v1/b/([^/]+)", {"GET": self._get_bucket}),
             (r"/storage/v1/b/([^/]+)/o", {"GET": self._list}),
             (r"/upload/storage/v1/b/([^/]+)/o", dict.fromkeys(("POST", "PUT", "DELETE"), self._upload)),
             (rf"(?:/download)?{_OBJECT}", {"GET": self._get, "PATCH": self._patch, "DELETE": self._delete}),
@@ -74,24 +72,8 @@ class Routes:
         except RefusedError as refused:
             return refused.response()
 
-    def _list_buckets(self, request: Request) -> Response:
-        items = [self._objects.bucket(bucket) for bucket in self._objects.buckets()]
-        return Response.of({"kind": "storage#buckets", "items": items})
-
-    def _create_bucket(self, request: Request) -> Response:
-        return Response.of(self._objects.create_bucket(request.json()["name"]))
-
     def _get_bucket(self, request: Request, bucket: str) -> Response:
         return Response.of(self._objects.bucket(bucket))
-
-    def _delete_bucket(self, request: Request, bucket: str) -> Response:
-        self._objects.delete_bucket(bucket)
-        return Response(204)
-
-    def _permissions(self, request: Request, bucket: str) -> Response:
-        self._objects.bucket(bucket)
-        asked = [value for key, value in parse_qsl(urlsplit(request.target).query) if key == "permissions"]
-        return Response.of({"kind": "storage#testIamPermissionsResponse", "permissions": asked})
 
     def _list(self, request: Request, bucket: str) -> Response:
         listing = page(self._objects.resources(bucket), request.query, self._page_size)

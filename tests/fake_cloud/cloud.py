@@ -1,7 +1,6 @@
 """A Google Cloud of one machine: `with FakeCloud() as cloud:`, and unmodified Ray brings clusters up in it."""
 
 import contextlib
-import importlib.util
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
@@ -43,9 +42,6 @@ class FakeCloud:
     @staticmethod
     def cannot_run() -> str | None:
         """Why it cannot run here, in one line, or None."""
-        missing = [name for name in ("psutil", "trustme") if importlib.util.find_spec(name) is None]
-        if missing:
-            return f"the fake cloud cannot run here: Python packages are missing: {', '.join(missing)}"
         why = why_none()
         return f"the fake cloud cannot run here: {why}" if why else None
 
@@ -60,12 +56,10 @@ class FakeCloud:
             compute = Compute(self._machines, self._identity)
             stack.callback(compute.close)
             stack.enter_context(room)
-            stack.callback(self._machines.close)
+            stack.callback(self._machines.closing.set)
             self._google = Google(compute, self._identity, self.bucket.url, self._buckets)
             stack.enter_context(self._google)
             self.add_account(self.owner, "roles/owner")
-            for bucket in self._buckets:
-                self.grant(self.owner, bucket)
             self.laptop = Host(room, self._laptop_plan(), room.address())
             self._google.names[self.laptop.address] = self.laptop.name
             self._stack = stack.pop_all()
@@ -81,10 +75,6 @@ class FakeCloud:
     def add_account(self, email: str, *roles: str) -> None:
         """Makes a service account, with roles in the whole project: those of `identity.RIGHTS`."""
         self._identity.add_account(email, *roles)
-
-    def key(self, email: str) -> str:
-        """A new key of the account, as the JSON file that GOOGLE_APPLICATION_CREDENTIALS names."""
-        return self._identity.key(email)
 
     def grant(self, email: str, bucket: str) -> None:
         """Lets the account read and write the objects of one bucket."""

@@ -13,7 +13,6 @@ from fake_cloud.answers import Refusal, forbidden, not_implemented
 from fake_cloud.identity import Caller, Identity
 from fake_cloud.instance_rules import check_instance, check_labels
 from fake_cloud.machines import Instance, Machines
-from fake_cloud.room import NETWORK
 
 SECONDS_OF_OPERATIONS = 1.0  # at least: Ray's installer has a race that operations without any meet
 ROOT = "https://www.googleapis.com/compute/v1/projects"
@@ -91,10 +90,6 @@ class Compute:
             self.machines.metadata = {"items": body.get("items", []), "fingerprint": secrets.token_hex(4)}
         return self._operate(f"{ROOT}/{self.project}")
 
-    def _subnetworks(self, region: str, **_: Any) -> dict[str, Any]:
-        link = f"{ROOT}/{self.project}/regions/{region}/subnetworks/default"
-        return {"items": [{"name": "default", "selfLink": link, "ipCidrRange": NETWORK}]}
-
     def _list(self, zone: str, *, query: dict[str, str], **_: Any) -> dict[str, Any]:
         wanted = [one.resource for one in list(self.machines.instances.values()) if one.zone == zone]
         return {"kind": "compute#instanceList", "items": [one for one in wanted if fits(one, query.get("filter", ""))]}
@@ -150,15 +145,7 @@ class Compute:
 
     def _delete(self, zone: str, name: str, **_: Any) -> dict[str, Any]:
         instance = self._find(zone, name)
-        return self._operate(instance.resource["selfLink"], lambda: self.machines.end(instance, None))
-
-    def _stop(self, zone: str, name: str, **_: Any) -> dict[str, Any]:
-        instance = self._find(zone, name)
-        return self._operate(instance.resource["selfLink"], lambda: self.machines.end(instance, "TERMINATED"))
-
-    def _start(self, zone: str, name: str, **_: Any) -> dict[str, Any]:
-        instance = self._find(zone, name)
-        return self._operate(instance.resource["selfLink"], lambda: self.machines.boot(instance))
+        return self._operate(instance.resource["selfLink"], lambda: self.machines.end(instance))
 
     def _set_labels(self, zone: str, name: str, *, body: dict[str, Any], **_: Any) -> dict[str, Any]:
         instance = self._find(zone, name)
@@ -188,13 +175,10 @@ _INSTANCES = r"/zones/([^/]+)/instances"
 ROUTES: list[tuple[str, str, Callable[..., dict[str, Any]]]] = [
     ("GET", "", Compute._project),
     ("POST", "/setCommonInstanceMetadata", Compute._set_metadata),
-    ("GET", r"/regions/([^/]+)/subnetworks", Compute._subnetworks),
     ("GET", r"/(?:global|zones/[^/]+)/operations/([^/]+)", Compute._operation),
     ("GET", _INSTANCES, Compute._list),
     ("POST", _INSTANCES, Compute._insert),
     ("GET", _INSTANCES + "/([^/]+)", Compute._get),
     ("DELETE", _INSTANCES + "/([^/]+)", Compute._delete),
     ("POST", _INSTANCES + "/([^/]+)/setLabels", Compute._set_labels),
-    ("POST", _INSTANCES + "/([^/]+)/stop", Compute._stop),
-    ("POST", _INSTANCES + "/([^/]+)/start", Compute._start),
 ]

@@ -18,13 +18,13 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 import trustme
 
-from fake_cloud.answers import Refusal, not_implemented
+from fake_cloud.answers import Refusal, forbidden, not_implemented
 from fake_cloud.compute import Compute
 from fake_cloud.identity import Identity
 from fake_cloud.metadata import Metadata
 from fake_cloud.room import GATEWAY, METADATA_ADDRESS
 
-NAMES = [f"{name}.googleapis.com" for name in ("cloudresourcemanager", "compute", "iam", "oauth2", "storage", "www")]
+NAMES = [f"{name}.googleapis.com" for name in ("cloudresourcemanager", "compute", "iam", "oauth2", "storage")]
 PIECE = 1 << 16
 SECONDS_FOR_STORAGE = 120.0
 
@@ -48,7 +48,7 @@ class Google:
 
     def __init__(self, compute: Compute, identity: Identity, storage: str, buckets: set[str]) -> None:
         self.compute, self.identity, self.buckets = compute, identity, buckets
-        self.metadata = Metadata(compute.machines, identity)
+        self.metadata = Metadata(identity)
         self.storage = urlsplit(storage).netloc
         self.authority = trustme.CA()
         self.requests: list[Asked] = []
@@ -96,22 +96,23 @@ class Google:
         raise not_implemented(f"{method} {host}{path}")
 
     def admit_to_storage(self, handler: "_Handler", path: str, batch: bytes) -> None:
-        """Raises Refusal unless the caller may use every bucket that the request is on."""
+        """Raises Refusal unless the caller may do so with every bucket that the request is on.
+
+        Who may use the objects of a bucket may list them, but not ask for the bucket itself (storage.buckets.get).
+        """
         caller = self.identity.caller(handler.headers["Authorization"], "storage")
         handler.account = caller.email
-        of_bucket = r"/(?:(?:upload|download|resumable/upload)/)?storage/v1/b/([^/? ]+)"
+        of_bucket = r"/(?:(?:upload|download|resumable/upload)/)?storage/v1/b/([^/? ]+)(/o\b)?"
         where = [path] if not batch else re.findall(r"^[A-Z]+ (?:https://[^/ ]+)?(/\S*)", batch.decode(), re.M)
         for one in where:
             found = re.match(of_bucket, one)
             if not found:
                 raise not_implemented(f"{handler.command} storage {one}")
-            bucket = unquote(found[1])
+            bucket, right = unquote(found[1]), "objects" if found[2] else "buckets"
             # A bucket that is not there is looked for by anybody, in vain.
-            if bucket in self.buckets and not self.identity.may(caller.email, "objects", bucket):
-                message = (
-                    f"{caller.email} does not have storage.objects access to the Google Cloud Storage bucket {bucket}."
-                )
-                raise Refusal(403, message + " Permission denied on resource (or it may not exist).", "forbidden")
+            if bucket in self.buckets and not self.identity.may(caller.email, right, bucket):
+                message = f"{caller.email} does not have storage.{right} access to the Google Cloud Storage bucket"
+                raise forbidden(f"{message} {bucket}. Permission denied on resource (or it may not exist).")
 
 
 class _Server(ThreadingHTTPServer):
@@ -165,9 +166,12 @@ class _Handler(BaseHTTPRequestHandler):
         query, path = dict(parse_qsl(parts.query)), unquote(parts.path)
         status: int | None = None
         try:
+            if "Transfer-Encoding" in self.headers:
+                self.close_connection = True  # its body is still to come
+                raise not_implemented("bodies in chunks")
             if not self.server.tls:
                 status = self.answer_metadata(path, query)
-            elif self.asked_host == "storage.googleapis.com" or path.startswith(("/storage/", "/upload/storage/")):
+            elif self.asked_host == "storage.googleapis.com":
                 status = self.answer_storage(parts.path)
             else:
                 form = google.api(self, path, query, b"".join(self.body()))
@@ -180,7 +184,7 @@ class _Handler(BaseHTTPRequestHandler):
             machine = google.machine(self.client_address[0])
             google.requests.append(Asked(machine, self.account, self.command, self.asked_host, self.path, status))
 
-    do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = do_HEAD = answer  # noqa: N815  (names of the base class)
+    do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = answer  # noqa: N815  (names of the base class)
 
     def send(self, status: int, text: str, kind: str, **headers: str) -> int:
         data = text.encode()
@@ -188,22 +192,15 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in {"Content-Type": kind, "Content-Length": str(len(data)), **headers}.items():
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(data)
+        self.wfile.write(data)
         return status
 
     def body(self) -> Iterator[bytes]:
         """The request's body in pieces."""
-        if "chunked" in self.headers.get("Transfer-Encoding", ""):
-            while size := int(self.rfile.readline().partition(b";")[0], 16):
-                yield self.rfile.read(size)
-                self.rfile.readline()
-            self.rfile.readline()
-        else:
-            left = int(self.headers.get("Content-Length") or 0)
-            while left and (piece := self.rfile.read(min(left, PIECE))):
-                left -= len(piece)
-                yield piece
+        left = int(self.headers.get("Content-Length") or 0)
+        while left and (piece := self.rfile.read(min(left, PIECE))):
+            left -= len(piece)
+            yield piece
 
     def answer_metadata(self, path: str, query: dict[str, str]) -> int:
         google = self.server.google
@@ -238,24 +235,16 @@ class _Handler(BaseHTTPRequestHandler):
                 upstream.putheader(name, value)
         upstream.putheader("X-Forwarded-Proto", "https")
         upstream.endheaders()
-        chunked = "chunked" in self.headers.get("Transfer-Encoding", "")
         for piece in [batch] if batch else self.body():
-            upstream.send(b"%x\r\n%s\r\n" % (len(piece), piece) if chunked else piece)
-        if chunked:
-            upstream.send(b"0\r\n\r\n")
+            upstream.send(piece)
 
     def _hand_back(self, answer: http.client.HTTPResponse) -> int | None:
-        # No length there: an answer in chunks, which are short here.
-        whole = answer.read() if answer.length is None and self.command != "HEAD" else None
         self.send_response(answer.status)
         for name, value in answer.getheaders():
-            if name.lower() not in ("connection", "date", "server", "transfer-encoding"):
+            if name.lower() not in ("connection", "date", "server"):
                 self.send_header(name, value)
-        if whole is not None:
-            self.send_header("Content-Length", str(len(whole)))
         self.end_headers()
         left = answer.length or 0
-        self.wfile.write(whole or b"")
         while left and (piece := answer.read1(PIECE)):
             left -= len(piece)
             self.wfile.write(piece)

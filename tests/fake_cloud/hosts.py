@@ -1,7 +1,6 @@
 """Hosts: each with processes, a network, a host name and files of its own, and an sshd, like a machine."""
 
 import contextlib
-import signal
 import subprocess
 import tempfile
 import time
@@ -96,11 +95,6 @@ class Host:
             env={**self._plan.variables, **login, **(env or {})},
             **(options | streams),
         )
-
-    @staticmethod
-    def interrupt(process: subprocess.Popen[Any]) -> None:
-        """Ctrl-C for a command of `popen`: what that returns is its parent, which hands no signals on."""
-        psutil.Process(process.pid).children()[0].send_signal(signal.SIGINT)
 
     def run(
         self,

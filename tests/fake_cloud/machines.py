@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fake_cloud.hosts import Host
-from fake_cloud.instance_rules import is_spot, scheduling_of
+from fake_cloud.instance_rules import scheduling_of
 from fake_cloud.plan import Plan
 from fake_cloud.room import SYSTEM_PATH, Room
 
@@ -44,10 +44,6 @@ class Instance:
         return self.resource["networkInterfaces"][0]["networkIP"]
 
     @property
-    def labels(self) -> dict[str, str]:
-        return self.resource.get("labels", {})
-
-    @property
     def account(self) -> dict[str, Any] | None:
         """`email` and `scopes` of its service account."""
         return next(iter(self.resource.get("serviceAccounts", [])), None)
@@ -57,14 +53,9 @@ class Instance:
         return self.account["email"] if self.account else None
 
     @property
-    def kind(self) -> str | None:
-        """Ray's: head or worker."""
-        return self.labels.get("ray-node-type")
-
-    @property
     def node_type(self) -> str | None:
         """The name in Ray's YAML."""
-        return self.labels.get("ray-user-node-type")
+        return self.resource.get("labels", {}).get("ray-user-node-type")
 
     def attribute(self, key: str) -> str | None:
         items = self.resource.get("metadata", {}).get("items", [])
@@ -78,14 +69,7 @@ class Machines:
         self.room, self._dress = room, dress
         self.instances: dict[str, Instance] = {}
         self.metadata: dict[str, Any] = {"items": [], "fingerprint": secrets.token_hex(4)}  # the project's
-        self.changed = threading.Condition()  # told of each change that machines may wait for
         self.closing = threading.Event()
-
-    def close(self) -> None:
-        """Lets go who waits."""
-        self.closing.set()
-        with self.changed:
-            self.changed.notify_all()
 
     def at(self, address: str) -> Instance | None:
         return next((one for one in list(self.instances.values()) if one.ip == address), None)
@@ -105,8 +89,8 @@ class Machines:
             instance.host = Host(self.room, self._dress(instance.name, keys), instance.ip)
             instance.resource["status"] = "RUNNING"
 
-    def end(self, instance: Instance, status: str | None) -> None:
-        """Ends a machine as Google does: its shutdown script runs first, but not for long. No status: it is deleted."""
+    def end(self, instance: Instance) -> None:
+        """Deletes a machine as Google does: its shutdown script runs first, but not for long."""
         instance.resource["status"] = "STOPPING"
         with instance.lock:
             script = instance.attribute("shutdown-script")
@@ -115,9 +99,7 @@ class Machines:
             if instance.host:
                 instance.host.end()
             instance.host = None
-            instance.resource["status"] = status or "STOPPING"
-        if status is None:
-            self.instances.pop(instance.name, None)
+        self.instances.pop(instance.name, None)
 
     def _run_script(self, host: Host, script: str) -> str:
         try:
@@ -137,12 +119,10 @@ class Machines:
                 instance.host.end()
 
     def preempt(self, name: str) -> None:
-        """Google takes a spot machine back. Returns when it is gone; raises ValueError if it is none."""
+        """Google takes a spot machine back. Returns when it is gone; raises ValueError if it would only be stopped."""
         instance = self.instances[name]
-        if not is_spot(instance.resource):
-            raise ValueError(f"{name} is no spot machine")
-        with self.changed:
-            instance.preempted = True
-            self.changed.notify_all()
-        delete = scheduling_of(instance.resource).get("instanceTerminationAction") == "DELETE"
-        self.end(instance, None if delete else "TERMINATED")
+        scheduling = scheduling_of(instance.resource)
+        if (scheduling.get("provisioningModel"), scheduling.get("instanceTerminationAction")) != ("SPOT", "DELETE"):
+            raise ValueError(f"{name} is no spot machine that Google deletes when it takes it back")
+        instance.preempted = True
+        self.end(instance)

@@ -23,8 +23,10 @@ GATEWAY = "10.128.0.1"  # in the range of Google's default network in us-central
 NETWORK = "10.128.0.0/20"
 METADATA_ADDRESS = "169.254.169.254"
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-PROGRAMS = ["bash", "chroot", "ip", "mount", "nsenter", "pivot_root", "rsync", "setpriv", "ssh", "ssh-keygen", "sshd"]
-PROGRAMS += ["tar", "unshare", "useradd"]
+# Ray asks a new host for its uptime, and takes it for dead without.
+PROGRAMS = ["bash", "chroot", "hostname", "ip", "mount", "nsenter", "pivot_root", "rsync", "setpriv", "ssh"]
+PROGRAMS += ["ssh-keygen", "sshd", "tar", "umount", "unshare", "uptime", "useradd", "usermod"]
+PACKAGES = "hostname iproute2 mount openssh-server passwd procps rsync util-linux"
 
 # A bridge takes the address of one of its ports, and another's when that port goes: then every host loses its gateway
 # for a minute, unless the address was set. Who looks for the world outside hears at once that there is none.
@@ -54,7 +56,7 @@ def why_none() -> str | None:
         return "it needs root, to make namespaces"
     missing = [name for name in PROGRAMS if shutil.which(name, path=SYSTEM_PATH) is None]
     if missing:
-        return f"programs are missing: {', '.join(missing)} (Debian: iproute2 openssh-server rsync util-linux)"
+        return f"programs are missing: {', '.join(missing)} (Debian: {PACKAGES})"
     trial = ["unshare", "--mount", "--net", "--pid", "--uts", "--ipc", "--fork", "sh", "-c", TRIAL]
     done = subprocess.run(trial, env={"PATH": SYSTEM_PATH}, capture_output=True, text=True, check=False)
     said = " ".join(done.stderr.split())
