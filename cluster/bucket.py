@@ -181,6 +181,19 @@ def read_chunks(path: UPath, begin: int, end: int) -> Iterator[bytes]:
             raise DamageError(f"{path} must arrive as it is there. Received: other bytes. Run the same command again")
 
 
+def remove_folder(folder: UPath) -> None:
+    """Remove all objects under a name that is not empty. To gcsfs such a name is a pattern."""
+    from google.api_core.exceptions import NotFound
+    from google.cloud.storage.retry import DEFAULT_RETRY
+
+    bucket, _, name = folder.path.rstrip("/").partition("/")
+    assert name, "never a whole bucket"
+    with explaining():
+        for blob in list(_client().list_blobs(bucket, prefix=f"{name}/")):
+            with suppress(NotFound):  # somebody else's doing, or an answer that was lost
+                blob.delete(retry=DEFAULT_RETRY)
+
+
 def _download(blob: "Blob") -> bytes:
     with explaining():
         content: bytes = blob.download_as_bytes()

@@ -23,7 +23,11 @@ TOKEN_FILE = "~/.ray/auth_token"  # noqa: S105 - where the token is, not the tok
 _PLACEHOLDER = re.compile(r"<[A-Z][A-Z_-]*>")
 _PROJECT = re.compile(r"[a-z][a-z0-9-]{4,28}[a-z0-9]")
 # Families of machine types that come with GPUs; others name them in `guestAccelerators`.
-_WITH_GPU = re.compile(r"(a[234]|g[24])-")
+_WITH_GPU = re.compile(r"(a[234]x?|g[24])-")
+# What Ray, which looks into no machine, does not check.
+_FORMS: dict[str, tuple[type, ...]] = {
+    "serviceAccounts": (list,), "guestAccelerators": (list,), "scheduling": (dict, list), "tags": (dict,),
+}  # fmt: skip
 # What Ray does on the head where `head_setup_commands` is left out.
 _RAYS_OWN_SETUP = "pip install google-api-python-client"
 # `ray start` under RAY_AUTH_MODE=token: exported before it, or set for it.
@@ -48,7 +52,7 @@ def faults_of_cluster_file(path: Path) -> list[str]:
     ]
     if placeholders:  # the rest would be said of what is not there yet
         return placeholders
-    return [
+    faults = [
         *_of_project(config),
         *(fault for name, node in config["available_node_types"].items() for fault in _of_node(name, node)),
         *_of_places(config),
@@ -56,6 +60,7 @@ def faults_of_cluster_file(path: Path) -> list[str]:
         *_of_ray(config),
         *_of_token(config, path.parent),
     ]
+    return [" ".join(fault.split()) for fault in faults]  # names and commands may have several lines
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -75,6 +80,7 @@ def _read(path: Path) -> dict[str, Any]:
     if config["provider"].get("type") != "gcp":
         raise InputError(f"provider.type must be gcp. Received: {config['provider'].get('type')!r} in {path}")
     try:
+        list(_texts(config))  # fails where a part holds itself
         prepared: dict[str, Any] = prepare_config(config)
         validate_config(prepared)
     except Exception as error:  # jsonschema's, and plain ones of Ray
@@ -106,8 +112,13 @@ def _of_project(config: dict[str, Any]) -> Iterator[str]:
 
 def _of_node(name: str, node: dict[str, Any]) -> Iterator[str]:
     where, machine = f"available_node_types.{name}.node_config", node["node_config"]
+    for key, forms in _FORMS.items():
+        if not isinstance(machine.get(key) or forms[0](), forms):
+            kinds = " or ".join("a mapping" if form is dict else "a list" for form in forms)
+            yield f"{where}.{key}: must be {kinds}. Received: {machine[key]!r}"
+            return
     accounts = machine.get("serviceAccounts") or []
-    emails = [account.get("email") for account in accounts if isinstance(account, dict)]
+    emails = [str(account.get("email") or "") for account in accounts if isinstance(account, dict)]
     if not emails or not all(emails):
         yield f"{where}.serviceAccounts: must name an account, or it can't reach the bucket. Received: {accounts}"
     for email in filter(None, emails):
@@ -121,13 +132,14 @@ def _of_node(name: str, node: dict[str, Any]) -> Iterator[str]:
         yield f"{where}.machineType: must be there. Received: nothing"
     has_gpu = bool(machine.get("guestAccelerators")) or _WITH_GPU.match(machine_type)
     scheduling = machine.get("scheduling") or {}
-    rules = [scheduling] if isinstance(scheduling, dict) else scheduling
+    rules = [rule for rule in ([scheduling] if isinstance(scheduling, dict) else scheduling) if isinstance(rule, dict)]
     if has_gpu and not any(str(rule.get("onHostMaintenance", "")).upper() == "TERMINATE" for rule in rules):
         yield (
             f"{where}.scheduling.onHostMaintenance: must be TERMINATE, since a machine with GPUs can't be moved. "
             f"Received: {scheduling}"
         )
-    if not (machine.get("tags") or {}).get("items"):
+    tags = (machine.get("tags") or {}).get("items")
+    if not tags or not isinstance(tags, list):
         yield (
             f"{where}.tags.items: must hold the tag that the firewall goes by; TensorFlow's ports ask for no token. "
             f"Received: {machine.get('tags')}"
@@ -166,9 +178,10 @@ def _of_ray(config: dict[str, Any]) -> Iterator[str]:
             f"image's. Received: {defaults[0]}"
         )
     for key in ("head_start_ray_commands", "worker_start_ray_commands"):
-        for command in config.get(key) or []:
-            if "ray start" not in command:
-                continue
+        starts = [command for command in map(str, config.get(key) or []) if "ray start" in command]
+        if not starts:
+            yield f"{key}: one must run `ray start`. Received: {config.get(key)}"
+        for command in starts:
             if not _WITH_TOKEN.search(command):
                 yield f"{key}: must set RAY_AUTH_MODE=token, or whoever reaches a port runs code. Received: {command}"
             host = re.search(r"--dashboard-host[= ](\S+)", command)

@@ -237,5 +237,7 @@ def remove_folder(folder: UPath) -> None:
     """Remove a folder and all that is in it, if it is there."""
     if is_local(folder):
         shutil.rmtree(folder.path, ignore_errors=True)
+    elif bucket.is_bucket(folder):
+        bucket.remove_folder(folder)
     elif folder.exists():
         folder.fs.rm(folder.path, recursive=True)

@@ -67,6 +67,8 @@ def connected(head: Head) -> Iterator["JobSubmissionClient"]:
         InputError: the cluster file is not one that should go up.
         KuzushijiError: no cluster is up, nobody answers, or the token is not the head's, be it in the block.
     """
+    for other in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):  # to which Ray's client would turn instead
+        os.environ.pop(other, None)
     if not head.address:
         os.environ.setdefault("RAY_AUTH_MODE", "token")  # before Ray is there, which reads it once
     from ray.exceptions import AuthenticationError

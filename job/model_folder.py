@@ -34,7 +34,17 @@ METRICS_FILE = "metrics.json"
 def write_model(
     folder: UPath, model: "keras.Model", texts: Mapping[str, str], dataset_manifest_sha256: str
 ) -> ModelManifest:
-    """Write a model folder, seal it, and let `latest.json` beside it name it."""
+    """Write a model folder, seal it, and let `latest.json` beside it name it.
+
+    Raises:
+        DamageError: another training of this run sealed the folder meanwhile; nothing in it was changed, unless both
+            ended in the same moment.
+    """
+    if is_sealed(folder):
+        raise DamageError(
+            f"one training at a time may have a run's name. Received: {folder}, which another one sealed meanwhile. "
+            "Name another --run"
+        )
     with tempfile.TemporaryDirectory() as temporary:
         saved = Path(temporary) / MODEL_FILE
         model.save(saved)

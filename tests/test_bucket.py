@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import keras
 import pytest
 from conftest import KUZUSHIJI
 from fake_cloud.bucket import StrictBucket
@@ -44,6 +45,7 @@ from cluster.storage import (
     sha256_of,
     write_bytes,
 )
+from job.model_folder import write_model
 from preprocessing.pages import list_pages, page_reader
 
 # aiohttp, under gcsfs; google-cloud-storage leaves the connection of a download that was refused to the collector.
@@ -105,6 +107,14 @@ def test_what_is_written_is_read_whole_in_parts_and_listed(folder: UPath, tmp_pa
         read_bytes(folder / "nothing")
     remove_folder(folder)
     assert list_files(folder) == {}
+
+
+def test_a_folder_whose_name_reads_like_a_pattern_is_removed_alone(folder: UPath) -> None:
+    write_bytes(folder / "[x]" / "file", b"1")
+    write_bytes(folder / "x" / "file", b"2")
+    remove_folder(folder / "[x]")
+    remove_folder(folder / "[x]")
+    assert (list_files(folder / "[x]"), list_files(folder / "x")) == ({}, {"file": 1})
 
 
 def test_an_empty_object_is_read(folder: UPath) -> None:
@@ -191,6 +201,9 @@ def test_a_folder_is_sealed_once(models: UPath) -> None:
     other = manifest.model_copy(update={"finished_at": NOON + timedelta(hours=1)})
     with pytest.raises(DamageError, match="another one sealed meanwhile"):
         seal(folder, other)
+    with pytest.raises(DamageError, match="another one sealed meanwhile"):
+        write_model(folder, keras.Sequential([keras.layers.Dense(1)]), {"labels.txt": "rare\n"}, "0" * 64)
+    assert verify(folder)[1:] == ([], [])
     assert read_manifest(folder, ModelManifest).finished_at == NOON
 
 
@@ -280,6 +293,20 @@ def test_an_object_replaced_while_it_is_read_is_not_mixed(folder: UPath) -> None
     except FileNotFoundError:
         pass
     assert BIG[RANGE_BYTES:].startswith(rest)
+
+
+@pytest.mark.parametrize("content", [None, "", "[]", '{"type": "service_account"}', "\xff"])
+def test_a_file_of_credentials_that_can_not_be_used_is_one_line(content: str | None, tmp_path: Path) -> None:
+    file = tmp_path / "key.json"
+    if content is not None:
+        file.write_bytes(content.encode("latin-1"))
+    environment = {key: value for key, value in os.environ.items() if key != "STORAGE_EMULATOR_HOST"}
+    environment["GOOGLE_APPLICATION_CREDENTIALS"] = str(file)
+    command = [str(KUZUSHIJI), "verify", "gs://demo/x"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 1
+    assert "GOOGLE_APPLICATION_CREDENTIALS must name a file with credentials" in line
 
 
 def test_two_readers_of_one_bucket_share_no_memory_of_it(folder: UPath) -> None:

@@ -100,8 +100,11 @@ XCEPTION = ["train", "--dataset", "x", "--models", "y", "--architecture", "xcept
         (["pull", "--models", "x", "--to", "y"], 1, "--models must hold"),
         (["verify", "x"], 1, "must hold manifest.json"),
         (["sample", "--out", "x", "--num-pages", "0"], 2, "--num-pages must be at least 1"),
-        (["sample", "--out", "gs://x/y", "--num-pages", "1"], 2, "--out must be a path of this machine"),
-        (["pull", "--models", "x", "--to", "gs://x/y"], 2, "--to must be a path of this machine"),
+        (["sample", "--out", "gs://demo/y", "--num-pages", "1"], 2, "--out must be a path of this machine"),
+        (["verify", "gs://"], 2, "must be gs://BUCKET/"),
+        (["verify", "gs://Bad_Name/x"], 2, "must be gs://BUCKET/"),
+        (["verify", "s3://bucket/x"], 2, "Install s3fs"),
+        (["pull", "--models", "x", "--to", "gs://demo/y"], 2, "--to must be a path of this machine"),
     ],
 )  # fmt: skip
 def test_a_failure_is_one_line_with_the_rule_and_what_came(
