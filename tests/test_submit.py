@@ -169,8 +169,14 @@ with open({pid!r}, "w") as file:
     file.write(str(os.getpid()))
 asyncio.run(main())
 """
-# `ray` is looked for beside the interpreter.
-KUZUSHIJI_BESIDE = "import sys; sys.executable = {python!r}; from job.cli import main; main()"
+# `ray` is looked for beside the interpreter. What these tests run under may ignore a closed terminal, as nohup does.
+KUZUSHIJI_BESIDE = """
+import signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+sys.executable = {python!r}
+from job.cli import main
+main()
+"""
 
 
 @dataclass(frozen=True)
