@@ -50,9 +50,7 @@ def faults_of_cluster_file(path: Path) -> list[str]:
         for where, text in _texts(config)
         if (found := _PLACEHOLDER.search(text))
     ]
-    if placeholders:  # the rest would be said of what is not there yet
-        return placeholders
-    faults = [
+    faults = placeholders or [  # the rest would be said of what is not there yet
         *_of_project(config),
         *(fault for name, node in config["available_node_types"].items() for fault in _of_node(name, node)),
         *_of_places(config),
@@ -113,7 +111,7 @@ def _of_project(config: dict[str, Any]) -> Iterator[str]:
 def _of_node(name: str, node: dict[str, Any]) -> Iterator[str]:
     where, machine = f"available_node_types.{name}.node_config", node["node_config"]
     for key, forms in _FORMS.items():
-        if not isinstance(machine.get(key) or forms[0](), forms):
+        if machine.get(key) and not isinstance(machine[key], forms):
             kinds = " or ".join("a mapping" if form is dict else "a list" for form in forms)
             yield f"{where}.{key}: must be {kinds}. Received: {machine[key]!r}"
             return

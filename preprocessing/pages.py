@@ -98,8 +98,8 @@ def _read_member(archive: zipfile.ZipFile, name: str) -> bytes:
     try:
         with explaining(), archive.open(name) as stream:
             return stream.read(MAX_PAGE_BYTES + 1)
-    except KeyError:
-        raise FileNotFoundError(f"{name} is not in {archive.filename}") from None
+    except (KeyError, FileNotFoundError):  # the latter, of an archive that was replaced
+        raise FileNotFoundError(f"{name} is no longer in the archive") from None
     except UNREADABLE as error:
         # bz2 and a misled seek raise OSError too; one with another number is of the disk.
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):

@@ -26,7 +26,7 @@ from cluster.manifest import (
 )
 from cluster.progress import progress
 from cluster.runtime import cause_of, ray_session
-from cluster.storage import TEMPORARY_PREFIX, change_bytes, is_file, list_files, read_bytes, remove_folder, write_bytes
+from cluster.storage import TEMPORARY_PREFIX, change_bytes, is_file, list_files, remove_folder, write_bytes
 from preprocessing.classes import class_indices, class_names
 from preprocessing.dataset import dataset_card, dataset_files
 from preprocessing.labels import Labels, book_of, read_labels
@@ -148,16 +148,14 @@ def _earlier_attempt(dataset: UPath, plan: Plan) -> DatasetManifest | None:
         _write_reports(dataset, plan, manifest)
         write_bytes(plan_path, json.dumps(plan.identity).encode())
         (dataset / MANIFEST_FILE).unlink()
-    elif is_file(plan_path):
-        _refuse_other(dataset, plan, _read_plan(plan_path))
-    elif list_files(dataset):
+    elif not is_file(plan_path) and list_files(dataset):
         raise OptionError(f"--dataset must be a new or empty folder, or one of the same job. Received: {dataset}")
     else:
 
         def first(old: bytes | None) -> bytes | None:
             if old is None:
                 return json.dumps(plan.identity).encode()
-            _refuse_other(dataset, plan, json.loads(old))  # another job began at the same time
+            _refuse_other(dataset, plan, _parse_plan(plan_path, old))
             return None
 
         change_bytes(plan_path, first)
@@ -168,9 +166,9 @@ def _versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {package: version(package) for package in VERSIONED}
 
 
-def _read_plan(path: UPath) -> dict[str, Any]:
+def _parse_plan(path: UPath, content: bytes) -> dict[str, Any]:
     try:
-        plan: dict[str, Any] = json.loads(read_bytes(path))
+        plan: dict[str, Any] = json.loads(content)
     except ValueError as error:
         raise DamageError(f"{path} must be JSON. Received: {error}. Remove the folder and prepare again") from None
     return plan

@@ -17,6 +17,7 @@ from PIL import Image
 from cluster.errors import DamageError, InputError, OptionError
 from cluster.manifest import DatasetManifest, read_manifest, verify
 from cluster.storage import place
+from preprocessing.crop import MAX_PAGE_BYTES
 from preprocessing.labels import read_labels
 from preprocessing.prepare import PrepareConfig, make_plan, prepare
 from preprocessing.shards import write_group
@@ -354,7 +355,7 @@ def test_a_page_that_is_broken_in_the_archive_is_a_loss(method: int, tmp_path: P
     assert "page can't be read from the archive" in manifest.losses[0]["what"]
 
 
-@pytest.mark.parametrize("change", ["gone", "longer"])
+@pytest.mark.parametrize("change", ["gone", "longer", "over the bound"])
 @pytest.mark.parametrize("source", ["train_images", "pages.zip"])
 def test_a_page_that_changes_under_prepare_is_no_loss_but_one_line(source: str, change: str, tmp_path: Path) -> None:
     """As it is, too, where `--pages` is another folder on another host."""
@@ -363,7 +364,10 @@ def test_a_page_that_changes_under_prepare_is_no_loss_but_one_line(source: str, 
     shutil.make_archive(str(tmp_path / "pages"), "zip", files)
     places = place(tmp_path / source), place(tmp_path / "train.csv")
     (row,) = make_plan(*places, PrepareConfig()).rows
-    (files / "a_1.jpg").rename(files / "a_2.jpg") if change == "gone" else (files / "a_1.jpg").write_bytes(page(150))
+    if change == "gone":
+        (files / "a_1.jpg").rename(files / "a_2.jpg")
+    else:
+        (files / "a_1.jpg").write_bytes(page(150) if change == "longer" else bytes(MAX_PAGE_BYTES + 2))
     shutil.make_archive(str(tmp_path / "pages"), "zip", files)
     with pytest.raises(InputError, match=r"--pages must stay as they are .* Received: [^\n]*a_1\.jpg"):
         write_group(row, str(places[0]), str(tmp_path / "out"))

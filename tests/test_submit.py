@@ -200,7 +200,7 @@ class Cluster(Head):
 
 
 @pytest.fixture
-def cluster(head: Head, tmp_path: Path) -> Cluster:
+def cluster(head: Head, tmp_path: Path) -> Iterator[Cluster]:
     folder = tmp_path / "a cluster"
     folder.mkdir()
     environment = {key: value for key, value in head.environment.items() if key != "RAY_AUTH_MODE"}
@@ -211,7 +211,11 @@ def cluster(head: Head, tmp_path: Path) -> Cluster:
     port = head.address.rpartition(":")[2]
     (folder / "ray").write_text(RAY_DASHBOARD.format(python=sys.executable, port=port, pid=str(cluster.tunnel)))
     (folder / "ray").chmod(0o755)
-    return cluster
+    yield cluster
+    with suppress(FileNotFoundError, psutil.NoSuchProcess):  # as it is, unless a test failed
+        left = psutil.Process(int(cluster.tunnel.read_text()))
+        if str(folder / "ray") in left.cmdline():
+            left.kill()
 
 
 PassOn = Callable[[web.Request], Awaitable[web.StreamResponse]]
