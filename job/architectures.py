@@ -12,6 +12,7 @@ import keras
 from keras import layers
 
 SIDE = 80
+BASELINE_HEAD = (5000, 1000)
 HEAD = (10000, 5000, 1000)
 FCN_FILTERS = (32, 64, 128, 256, 512, 1028)
 
@@ -30,7 +31,7 @@ def baseline(num_classes: int) -> keras.Model:
         x = layers.MaxPooling2D()(x)
         x = layers.BatchNormalization()(x)
         x = layers.ReLU()(x)
-    x = _dense(layers.Flatten()(x), (5000, 1000), dropout=0.4)
+    x = _dense(layers.Flatten()(x), BASELINE_HEAD, dropout=0.4)
     return keras.Model(inputs, _probabilities(x, num_classes), name="baseline")
 
 

@@ -99,6 +99,10 @@ def prepare(pages: str, labels: str, dataset: str, classes: str | None, **option
               help="balanced: each class counts the same in the loss.")  # fmt: skip
 @click.option("--seed", default=42, show_default=True, type=int, help="Of weights, order and dropout.")
 @click.option("--patience", type=int, help="Stop after so many epochs that were no better.  [default: never]")
+@click.option("--checkpoint-every", type=int, metavar="STEPS",
+              help="Save within epochs too.  [default: at the end of each]")  # fmt: skip
+@click.option("--max-failures", type=int, help="Lost workers are replaced so often.  [default: 5]")
+@click.option("--step-limit", type=int, metavar="SECONDS", help="Of a step; longer counts as lost.  [default: 600]")
 @click.option("--run", metavar="NAME", help="A run that is called again continues.  [default: the time, a new run]")
 def train(
     dataset: str, models: str, architectures: tuple[str, ...], weights: str | None, run: str | None, **options: Any

@@ -35,8 +35,12 @@ RECIPES: dict[ArchitectureName, Recipe] = {
 }
 
 
+# What may differ when a run is called again: the weights hang on none of these but, by rounding, on the first three.
+MAY_DIFFER = {"workers", "gpus_per_worker", "cpus_per_worker", "checkpoint_every", "max_failures", "step_limit"}
+
+
 class TrainConfig(BaseModel):
-    """What decides the weights, besides the dataset. B is the global batch size, W the number of workers."""
+    """A training of one architecture, besides the dataset. B is the global batch size, W the number of workers."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -64,6 +68,12 @@ class TrainConfig(BaseModel):
     """Epochs without a better validation accuracy after which to stop; None: never."""
     dropout: bool = True
     """Off only to compare runs step by step."""
+    checkpoint_every: PositiveInt | None = None
+    """Steps from one checkpoint within an epoch to the next; each epoch's end has one besides. None: only there."""
+    max_failures: int = Field(5, ge=0)
+    """How often lost workers are replaced in one call; a host that is lost after it was drained does not count."""
+    step_limit: PositiveInt = 600
+    """Seconds after which a worker whose step has not ended does."""
 
 
 def configs_of(

@@ -1,25 +1,24 @@
 """One Ray Train run: an architecture on a dataset, from the workers' start to the sealed model folder."""
 
 import json
+import logging
 from dataclasses import dataclass
 from typing import Any
 
 from upath import UPath
 
-from cluster.errors import OptionError
+from cluster.errors import KuzushijiError, OptionError
 from cluster.manifest import ModelManifest, read_manifest
 from cluster.models import point_to_latest
 from cluster.runtime import cause_of
-from cluster.storage import is_file, is_local, remove_folder, write_bytes
-from job.config import TrainConfig
+from cluster.storage import is_file, is_local, read_bytes, remove_folder, write_bytes
+from job.config import MAY_DIFFER, TrainConfig
 from job.model_folder import METRICS_FILE, finished_config, read_json
 from job.weights import WeightsFile
 
+log = logging.getLogger("kuzushiji")
+
 RUNS_FOLDER = ".runs"
-# How often lost workers are replaced before a run is given up.
-MAX_FAILURES = 3
-# What may differ when a run is called again: the result hangs on none of these but by rounding.
-PLACEMENT = {"workers", "gpus_per_worker", "cpus_per_worker"}
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,10 @@ class Run:
     @property
     def _train_name(self) -> str:
         return f"{self.config.architecture}-{self.name}"
+
+    @property
+    def _checkpoints(self) -> UPath:
+        return self.models / RUNS_FOLDER / self._train_name
 
     @property
     def _begun_with(self) -> UPath:
@@ -73,7 +76,7 @@ class Run:
 
     def _refuse_other(self, earlier: dict[str, Any]) -> None:
         now = self._options()
-        differing = [key for key in now if key not in PLACEMENT and earlier.get(key) != now[key]]
+        differing = [key for key in now if key not in MAY_DIFFER and earlier.get(key) != now[key]]
         if differing:
             what = ", ".join(
                 f"{key} (then {str(earlier.get(key))[:16]}, now {str(now[key])[:16]})" for key in differing
@@ -87,6 +90,7 @@ class Run:
         """A process a worker, spread over the hosts; all begin again from the last checkpoint when one is lost.
 
         Raises:
+            KuzushijiError: the training itself can't go on; nothing is tried again.
             Exception: whatever the last of the tries failed of; the run can be called again.
         """
         from pyarrow.fs import FSSpecHandler, PyFileSystem
@@ -95,6 +99,7 @@ class Run:
 
         from job.board import TellFailures
 
+        self._drop_torn_list()
         write_bytes(self._begun_with, (json.dumps(self._options(), indent=2) + "\n").encode())
         config, storage = self.config, self.models / RUNS_FOLDER
         trainer = TensorflowTrainer(
@@ -104,6 +109,7 @@ class Run:
                 "weights": vars(weights) if weights else None,
                 "dataset": str(self.dataset),
                 "folder": str(self.folder),
+                "checkpoints": str(self._checkpoints),
                 "run": self.name,
                 "board": board,
             },
@@ -119,25 +125,40 @@ class Run:
                 storage_filesystem=None if is_local(storage) else PyFileSystem(FSSpecHandler(storage.fs)),
                 # Two: a recovery can begin from the checkpoint before the last.
                 checkpoint_config=CheckpointConfig(num_to_keep=2),
-                failure_config=FailureConfig(max_failures=MAX_FAILURES),
+                failure_config=FailureConfig(max_failures=config.max_failures),
                 callbacks=[TellFailures(board, config.architecture)],
             ),
         )
         try:
-            trainer.fit()
+            failure = trainer.fit().return_value
         except Exception as error:
             raise cause_of(error) from error  # which holds the worker's traceback, for --debug
+        if failure:
+            raise KuzushijiError(failure["what"]) from RuntimeError(failure["where"])
         self.tidy()
+
+    def _drop_torn_list(self) -> None:
+        """Begin anew, with the same result, where Ray Train's list of checkpoints can't be read: it is written in
+        place, so that who is killed just then leaves a part of it.
+        """
+        snapshot = self._checkpoints / "checkpoint_manager_snapshot.json"
+        if not is_file(snapshot):
+            return
+        try:
+            json.loads(read_bytes(snapshot))
+        except ValueError:
+            log.warning("%s is torn: %s begins anew", snapshot, self._train_name)
+            remove_folder(self._checkpoints)
 
     def tidy(self) -> None:
         """After the folder was sealed: nobody goes on from the checkpoints, which are larger than the model."""
         point_to_latest(self.folder, read_manifest(self.folder, ModelManifest))  # it may have been killed just before
-        remove_folder(self.models / RUNS_FOLDER / self._train_name)
+        remove_folder(self._checkpoints)
         self._begun_with.unlink(missing_ok=True)
 
 
-def _work(job: dict[str, Any]) -> None:
+def _work(job: dict[str, Any]) -> dict[str, str] | None:
     """Imported on the worker: the driver needs no TensorFlow."""
     from job.worker import train_worker
 
-    train_worker(job)
+    return train_worker(job)

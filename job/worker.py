@@ -7,8 +7,9 @@ its part of it.
 
 import json
 import math
-import tempfile
 import time
+import traceback
+from collections.abc import Iterator
 from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
@@ -19,15 +20,25 @@ import numpy as np
 import ray.train
 import tensorflow as tf
 from numpy.typing import NDArray
+from upath import UPath
 
 from cluster.errors import KuzushijiError
 from cluster.manifest import is_sealed
 from cluster.storage import place
 from job.architectures import ARCHITECTURES
 from job.board import SECONDS_BETWEEN_POSTS
-from job.checkpoint import State, changing_variables, read_checkpoint, write_checkpoint
+from job.checkpoint import (
+    State,
+    changing_variables,
+    read_checkpoint,
+    remove_unknown,
+    upload_checkpoint,
+    wait_for_upload,
+)
 from job.config import TRANSFER, TrainConfig
+from job.determinism import fix_what_bits_depend_on
 from job.evaluation import metrics, misclassified, per_class
+from job.interruption import Preemption, StepLimit
 from job.model_folder import LABELS_FILE, METRICS_FILE, model_card, write_model
 from job.optimizer import FusedAdam
 from job.order import permutation, share
@@ -41,12 +52,14 @@ STATISTICS_BATCHES = 30
 STATISTICS_CROPS = 1024
 
 
-def train_worker(job: dict[str, Any]) -> None:
+def train_worker(job: dict[str, Any]) -> dict[str, str] | None:
     """The function that Ray Train runs on each worker. `job`: `config`, `weights` (of a WeightsFile, or None),
-    places `dataset` and `folder`, `run`, `board`.
+    places `dataset`, `folder` and `checkpoints`, `run`, `board`.
+
+    Returns None, or `what` every worker failed of alike and `where`: what is raised, Ray Train tries again.
     """
     if is_sealed(place(job["folder"])):  # a worker was lost between the last line of `write` and its end
-        return
+        return None
     config = TrainConfig.model_validate(job["config"])
     fix_what_bits_depend_on(config)
     # Before anything else is computed: collectives can only be configured while TensorFlow is at rest.
@@ -55,33 +68,14 @@ def train_worker(job: dict[str, Any]) -> None:
     with staged(place(job["dataset"]), SPLITS) as dataset:
         with weights as file:
             training = Training(config, strategy, dataset, job["board"], file)
-        training.resume()
-        while not training.finished():
-            training.run_epoch()
+        training.resume(place(job["checkpoints"]))
+        try:
+            while not training.finished():
+                training.run_epoch()
+        except KuzushijiError as error:
+            return {"what": str(error), "where": traceback.format_exc()}
         training.write(job["folder"], job["run"])
-
-
-def fix_what_bits_depend_on(config: TrainConfig) -> None:
-    """Threads, seeds, precision, deterministic kernels; before TensorFlow runs anything."""
-    tf.config.threading.set_intra_op_parallelism_threads(config.cpus_per_worker)
-    # One more, so that gradients travel while others are computed.
-    tf.config.threading.set_inter_op_parallelism_threads(config.cpus_per_worker + 1)
-    if config.gpus_per_worker == 0:
-        tf.config.set_visible_devices([], "GPU")
-    for gpu in tf.config.get_visible_devices("GPU"):
-        tf.config.experimental.set_memory_growth(gpu, True)
-    # The gradient of Xception's depthwise convolutions has no deterministic kernel on GPUs, and would raise
-    # (github.com/tensorflow/tensorflow/issues/47174).
-    if config.gpus_per_worker == 0 or config.architecture != "xception":
-        tf.config.experimental.enable_op_determinism()
-    keras.config.set_dtype_policy(config.precision)
-    keras.utils.set_random_seed(config.seed)
-
-
-def build(config: TrainConfig, num_classes: int, weights: str | None) -> keras.Model:
-    """The model before its first step. weights: file of what its base begins with; None: chance."""
-    base = {"weights": weights, "unfreeze": config.unfreeze} if config.architecture in TRANSFER else {}
-    return ARCHITECTURES[config.architecture](num_classes, **base)
+    return None
 
 
 class Training:
@@ -95,12 +89,14 @@ class Training:
         board: Any,
         weights: str | None = None,
     ) -> None:
+        """weights: file of what the model's base begins with; None: chance."""
         context = ray.train.get_context()
         self.rank, self.workers = context.get_world_rank(), context.get_world_size()
         self.config, self.dataset, self.board = config, dataset, board
         classes = len(dataset.class_names)
         # Built in one piece first: the same seed gives the same weights whatever the strategy.
-        plain = build(config, classes, weights)
+        base = {"weights": weights, "unfreeze": config.unfreeze} if config.architecture in TRANSFER else {}
+        plain = ARCHITECTURES[config.architecture](classes, **base)
         self.form = plain.get_config()
         with strategy.scope():
             self.model = training_form(plain, config.seed, config.dropout)
@@ -111,43 +107,38 @@ class Training:
         self.state = State()
         self.changing = changing_variables(self.model)
         self.best_weights: list[NDArray[Any]] = []
+        self.limit, self.preemption = StepLimit(config.step_limit, self._post), Preemption()
 
     # --- checkpoints
 
-    def resume(self) -> None:
-        """Go on from the run's own last checkpoint, if Ray Train has one; else the first weights stay."""
+    def resume(self, checkpoints: UPath) -> None:
+        """Go on from the run's own last checkpoint, if Ray Train has one; else the first weights stay.
+
+        checkpoints: the folder of all of them. Those that Ray Train has not taken, whole or not, are removed.
+        """
+        if self.rank == 0:
+            remove_unknown(checkpoints)
         checkpoint = ray.train.get_checkpoint()
         if checkpoint is None:
             return
         with checkpoint.as_directory() as folder:
             variables = [*self.changing, *self.optimizer.variables]
             self.state, best = read_checkpoint(Path(folder), variables)
-        self.best_weights = best or self._weights()
-        self._say(f"goes on after epoch {self.state.epoch}")
+        self.best_weights = self._weights() if self.state.is_best else best
+        within = f" and {self.state.step} steps of the next" if self.state.step else ""
+        self._say(f"goes on after epoch {self.state.epoch}{within}")
 
     def _weights(self) -> list[NDArray[Any]]:
         return [variable.numpy() for variable in self.changing]
 
     def _report(self, row: dict[str, Any]) -> None:
         """Tell Ray Train, on every rank at once; rank 0's weights are everyone's, so its checkpoint is enough."""
+        self.limit.rest()
         if self.rank > 0:
             ray.train.report(row)
-            return
-        self._wait_for_upload()
-        folder = tempfile.mkdtemp(dir=self.dataset.folder)
-        variables = [*self.changing, *self.optimizer.variables]
-        write_checkpoint(Path(folder), self.state, variables, self.best_weights)
-        ray.train.report(
-            row,
-            checkpoint=ray.train.Checkpoint.from_directory(folder),
-            # The next epoch goes on meanwhile. Ray removes the folder after it; if it can't, it goes with the dataset.
-            checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
-        )
-
-    def _wait_for_upload(self) -> None:
-        """One at a time: Ray queues any number, of which a lost worker would lose all."""
-        if self.rank == 0:
-            ray.train.get_all_reported_checkpoints(ray.train.CheckpointConsistencyMode.COMMITTED)
+        else:
+            variables = [*self.changing, *self.optimizer.variables]
+            upload_checkpoint(row, self.state, variables, self.best_weights, scratch=self.dataset.folder)
 
     # --- epochs
 
@@ -157,26 +148,18 @@ class Training:
         return self.state.epoch >= self.config.epochs or (patience is not None and worse >= patience)
 
     def run_epoch(self) -> None:
-        """Train on S global batches, validate, keep the best weights, save."""
+        """Train on the S global batches of an epoch, or on what a checkpoint leaves of them; validate, keep the best
+        weights, save.
+        """
         crops, size = self.dataset.splits["train"], self.config.global_batch_size
-        epoch = self.state.epoch + 1
+        epoch, steps = self.state.epoch + 1, len(crops) // size
         order = permutation(len(crops), self.config.seed, epoch)
-        steps = len(crops) // size
-        sums: Any = tf.zeros(2)
-        begin = last_post = time.perf_counter()
-        waited = 0.0
-        for step in range(steps):
-            asked = time.perf_counter()
-            first, images, labels = self.rows_of(crops, order, step)
-            waited += time.perf_counter() - asked
-            sums += self.steps.train(images, labels, first)
-            if self.rank == 0 and time.perf_counter() - last_post > SECONDS_BETWEEN_POSTS:
-                last_post = time.perf_counter()
-                self._post_step(epoch, step + 1, steps, sums, (step + 1) * size / (last_post - begin))
+        sums = self._train(crops, order, steps)
+        self.limit.begin()
         loss, accuracy = (self.steps.sum_over_workers(sums.numpy()[None])[0] / (steps * size)).tolist()
-        seconds = time.perf_counter() - begin
+        seconds, waited = self.state.seconds, self.state.waited
         batches = min(steps, STATISTICS_BATCHES, max(steps // 4, -(-STATISTICS_CROPS // size)))
-        self.steps.estimate_statistics(self.rows_of(crops, order, step)[1] for step in range(batches))
+        self.steps.estimate_statistics(self._beginning(crops, order, batches))
         validation = metrics(self._predict("validation"), self._labels("validation"), self.dataset.class_names)
         # The training loss is that before each update: what the last one did shows in the validation only.
         if not math.isfinite(loss + validation["loss"]):
@@ -198,8 +181,44 @@ class Training:
         }
         self._end_epoch(row)
 
+    def _train(self, crops: Crops, order: NDArray[np.int64], steps: int) -> Any:
+        """The steps of an epoch that are left. Returns this worker's (2,) sums over all of them."""
+        state, size = self.state, self.config.global_batch_size
+        sums: Any = tf.constant(state.sums_of(self.rank, self.workers))
+        last_post = time.perf_counter()
+        begin = last_post - state.seconds
+        for step in range(state.step, steps):
+            self.limit.begin()
+            asked = time.perf_counter()
+            first, images, labels = self.rows_of(crops, order, step)
+            state.waited += time.perf_counter() - asked
+            sums += self.steps.train(images, labels, first)
+            state.step, state.seconds = step + 1, time.perf_counter() - begin
+            if self.rank == 0 and time.perf_counter() - last_post > SECONDS_BETWEEN_POSTS:
+                last_post = time.perf_counter()
+                self._post_step(state.epoch + 1, step + 1, steps, sums, (step + 1) * size / state.seconds)
+            to_go, every = self.preemption.is_new(), self.config.checkpoint_every
+            if to_go:
+                self._say("a host is about to go: a checkpoint is saved, and all begin again from it once it is gone")
+            due = every is not None and (state.epoch * steps + step + 1) % every == 0
+            if (due or to_go) and step + 1 < steps:  # else the epoch's own comes at once
+                self._save_within_epoch(sums)
+        return sums
+
+    def _save_within_epoch(self, sums: Any) -> None:
+        row = np.arange(self.workers)[:, None] == self.rank
+        self.state.sums = self.steps.sum_over_workers(row * sums.numpy()).tolist()
+        self._report({"epoch": self.state.epoch, "step": self.state.step})
+
+    def _beginning(self, crops: Crops, order: NDArray[np.int64], batches: int) -> Iterator[NDArray[np.uint8]]:
+        """This worker's crops of an epoch's first global batches."""
+        for step in range(batches):
+            self.limit.begin()
+            yield self.rows_of(crops, order, step)[1]
+
     def _end_epoch(self, row: dict[str, Any]) -> None:
         self.state.epoch = row["epoch"]
+        self.state.step, self.state.sums, self.state.seconds, self.state.waited = 0, [], 0.0, 0.0
         self.state.history.append(row)
         if row["val_accuracy"] > self.state.best_accuracy:
             self.state.best_epoch, self.state.best_accuracy = row["epoch"], row["val_accuracy"]
@@ -227,11 +246,18 @@ class Training:
 
     def _predict(self, split: str) -> NDArray[np.float32]:
         """(N, 4) predictions of a split, on every worker; each crop is seen once, by one worker."""
-        crops = self.dataset.splits[split]
-        first, end = share(len(crops), self.rank, self.workers)
+        crops, labels = self.dataset.splits[split], self._labels(split)
         predictions = np.zeros((len(crops), 4), np.float32)
-        predictions[first:end] = self.steps.predict(crops.images[first:end], crops.labels[first:end])
-        return self.steps.sum_over_workers(predictions)
+        # In steps that all workers take together, so that none waits for long for the others.
+        rows = self.workers * self.steps.predict_rows
+        for begin in range(0, len(crops), rows):
+            self.limit.begin()
+            end = min(begin + rows, len(crops))
+            first, last = (begin + row for row in share(end - begin, self.rank, self.workers))
+            predictions[first:last] = self.steps.predict(crops.images[first:last], labels[first:last])
+            predictions[begin:end] = self.steps.sum_over_workers(predictions[begin:end])
+        self.limit.rest()
+        return predictions
 
     def write(self, folder: str, run: str) -> None:
         """Evaluate every split with the best epoch's weights; rank 0 writes and seals the model folder."""
@@ -241,7 +267,7 @@ class Training:
         predictions = {split: self._predict(split) for split in SPLITS}
         if self.rank > 0:
             return
-        self._wait_for_upload()  # one that fails would begin again what is sealed
+        wait_for_upload()  # one that fails would begin again what is sealed
         names, splits = self.dataset.class_names, self.dataset.splits
         model = keras.Model.from_config(self.form)
         model.set_weights(self.model.get_weights())
@@ -270,7 +296,10 @@ class Training:
 
     def _say(self, text: str) -> None:
         if self.rank == 0:
-            self.board.post.remote({"architecture": self.config.architecture, "text": text})
+            self._post(text)
+
+    def _post(self, text: str) -> Any:
+        return self.board.post.remote({"architecture": self.config.architecture, "text": text})
 
     def _post_step(self, epoch: int, step: int, steps: int, sums: Any, crops_per_s: float) -> None:
         """Of rank 0's rows alone: the sum over workers waits for the end of the epoch."""

@@ -165,9 +165,10 @@ def trained(few: Path, xception_weights: Path, tmp_path_factory: pytest.TempPath
         import keras
 
         from job import architectures
+        from job.determinism import fix_what_bits_depend_on
         from job.staging import staged
         from job.step import make_strategy
-        from job.worker import Training, fix_what_bits_depend_on
+        from job.worker import Training
 
         architectures.HEAD, architectures.FCN_FILTERS = (64, 32), (4, 8, 8)
         keras.applications.ResNet152V2 = keras.applications.ResNet50V2

@@ -1,0 +1,246 @@
+"""train: whatever is killed, silent or taken away, the weights end bit for bit as those of an undisturbed run."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import KUZUSHIJI
+
+from cluster.storage import place
+from job.config import TrainConfig
+from job.run import Run
+from job.train import train
+
+pytestmark = pytest.mark.usefixtures("ray_here")
+
+# 15 steps in 3 epochs of 5, with dropout.
+GIVEN = {"architecture": "baseline", "epochs": 3, "global_batch_size": 7, "learning_rate": 1e-4, "workers": 2}
+MEASURED = {"seconds", "crops_per_s", "data_wait"}
+
+
+def result(folder: Path) -> tuple[bytes, list[dict[str, Any]], dict[str, Any]]:
+    """What must be the same: the weights, the history and the numbers, but for what was measured with a clock."""
+    with zipfile.ZipFile(folder / "model.keras") as model:
+        weights = model.read("model.weights.h5")
+    history = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    numbers = json.loads((folder / "metrics.json").read_text())
+    numbers.pop("seconds")
+    return weights, [{key: row[key] for key in row.keys() - MEASURED} for row in history], numbers
+
+
+def with_small_head() -> Any:
+    """What the workers are to do, with steps that take no time. A closure: Ray would import a function of this file."""
+
+    def work(job: dict[str, Any]) -> Any:
+        from job import architectures, worker
+
+        architectures.BASELINE_HEAD = (16, 8)
+        return worker.train_worker(job)
+
+    return work
+
+
+@pytest.fixture(scope="module")
+def undisturbed(few: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    models = tmp_path_factory.mktemp("undisturbed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("job.run._work", with_small_head())
+        return Path(train(place(few), place(models), [TrainConfig.model_validate(GIVEN)], "calm")[0].folder.path)
+
+
+def test_a_killed_and_a_silent_worker_change_no_bit_and_leave_no_checkpoint_behind(
+    undisturbed: Path, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Within epochs: worker 1 is killed after 7 steps; begun again, it says no word any more after 13."""
+    marker = str(tmp_path / "happened")
+
+    def work(job: dict[str, Any]) -> Any:
+        import os
+        import signal
+        import time
+        from pathlib import Path
+
+        from job import architectures, worker
+
+        rows_of, resume = worker.Training.rows_of, worker.Training.resume
+
+        def disturbed(training: Any, *arguments: Any) -> Any:
+            done = int(training.optimizer.iterations.numpy())
+            name = Path(f"{marker}-{done}")
+            if training.rank == 1 and done in (7, 13) and not name.exists():
+                name.touch()
+                if done == 7:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                time.sleep(1e6)
+            return rows_of(training, *arguments)
+
+        def seen(training: Any, checkpoints: Any) -> None:
+            unknown = checkpoints / "checkpoint_of_a_lost_worker"
+            if training.rank == 0:
+                (unknown / "part").mkdir(parents=True, exist_ok=True)
+            resume(training, checkpoints)
+            if training.rank == 0:
+                left = [path.name for path in checkpoints.iterdir() if path.name.startswith("checkpoint_2")]
+                Path(f"{marker}-left").write_text(f"{unknown.exists()} {len(left)}")
+
+        worker.Training.rows_of, worker.Training.resume = disturbed, seen
+        architectures.BASELINE_HEAD = (16, 8)
+        return worker.train_worker(job)
+
+    monkeypatch.setattr("job.run._work", work)
+    caplog.set_level("INFO", "kuzushiji")
+    given = TrainConfig.model_validate(GIVEN | {"checkpoint_every": 2, "step_limit": 15})
+    folder = train(place(few), place(tmp_path), [given], "disturbed")[0].folder
+    assert {path.name for path in tmp_path.glob("happened-*")} == {"happened-7", "happened-13", "happened-left"}
+    assert "goes on after epoch 1" in caplog.text  # and 1 step of the next, if its upload was quicker
+    assert "a step must end in 15 s" in caplog.text
+    assert "goes on after epoch 2 and 2 steps of the next" in caplog.text
+    assert (tmp_path / "happened-left").read_text() == "False 2"
+    assert result(Path(folder.path)) == result(undisturbed)
+
+
+SMALL = """
+import job.run
+
+def work(job):
+    from job import architectures, worker
+
+    architectures.BASELINE_HEAD = (16, 8)
+    return worker.train_worker(job)
+
+job.run._work = work
+from job.cli import main
+main()
+"""
+
+
+def test_a_run_whose_driver_is_killed_goes_on_within_the_epoch_also_on_another_number_of_workers(
+    undisturbed: Path, few: Path, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-c", SMALL, "train", "--dataset", str(few), "--architecture", "baseline"]
+    command += ["--epochs", "3", "--global-batch-size", "7", "--learning-rate", "1e-4", "--cpus-per-worker", "1"]
+    command += ["--checkpoint-every", "1", "--run", "killed"]
+    registered = tmp_path / "two" / ".runs" / "baseline-killed" / "checkpoint_manager_snapshot.json"
+    with subprocess.Popen([*command, "--models", "two", "--workers", "2"], cwd=tmp_path, stderr=subprocess.PIPE) as one:
+        while not registered.is_file() or b"checkpoint_" not in registered.read_bytes():
+            assert one.poll() is None
+            time.sleep(0.05)
+        one.kill()
+    shutil.copytree(tmp_path / "two", tmp_path / "one")
+
+    def again(*options: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*command, *options], cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    other = again("--models", "two", "--workers", "2", "--seed", "1")
+    assert other.returncode == 2
+    assert "seed (then 42, now 1)" in other.stderr
+    same = again("--models", "two", "--workers", "2", "--checkpoint-every", "100", "--max-failures", "0")
+    assert same.returncode == 0, same.stderr
+    assert re.search("goes on after epoch [0-2] and [1-4] steps of the next", same.stderr)
+    assert result(tmp_path / "two" / "baseline" / "killed") == result(undisturbed)
+    fewer = again("--models", "one", "--workers", "1")
+    assert fewer.returncode == 0, fewer.stderr
+    assert "goes on after epoch" in fewer.stderr
+    losses, expected = ([row["loss"] for row in result(folder)[1]] for folder in
+                        (tmp_path / "one" / "baseline" / "killed", undisturbed))  # fmt: skip
+    assert losses == pytest.approx(expected, abs=2e-2)  # of batches of 7 crops, with dropout
+
+
+def test_a_torn_list_of_checkpoints_is_said_and_the_run_begins_anew(tmp_path: Path) -> None:
+    run = Run("torn", TrainConfig.model_validate(GIVEN), place(tmp_path), "0" * 64, place(tmp_path))
+    checkpoints = tmp_path / ".runs" / "baseline-torn"
+    (checkpoints / "checkpoint_1").mkdir(parents=True)
+    snapshot = checkpoints / "checkpoint_manager_snapshot.json"
+    snapshot.write_text('{"ray_version": "2.60.0"}')
+    run._drop_torn_list()
+    assert snapshot.exists()
+    snapshot.write_text('{"ray_version": ')
+    run._drop_torn_list()
+    assert not checkpoints.exists()
+
+
+DRAINED = """
+import os, subprocess, sys, threading, time
+from ray.cluster_utils import Cluster
+
+dataset, models = sys.argv[1:]
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+for _ in range(3):
+    cluster.add_node(num_cpus=1)
+os.environ["RAY_ADDRESS"] = cluster.address
+try:
+    import ray
+    import job.run
+    from cluster.progress import log_to_stderr
+    from cluster.storage import place
+    from job.config import TrainConfig
+    from job.train import train
+
+    def work(job):
+        import time
+        from pathlib import Path
+        from job import architectures, interruption, worker
+
+        architectures.BASELINE_HEAD = (16, 8)
+        interruption.SECONDS_BETWEEN_LOOKS = 0
+        rows_of = worker.Training.rows_of
+
+        def in_time(training, *arguments):
+            done = int(training.optimizer.iterations.numpy())
+            if done == 7:  # until Ray knows
+                while not Path(job["folder"]).with_name("told").exists():
+                    time.sleep(0.1)
+                time.sleep(4)
+            elif done > 7 and training.resumed_at < 7:  # until the node is gone
+                time.sleep(6)
+            return rows_of(training, *arguments)
+
+        def resume(training, *arguments, before=worker.Training.resume):
+            before(training, *arguments)
+            training.resumed_at = int(training.optimizer.iterations.numpy())
+
+        worker.Training.rows_of, worker.Training.resume = in_time, resume
+        return worker.train_worker(job)
+
+    def drain():
+        while not any((models / ".runs").glob("*/checkpoint_manager_snapshot.json")):  # the first epoch's
+            time.sleep(0.2)
+        reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "test"]
+        (group,) = (one for one in ray.util.placement_group_table().values() if one["state"] == "CREATED")
+        node = ["--address", cluster.address, "--node-id", group["bundles_to_node_id"][1]]
+        subprocess.run(["ray", "drain-node", *node, "--deadline-remaining-seconds", "20", *reason], check=True)
+        (models / "baseline").mkdir()
+        (models / "baseline" / "told").touch()
+
+    job.run._work = work
+    log_to_stderr(False)
+    models = place(models)
+    threading.Thread(target=drain, daemon=True).start()
+    given = TrainConfig.model_validate(GIVEN)
+    train(place(dataset), models, [given], "drained")
+finally:
+    cluster.shutdown()
+"""
+
+
+def test_a_node_that_is_drained_is_left_with_a_checkpoint_of_just_then_and_no_bit_changes(
+    undisturbed: Path, few: Path, tmp_path: Path
+) -> None:
+    environment = os.environ | {"RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1"}
+    environment["PATH"] = f"{KUZUSHIJI.parent}:{environment['PATH']}"
+    script = DRAINED.replace("GIVEN", repr(GIVEN | {"max_failures": 0}))
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(few), str(tmp_path)],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "goes on after epoch 1 and 3 steps of the next" in done.stderr
+    assert result(tmp_path / "baseline" / "drained") == result(undisturbed)
