@@ -1,5 +1,5 @@
 """Google Cloud Storage through its own client, where fsspec can't: uploads checked on arrival, ranges side by side,
-writes that go through only where nobody wrote in between, and reads of one generation. Listings go through gcsfs.
+writes that go through only where nobody wrote in between, reads of one generation, and listings that fail in words.
 
 Requests are retried by the client, two minutes at most; what fails for good is told by `explained`.
 """
@@ -181,6 +181,17 @@ def read_chunks(path: UPath, begin: int, end: int) -> Iterator[bytes]:
             raise DamageError(f"{path} must arrive as it is there. Received: other bytes. Run the same command again")
 
 
+def list_folder(folder: UPath) -> tuple[dict[str, int], list[str]]:
+    """Name to size in bytes of the objects directly in a folder, and the names of the folders in it, sorted."""
+    bucket, _, name = folder.path.rstrip("/").partition("/")
+    prefix = f"{name}/" if name else ""
+    with explaining():
+        listing = _client().list_blobs(bucket, prefix=prefix, delimiter="/")
+        files = {blob.name.removeprefix(prefix): int(blob.size) for blob in listing}
+    files.pop("", None)  # an object that stands for the folder itself
+    return files, sorted(found.removeprefix(prefix).rstrip("/") for found in listing.prefixes)
+
+
 def remove_folder(folder: UPath) -> None:
     """Remove all objects under a name that is not empty. To gcsfs such a name is a pattern."""
     from google.api_core.exceptions import NotFound
@@ -284,5 +295,5 @@ def explained(error: BaseException) -> KuzushijiError | None:
 
 def _bucket_in(text: str) -> str:
     """The bucket that a failed request was of, from its address."""
-    found = re.search(r"/b/([a-z0-9][a-z0-9._-]+)", text) or re.search(r"Forbidden: (?:.*/b/)?([a-z0-9._-]+)", text)
+    found = re.search(r"\bb/([a-z0-9][a-z0-9._-]+)", text) or re.search(r"Forbidden: ([a-z0-9._-]+)", text)
     return f"gs://{found[1]}" if found else "the bucket"

@@ -13,7 +13,16 @@ from cluster.errors import DamageError, InputError, KuzushijiError, OptionError
 from cluster.manifest import MANIFEST_FILE, FileEntry, ModelManifest, fault_of, read_manifest
 from cluster.models import LATEST_FILE, point_to_latest, read_latest
 from cluster.progress import progress
-from cluster.storage import is_file, list_files, plain_name, read_chunks, sha256_of, write_bytes
+from cluster.storage import (
+    is_file,
+    list_files,
+    list_folders,
+    plain_name,
+    read_chunks,
+    sha256_of,
+    write_bytes,
+    writing_in,
+)
 
 
 @dataclass(frozen=True)
@@ -34,6 +43,7 @@ def pull(models: UPath, to: UPath, wanted: Sequence[str] = ()) -> list[Pulled]:
     Raises:
         InputError: nothing of that name.
         DamageError: what came is not what the manifest says.
+        KuzushijiError: `to` is full, read-only or gone.
     """
     chosen = [_resolve(models, name) for name in (wanted or _architectures(models))]
     manifests = [read_manifest(models / name / run, ModelManifest) for name, run in chosen]
@@ -42,14 +52,15 @@ def pull(models: UPath, to: UPath, wanted: Sequence[str] = ()) -> list[Pulled]:
     with progress("bytes pulled", total, "bytes") as advance:
         for (name, run), manifest in zip(chosen, manifests, strict=True):
             target = to / name / run
-            new_bytes = _pull_folder(models / name / run, target, manifest, advance)
+            with writing_in(Path(target.path)):
+                new_bytes = _pull_folder(models / name / run, target, manifest, advance)
             pulled.append(Pulled(name, run, str(target), new_bytes))
     return pulled
 
 
 def _architectures(models: UPath) -> list[str]:
-    folders = sorted(path.name for path in models.iterdir() if path.is_dir()) if models.is_dir() else []
-    found = [name for name in folders if not name.startswith(".") and is_file(models / name / LATEST_FILE)]
+    names = list_folders(models)
+    found = [name for name in names if not name.startswith(".") and is_file(models / name / LATEST_FILE)]
     if not found:
         raise InputError(f"--models must hold <architecture>/{LATEST_FILE}. Received: {models}, with none")
     return found
@@ -81,6 +92,10 @@ def _pull_folder(source: UPath, target: UPath, manifest: ModelManifest, advance:
         else:
             (target / MANIFEST_FILE).unlink(missing_ok=True)  # what is being mended is not there
             new_bytes += _fetch(source, Path(target.path), entry, advance)
+    if not {entry.name for entry in manifest.entries} <= set(list_files(target)):
+        raise KuzushijiError(
+            f"a folder must stay as it is while it is pulled. Received: {target}, emptied meanwhile. Run it again"
+        )
     write_bytes(target / MANIFEST_FILE, manifest.raw)
     point_to_latest(target, manifest)
     return new_bytes

@@ -4,6 +4,7 @@ Nothing half-written ever stands under a final name: local files are written und
 folder and moved; object stores show an object only when its upload is complete.
 """
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -12,8 +13,8 @@ import shutil
 import sys
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,7 +22,7 @@ from fsspec import get_filesystem_class
 from upath import UPath
 
 from cluster import bucket
-from cluster.errors import InputError, OptionError
+from cluster.errors import InputError, KuzushijiError, OptionError
 
 CHUNK_BYTES = 1 << 20
 TEMPORARY_PREFIX = ".tmp-"
@@ -95,33 +96,54 @@ def plain_name(name: str, what: str) -> str:
 
 
 @contextmanager
-def new_file(target: UPath) -> Iterator[Path]:
+def writing_in(folder: Path) -> Iterator[None]:
+    """Failures to write in a local folder come out as ours, with its name: that of a full disk names no place."""
+    try:
+        yield
+    except OSError as error:
+        named = isinstance(error.filename, str) and Path(error.filename).is_relative_to(folder)
+        if not named and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS) and os.path.isdir(folder):
+            raise  # of what is read
+        raise KuzushijiError(
+            "a folder must be there, writable and have room as long as it is written. "
+            f"Received: {folder}: {error.strerror}. Mend that and run the same command again"
+        ) from error
+
+
+@contextmanager
+def new_file(target: UPath, within: UPath | None = None) -> Iterator[Path]:
     """A local path to write; it becomes `target` in one step when the block ends, and is removed when the block
     fails.
+
+    within: the folder for that path, on the same disk as `target`. It is not made: once it is removed, nothing that
+    was begun in it comes to be.
+
+    Raises:
+        KuzushijiError: its folder is full, read-only or gone.
     """
-    if is_local(target):
-        os.makedirs(target.parent.path, exist_ok=True)
-        folder = Path(target.parent.path)
-    else:
-        folder = Path(tempfile.gettempdir())
+    beside = target.parent if within is None else within
+    folder = Path(beside.path if is_local(target) else tempfile.gettempdir())
     temporary = folder / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
-    try:
-        yield temporary
-        if is_local(target):
-            with open(temporary, "rb") as written:
-                os.fsync(written.fileno())
-            os.replace(temporary, target.path)
-        elif bucket.is_bucket(target):
-            bucket.upload(temporary, target)
-        else:
-            target.fs.put_file(str(temporary), target.path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with writing_in(folder):
+        if within is None:
+            os.makedirs(folder, exist_ok=True)
+        try:
+            yield temporary
+            if is_local(target):
+                with open(temporary, "rb") as written:
+                    os.fsync(written.fileno())
+                os.replace(temporary, target.path)
+            elif bucket.is_bucket(target):
+                bucket.upload(temporary, target)
+            else:
+                target.fs.put_file(str(temporary), target.path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
-def write_bytes(target: UPath, data: bytes) -> None:
-    """Write a small file so that readers see the old content or the new one, never a part."""
-    with new_file(target) as temporary:
+def write_bytes(target: UPath, data: bytes, within: UPath | None = None) -> None:
+    """Write a small file so that readers see the old content or the new one, never a part. within: see `new_file`."""
+    with new_file(target, within) as temporary:
         temporary.write_bytes(data)
 
 
@@ -144,13 +166,16 @@ def _alone_in(folder: UPath) -> Iterator[None]:
     if not is_local(folder):
         yield
         return
-    os.makedirs(folder.path, exist_ok=True)
-    descriptor = os.open(folder.path, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
+    with writing_in(Path(folder.path)):
+        os.makedirs(folder.path, exist_ok=True)
+        descriptor = os.open(folder.path, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if not os.path.samestat(os.fstat(descriptor), os.stat(folder.path)):  # while another one had it
+                raise FileNotFoundError(errno.ENOENT, "removed meanwhile, and made anew", folder.path)
+            yield
+        finally:
+            os.close(descriptor)
 
 
 def is_file(path: UPath) -> bool:
@@ -223,14 +248,47 @@ def list_files(folder: UPath) -> dict[str, int]:
     if is_local(folder):  # fsspec calls a link to a file no file
         try:
             with os.scandir(folder.path) as found:
-                return {entry.name: entry.stat().st_size for entry in found if entry.is_file()}
+                return dict(_sizes(found))
         except (FileNotFoundError, NotADirectoryError):
             return {}
+    if bucket.is_bucket(folder):
+        return bucket.list_folder(folder)[0]
+    return {os.path.basename(entry["name"]): int(entry["size"]) for entry in _list(folder) if entry["type"] == "file"}
+
+
+def _sizes(found: Iterable["os.DirEntry[str]"]) -> Iterator[tuple[str, int]]:
+    for entry in found:
+        with suppress(FileNotFoundError):  # somebody moved it meanwhile, as `new_file` does
+            if entry.is_file():
+                yield entry.name, entry.stat().st_size
+
+
+def list_folders(folder: UPath) -> list[str]:
+    """Names of the folders that stand directly in `folder`, sorted; none if there is no such folder."""
+    if bucket.is_bucket(folder):
+        return bucket.list_folder(folder)[1]
+    if is_local(folder):  # where a link to a folder is one
+        try:
+            with os.scandir(folder.path) as found:
+                return sorted(entry.name for entry in found if entry.is_dir())
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+    return sorted(os.path.basename(entry["name"]) for entry in _list(folder) if entry["type"] == "directory")
+
+
+def _list(folder: UPath) -> list[dict[str, Any]]:
     try:
         entries: list[dict[str, Any]] = folder.fs.ls(folder.path, detail=True)
     except FileNotFoundError:
-        return {}
-    return {os.path.basename(e["name"]): int(e["size"]) for e in entries if e["type"] == "file"}
+        return []
+    return entries
+
+
+def remove_temporaries(folder: UPath) -> None:
+    """Remove what `new_file` leaves directly in a folder when its process is killed."""
+    for name in list_files(folder):
+        if name.startswith(TEMPORARY_PREFIX):
+            (folder / name).unlink(missing_ok=True)
 
 
 def remove_folder(folder: UPath) -> None:

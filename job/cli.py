@@ -137,9 +137,10 @@ def evaluate(model: str, dataset: str, split: str, out: str | None) -> Outcome:
     from job.evaluate import write_evaluation
     from job.report import metrics_line
 
-    evaluation = run(reachable_place(model), reachable_place(dataset), split)
-    if out:
-        write_evaluation(evaluation, reachable_place(out))
+    result = reachable_place(out) if out else None
+    evaluation = run(reachable_place(model), reachable_place(dataset), split, result)
+    if result:
+        write_evaluation(evaluation, result)
     seen = evaluation.per_class.query("examples > 0").sort_values(
         ["f1", "examples"], ascending=[True, False], kind="stable"
     )

@@ -1,7 +1,10 @@
 """A finished model on a split of a dataset, in this process."""
 
 import json
+import os
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -10,7 +13,7 @@ from upath import UPath
 from cluster.errors import OptionError
 from cluster.manifest import is_sealed
 from cluster.progress import progress
-from cluster.storage import write_bytes
+from cluster.storage import is_local, write_bytes, writing_in
 from job.evaluation import confusions, metrics, misclassified, per_class
 from job.model_folder import load_model
 from job.staging import staged
@@ -29,13 +32,16 @@ class Evaluation:
         return confusions(self.misclassified, self.per_class)
 
 
-def evaluate(model_place: UPath, dataset_place: UPath, split: str) -> Evaluation:
-    """Predict each crop of a split once.
+def evaluate(model_place: UPath, dataset_place: UPath, split: str, out: UPath | None = None) -> Evaluation:
+    """Predict each crop of a split once. out: where the result will be written, looked at before the work.
 
     Raises:
-        OptionError: the dataset's classes are not the model's.
+        OptionError: the dataset's classes are not the model's, or `out` is sealed.
+        KuzushijiError: `out` is read-only or no folder.
         InputError, DamageError: model or dataset can't be used, or are not what their manifests say.
     """
+    if out:
+        _check_out(out)
     model, class_names, folder = load_model(model_place)
     with staged(dataset_place, [split]) as dataset:
         if dataset.class_names != class_names:
@@ -61,8 +67,16 @@ def write_evaluation(evaluation: Evaluation, out: UPath) -> None:
     Raises:
         OptionError: `out` is sealed, and would not be what its manifest says any more.
     """
-    if is_sealed(out):
-        raise OptionError(f"--out must not be a finished dataset or model folder. Received: {out}")
+    _check_out(out)
     write_bytes(out / "metrics.json", (json.dumps(evaluation.metrics, indent=2) + "\n").encode())
     write_bytes(out / "per_class.csv", evaluation.per_class.to_csv(index=False).encode())
     write_bytes(out / "misclassified.csv", evaluation.misclassified.to_csv(index=False).encode())
+
+
+def _check_out(out: UPath) -> None:
+    if is_sealed(out):
+        raise OptionError(f"--out must not be a finished dataset or model folder. Received: {out}")
+    if is_local(out):
+        with writing_in(Path(out.path)):
+            os.makedirs(out.path, exist_ok=True)
+            tempfile.TemporaryFile(dir=out.path).close()

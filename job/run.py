@@ -11,7 +11,7 @@ from cluster.errors import KuzushijiError, OptionError
 from cluster.manifest import ModelManifest, read_manifest
 from cluster.models import point_to_latest
 from cluster.runtime import cause_of
-from cluster.storage import is_file, is_local, read_bytes, remove_folder, write_bytes
+from cluster.storage import is_file, is_local, read_bytes, remove_folder, remove_temporaries, write_bytes
 from job.config import MAY_DIFFER, TrainConfig
 from job.model_folder import METRICS_FILE, finished_config, read_json
 from job.weights import WeightsFile
@@ -153,6 +153,7 @@ class Run:
     def tidy(self) -> None:
         """After the folder was sealed: nobody goes on from the checkpoints, which are larger than the model."""
         point_to_latest(self.folder, read_manifest(self.folder, ModelManifest))  # it may have been killed just before
+        remove_temporaries(self.folder)
         remove_folder(self._checkpoints)
         self._begun_with.unlink(missing_ok=True)
 

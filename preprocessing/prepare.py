@@ -26,17 +26,16 @@ from cluster.manifest import (
 )
 from cluster.progress import progress
 from cluster.runtime import cause_of, ray_session
-from cluster.storage import TEMPORARY_PREFIX, change_bytes, is_file, list_files, remove_folder, write_bytes
+from cluster.storage import change_bytes, is_file, list_files, remove_folder, remove_temporaries, write_bytes
 from preprocessing.classes import class_indices, class_names
 from preprocessing.dataset import dataset_card, dataset_files
 from preprocessing.labels import Labels, book_of, read_labels
 from preprocessing.pages import fingerprint, list_pages
-from preprocessing.shards import PROGRESS_FOLDER, plan_groups, report_path, write_group
+from preprocessing.shards import PLAN_FILE, PROGRESS_FOLDER, plan_groups, report_path, write_group
 from preprocessing.split import SPLITS, split_of_boxes
 
 log = logging.getLogger("kuzushiji")
 
-PLAN_FILE = "plan.json"
 # The libraries that decide the crops' bytes.
 VERSIONED = ("kuzushiji", "numpy", "opencv-python-headless", "ray", "simplejpeg")
 
@@ -86,9 +85,22 @@ def prepare(pages: UPath, labels: UPath, dataset: UPath, config: PrepareConfig) 
         )
     plan = make_plan(pages, labels, config)
     manifest = _earlier_attempt(dataset, plan)
-    if manifest:
-        _check_losses(manifest.losses, plan, config, dataset)
-        return manifest, False
+    if manifest is None:
+        try:
+            return _make(plan, pages, dataset, config), True
+        except Exception:
+            # Another prepare of this folder may have been faster, and have removed what this one was writing.
+            if not is_sealed(dataset):
+                raise
+            manifest, faults = _sealed(dataset, plan)
+            if faults:
+                raise
+    _check_losses(manifest.losses, plan, config, dataset)
+    _remove_traces(dataset)
+    return manifest, False
+
+
+def _make(plan: Plan, pages: UPath, dataset: UPath, config: PrepareConfig) -> DatasetManifest:
     reports = _run(plan, pages, dataset)
     losses = [loss for report in reports for loss in report["losses"]]
     try:
@@ -96,9 +108,9 @@ def prepare(pages: UPath, labels: UPath, dataset: UPath, config: PrepareConfig) 
     except InputError:
         for group, report in enumerate(reports):  # cut again next time, when the pages may be readable
             if report["losses"]:
-                report_path(dataset, group).unlink()
+                report_path(dataset, group).unlink(missing_ok=True)
         raise
-    return _finish(plan, dataset, config, reports, losses), True
+    return _finish(plan, dataset, config, reports, losses)
 
 
 def _check_losses(losses: list[dict[str, Any]], plan: Plan, config: PrepareConfig, dataset: UPath) -> None:
@@ -131,24 +143,18 @@ def _earlier_attempt(dataset: UPath, plan: Plan) -> DatasetManifest | None:
         OptionError: the folder is neither empty nor of the same job.
     """
     plan_path = dataset / PROGRESS_FOLDER / PLAN_FILE
+    # In this order: an attempt that runs beside this one writes its plan first and removes it after the manifest.
+    there, begun = list_files(dataset), is_file(plan_path)
     if is_sealed(dataset):
-        manifest = read_manifest(dataset, DatasetManifest)
-        earlier = manifest.config | {"input": manifest.fingerprint, "versions": plan.identity["versions"]}
-        _refuse_other(dataset, plan, earlier)
-        if {shard.name for shard in manifest.shards} != {name for row in plan.rows for name in row["files"] if name}:
-            raise DamageError(
-                f"{dataset / MANIFEST_FILE} must list the planned shards. Remove the folder and prepare again"
-            )
-        there = list_files(dataset)
-        faults = [fault for entry in manifest.entries if (fault := fault_of(dataset, entry, there))]
+        manifest, faults = _sealed(dataset, plan)
         if not faults:
             return manifest
-        _refuse_other(dataset, plan, earlier | {"versions": manifest.versions})  # they may cut other crops
+        _refuse_other(dataset, plan, _made_as(manifest))  # other versions may cut other crops
         log.warning("%s: %s; what is damaged is made again", dataset, "; ".join(faults))
         _write_reports(dataset, plan, manifest)
         write_bytes(plan_path, json.dumps(plan.identity).encode())
-        (dataset / MANIFEST_FILE).unlink()
-    elif not is_file(plan_path) and list_files(dataset):
+        (dataset / MANIFEST_FILE).unlink(missing_ok=True)
+    elif there and not begun:
         raise OptionError(f"--dataset must be a new or empty folder, or one of the same job. Received: {dataset}")
     else:
 
@@ -160,6 +166,34 @@ def _earlier_attempt(dataset: UPath, plan: Plan) -> DatasetManifest | None:
 
         change_bytes(plan_path, first)
     return None
+
+
+def _sealed(dataset: UPath, plan: Plan) -> tuple[DatasetManifest, list[str]]:
+    """The manifest of a sealed folder of this job, and what is wrong with its files.
+
+    Raises:
+        OptionError: it is of another job.
+        DamageError: the manifest is not whole.
+    """
+    manifest = read_manifest(dataset, DatasetManifest)
+    _refuse_other(dataset, plan, _made_as(manifest) | {"versions": plan.identity["versions"]})
+    if {shard.name for shard in manifest.shards} != {name for row in plan.rows for name in row["files"] if name}:
+        raise DamageError(
+            f"{dataset / MANIFEST_FILE} must list the planned shards. Remove the folder and prepare again"
+        )
+    there = list_files(dataset)
+    return manifest, [fault for entry in manifest.entries if (fault := fault_of(dataset, entry, there))]
+
+
+def _made_as(manifest: DatasetManifest) -> dict[str, Any]:
+    return manifest.config | {"input": manifest.fingerprint, "versions": manifest.versions}
+
+
+def _remove_traces(dataset: UPath) -> None:
+    """What attempts leave beside a sealed dataset: the progress of the last, temporaries of those that were killed."""
+    for _ in range(2):  # a task that was left behind may add to what is being removed
+        remove_folder(dataset / PROGRESS_FOLDER)
+    remove_temporaries(dataset)
 
 
 def _versions() -> dict[str, str]:
@@ -220,7 +254,7 @@ def _run(plan: Plan, pages: UPath, dataset: UPath) -> list[dict[str, Any]]:
 def _finish(
     plan: Plan, dataset: UPath, config: PrepareConfig, reports: list[dict[str, Any]], losses: list[dict[str, Any]]
 ) -> DatasetManifest:
-    """Check the count, write what stands beside the shards, clean up, seal."""
+    """Check the count, write what stands beside the shards, seal, clean up."""
     shards = {
         split: [Shard.model_validate(r["shards"][split]) for r in reports if split in r["shards"]] for split in SPLITS
     }
@@ -238,10 +272,6 @@ def _finish(
             )
     texts = dataset_files(plan.names, shards, card)
     files = [write_listed(dataset / name, texts[name].encode()) for name in sorted(texts)]
-    remove_folder(dataset / PROGRESS_FOLDER)
-    for name in there:
-        if name.startswith(TEMPORARY_PREFIX):  # of an attempt that was killed
-            (dataset / name).unlink(missing_ok=True)
     manifest = DatasetManifest(
         shards=[shard for of_split in shards.values() for shard in of_split],
         files=files,
@@ -254,7 +284,10 @@ def _finish(
         versions=plan.identity["versions"],
         fingerprint=plan.identity["input"],
     )
+    for folder in (dataset, dataset / PROGRESS_FOLDER):  # of attempts that were killed
+        remove_temporaries(folder)
     seal(dataset, manifest)
+    _remove_traces(dataset)  # after it: a folder without a plan and a manifest is nobody's
     return manifest
 
 

@@ -15,6 +15,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from numpy.typing import NDArray
 
 from cluster.errors import InputError, OptionError
 from cluster.progress import progress
-from cluster.storage import new_file, place, write_bytes
+from cluster.storage import new_file, place, remove_folder, write_bytes
 from preprocessing.hand import Box, Font, Hand, Ink, Tones, draw_glyph, find_fonts, fit, join, new_hand, scan
 from preprocessing.labels import book_of, code_point_name, parse_rows
 
@@ -89,9 +90,20 @@ def sample(
     Raises:
         OptionError: a number is out of its range, `out` holds something, `layouts` has fewer rows.
         InputError: `layouts` is not in Kaggle's format.
+        KuzushijiError: `out` is full, read-only or gone; what was drawn is removed.
     """
     _check_options(out, num_pages, seed, scale)
     pages = _read_layouts(layouts, num_pages) if layouts else _new_pages(num_pages, seed)
+    try:
+        return _draw_all(pages, out, seed, scale, processes)
+    except Exception:  # so that the same command can be run again, which takes an empty folder
+        remove_folder(place(out / "train_images"))
+        with suppress(OSError):
+            (out / "unicode_translation.csv").unlink()
+        raise
+
+
+def _draw_all(pages: list[_Page], out: Path, seed: int, scale: float, processes: int | None) -> SampleSummary:
     fonts = find_fonts()
     draw = partial(_draw_to_file, out=out, seed=seed, scale=scale, fonts=fonts)
     with progress("pages drawn", len(pages), "pages") as advance:
@@ -188,7 +200,7 @@ def _in_processes(
         try:
             yield from pool.map(draw, pages)
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)  # waits, so that nobody writes after the failure was told
             raise
 
 

@@ -1,7 +1,8 @@
 """Groups of consecutive pages, and the TFRecord files that each group becomes.
 
 A group is the unit of work: one Ray Data task reads its pages once and writes one file for each split planned in it.
-Its report is left in `.prepare/`, so that a later attempt finds what is done and does not make it again.
+Its report is left in `.prepare/`, so that a later attempt finds what is done and does not make it again. Its files are
+begun there too, and it does not make that folder: a task that outlives its job adds nothing once the folder is gone.
 """
 
 import hashlib
@@ -14,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from upath import UPath
 
-from cluster.errors import InputError
+from cluster.bucket import explained
+from cluster.errors import DamageError, InputError, KuzushijiError, one_line
 from cluster.storage import is_file, list_files, new_file, place, read_bytes, sha256_of, write_bytes
 from preprocessing.crop import MAX_PAGE_BYTES, PageFault, clip_box, crop, decode_page
 from preprocessing.labels import Labels, code_point_name
@@ -24,6 +26,7 @@ from preprocessing.split import SPLITS
 
 DATASET_NAME = "kuzushiji"
 PROGRESS_FOLDER = ".prepare"
+PLAN_FILE = "plan.json"
 
 # A crop makes a record of some 6.5 kB: about 64 MB a shard, which is what readers of object stores like.
 BOXES_PER_GROUP = 10_000
@@ -46,7 +49,8 @@ def plan_groups(
 
     classes, splits: (N,), of each box. files: page id to file name and size in bytes, for the pages that have a file.
     A row has `group`, `files` (a name or "" for each of `SPLITS`), P values each of `image_id`, `name` ("" without a
-    file), `bytes` and `boxes`, and n values each of `unicode`, `label`, `split` and 4n of `box`, page by page.
+    file), `bytes` (to be read) and `boxes`, and n values each of `unicode`, `label`, `split` and 4n of `box`, page by
+    page.
     """
     total, pages = len(labels.boxes), len(labels.page_ids)
     if groups is None:
@@ -67,7 +71,8 @@ def plan_groups(
             "group": len(rows),
             "image_id": ids,
             "name": [files.get(page_id, ("", 0))[0] for page_id in ids],
-            "bytes": [files.get(page_id, ("", 0))[1] for page_id in ids],
+            # No reader reads more, whatever an archive says.
+            "bytes": [min(files.get(page_id, ("", 0))[1], MAX_PAGE_BYTES + 1) for page_id in ids],
             "boxes": labels.boxes_per_page[first:last].tolist(),
             "unicode": labels.code_points[boxes].tolist(),
             "label": classes[boxes].tolist(),
@@ -111,12 +116,24 @@ def write_group(row: dict[str, Any], pages: str, dataset: str) -> dict[str, Any]
 
     Returns {"group", "report": JSON}: `shards` (split to `Shard`), `losses` (page, box, unicode, what), `clipped`
     (page, box).
+
+    Raises:
+        DamageError: the folder is not the one of the plan.
+        KuzushijiError: whatever failed for reasons outside the code.
     """
     folder = place(dataset)
-    report = finished_report(folder, row["group"])
-    if report is None:
-        report = json.dumps(_cut_group(row, place(pages), folder), ensure_ascii=False, sort_keys=True)
-        write_bytes(report_path(folder, row["group"]), report.encode())
+    try:
+        if not is_file(folder / PROGRESS_FOLDER / PLAN_FILE):  # else it would be made anew, without what was in it
+            raise DamageError(
+                "--dataset must stay while it is made, and be one folder for all workers. "
+                f"Received: {dataset}, without its plan. Run the same command again"
+            )
+        report = finished_report(folder, row["group"])
+        if report is None:
+            report = json.dumps(_cut_group(row, place(pages), folder), ensure_ascii=False, sort_keys=True)
+            write_bytes(report_path(folder, row["group"]), report.encode(), within=folder / PROGRESS_FOLDER)
+    except OSError as error:  # Ray Data would put its own text where the path is
+        raise explained(error) or KuzushijiError(one_line(error)) from error
     return {"group": row["group"], "report": report}
 
 
@@ -154,6 +171,7 @@ def _cut_group(row: dict[str, Any], pages: UPath, folder: UPath) -> dict[str, An
                 assert writer is not None, "files are planned for every split of a group"
                 writer.write(example)
             start += count
+            del page  # before the next one takes as much
         shards = {split: writer.close() for split, writer in zip(SPLITS, writers, strict=True) if writer}
     return {"shards": shards, "losses": losses, "clipped": clipped}
 
@@ -168,7 +186,7 @@ def _read_page(read: ReadPage, name: str, size: int) -> "NDArray[np.uint8] | Pag
         if not name:
             raise PageFault("page has no file")
         data = read(name)
-        if len(data) != min(size, MAX_PAGE_BYTES + 1):  # no reader reads more
+        if len(data) != size:
             raise FileNotFoundError(f"{name} with {len(data)} bytes instead of {size}")
         return decode_page(data)
     except PageFault as fault:
@@ -181,7 +199,7 @@ def _read_page(read: ReadPage, name: str, size: int) -> "NDArray[np.uint8] | Pag
 
 
 def _open_writer(stack: ExitStack, folder: UPath, name: str) -> "_ShardWriter":
-    path = stack.enter_context(new_file(folder / name))
+    path = stack.enter_context(new_file(folder / name, within=folder / PROGRESS_FOLDER))
     return _ShardWriter(name, stack.enter_context(path.open("wb")))
 
 

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import keras
+import numpy as np
 import pytest
 from conftest import KUZUSHIJI
 from fake_cloud.bucket import StrictBucket
@@ -37,6 +39,7 @@ from cluster.pull import pull
 from cluster.storage import (
     fetch,
     list_files,
+    list_folders,
     place,
     reachable_place,
     read_bytes,
@@ -45,7 +48,8 @@ from cluster.storage import (
     sha256_of,
     write_bytes,
 )
-from job.model_folder import write_model
+from job.model_folder import load_model, write_model
+from job.staging import staged
 from preprocessing.pages import list_pages, page_reader
 
 # aiohttp, under gcsfs; google-cloud-storage leaves the connection of a download that was refused to the collector.
@@ -446,6 +450,127 @@ def test_an_archive_replaced_while_it_is_read_is_not_mixed(archive: UPath) -> No
         write_bytes(archive, read_bytes(archive).replace(names[-1].encode(), b"x" * len(names[-1])))
         with pytest.raises(FileNotFoundError, match=f"{names[-1]} is no longer in the archive"):
             read(names[-1])
+
+
+ASK = {
+    "list": lambda folder, here: list_files(folder / "run"),
+    "list folders": lambda folder, here: list_folders(folder),
+    "manifest": lambda folder, here: read_manifest(folder / "run", ModelManifest).files,
+    "pointer": lambda folder, here: resolve_model(folder),
+    "fetch": lambda folder, here: fetch(folder / "run" / "labels.txt", here) or here.read_bytes(),
+    "verify": lambda folder, here: verify(folder / "run")[1:],
+    "remove": lambda folder, here: remove_folder(folder),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["429", "503", "cut", "flip", "401", "403"])
+@pytest.mark.parametrize("operation", ASK)
+def test_whatever_is_asked_of_a_bucket_is_answered_rightly_or_in_one_line(
+    strict: StrictBucket, folder: UPath, operation: str, kind: str, tmp_path: Path
+) -> None:
+    run = folder / "run"
+    manifest = ModelManifest(
+        files=[write_listed(run / "labels.txt", b"rare\n")], dataset_manifest_sha256="0" * 64, finished_at=NOON
+    )
+    seal(run, manifest)
+    point_to_latest(run, manifest)
+    for name in range(10):  # more than a page of a listing
+        write_bytes(run / f"more-{name}", b"1")
+    ask, here = ASK[operation], tmp_path / "here"
+    right = ask(folder, here) if operation != "remove" else None
+    refused = kind in ("401", "403")
+    strict.faults.inject(kind, times=100 if refused else 1)
+    try:
+        assert ask(folder, here) == right
+        assert not refused
+    except Exception as error:  # as the command line tells it
+        told = explained(error) or error
+        assert isinstance(told, KuzushijiError)
+        assert "\n" not in str(told)
+        assert refused or kind == "flip"
+        assert kind != "403" or "gs://demo must let you in" in str(told)
+        assert kind != "401" or "must know who asks" in str(told)
+        strict.faults.clear()
+        assert ask(folder, here) == right
+    if operation == "remove":
+        assert list_files(run) == {}
+
+
+@pytest.mark.parametrize("kind", ["429", "503", "cut"])
+def test_a_fault_while_a_file_is_removed_removes_it(strict: StrictBucket, folder: UPath, kind: str) -> None:
+    write_bytes(folder / "x", b"1")
+    strict.faults.inject(kind)
+    (folder / "x").unlink()
+    assert strict.faults.left() == 0
+    assert list_files(folder) == {}
+
+
+@pytest.mark.parametrize("kind", ["429", "503", "cut", "flip", "403"])
+def test_a_fault_while_a_dataset_is_staged_ends_in_the_right_crops_or_one_line(
+    strict: StrictBucket, folder: UPath, few: Path, kind: str
+) -> None:
+    for path in few.iterdir():
+        write_bytes(folder / path.name, path.read_bytes())
+    strict.faults.inject(kind, times=100 if kind == "403" else 1, method="GET", matching=r"test\.tfrecord.*alt=media")
+    try:
+        with staged(folder, ["test"]) as data:
+            found = np.array(data.splits["test"].images)
+    except KuzushijiError as error:
+        assert kind in ("flip", "403")
+        assert "\n" not in str(error)
+        strict.faults.clear()
+        with staged(folder, ["test"]) as data:
+            found = np.array(data.splits["test"].images)
+    assert strict.faults.left() == 0
+    with staged(place(few), ["test"]) as data:
+        assert np.array_equal(found, data.splits["test"].images)
+
+
+@pytest.mark.parametrize("kind", ["503", "cut", "flip", "403"])
+def test_a_fault_while_a_model_is_loaded_loads_what_was_meant_or_nothing(
+    strict: StrictBucket, folder: UPath, kind: str
+) -> None:
+    run = folder / "one"
+    write_model(
+        run, keras.Sequential([keras.layers.Input((2,)), keras.layers.Dense(1)]), {"labels.txt": "rare\n"}, "0" * 64
+    )
+    strict.faults.inject(kind, times=100 if kind == "403" else 1, method="GET", matching=r"model\.keras.*alt=media")
+    try:
+        names = load_model(folder)[1]
+    except KuzushijiError as error:
+        assert kind in ("flip", "403")
+        assert "\n" not in str(error)
+        strict.faults.clear()
+        names = load_model(folder)[1]
+    assert strict.faults.left() == 0
+    assert names == ["rare"]
+
+
+def test_models_that_may_not_be_listed_are_not_taken_for_none(
+    strict: StrictBucket, folder: UPath, tmp_path: Path
+) -> None:
+    write_run(folder, "one")
+    strict.faults.inject("403", times=100, matching=r"/o\?")
+    with pytest.raises(KuzushijiError, match="gs://demo must let you in"):
+        pull(folder, place(tmp_path))
+
+
+def test_a_target_that_goes_while_a_model_comes_is_one_line(
+    strict: StrictBucket, folder: UPath, tmp_path: Path
+) -> None:
+    write_run(folder, "one")
+    strict.faults.inject("slow", method="GET", matching=r"labels\.txt.*alt=media")
+    target = tmp_path / "to" / "baseline" / "one"
+    with ThreadPoolExecutor(1) as pool:
+        pulling = pool.submit(pull, folder, place(tmp_path / "to"))
+        while not (target / ".labels.txt.part").exists() and not pulling.done():
+            time.sleep(0.01)
+        shutil.rmtree(tmp_path / "to")
+        with pytest.raises(KuzushijiError, match=f"a folder must be there.* Received: {target}"):
+            pulling.result()
+    assert not (tmp_path / "to").exists()
+    pull(folder, place(tmp_path / "to"))
+    assert verify(place(target))[1:] == ([], [])
 
 
 def test_a_right_that_is_missing_for_writing_alone_is_one_line(strict: StrictBucket, folder: UPath) -> None:

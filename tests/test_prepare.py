@@ -16,7 +16,7 @@ from PIL import Image
 
 from cluster.errors import DamageError, InputError, OptionError
 from cluster.manifest import DatasetManifest, read_manifest, verify
-from cluster.storage import place
+from cluster.storage import place, write_bytes
 from preprocessing.crop import MAX_PAGE_BYTES
 from preprocessing.labels import read_labels
 from preprocessing.prepare import PrepareConfig, make_plan, prepare
@@ -364,6 +364,7 @@ def test_a_page_that_changes_under_prepare_is_no_loss_but_one_line(source: str, 
     shutil.make_archive(str(tmp_path / "pages"), "zip", files)
     places = place(tmp_path / source), place(tmp_path / "train.csv")
     (row,) = make_plan(*places, PrepareConfig()).rows
+    write_bytes(place(tmp_path / "out" / ".prepare" / "plan.json"), b"{}")
     if change == "gone":
         (files / "a_1.jpg").rename(files / "a_2.jpg")
     else:

@@ -1,0 +1,474 @@
+"""Chaos: `prepare` and `train`, killed at random again and again, end with the bytes of an undisturbed run.
+
+    python tests/chaos.py --rounds 10 --seed 1          # or: make chaos ROUNDS=10 SEED=1
+
+A round is one dataset and one model. Whenever a kill ends a command, the same command is run again at once, while what
+the first left behind may still run. Every process of ours carries KUZUSHIJI_CHAOS=<this run>.<attempt> in its
+environment; nothing else is ever touched. The seed decides what is killed when; where that hits is the machine's doing.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+import zipfile
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from cluster.manifest import verify
+from cluster.storage import TEMPORARY_PREFIX, place
+
+KUZUSHIJI = Path(sys.executable).with_name("kuzushiji")
+TAG = "KUZUSHIJI_CHAOS"
+# Whom to kill, and how often: the command itself, Ray's part of each host, Ray's memory of the cluster, one worker, all
+# of them. An orphan is a worker that stands still while the driver is killed, and goes on later: at the latest when the
+# command that was run again has ended.
+VICTIMS = {"driver": 30, "worker": 30, "workers": 10, "orphan": 16, "raylet": 10, "gcs": 4}
+ENDS_THE_COMMAND = {"driver", "orphan", "raylet", "gcs"}
+ALONE = ("driver",)  # while Ray does not run, or not any more
+NO_WORKERS = ("driver", "raylet", "gcs")
+ALL = tuple(VICTIMS)
+NAMES = ("prepare", "train")
+KILLS = {"prepare": (12, 20), "train": (6, 10)}  # in a round
+# By the titles that Ray gives its processes: what cuts pages, what trains.
+AT_WORK = ("ray::Map(write_group)", "ray::RayTrainWorker")
+# They touch nothing of ours, and find out only after a minute that their raylet was killed.
+BYSTANDERS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
+MOST_ORPHAN_SECONDS = 30.0
+COMMAND_SECONDS = 600.0
+ENDING_SECONDS = 60.0  # for what is left behind by a command, to end by itself
+# Few crops, since the starts of Ray and TensorFlow are most of the time anyway.
+PAGES, BOXES_PER_PAGE = 16, 8
+PREPARE = ["--coverage", "0.2", "--val-fraction", "0.35", "--test-fraction", "0.35"]
+TRAIN = ["--architecture", "baseline", "--workers", "2", "--epochs", "2", "--global-batch-size", "16"]
+FOR_CHAOS = {"--max-failures": "1000", "--checkpoint-every": "1"}  # where `train` has them
+OF_TIME = ("seconds", "crops_per_s", "data_wait")
+
+
+@dataclass(frozen=True)
+class Kill:
+    """Of one victim, `delay` seconds after the command is seen to be in `phase`."""
+
+    phase: str
+    delay: float
+    victim: str
+    pick: float
+    """In [0, 1): which of several."""
+    asleep: float
+    """Seconds until an orphan goes on."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Of a command: how it is seen that it has begun, how long about it lasts in seconds, who is there to kill."""
+
+    name: str
+    seen: Callable[["Attempt"], bool]
+    lasts: float
+    victims: tuple[str, ...] = ALL
+
+
+@dataclass(frozen=True)
+class Command:
+    """What is run until it ends with 0."""
+
+    name: str
+    arguments: list[str]
+    phases: list[Phase]
+    """In the order of time. In the last one all is written: what is killed then comes last, since then a command that
+    is run again finds nothing left to do."""
+    hashes: Callable[[], dict[str, str]]
+
+    def kills(self, rng: random.Random, count: int, victims: Sequence[str]) -> "deque[Kill]":
+        """A plan, of these victims only."""
+        phases = [phase for phase in self.phases if set(victims) & set(phase.victims)]
+        plan = []
+        for _ in range(count):
+            phase = rng.choice([phases[0], *phases])  # the first twice: it costs least time
+            there = [name for name in phase.victims if name in victims]
+            victim = rng.choices(there, [VICTIMS[name] for name in there])[0]
+            delay, asleep = rng.uniform(0, phase.lasts), rng.uniform(1, MOST_ORPHAN_SECONDS)
+            plan.append(Kill(phase.name, delay, victim, rng.random(), asleep))
+        return deque(sorted(plan, key=lambda kill: kill.phase == self.phases[-1].name))
+
+    def phase(self, name: str) -> Phase:
+        return next(phase for phase in self.phases if phase.name == name)
+
+
+@dataclass
+class Attempt:
+    """One process of a command, and all that came of it."""
+
+    number: int
+    process: "subprocess.Popen[bytes]"
+    stderr: Path
+    begun: float = field(default_factory=time.time)
+
+    def says(self, text: str) -> bool:
+        return text in self.stderr.read_text(errors="replace")
+
+    def made(self, folder: Path, pattern: str) -> bool:
+        """Whether such a file is there and is of this attempt's time."""
+        for path in folder.glob(pattern):
+            with suppress(FileNotFoundError):
+                if path.stat().st_ctime >= self.begun:
+                    return True
+        return False
+
+
+class Chaos:
+    """All that runs, was killed and was found."""
+
+    def __init__(self, work: Path) -> None:
+        self.work, self.run = work, uuid.uuid4().hex
+        (work / "stderr").mkdir(parents=True)
+        self.temporary = Path(tempfile.mkdtemp(prefix="kc-"))  # short: Ray's sockets lie in it
+        self.cache = work / "cache"
+        self.started: list[Attempt] = []
+        self.asleep: list[tuple[float, psutil.Process]] = []
+        self.killed: Counter[str] = Counter()
+        self.differences: list[str] = []
+
+    # --- processes
+
+    def processes(self, attempt: int | None = None) -> list[psutil.Process]:
+        """Those of ours that run, wherever they were re-parented to; of one attempt only, if it is given."""
+        tag = f"{TAG}={self.run}.{'' if attempt is None else f'{attempt}.'}".encode()
+        found = []
+        for process in psutil.process_iter():
+            with suppress(OSError, psutil.Error):
+                held = Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0")
+                if any(entry.startswith(tag) for entry in held):
+                    found.append(process)
+        return found
+
+    def writers(self) -> list[psutil.Process]:
+        """Those that may still write something of ours."""
+        found = []
+        for process in self.processes():
+            with suppress(psutil.Error):
+                if not " ".join(process.cmdline()).startswith(BYSTANDERS):
+                    found.append(process)
+        return found
+
+    def start(self, command: Command) -> Attempt:
+        number = len(self.started) + 1
+        temporary = self.temporary / str(number)
+        temporary.mkdir()
+        settings = {
+            TAG: f"{self.run}.{number}.",
+            "RAY_TMPDIR": str(temporary),
+            "TMPDIR": str(temporary),
+            "XDG_CACHE_HOME": str(self.cache),
+            "TF_CPP_MIN_LOG_LEVEL": "3",
+            "RAY_gcs_rpc_server_reconnect_timeout_s": "5",  # a minute, if it is not told
+        }
+        given = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+        stderr = self.work / "stderr" / f"{number:04d}-{command.name}.txt"
+        with stderr.open("wb") as out:
+            process = subprocess.Popen(
+                [str(KUZUSHIJI), command.name, *command.arguments],
+                env=given | settings,
+                stdout=out,
+                stderr=out,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        self.started.append(Attempt(number, process, stderr))
+        return self.started[-1]
+
+    def victims(self, kill: Kill, attempt: Attempt) -> list[psutil.Process]:
+        """The processes to kill, at this moment; none if there are none of this kind yet."""
+        found = []
+        for process in self.processes(attempt.number):
+            with suppress(psutil.Error):
+                line = process.cmdline()
+                program = os.path.basename(line[0]) if line else ""
+                of_its_own = {
+                    "driver": process.pid == attempt.process.pid,
+                    "raylet": program == "raylet",
+                    "gcs": program == "gcs_server",
+                }
+                if of_its_own.get(kill.victim, " ".join(line).startswith(AT_WORK)):
+                    found.append(process)
+        return found if kill.victim == "workers" or not found else [found[int(kill.pick * len(found))]]
+
+    def strike(self, kill: Kill, command: Command, attempt: Attempt) -> bool:
+        """Whether there was somebody to kill."""
+        victims = self.victims(kill, attempt)
+        for process in victims:
+            with suppress(psutil.NoSuchProcess):
+                if kill.victim == "orphan":
+                    process.suspend()
+                    self.asleep.append((time.monotonic() + kill.asleep, process))
+                else:
+                    process.kill()
+        if not victims:
+            return False
+        if kill.victim == "orphan":
+            attempt.process.kill()
+        self.killed[kill.victim] += 1
+        pids = " ".join(str(process.pid) for process in victims)
+        say(f"{command.name} {attempt.number}: {kill.phase} + {kill.delay:.2f} s: {kill.victim} {pids}")
+        return True
+
+    def wake(self, everyone: bool = False) -> None:
+        """Let orphans whose time has come go on."""
+        due = [process for when, process in self.asleep if everyone or when < time.monotonic()]
+        self.asleep = [(when, process) for when, process in self.asleep if process not in due]
+        for process in due:
+            with suppress(psutil.NoSuchProcess):
+                process.resume()
+
+    # --- commands
+
+    def survive(self, command: Command, kills: "deque[Kill]") -> bool:
+        """Run a command until it ends with 0; whether it did."""
+        while True:
+            attempt = self.start(command)
+            ended_by = self.disturb(command, attempt, kills)
+            code = attempt.process.returncode
+            if code == 0:
+                break
+            if code is None or ended_by not in ENDS_THE_COMMAND:
+                what = f"still runs after {COMMAND_SECONDS:g} s" if code is None else f"ended with {code}"
+                self.differ(f"{command.name} {attempt.number} {what}, last kill: {ended_by}; see {attempt.stderr}")
+                return False
+        self.wake(everyone=True)
+        self.await_end(command)
+        return True
+
+    def disturb(self, command: Command, attempt: Attempt, kills: "deque[Kill]") -> str | None:
+        """Kill as planned while it runs. Returns the last victim; the process has ended, or hangs."""
+        last: str | None = None
+        due: float | None = None
+        deadline = time.monotonic() + COMMAND_SECONDS
+        while attempt.process.poll() is None and time.monotonic() < deadline:
+            self.wake()
+            if kills and last not in ENDS_THE_COMMAND:
+                if due is None and command.phase(kills[0].phase).seen(attempt):
+                    due = time.monotonic() + kills[0].delay
+                if due is not None and time.monotonic() >= due:
+                    if self.strike(kills[0], command, attempt):
+                        last, due = kills.popleft().victim, None
+                    else:
+                        due = time.monotonic() + 0.2  # nobody of the kind, yet
+            time.sleep(0.01)
+        return last
+
+    def await_end(self, command: Command) -> None:
+        """What a command left behind must end by itself, before what it leaves on disk is looked at."""
+        deadline = time.monotonic() + ENDING_SECONDS
+        while (left := self.writers()) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        for process in left:
+            with suppress(psutil.Error):
+                self.differ(
+                    f"after {command.name} {len(self.started)}: still runs: {' '.join(process.cmdline())[:200]}"
+                )
+        self.kill_all()
+        for folder in self.temporary.iterdir():
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def kill_all(self) -> None:
+        """The end of everything that this run started."""
+        while left := self.processes():
+            for process in left:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+            time.sleep(0.1)
+
+    def close(self) -> None:
+        """Nothing runs any more, whatever happened, and nothing of Ray's is left."""
+        self.kill_all()
+        for attempt in self.started:
+            attempt.process.wait()
+        shutil.rmtree(self.temporary, ignore_errors=True)
+
+    # --- what is found
+
+    def differ(self, what: str) -> None:
+        self.differences.append(what)
+        say(f"DIFFERENCE: {what}")
+
+    def compare(self, command: Command, reference: dict[str, str], what: str) -> None:
+        found = command.hashes()
+        for name in sorted(reference.keys() | found.keys()):
+            if reference.get(name) != found.get(name):
+                self.differ(f"{what}: {name}: {reference.get(name)} became {found.get(name)}")
+
+
+def say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)  # noqa: T201 - a script
+
+
+# --- the two commands
+
+
+def prepare_command(work: Path, dataset: Path) -> Command:
+    places = ["--pages", str(work / "pages" / "train_images"), "--labels", str(work / "pages" / "train.csv")]
+    progress = dataset / ".prepare"
+    phases = [
+        Phase("start", lambda attempt: True, 8.0, NO_WORKERS),
+        Phase("plan", lambda attempt: (progress / "plan.json").is_file(), 8.0),
+        Phase("cutting", lambda attempt: attempt.made(progress, f"{TEMPORARY_PREFIX}*"), 0.5),
+        Phase("report", lambda attempt: attempt.made(progress, "group-*.json"), 0.5),
+        Phase("sealing", lambda attempt: attempt.made(dataset, "README.md"), 0.03, ALONE),
+    ]
+    arguments = [*places, "--dataset", str(dataset), *PREPARE]
+    return Command("prepare", arguments, phases, lambda: hashes_of_dataset(dataset))
+
+
+def hashes_of_dataset(dataset: Path) -> dict[str, str]:
+    """Of every file, wherever it lies in the folder, and what `verify` finds."""
+    found = {path.relative_to(dataset): path for path in dataset.rglob("*")}
+    hashes = {str(name): sha256(path.read_bytes()) if path.is_file() else "folder" for name, path in found.items()}
+    _, faults, strangers = verify(place(dataset))
+    return hashes | {"verify": f"{faults}{strangers}"}
+
+
+def train_command(dataset: Path, models: Path, cache: Path) -> Command:
+    has = subprocess.run([str(KUZUSHIJI), "train", "--help"], capture_output=True, text=True, check=True).stdout
+    more = [word for option, value in FOR_CHAOS.items() if option in has for word in (option, value)]
+    places = ["--dataset", str(dataset), "--models", str(models), "--run", "chaos"]
+    staged, runs, folder = cache / "kuzushiji" / "staged", models / ".runs", models / "baseline" / "chaos"
+    phases = [
+        Phase("start", lambda attempt: True, 10.0, NO_WORKERS),
+        Phase("workers", lambda attempt: attempt.says("workers start"), 25.0),
+        Phase("staging", lambda attempt: attempt.made(staged, "*-*"), 0.5),
+        Phase("steps", lambda attempt: attempt.made(staged, "*/in-use"), 12.0),
+        Phase("checkpoint", lambda attempt: attempt.made(runs, "baseline-chaos/checkpoint_*"), 1.0),
+        Phase("evaluation", lambda attempt: attempt.says("evaluates the weights"), 2.0),
+        Phase("model", lambda attempt: attempt.made(folder, "*"), 0.5),
+        Phase("sealed", lambda attempt: attempt.made(folder, "manifest.json"), 1.0, NO_WORKERS),
+    ]
+    return Command("train", [*places, *TRAIN, *more], phases, lambda: hashes_of_model(models, staged))
+
+
+def hashes_of_model(models: Path, staged: Path) -> dict[str, str]:
+    """Of all that does not hold the time, and of what must be gone."""
+    folder = models / "baseline" / "chaos"
+    with zipfile.ZipFile(folder / "model.keras") as archive:
+        found = {"model.weights.h5": sha256(archive.read("model.weights.h5"))}
+    for name in ("labels.txt", "per_class.csv", "misclassified.csv"):
+        found[name] = sha256((folder / name).read_bytes())
+    history = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    found["epochs"] = str([row["epoch"] for row in history])
+    found["history.jsonl"] = str([timeless(row) for row in history])
+    found["metrics.json"] = str(timeless(json.loads((folder / "metrics.json").read_text())))
+    found["latest.json"] = json.loads((folder.parent / "latest.json").read_text())["run"]
+    _, faults, strangers = verify(place(folder))
+    left = [path.name for path in (models / ".runs").iterdir()] + [path.name for path in staged.iterdir()]
+    return found | {"verify": f"{faults}{strangers}", "left": str(sorted(left))}
+
+
+def timeless(row: dict[str, object]) -> dict[str, object]:
+    return {key: value for key, value in row.items() if key not in OF_TIME}
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+# --- rounds
+
+
+def draw_pages(work: Path) -> None:
+    """Small pages of few boxes: the drawn ones' first."""
+    pages = work / "pages"
+    command = [str(KUZUSHIJI), "sample", "--out", str(pages), "--num-pages", str(PAGES), "--scale", "0.2"]
+    subprocess.run(command, check=True, capture_output=True)
+    header, *rows = (pages / "train.csv").read_text().splitlines()
+    cut = [
+        f"{page_id},{' '.join(cell.split()[: 5 * BOXES_PER_PAGE])}" for page_id, cell in (r.split(",") for r in rows)
+    ]
+    (pages / "train.csv").write_text("\n".join([header, *cut]) + "\n")
+
+
+def command_in(folder: Path, name: str, chaos: Chaos) -> Command:
+    """A command that makes all it makes in a folder."""
+    if name == "prepare":
+        return prepare_command(chaos.work, folder)
+    return train_command(chaos.work / "reference" / "prepare", folder, chaos.cache)
+
+
+def run(
+    work: Path,
+    rounds: int,
+    seed: int,
+    kills: int | None = None,
+    names: Sequence[str] = NAMES,
+    victims: Sequence[str] = ALL,
+) -> Chaos:
+    """All rounds, with so many kills of each command (None: as in `KILLS`)."""
+    rng = random.Random(seed)
+    chaos = Chaos(work)
+    try:
+        draw_pages(work)
+        references = {}
+        for name in NAMES[: 1 + NAMES.index(names[-1])]:  # a training needs a dataset
+            command = command_in(work / "reference" / name, name, chaos)
+            if not chaos.survive(command, deque()):
+                return chaos
+            references[name] = command.hashes()
+        for number in range(1, rounds + 1):
+            for name in names:
+                plan = command_in(work, name, chaos).kills(rng, kills or rng.randint(*KILLS[name]), victims)
+                disturb(chaos, name, plan, work / f"round-{number}", references[name])
+            say(f"round {number} of {rounds}: {chaos.killed.total()} kills, {len(chaos.differences)} differences")
+    finally:
+        chaos.close()
+    return chaos
+
+
+def disturb(chaos: Chaos, name: str, kills: "deque[Kill]", folder: Path, reference: dict[str, str]) -> None:
+    """One command from nothing to its end; again from nothing, while it ends before all kills were made."""
+    again = 0
+    while kills:
+        again += 1
+        planned, found = len(kills), len(chaos.differences)
+        command = command_in(folder / f"{name}-{again}", name, chaos)
+        if chaos.survive(command, kills):
+            chaos.compare(command, reference, f"{folder.name}/{name}-{again}")
+        if len(chaos.differences) == found:
+            shutil.rmtree(folder / f"{name}-{again}")
+        if len(kills) == planned:
+            say(f"{name}: nobody to kill: {kills.popleft()}")
+
+
+def main() -> int:
+    """Run as told; 1 if anything differed."""
+    parser = argparse.ArgumentParser(description="Kill prepare and train at random; they must end with the same bytes.")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 32))
+    parser.add_argument("--kills", type=int, help="of each command; default: 12 to 20 of prepare, 6 to 10 of train")
+    parser.add_argument("--work", type=Path, help="new folder for all that is written; stays. Default: one that goes")
+    parser.add_argument("--commands", nargs="+", choices=NAMES, default=list(NAMES))
+    parser.add_argument("--victims", nargs="+", choices=ALL, default=list(ALL))
+    given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    work = given.work or Path(tempfile.mkdtemp(prefix="kuzushiji-chaos-"))
+    say(f"{given.rounds} rounds, seed {given.seed}, in {work}")
+    chaos = run(work.resolve(), given.rounds, given.seed, given.kills, given.commands, given.victims)
+    kinds = ", ".join(f"{chaos.killed[victim]} {victim}" for victim in VICTIMS)
+    say(f"{given.rounds} rounds, {chaos.killed.total()} kills ({kinds}), {len(chaos.differences)} differences")
+    if not given.work and not chaos.differences:
+        shutil.rmtree(work, ignore_errors=True)
+    return 1 if chaos.differences else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

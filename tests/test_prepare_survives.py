@@ -1,0 +1,158 @@
+"""prepare, killed and run beside itself: real processes, and always the bytes of one that nobody disturbed."""
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from chaos import AT_WORK, Chaos, draw_pages, hashes_of_dataset, prepare_command
+
+from cluster.errors import KuzushijiError
+from cluster.manifest import is_sealed, verify
+from cluster.storage import place
+from preprocessing.prepare import PrepareConfig, make_plan, prepare
+from preprocessing.shards import write_group
+
+CONFIG = PrepareConfig(coverage=0.2, val_fraction=0.35, test_fraction=0.35)
+
+
+@pytest.fixture
+def chaos(tmp_path: Path) -> Iterator[Chaos]:
+    """Processes that are all gone afterwards."""
+    started = Chaos(tmp_path)
+    try:
+        yield started
+    finally:
+        started.close()
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("source")
+    draw_pages(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(ray_here: None, source: Path) -> Path:
+    prepare_here(source, source / "dataset")
+    return source / "dataset"
+
+
+def prepare_here(source: Path, dataset: Path) -> bool:
+    """In this process, with the Ray of the session; whether anything was written."""
+    pages, labels = place(source / "pages" / "train_images"), place(source / "pages" / "train.csv")
+    return prepare(pages, labels, place(dataset), CONFIG)[1]
+
+
+def reported(dataset: Path) -> dict[str, int]:
+    """Inodes of the shards that are done, after an attempt that was killed."""
+    reports = [json.loads(path.read_text()) for path in (dataset / ".prepare").glob("group-*.json")]
+    names = [shard["name"] for report in reports for shard in report["shards"].values()]
+    return {name: (dataset / name).stat().st_ino for name in names}
+
+
+def workers(chaos: Chaos, attempt: int) -> list[psutil.Process]:
+    return [process for process in chaos.processes(attempt) if " ".join(process.cmdline()).startswith(AT_WORK)]
+
+
+def test_a_killed_prepare_is_finished_by_the_next_which_makes_nothing_again(
+    chaos: Chaos, source: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "dataset"
+    command = prepare_command(source, out)
+    attempt = chaos.start(command)
+    while attempt.process.poll() is None and not any((out / ".prepare").glob("group-*.json")):
+        time.sleep(0.005)
+    attempt.process.kill()
+    attempt.process.wait()
+    while chaos.writers():  # what the driver left behind goes on for a while
+        time.sleep(0.05)
+    done = reported(out)
+    assert done
+    (out / ".tmp-0123").write_bytes(b"of a task that was killed while it wrote")
+    prepare_here(source, out)
+    assert hashes_of_dataset(out) == hashes_of_dataset(undisturbed)
+    assert {name: (out / name).stat().st_ino for name in done} == done
+
+
+def test_two_prepares_of_one_folder_and_a_lost_worker_give_one_dataset_that_is_whole_whenever_it_is_seen(
+    chaos: Chaos, source: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "dataset"
+    command = prepare_command(source, out)
+    first, second = chaos.start(command), chaos.start(command)
+    killed, seen = False, 0
+    while first.process.poll() is None or second.process.poll() is None:
+        if not killed and (found := workers(chaos, first.number)):
+            found[0].kill()
+            killed = True
+        if is_sealed(place(out)):
+            assert verify(place(out))[1] == []
+            seen += 1
+        time.sleep(0.02)
+    assert killed
+    assert seen
+    for attempt in (first, second):
+        assert attempt.process.returncode == 0, attempt.stderr.read_text()
+    assert hashes_of_dataset(out) == hashes_of_dataset(undisturbed)
+
+
+def test_a_prepare_that_was_overtaken_takes_what_the_other_sealed(
+    source: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "dataset"
+
+    def overtaken(*_: object) -> None:
+        monkeypatch.undo()
+        assert prepare_here(source, out)
+        (out / ".prepare").mkdir()  # by a task of ours, which now finds its temporary file gone
+        raise FileNotFoundError(out / ".tmp-0123")
+
+    monkeypatch.setattr("preprocessing.prepare._run", overtaken)
+    assert not prepare_here(source, out)
+    assert hashes_of_dataset(out) == hashes_of_dataset(undisturbed)
+
+
+@pytest.mark.parametrize("moment", ["seal", "_remove_traces"])
+def test_a_prepare_that_is_killed_as_it_seals_is_finished_by_the_next(
+    moment: str, source: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "dataset"
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"preprocessing.prepare.{moment}", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_here(source, out)
+    monkeypatch.undo()
+    assert (out / ".prepare").exists()
+    assert prepare_here(source, out) == (moment == "seal")
+    assert hashes_of_dataset(out) == hashes_of_dataset(undisturbed)
+
+
+def test_a_task_that_outlives_its_prepare_adds_nothing_to_a_sealed_dataset(
+    source: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from preprocessing.shards import _read_page
+
+    out = tmp_path / "dataset"
+    shutil.copytree(undisturbed, out)
+    before = {path.name: path.stat().st_ino for path in out.iterdir()}
+    (out / ".prepare").mkdir()
+    (out / ".prepare" / "plan.json").touch()
+
+    def slow(*page: Any) -> Any:
+        shutil.rmtree(out / ".prepare", ignore_errors=True)  # by the prepare that was run again, and sealed the dataset
+        return _read_page(*page)
+
+    monkeypatch.setattr("preprocessing.shards._read_page", slow)
+    pages, labels = place(source / "pages" / "train_images"), place(source / "pages" / "train.csv")
+    with pytest.raises(KuzushijiError, match=r"\.prepare"):
+        write_group(make_plan(pages, labels, CONFIG).rows[0], str(pages), str(out))
+    assert {path.name: path.stat().st_ino for path in out.iterdir()} == before
