@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 KUZUSHIJI = .venv/bin/kuzushiji
 
-.PHONY: demo check test test-smoke test-cloud test-image lock clean
+.PHONY: demo check test test-smoke test-cloud test-image chaos fuzz lock clean
 .DELETE_ON_ERROR:
 
 # Hashes are checked for every package; the project itself comes from this folder, built by the locked setuptools.
@@ -33,6 +33,17 @@ test-smoke: .venv/.installed-dev
 
 test-cloud: .venv/.installed-dev
 	.venv/bin/pytest -q -m cloud
+
+# prepare and train under random SIGKILLs: the same bytes, or exit code 1. A round has 18 to 30 kills.
+ROUNDS ?= 10
+SEED ?= 1
+chaos: .venv/.installed-dev
+	.venv/bin/python tests/chaos.py --rounds $(ROUNDS) --seed $(SEED)
+
+# Hostile pages, archives, manifests and datasets, with a new seed, which it prints.
+FUZZ_SECONDS ?= 600
+fuzz: .venv/.installed-dev
+	.venv/bin/python tests/fuzz.py --seconds $(FUZZ_SECONDS)
 
 # The Dockerfile, built and run for real: root on Debian 12, 3 to 7 minutes, 1 GB of downloads.
 test-image:

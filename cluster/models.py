@@ -4,10 +4,11 @@ from pydantic import AwareDatetime, BaseModel, ValidationError, field_validator
 from upath import UPath
 
 from cluster.errors import DamageError, InputError
-from cluster.manifest import MANIFEST_FILE, ModelManifest, is_sealed
+from cluster.manifest import MANIFEST_FILE, ModelManifest, complaint, is_sealed
 from cluster.storage import change_bytes, is_file, plain_name, read_bytes
 
 LATEST_FILE = "latest.json"
+MAX_LATEST_BYTES = 10_000
 
 
 class Latest(BaseModel):
@@ -29,16 +30,20 @@ def read_latest(architecture: UPath) -> Latest | None:
         DamageError: it is not what we write.
     """
     path = architecture / LATEST_FILE
-    return _parse(path, read_bytes(path)) if is_file(path) else None
+    if not is_file(path):
+        return None
+    if path.stat().st_size > MAX_LATEST_BYTES:
+        raise DamageError(f"{path} must be at most {MAX_LATEST_BYTES} bytes")
+    return _parse(path, read_bytes(path))
 
 
 def _parse(path: UPath, content: bytes) -> Latest:
     try:
         return Latest.model_validate_json(content)
-    except (ValidationError, InputError) as error:
-        raise DamageError(
-            f"{path} must name a run and when it finished. Received: {str(error).splitlines()[0]}"
-        ) from None
+    except ValidationError as error:
+        raise DamageError(f"{path} must name a run and when it finished. {complaint(error)}") from None
+    except InputError as error:
+        raise DamageError(f"{path} must name a run and when it finished: {error}") from None
 
 
 def point_to_latest(folder: UPath, manifest: ModelManifest) -> None:

@@ -7,6 +7,7 @@ manifest.json
 import json
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,12 +16,21 @@ from typing import TYPE_CHECKING, Any
 from upath import UPath
 
 from cluster.errors import DamageError
-from cluster.manifest import FileEntry, ModelManifest, fault_of, is_sealed, read_manifest, seal, write_listed
+from cluster.manifest import (
+    FileEntry,
+    ModelManifest,
+    fault_of,
+    is_sealed,
+    read_manifest,
+    seal,
+    size_fault_of,
+    write_listed,
+)
 from cluster.models import point_to_latest, resolve_model
-from cluster.storage import fetch, list_files, new_file, read_bytes, sha256_of
+from cluster.storage import fetch, list_files, new_file, read_bytes, sha256_of, writing_in
 from job.config import TRANSFER
 from job.startup import load_tensorflow
-from preprocessing.classes import parse_class_names
+from preprocessing.classes import read_class_names
 from preprocessing.split import SPLITS
 
 if TYPE_CHECKING:
@@ -29,6 +39,8 @@ if TYPE_CHECKING:
 MODEL_FILE = "model.keras"
 LABELS_FILE = "labels.txt"
 METRICS_FILE = "metrics.json"
+# All that Keras writes for the classifiers: asset files are unpacked without asking where their paths lead.
+MODEL_MEMBERS = ["config.json", "metadata.json", "model.weights.h5"]
 
 
 def write_model(
@@ -45,7 +57,7 @@ def write_model(
             f"one training at a time may have a run's name. Received: {folder}, which another one sealed meanwhile. "
             "Name another --run"
         )
-    with tempfile.TemporaryDirectory() as temporary:
+    with writing_in(Path(tempfile.gettempdir())), tempfile.TemporaryDirectory() as temporary:
         saved = Path(temporary) / MODEL_FILE
         model.save(saved)
         entry = FileEntry(name=MODEL_FILE, bytes=saved.stat().st_size, sha256=sha256_of(UPath(saved)))
@@ -67,26 +79,48 @@ def load_model(place: UPath) -> tuple["keras.Model", list[str], UPath]:
 
     Raises:
         InputError: it is no model folder.
-        DamageError: a file is not what the manifest says; nothing is loaded from it.
+        DamageError: a file is not what the manifest says, and nothing is loaded from it; or it is no classifier of the
+            classes, or one that may do more than classify.
     """
     folder = resolve_model(place)
     manifest = read_manifest(folder, ModelManifest)
     if missing := {MODEL_FILE, LABELS_FILE} - {entry.name for entry in manifest.files}:
         raise DamageError(f"{folder}: the manifest must list {' and '.join(sorted(missing))}")
-    load_tensorflow()
-    import keras
-
     with tempfile.TemporaryDirectory() as temporary:
         local = UPath(temporary)
         there = list_files(folder)
         for entry in manifest.entries:  # copied first, so that what is loaded is what was checked
-            if entry.name in there:
+            fault = size_fault_of(entry, there)
+            if not fault:
                 fetch(folder / entry.name, Path(temporary) / entry.name)
-            if fault := fault_of(local, entry, list_files(local)):
+                fault = fault_of(local, entry, list_files(local))
+            if fault:
                 raise DamageError(f"{folder}: {fault}. Pull the model again")
-        names = parse_class_names((local / LABELS_FILE).read_text(encoding="utf-8"), str(folder / LABELS_FILE))
-        model = keras.saving.load_model((local / MODEL_FILE).path, compile=False, safe_mode=True)
+        names = read_class_names(local / LABELS_FILE, folder / LABELS_FILE)
+        try:
+            model = _load_archive(Path(temporary) / MODEL_FILE, len(names))
+        except Exception as error:  # zipfile, HDF5 and Keras raise all kinds for what is none of theirs
+            raise DamageError(
+                f"{folder / MODEL_FILE} must be a classifier as a training writes it. "
+                f"Received: {' '.join(str(error).split())[:300]}. Ask whoever keeps the models"
+            ) from error
     return model, names, folder
+
+
+def _load_archive(path: Path, classes: int) -> "keras.Model":
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        if sorted(member.filename for member in members) != MODEL_MEMBERS:
+            raise ValueError(f"an archive of other than {', '.join(MODEL_MEMBERS)}")
+        if any(member.compress_type != zipfile.ZIP_STORED for member in members):  # as Keras never does
+            raise ValueError("an archive with packed members")
+    load_tensorflow()
+    import keras
+
+    model = keras.saving.load_model(path, compile=False, safe_mode=True)
+    if not isinstance(model, keras.Model) or model.output_shape != (None, classes):
+        raise ValueError(f"no model of {classes} classes")
+    return model
 
 
 def read_json(path: UPath) -> dict[str, Any]:
@@ -97,7 +131,7 @@ def read_json(path: UPath) -> dict[str, Any]:
     """
     try:
         content = json.loads(read_bytes(path))
-    except (FileNotFoundError, ValueError) as error:
+    except (FileNotFoundError, ValueError, RecursionError) as error:
         raise DamageError(f"{path} must be what a training wrote. Received: {error}. Name another --run") from None
     if not isinstance(content, dict):
         raise DamageError(f"{path} must be what a training wrote. Received: no object. Name another --run")

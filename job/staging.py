@@ -23,15 +23,18 @@ from numpy.typing import NDArray
 from upath import UPath
 
 from cluster.errors import DamageError, InputError
-from cluster.manifest import DatasetManifest, Shard, fault_of, read_manifest
+from cluster.manifest import DatasetManifest, FileEntry, Shard, fault_of, read_manifest, size_fault_of
 from cluster.progress import progress
-from cluster.storage import fetch, is_local, list_files
-from preprocessing.classes import LABELS_FILE, parse_class_names
+from cluster.storage import fetch, is_local, list_files, writing_in
+from preprocessing.classes import LABELS_FILE, read_class_names
 from preprocessing.crop import SIDE
-from preprocessing.labels import parse_code_point
-from preprocessing.records import read_frames
+from preprocessing.labels import parse_code_point, parse_id
+from preprocessing.records import FRAME_BYTES, read_frames
 
 PARSE_RECORDS = 1024
+LEAST_RECORD_BYTES = FRAME_BYTES + SIDE * SIDE
+MOST_RECORD_BYTES = 8192
+MOST_PIXELS = 10**9  # of a box's x, y, width and height: nine digits in the labels
 LOCK_FILE = "in-use"
 PAGES_FILE = "page_ids.txt"
 
@@ -71,16 +74,17 @@ def staged(dataset: UPath, splits: Sequence[str]) -> Iterator[StagedDataset]:
     manifest = read_manifest(dataset, DatasetManifest)
     key = hashlib.sha256(f"{dataset}\n{manifest.sha256}\n{sorted(splits)}".encode()).hexdigest()[:32]
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kuzushiji" / "staged"
-    root.mkdir(parents=True, exist_ok=True, mode=0o700)
     folder = root / key
-    with _locked(root):
+    with writing_in(root):
+        root.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with writing_in(root), _locked(root):
         _remove_unused(root, keep=key)
         if not folder.exists():
             _stage(dataset, manifest, splits, folder)
         in_use = open(folder / LOCK_FILE)  # noqa: SIM115 - held until the last lines
         fcntl.flock(in_use, fcntl.LOCK_SH)
     try:
-        names = parse_class_names((folder / LABELS_FILE).read_text(), str(dataset / LABELS_FILE))
+        names = read_class_names(UPath(folder / LABELS_FILE), dataset / LABELS_FILE)
         yield StagedDataset(manifest, names, {split: _map(folder / split) for split in splits}, folder)
     finally:
         in_use.close()
@@ -119,15 +123,11 @@ def _stage(dataset: UPath, manifest: DatasetManifest, splits: Sequence[str], fol
     temporary.mkdir()
     try:
         there = list_files(dataset)
-        for entry in manifest.entries:  # what was lost is named before hours go into reading the rest
-            if entry.name not in there:
-                raise DamageError(f"{dataset}: {entry.name} is missing. Prepare again, or copy the folder again")
-        labels_file = next((entry for entry in manifest.files if entry.name == LABELS_FILE), None)
-        if labels_file is None:
-            raise DamageError(f"{dataset}: the manifest must list {LABELS_FILE}")
-        if fault := fault_of(dataset, labels_file, there):
-            raise DamageError(f"{dataset}: {fault}. Prepare again, or copy the folder again")
+        labels_file = _check_sizes(dataset, manifest, there)
         fetch(dataset / LABELS_FILE, temporary / LABELS_FILE)
+        if fault := fault_of(UPath(temporary), labels_file, list_files(UPath(temporary))):
+            raise DamageError(f"{dataset}: {fault}. Prepare again, or copy the folder again")
+        classes = len(read_class_names(UPath(temporary / LABELS_FILE), dataset / LABELS_FILE))
         of_split = {split: manifest.shards_of(split) for split in splits}
         total = sum(shard.examples for shards in of_split.values() for shard in shards)
         with progress("crops staged", total, "crops") as advance:
@@ -135,15 +135,36 @@ def _stage(dataset: UPath, manifest: DatasetManifest, splits: Sequence[str], fol
                 examples = sum(shard.examples for shard in shards)
                 if not examples:
                     raise InputError(f"{dataset}: a split must have crops. Received: {split} with none")
-                with closing(_SplitWriter(temporary / split, examples)) as writer:
+                with closing(_SplitWriter(temporary / split, examples, classes)) as writer:
                     for shard in shards:
                         _unpack(dataset, shard, there, temporary, writer)
                         advance(shard.examples)
         (temporary / LOCK_FILE).touch()
         temporary.rename(folder)
-    except BaseException:
+    except FileNotFoundError as error:
+        raise DamageError(
+            f"{dataset} must stay as it is while it is staged. Received: {' '.join(str(error).split())}. "
+            "Prepare again, or copy the folder again"
+        ) from None
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
+
+
+def _check_sizes(dataset: UPath, manifest: DatasetManifest, there: dict[str, int]) -> FileEntry:
+    """What can be seen to be wrong is named before hours go into reading the rest, and space is taken for what can't be
+    there. Returns the entry of the file of the classes.
+    """
+    for entry in manifest.entries:
+        if fault := size_fault_of(entry, there):
+            raise DamageError(f"{dataset}: {fault}. Prepare again, or copy the folder again")
+    for shard in manifest.shards:
+        if shard.examples * LEAST_RECORD_BYTES > shard.bytes:
+            came = f"Received: {shard.bytes} bytes. Prepare again"
+            raise DamageError(f"{dataset}: {shard.name} must hold {shard.examples} crops. {came}")
+    for entry in manifest.files:
+        if entry.name == LABELS_FILE:
+            return entry
+    raise DamageError(f"{dataset}: the manifest must list {LABELS_FILE}")
 
 
 def _unpack(dataset: UPath, shard: Shard, there: dict[str, int], temporary: Path, writer: "_SplitWriter") -> None:
@@ -162,9 +183,14 @@ def _unpack(dataset: UPath, shard: Shard, there: dict[str, int], temporary: Path
             open((local / shard.name).path, "rb") as stream,
             mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data,
         ):
-            frames = read_frames(data)
-            while records := list(islice(frames, PARSE_RECORDS)):
-                writer.parse(records)
+            try:
+                frames = read_frames(data)
+                while records := list(islice(frames, PARSE_RECORDS)):
+                    writer.parse(records)
+            except (ValueError, DamageError) as error:
+                raise DamageError(
+                    f"{dataset}: {shard.name} must hold crops as prepare writes them. Received: {error}. Prepare again"
+                ) from None
     if writer.filled - before != shard.examples:
         raise DamageError(
             f"{dataset}: {shard.name} must hold {shard.examples} crops. Received: {writer.filled - before}"
@@ -176,8 +202,9 @@ def _unpack(dataset: UPath, shard: Shard, there: dict[str, int], temporary: Path
 class _SplitWriter:
     """Fills the arrays of one split in a folder, as `.npy` files of a size known in advance."""
 
-    def __init__(self, folder: Path, examples: int) -> None:
+    def __init__(self, folder: Path, examples: int, classes: int) -> None:
         folder.mkdir()
+        self.classes = classes
         self.images = _new_array(folder / "images.npy", np.uint8, (examples, SIDE, SIDE, 1))
         self.labels = _new_array(folder / "labels.npy", np.int64, (examples,))
         self.code_points = _new_array(folder / "code_points.npy", np.int32, (examples,))
@@ -186,6 +213,11 @@ class _SplitWriter:
         self.filled = 0
 
     def parse(self, records: Sequence[bytes]) -> None:
+        """Take in the next crops.
+
+        Raises:
+            ValueError: they are not what prepare writes, or more than there is room for.
+        """
         import tensorflow as tf
 
         features = {
@@ -195,15 +227,26 @@ class _SplitWriter:
             "image_id": tf.io.FixedLenFeature([], tf.string),
             "box": tf.io.FixedLenFeature([4], tf.int64),
         }
-        with tf.device("CPU"):
-            parsed = tf.io.parse_example(tf.constant(records), features)
-            pixels = tf.io.decode_raw(parsed["image"], tf.uint8)
         rows = slice(self.filled, self.filled + len(records))
-        self.images[rows] = pixels.numpy().reshape(-1, SIDE, SIDE, 1)
-        self.labels[rows] = parsed["label"].numpy()
+        if rows.stop > len(self.labels) or max(map(len, records)) > MOST_RECORD_BYTES:
+            raise ValueError("more crops than the manifest says, or larger ones")
+        try:
+            with tf.device("CPU"):
+                parsed = tf.io.parse_example(tf.constant(records), features)
+        except tf.errors.InvalidArgumentError as error:
+            raise ValueError(" ".join(error.message.split())[:200]) from None
+        images, labels, boxes = (parsed[name].numpy() for name in ("image", "label", "box"))
+        if any(len(image) != SIDE * SIDE for image in images):
+            raise ValueError(f"an image of other than {SIDE} x {SIDE} pixels")
+        if ((labels < 0) | (labels >= self.classes)).any():
+            raise ValueError(f"a label that is none of the {self.classes} classes")
+        if ((boxes <= -MOST_PIXELS) | (boxes >= MOST_PIXELS)).any():
+            raise ValueError("a box of over nine digits")
+        self.images[rows] = np.frombuffer(b"".join(images), np.uint8).reshape(-1, SIDE, SIDE, 1)
+        self.labels[rows] = labels
         self.code_points[rows] = [parse_code_point(text.decode()) for text in parsed["unicode"].numpy()]
-        self.boxes[rows] = parsed["box"].numpy()
-        self.pages.writelines(page_id.decode() + "\n" for page_id in parsed["image_id"].numpy())
+        self.boxes[rows] = boxes
+        self.pages.writelines(parse_id(page_id.decode()) + "\n" for page_id in parsed["image_id"].numpy())
         self.filled = rows.stop
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ from cluster.storage import is_file, read_bytes
 from preprocessing.labels import code_point_name, parse_code_point
 
 RARE = "rare"
+MAX_CLASSES_BYTES = 10_000_000  # room for all of Unicode
 LABELS_FILE = "label.labels.txt"  # the name that TFDS gives to the class names of a feature called `label`
 
 
@@ -43,7 +44,7 @@ def parse_class_names(text: str, where: str) -> list[str]:
     """
     names = text.splitlines()
     if not names or names[-1] != RARE:
-        raise InputError(f"{where} must end with the line {RARE!r}. Received: {names[-1:]}")
+        raise InputError(f"{where} must end with the line {RARE!r}. Received: {''.join(names[-1:])[:40]!r}")
     try:
         for name in names[:-1]:
             parse_code_point(name)
@@ -54,7 +55,19 @@ def parse_class_names(text: str, where: str) -> list[str]:
     return names
 
 
-def read_class_names(path: UPath) -> list[str]:
+def read_class_names(path: UPath, where: UPath | None = None) -> list[str]:
+    """As `parse_class_names`, of a file; `where` it came from, if it is a copy.
+
+    Raises:
+        InputError: there is no such file, or it is no list of classes.
+    """
+    where = where or path
     if not is_file(path):
-        raise InputError(f"a file of classes must be there. Received: {path}")
-    return parse_class_names(read_bytes(path).decode(), str(path))
+        raise InputError(f"a file of classes must be there. Received: {where}")
+    if path.stat().st_size > MAX_CLASSES_BYTES:
+        raise InputError(f"{where} must be at most {MAX_CLASSES_BYTES} bytes")
+    try:
+        text = read_bytes(path).decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where} must be UTF-8 text. Received: {error}") from None
+    return parse_class_names(text, str(where))

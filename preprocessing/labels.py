@@ -27,6 +27,8 @@ FIELDS_PER_BOX = 5
 # Kaggle's fullest page has 614 boxes; this is room for 400 times as many, and an end to a file that is no labels file.
 MAX_CELL_CHARS = 8_000_000
 
+MAX_ID_CHARS = 251  # of a file's name, less `.jpg`
+
 _CODE_POINT = re.compile(r"U\+([0-9A-F]{4,6})")
 _INTEGER = re.compile(r"-?[0-9]{1,9}")
 
@@ -119,14 +121,21 @@ def parse_rows(data: bytes, where: str) -> Iterator[tuple[str, NDArray[np.int32]
         for row in filter(None, reader):  # an empty line is no row
             if len(row) != len(HEADER):
                 raise ValueError(f"a row must have 2 columns. Received: {len(row)}")
-            yield _parse_id(row[0]), _parse_cell(row[1])
+            yield parse_id(row[0]), _parse_cell(row[1])
     except csv.Error as error:
         raise InputError(f"{where}, line {reader.line_num}: not CSV ({error})") from None
     except ValueError as error:
         raise InputError(f"{where}, line {reader.line_num}: {error}. Mend that row") from None
 
 
-def _parse_id(text: str) -> str:
+def parse_id(text: str) -> str:
+    """A page's id, which can't leave a folder.
+
+    Raises:
+        ValueError: it could, or is too long for the name of a file.
+    """
+    if len(text) > MAX_ID_CHARS:
+        raise ValueError(f"an image_id must have at most {MAX_ID_CHARS} characters. Received: {text[:40]!r}...")
     try:
         return plain_name(text, "an image_id")
     except InputError as error:

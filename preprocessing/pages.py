@@ -4,9 +4,10 @@ import errno
 import hashlib
 import lzma
 import os
+import struct
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -14,12 +15,17 @@ from upath import UPath
 
 from cluster.bucket import explaining
 from cluster.errors import DamageError, InputError
-from cluster.storage import is_local, list_files, open_read, read_chunks
+from cluster.storage import CHUNK_BYTES, is_local, list_files, open_read, read_chunks
 from preprocessing.crop import MAX_PAGE_BYTES, PageFault
 
 SUFFIX = ".jpg"
-# What zipfile and its decompressors raise for a member that is broken, encrypted or of an unknown method.
-UNREADABLE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, RuntimeError, EOFError, ValueError, OSError)
+# What zipfile and its decompressors raise for what is broken, encrypted or of an unknown method.
+BROKEN = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, RuntimeError, EOFError, OverflowError)
+UNREADABLE = (*BROKEN, ValueError, OSError)
+# Of other than stored and deflated members, zipfile unpacks at once what it has read: 32 bytes are a block of bz2 at
+# most, of which each may be 46 MB.
+STEP_BYTES = {zipfile.ZIP_STORED: CHUNK_BYTES, zipfile.ZIP_DEFLATED: CHUNK_BYTES}
+SMALL_STEP_BYTES = 32
 
 
 class ReadPage(Protocol):
@@ -45,7 +51,7 @@ def list_pages(pages: UPath) -> dict[str, tuple[str, int]]:
         page_id, suffix = os.path.splitext(os.path.basename(name))
         if suffix == SUFFIX:
             if page_id in listing:
-                raise InputError(f"{pages} must hold one file a page. Received: {listing[page_id][0]} and {name}")
+                raise InputError(f"{pages} must hold one file a page. Received: {listing[page_id][0]!r} and {name!r}")
             listing[page_id] = (name, size)
     if not listing:
         raise InputError(f"--pages must be a folder or .zip of <image_id>{SUFFIX} files. Received: {pages}, with none")
@@ -95,16 +101,34 @@ def _list_members(pages: UPath) -> list[tuple[str, int]]:
 
 
 def _read_member(archive: zipfile.ZipFile, name: str) -> bytes:
+    data = bytearray()
     try:
-        with explaining(), archive.open(name) as stream:
-            return stream.read(MAX_PAGE_BYTES + 1)
+        info = archive.getinfo(name)
+        step = STEP_BYTES.get(info.compress_type, SMALL_STEP_BYTES)
+        with _broken_as(PageFault, "page can't be read from the archive"), archive.open(info) as stream:
+            assert isinstance(stream, zipfile.ZipExtFile)
+            stream.MIN_READ_SIZE = step
+            while len(data) <= MAX_PAGE_BYTES and (chunk := stream.read(step)):
+                data += chunk
     except (KeyError, FileNotFoundError):  # the latter, of an archive that was replaced
         raise FileNotFoundError(f"{name} is no longer in the archive") from None
+    del data[MAX_PAGE_BYTES + 1 :]
+    if len(data) != min(info.file_size, MAX_PAGE_BYTES + 1):
+        raise PageFault(f"page can't be read from the archive: {len(data)} bytes instead of {info.file_size}")
+    return bytes(data)
+
+
+@contextmanager
+def _broken_as(kind: Callable[[str], Exception], what: str) -> Iterator[None]:
+    """What zipfile raises for broken bytes comes out as an error of one kind; failures of disk and bucket do not."""
+    try:
+        with explaining():
+            yield
     except UNREADABLE as error:
         # bz2 and a misled seek raise OSError too; one with another number is of the disk.
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise
-        raise PageFault(f"page can't be read from the archive: {error}") from None
+        raise kind(f"{what}: {' '.join(str(error).split())}") from None
 
 
 @contextmanager
@@ -114,10 +138,7 @@ def _open_archive(pages: UPath) -> Iterator[zipfile.ZipFile]:
     except FileNotFoundError:
         raise InputError(f"--pages must be there. Received: {pages}") from None
     with stream:
-        try:
-            with explaining():
-                archive = zipfile.ZipFile(stream)
-        except zipfile.BadZipFile as error:
-            raise InputError(f"--pages must be a folder or a whole .zip. Received: {pages}: {error}") from None
+        with _broken_as(InputError, f"--pages must be a folder or a whole .zip. Received: {pages}"):
+            archive = zipfile.ZipFile(stream)
         with archive:
             yield archive

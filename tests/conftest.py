@@ -24,7 +24,7 @@ from preprocessing.sample import sample  # noqa: E402
 
 SHARED = Path(__file__).parents[2] / "shared" / "kuzushiji"
 KUZUSHIJI = Path(sys.executable).with_name("kuzushiji")
-MOST_WORKERS = 3
+MOST_WORKERS = 4
 
 
 @pytest.fixture(scope="session")

@@ -140,7 +140,7 @@ def prepared(cluster: Cluster, scans: None) -> str:
 @pytest.fixture(scope="module")
 def trained(cluster: Cluster, prepared: str) -> str:
     """What the job of an undisturbed training printed."""
-    return cluster.submit(*TRAIN, "--epochs", "3", "--run", "undisturbed").stdout
+    return cluster.submit(*TRAIN, "--epochs", "2", "--run", "undisturbed").stdout
 
 
 @pytest.mark.smoke
@@ -233,10 +233,10 @@ def wait_for(what: Callable[[], Any], seconds: float) -> Any:
 
 
 def test_a_host_that_is_gone_changes_nothing_of_the_model(cluster: Cluster, trained: str) -> None:
-    command = shlex.join(["kuzushiji", "submit", "--", *TRAIN, "--epochs", "3", "--run", "disturbed"])
+    command = shlex.join(["kuzushiji", "submit", "--", *TRAIN, "--epochs", "2", "--run", "disturbed"])
     with cluster.cloud.laptop.popen(f"cd {HERE} && {command}", stderr=subprocess.STDOUT) as job:
         assert job.stdout is not None
-        while "epoch 1 of 3" not in job.stdout.readline():
+        while "epoch 1 of 2" not in job.stdout.readline():
             assert job.poll() is None
         saved = "models/.runs/baseline-disturbed/checkpoint_manager_snapshot.json"
         wait_for(lambda: saved in cluster.cloud.bucket.names(BUCKET), 120)

@@ -1,6 +1,9 @@
 """Label files: every malformed row stops the job with one line that names it; what is well-formed comes in whole."""
 
+import csv
+import io
 from pathlib import Path
+from random import Random
 
 import pytest
 from hypothesis import given
@@ -51,6 +54,9 @@ def test_a_byte_order_mark_and_windows_line_ends_are_read(tmp_path: Path) -> Non
         ("../a,U+306F 1 2 3 4\n", "an image_id must be"),
         ("a/b,U+306F 1 2 3 4\n", "an image_id must be"),
         ("..,U+306F 1 2 3 4\n", "an image_id must be"),
+        ("a" * 252 + ",U+306F 1 2 3 4\n", "at most 251 characters"),
+        ("a,U+306F 1 2 3 " + "4" * 100_000 + "\n", "whole numbers"),
+        ("a," + "U" * 100_000 + " 1 2 3 4\n", "a code point looks like"),
         (",U+306F 1 2 3 4\n", "an image_id must be"),
         ("a,U+306F 1 2 3 4\na,U+306F 1 2 3 4\n", "one row only"),
         ("a,U+306F 1 2 3 4,x\n", "2 columns"),
@@ -63,6 +69,7 @@ def test_a_malformed_row_is_refused_in_one_line_that_says_what_came(tmp_path: Pa
     with pytest.raises(InputError, match=says) as caught:
         read(tmp_path, HEADER + rows)
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 1000
 
 
 @pytest.mark.parametrize("text", ["", "a,U+306F 1 2 3 4\n", "Image_ID,Labels\na,nan\n", "labels,image_id\n"])
@@ -97,6 +104,58 @@ def test_every_real_row_is_read(shared: Path) -> None:
     assert len(labels.page_ids) == 579
     assert len({book_of(page_id) for page_id in labels.page_ids}) == 44
     assert 1 <= (labels.boxes_per_page == 0).sum() <= 65
+
+
+IDS = st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,30}", fullmatch=True)
+CODE_POINTS = st.integers(0, 0x10FFFF).filter(lambda value: not 0xD800 <= value <= 0xDFFF)
+PIXELS = st.integers(-999_999_999, 999_999_999)
+TABLES = st.dictionaries(IDS, st.lists(st.tuples(CODE_POINTS, PIXELS, PIXELS, PIXELS, PIXELS), max_size=4), max_size=6)
+
+
+def written(table: dict[str, list[tuple[int, ...]]], chance: Random) -> bytes:
+    """A label file of these boxes, in one of the forms that editors and libraries leave behind."""
+    out = io.StringIO()
+    end, quoting = chance.choice(["\n", "\r\n"]), chance.choice([csv.QUOTE_MINIMAL, csv.QUOTE_ALL])
+    writer = csv.writer(out, lineterminator=end, quoting=quoting)
+    writer.writerow(["image_id", "labels"])
+    for page_id in chance.sample(sorted(table), len(table)):
+        fields = [f"U+{box[0]:04X} " + " ".join(map(str, box[1:])) for box in table[page_id]]
+        writer.writerow([page_id, chance.choice([" ", "  "]).join(fields) or chance.choice(["", "nan"])])
+    text = out.getvalue() + end * chance.randint(0, 1)
+    return chance.choice([b"", b"\xef\xbb\xbf"]) + text.removesuffix(chance.choice(["", end])).encode()
+
+
+@given(TABLES.filter(lambda table: any(table.values())), st.randoms(use_true_random=False))
+def test_any_well_formed_table_is_read_back_as_it_was_written(
+    tmp_path_factory: pytest.TempPathFactory, table: dict[str, list[tuple[int, ...]]], chance: Random
+) -> None:
+    labels = read(tmp_path_factory.mktemp("table"), written(table, chance))
+    assert labels.page_ids == sorted(table)
+    boxes = [box for page_id in sorted(table) for box in table[page_id]]
+    assert labels.code_points.tolist() == [box[0] for box in boxes]
+    assert labels.boxes.tolist() == [list(box[1:]) for box in boxes]
+    assert labels.boxes_per_page.tolist() == [len(table[page_id]) for page_id in sorted(table)]
+
+
+@given(TABLES.filter(any), st.randoms(use_true_random=False), st.integers(1, 4))
+def test_a_good_file_that_was_changed_is_read_whole_or_refused_in_one_line(
+    tmp_path_factory: pytest.TempPathFactory, table: dict[str, list[tuple[int, ...]]], chance: Random, changes: int
+) -> None:
+    data = bytearray(written(table, chance))
+    for _ in range(changes):
+        begin = chance.randint(0, len(data))
+        end = begin + chance.choice([0, 1, 1, 20])
+        data[begin:end] = chance.choice(
+            [b"", b"\n", b",", b'"', b" ", b"\0", b"\r", b"\xff", b"9", data[begin:end] * 2]
+        )
+    try:
+        labels = read(tmp_path_factory.mktemp("changed"), bytes(data))
+    except InputError as error:
+        assert len(str(error).splitlines()) == 1
+        assert len(str(error)) < 1000
+    else:
+        assert labels.starts[-1] == len(labels.boxes) == len(labels.code_points) > 0
+        assert labels.page_ids == sorted(set(labels.page_ids))
 
 
 FIELD = st.sampled_from(

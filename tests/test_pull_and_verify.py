@@ -182,7 +182,8 @@ def test_a_disk_that_is_full_while_staging_is_an_error_that_leaves_nothing(
         pytest.skip("making a small disk takes the right to mount")
     try:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-        with pytest.raises(OSError, match="No space left"), staged(place(dataset), ["train"]):
+        full = pytest.raises(KuzushijiError, match=f"Received: {tmp_path}.*No space left")
+        with full, staged(place(dataset), ["train"]):
             pass
         assert [path.name for path in (tmp_path / "kuzushiji" / "staged").iterdir()] == ["lock"]
     finally:

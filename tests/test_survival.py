@@ -200,7 +200,7 @@ try:
                     time.sleep(0.1)
                 time.sleep(4)
             elif done > 7 and training.resumed_at < 7:  # until the node is gone
-                time.sleep(6)
+                time.sleep(5)
             return rows_of(training, *arguments)
 
         def resume(training, *arguments, before=worker.Training.resume):
@@ -216,7 +216,7 @@ try:
         reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "test"]
         (group,) = (one for one in ray.util.placement_group_table().values() if one["state"] == "CREATED")
         node = ["--address", cluster.address, "--node-id", group["bundles_to_node_id"][1]]
-        subprocess.run(["ray", "drain-node", *node, "--deadline-remaining-seconds", "20", *reason], check=True)
+        subprocess.run(["ray", "drain-node", *node, "--deadline-remaining-seconds", "15", *reason], check=True)
         (models / "baseline").mkdir()
         (models / "baseline" / "told").touch()
 

@@ -76,7 +76,12 @@ def first_losses(dataset: Path, out: Path, workers: int) -> list[dict[str, np.nd
 
     TensorflowTrainer(
         work,
-        train_loop_config={"config": config(workers=workers).model_dump(), "dataset": str(dataset), "out": str(out)},
+        # Of a size that no number of workers but 1 divides.
+        train_loop_config={
+            "config": config(workers=workers, global_batch_size=25).model_dump(),
+            "dataset": str(dataset),
+            "out": str(out),
+        },
         scaling_config=ScalingConfig(num_workers=workers),
         run_config=RunConfig(name=f"losses-{workers}", storage_path=str(out)),
     ).fit()
@@ -88,7 +93,7 @@ def one_worker(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     return first_losses(dataset, tmp_path_factory.mktemp("one"), workers=1)[0]
 
 
-@pytest.mark.parametrize("workers", [2, 3])
+@pytest.mark.parametrize("workers", [2, 3, 4])
 def test_any_number_of_workers_gives_the_same_losses(
     workers: int, one_worker: dict[str, np.ndarray], dataset: Path, tmp_path: Path
 ) -> None:

@@ -1,0 +1,506 @@
+"""A fuzzer of all that comes from outside: pages, archives of pages, manifests, datasets. Every outcome must be a
+result, a listed loss or one line.
+
+    python tests/fuzz.py --seconds 600                  # or: make fuzz FUZZ_SECONDS=600
+    python tests/fuzz.py --only pages --seed 7          # one round, in this process: to look at what was found
+
+A round is a process of its own, with a limit of time and of memory, since a fault in a native decoder may end or hang
+it. The seed decides all that is in it.
+"""
+
+import argparse
+import copy
+import hashlib
+import io
+import json
+import os
+import random
+import re
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from cluster.errors import DamageError, InputError, KuzushijiError
+from cluster.manifest import DatasetManifest, ModelManifest, read_any_manifest, read_manifest, verify
+from cluster.models import read_latest, resolve_model
+from cluster.storage import place, write_bytes
+from preprocessing.classes import read_class_names
+from preprocessing.crop import MAX_PAGE_BYTES, PageFault
+from preprocessing.labels import read_labels
+from preprocessing.pages import list_pages, page_reader
+from preprocessing.records import encode_example, frame, read_frames
+from preprocessing.shards import PLAN_FILE, PROGRESS_FOLDER, plan_groups, write_group
+
+MEGABYTE = 1 << 20
+ROUND_SECONDS = 300  # a round takes some ten; this is for a machine that has other things to do
+# What a task that cuts pages may take, whatever the pages. The largest that is let in, of four colours and progressive,
+# is held by libjpeg as 2 bytes a pixel and colour, then as a byte a pixel and colour, then in gray.
+PAGES_MEGABYTES = 1500
+TENSORFLOW_MEGABYTES = 1500
+BOMB_MEGABYTES = 512
+SIZES = (0, 1, 7, 8, 9, 255, 256, 1999, 9999, 30_000, 65_500, 65_535)
+MARKERS = (b"\xff\xc0", b"\xff\xc1", b"\xff\xc2", b"\xff\xc4", b"\xff\xda", b"\xff\xdb", b"\xff\xdd", b"\xff\xe1")
+
+
+@dataclass(frozen=True)
+class Round:
+    """What came of a round: how often, and the most memory that its process held."""
+
+    outcomes: Counter[str]
+    megabytes: int
+
+
+def segment(marker: int, content: bytes) -> bytes:
+    return struct.pack(">BBH", 0xFF, marker, len(content) + 2) + content
+
+
+def progressive(width: int, height: int, colours: int, scans: int) -> bytes:
+    """A black progressive page of few bytes: a scan of mean values for each colour, then others that say nothing."""
+    blocks = -(-width // 8) * -(-height // 8)
+    runs, rest = divmod(blocks, (1 << 15) - 1)  # the longest run of empty blocks is told in 15 bits
+    bits = "0" + "1" * 14
+    empty = bits * runs + "0" * 15 * rest if rest < 8 else bits * (runs + 1)
+    empty += "1" * (-len(empty) % 8)
+    out = [b"\xff\xd8", segment(0xDB, b"\0" + b"\1" * 64)]
+    out.append(segment(0xC2, struct.pack(">BHHB", 8, height, width, colours) + b"".join(
+        bytes([colour, 0x11, 0]) for colour in range(colours)
+    )))  # fmt: skip
+    codes = bytes([1, *[0] * 15])  # one code, of one bit
+    out.append(segment(0xC4, b"\0" + codes + b"\0") + segment(0xC4, b"\x10" + codes + b"\xe0"))
+    for colour in range(colours):
+        out.append(segment(0xDA, bytes([1, colour, 0, 0, 0, 0])) + bytes(-(-blocks // 8)))
+    for scan in range(colours, scans):
+        band = 1 + scan % 63
+        out.append(segment(0xDA, bytes([1, 0, 0, band, band, 0])) + _packed(empty))
+    return b"".join(out) + b"\xff\xd9"
+
+
+def _packed(bits: str) -> bytes:
+    return int(bits, 2).to_bytes(len(bits) // 8, "big").replace(b"\xff", b"\xff\0")
+
+
+def good_pages() -> list[bytes]:
+    """Small files of all kinds that may stand under a page's name."""
+    noise = np.random.default_rng(0).integers(0, 255, (40, 56, 3), np.uint8)
+    colour = Image.fromarray(noise)
+    gray, exif = colour.convert("L"), Image.Exif()
+    exif[0x010E], exif[0x0112] = "a page", 6
+    ways: list[tuple[Image.Image, str, dict[str, Any]]] = [
+        (gray, "JPEG", {}),
+        (gray, "JPEG", {"progressive": True}),
+        (colour, "JPEG", {"subsampling": "4:4:4"}),
+        (colour, "JPEG", {"subsampling": "4:2:0", "exif": exif}),
+        (colour, "JPEG", {"subsampling": "4:1:1", "optimize": True}),
+        (colour, "JPEG", {"progressive": True, "quality": 95}),
+        (colour, "JPEG", {"restart_marker_blocks": 2, "comment": b"a page"}),
+        (colour.convert("CMYK"), "JPEG", {}),
+        (colour.convert("CMYK"), "JPEG", {"progressive": True}),
+        *((colour, kind, {}) for kind in ("PNG", "GIF", "WEBP", "BMP", "TIFF")),
+    ]
+    pages = [progressive(40, 56, 3, 90), progressive(40, 56, 1, 300)]
+    for image, kind, options in ways:
+        out = io.BytesIO()
+        image.save(out, kind, **options)
+        pages.append(out.getvalue())
+    return pages
+
+
+def mutated(rng: random.Random, good: list[bytes]) -> bytes:
+    """One of the files, changed in one to four ways."""
+    data = bytearray(rng.choice(good))
+    for _ in range(rng.choice((1, 1, 2, 4))):
+        rng.choice(WAYS)(rng, data, good)
+    return bytes(data)
+
+
+def _flip(rng: random.Random, data: bytearray, good: list[bytes]) -> None:
+    for _ in range(rng.randint(1, 8)):
+        if data:
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+
+
+def _cut(rng: random.Random, data: bytearray, good: list[bytes]) -> None:
+    del data[rng.randint(0, len(data)) :]
+
+
+def _splice(rng: random.Random, data: bytearray, good: list[bytes]) -> None:
+    other = rng.choice(good)
+    data[rng.randint(0, len(data)) :] = other[rng.randint(0, len(other)) :]
+
+
+def _repeat(rng: random.Random, data: bytearray, good: list[bytes]) -> None:
+    """A part, often one that begins with a marker, several times over."""
+    begin = max(data.find(rng.choice(MARKERS)), 0) if rng.random() < 0.5 else rng.randint(0, len(data))
+    end = begin + rng.choice((1, 2, 20, 70, 200, 2000))
+    data[begin:begin] = data[begin:end] * rng.choice((1, 2, 30, 200))
+
+
+def _zero(rng: random.Random, data: bytearray, good: list[bytes]) -> None:
+    begin = rng.randint(0, len(data))
+    count = len(data[begin : begin + rng.choice((1, 4, 40, 400))])
+    data[begin : begin + count] = bytes(count)
+
+
+def _insert(rng: random.Random, data: bytearray, good: list[bytes]) -> None:
+    at = rng.randint(0, len(data))
+    data[at : at + rng.choice((0, 8))] = rng.randbytes(rng.choice((1, 2, 8, 300)))
+
+
+def _resize(rng: random.Random, data: bytearray, good: list[bytes]) -> None:
+    """Other height and width, and sometimes other colours and sampling, in the header of a JPEG."""
+    found = [at for marker in MARKERS[:3] if (at := data.find(marker)) > 0]
+    if found:
+        data[found[0] + 5 : found[0] + 9] = struct.pack(">HH", rng.choice(SIZES), rng.choice(SIZES))
+        if rng.random() < 0.3:
+            data[found[0] + 9 : found[0] + 12] = bytes([rng.randint(0, 5), rng.randint(0, 255), rng.randint(0, 255)])
+
+
+def _number(rng: random.Random, data: bytearray, good: list[bytes]) -> None:
+    """A number of an archive's or image's header that is small, large or negative."""
+    at, size = rng.randint(0, len(data)), rng.choice((1, 2, 4, 8))
+    data[at : at + size] = rng.choice((0, 1, (1 << 8 * size) - 1, 1 << 8 * size - 1)).to_bytes(size, "little")
+
+
+WAYS: list[Callable[[random.Random, bytearray, list[bytes]], None]] = [
+    _flip, _cut, _splice, _repeat, _zero, _insert, _resize, _number,
+]  # fmt: skip
+
+
+def fuzz_pages(rng: random.Random, folder: Path, count: int) -> Counter[str]:
+    """A group of pages, cut as prepare cuts them: boxes in = crops out + listed losses, page by page."""
+    good = good_pages()
+    files = {f"fuzz_{i:05d}": mutated(rng, good) for i in range(count)}
+    files |= {f"good_{i:05d}": data for i, data in enumerate(good)}
+    if rng.random() < 0.3:
+        with zipfile.ZipFile(folder / "pages.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+            for page_id, data in files.items():
+                archive.writestr(f"{page_id}.jpg", data)
+        return cut(list(files), folder / "pages.zip", folder)
+    (folder / "pages").mkdir()
+    for page_id, data in files.items():
+        (folder / "pages" / f"{page_id}.jpg").write_bytes(data)
+    return cut(list(files), folder / "pages", folder)
+
+
+def fuzz_largest(rng: random.Random, folder: Path, count: int) -> Counter[str]:
+    """The largest pages that are let in, one after the other: within the memory that is stated, and read."""
+    ids = [f"page_{colours:05d}" for colours in (1, 4, 3)]
+    with zipfile.ZipFile(folder / "pages.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for page_id in ids:
+            page = progressive(9999, 9999, int(page_id[-1]), 10)
+            archive.writestr(f"{page_id}.jpg", page + bytes(MAX_PAGE_BYTES - len(page)))
+            del page
+    outcomes = cut(ids, folder / "pages.zip", folder)
+    assert outcomes["pages read"] == len(ids)
+    return outcomes
+
+
+def fuzz_bombs(rng: random.Random, folder: Path, count: int) -> Counter[str]:
+    """Pages of many zeros, packed tightly: no more of them is unpacked than is let in."""
+    outcomes: Counter[str] = Counter()
+    for method in (zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2):
+        here = folder / str(method)
+        here.mkdir()
+        with (
+            zipfile.ZipFile(here / "pages.zip", "w", method, compresslevel=1) as archive,
+            archive.open("page_00001.jpg", "w") as member,
+        ):
+            for _ in range(BOMB_MEGABYTES):
+                member.write(bytes(MEGABYTE))
+        outcomes += cut(["page_00001"], here / "pages.zip", here)
+    return outcomes
+
+
+def fuzz_names(rng: random.Random, folder: Path, count: int) -> Counter[str]:
+    """An archive that lists so many pages."""
+    entries = b"".join(
+        struct.pack("<4s4B4HL2L5H2L", b"PK\1\2", 20, 3, 20, 0, 0, 0, 0, 33, 0, 0, 0, 11, 0, 0, 0, 0, 0, 0)
+        + b"%07d.jpg" % i
+        for i in range(count)
+    )
+    end = struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, count, count, len(entries), 0)
+    end += struct.pack("<4sLQL", b"PK\6\7", 0, len(entries), 1)
+    end += struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0)
+    (folder / "names.zip").write_bytes(entries + end)
+    return Counter({"names": len(list_pages(place(folder / "names.zip")))})
+
+
+def cut(ids: list[str], pages: Path, folder: Path) -> Counter[str]:
+    """List, plan and cut pages, and hold what came against what was asked."""
+    cell = "U+306F 0 0 10 10 U+306F -5 -5 30 30 U+306F 20 20 99999 9 U+306F 70000 1 9 9"
+    (folder / "train.csv").write_text("image_id,labels\n" + "".join(f"{page_id},{cell}\n" for page_id in ids))
+    labels = read_labels(place(folder / "train.csv"))
+    total = len(labels.boxes)
+    splits = (np.arange(total) % 3).astype(np.int8)
+    (row,) = plan_groups(labels, np.zeros(total, np.int64), splits, list_pages(place(pages)), 1)
+    write_bytes(place(folder / "crops" / PROGRESS_FOLDER / PLAN_FILE), b"{}")
+    report = json.loads(write_group(row, str(pages), str(folder / "crops"))["report"])
+    found: Counter[str] = Counter()
+    for shard in report["shards"].values():
+        data = (folder / "crops" / shard["name"]).read_bytes()
+        records = list(read_frames(data))
+        assert (len(data), hashlib.sha256(data).hexdigest()) == (shard["bytes"], shard["sha256"])
+        assert len(records) == shard["examples"]
+        found.update(re.findall(rb"[a-z]+_[0-9]{5}", record)[-1].decode() for record in records)
+    crops = found.copy()
+    for loss in report["losses"]:
+        assert loss["what"].isprintable(), loss
+        found[loss["page"]] += 1
+    assert found == dict.fromkeys(ids, 4), "boxes in = crops out + listed losses, of each page"
+    reasons = Counter(re.sub("[0-9]+", "N", loss["what"])[:60] for loss in report["losses"])
+    return Counter({"pages": len(ids), "pages read": len(crops), "crops": crops.total()}) + reasons
+
+
+def fuzz_archives(rng: random.Random, folder: Path, count: int) -> Counter[str]:
+    """Broken archives: listed and read, or a loss, or one line."""
+    good = []
+    for method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
+        out = io.BytesIO()
+        with zipfile.ZipFile(out, "w", method) as archive:
+            for i, page in enumerate(good_pages()[2:5]):
+                with archive.open(f"はpage_{i}.jpg", "w", force_zip64=i == 1) as member:
+                    member.write(page)
+        good.append(out.getvalue())
+    path, outcomes = folder / "pages.zip", Counter[str]()
+    for _ in range(count):
+        path.write_bytes(mutated(rng, good))
+        try:
+            listing = list_pages(place(path))
+            outcomes["listed"] += 1
+            with page_reader(place(path)) as read:
+                for name, _ in listing.values():
+                    try:
+                        read(name)
+                        outcomes["read"] += 1
+                    except (PageFault, FileNotFoundError) as error:
+                        outcomes[type(error).__name__] += 1
+        except KuzushijiError as error:
+            outcomes[told(error)] += 1
+    return outcomes
+
+
+def told(error: KuzushijiError) -> str:
+    """The kind of an error that is one line which can be printed and read."""
+    text = str(error)
+    assert len(text.splitlines()) == 1, text
+    assert len(text.encode()) < 2000, text[:2000]
+    return type(error).__name__
+
+
+GOOD_MANIFESTS: list[dict[str, Any]] = [
+    {
+        "format": 1,
+        "kind": "dataset",
+        "files": [{"name": "label.labels.txt", "bytes": 12, "sha256": hashlib.sha256(b"U+306F\nrare\n").hexdigest()}],
+        "shards": [{"name": "kuzushiji-test.tfrecord-00000-of-00001", "bytes": 9, "sha256": "0" * 64, "examples": 0}],
+        "counts": {"test": {"boxes": 1, "examples": 0, "pages": 1, "books": 1}},
+        "losses": [{"page": "a", "box": [0, 0, 1, 1], "unicode": "U+306F", "what": "page has no file"}],
+        "clipped": [{"page": "a", "box": [0, 0, 1, 1]}],
+        "unlabelled": ["b"],
+        "seed": 42,
+        "config": {"split": "random", "classes": None},
+        "versions": {"numpy": "2"},
+        "fingerprint": "0",
+    },
+    {
+        "format": 1,
+        "kind": "model",
+        "files": [{"name": "labels.txt", "bytes": 12, "sha256": "0" * 64}],
+        "dataset_manifest_sha256": "0" * 64,
+        "finished_at": "2026-01-01T00:00:00Z",
+    },
+    {"run": "one", "finished_at": "2026-01-01T00:00:00Z"},
+]
+ODD_VALUES: list[Any] = [
+    None, True, -1, 0, 1.5, 10**12, 10**30, -(10**400), float("nan"), float("inf"), "", "x", "../../evil", "/etc/x",
+    "..", "a/b", "a\nb", "\ud800", "\0", "x" * 3000, "manifest.json", [], {}, [[]], {"a": {"b": []}}, {"\n": 1},
+    {"\ud800": []},
+]  # fmt: skip
+
+
+def odd_json(rng: random.Random, good: dict[str, Any]) -> bytes:
+    """A manifest of which some values are others, twice there, gone, or deep."""
+    content = json.loads(json.dumps(good))
+    for _ in range(rng.choice((1, 1, 2, 5))):
+        at: Any = content
+        while isinstance(at, dict | list) and at:
+            key = rng.choice(list(at)) if isinstance(at, dict) else rng.randrange(len(at))
+            if isinstance(at[key], dict | list) and at[key] and rng.random() < 0.7:
+                at = at[key]
+                continue
+            change = rng.randrange(4)
+            if change == 0:
+                del at[key]
+            elif change == 1 and isinstance(at, list):
+                at += at * rng.choice((1, 50))
+            else:
+                at[key] = copy.deepcopy(rng.choice(ODD_VALUES))
+            break
+    text = json.dumps(content)
+    if rng.random() < 0.05:
+        depth = rng.choice((100, 900, 5000, 100_000))
+        text = text[:-1] + ', "deep": ' + "[" * depth + "]" * depth + "}"
+    return text.encode()
+
+
+def fuzz_manifests(rng: random.Random, folder: Path, count: int) -> Counter[str]:
+    """Manifests, pointers to the latest run, lists of classes: read, or refused in one line."""
+    texts = [json.dumps(good).encode() for good in GOOD_MANIFESTS] + [b"U+306F\r\nrare\n", b"U+306F\nU+20B9F\nrare"]
+    here = place(folder)
+    (folder / "label.labels.txt").write_bytes(b"U+306F\nrare\n")
+    asked: list[Callable[[], object]] = [
+        lambda: read_any_manifest(here), lambda: verify(here), lambda: read_manifest(here, DatasetManifest),
+        lambda: read_manifest(here, ModelManifest), lambda: read_latest(here), lambda: resolve_model(here),
+        lambda: read_class_names(here / "classes.txt"),
+    ]  # fmt: skip
+    outcomes: Counter[str] = Counter()
+    for _ in range(count):
+        odd = rng.random() < 0.6
+        content = odd_json(rng, rng.choice(GOOD_MANIFESTS)) if odd else mutated(rng, texts)
+        for name in ("manifest.json", "latest.json", "classes.txt"):
+            (folder / name).write_bytes(content)
+        for ask in asked:
+            try:
+                ask()
+                outcomes["read"] += 1
+            except KuzushijiError as error:
+                outcomes[told(error)] += 1
+    return outcomes
+
+
+def write_dataset(folder: Path, shard: bytes, examples: int, classes: bytes = b"U+306F\nrare\n") -> Path:
+    """A dataset of one shard as an attacker would make it: all hashes are right."""
+    name = GOOD_MANIFESTS[0]["shards"][0]["name"]
+    folder.mkdir()
+    entries = []
+    for file, data in ((name, shard), ("label.labels.txt", classes)):
+        (folder / file).write_bytes(data)
+        entries.append({"name": file, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()})
+    manifest = GOOD_MANIFESTS[0] | {"shards": [entries[0] | {"examples": examples}], "files": entries[1:]}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def example(**other: Any) -> bytes:
+    """A record as prepare writes it, but for the features that are named; without those that are None."""
+    features = {"image": bytes(6400), "label": [0], "unicode": b"U+306F", "image_id": b"a_1", "box": [1, 2, 3, 4]}
+    return encode_example({name: value for name, value in (features | other).items() if value is not None})
+
+
+def fuzz_datasets(rng: random.Random, folder: Path, count: int) -> Counter[str]:
+    """Datasets with records that are no crops: staged as they are, or refused in one line."""
+    from job.staging import staged
+
+    os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
+    values: list[Any] = [None, b"", b"x", bytes(6400), b"U+FFFF", b"a\nb", [], [0], [2], [-1], [1 << 40] * 4, [0] * 4]
+    outcomes: Counter[str] = Counter()
+    for number in range(count):
+        records = [example() for _ in range(rng.choice((1, 2, 9)))]
+        at = rng.randrange(len(records))
+        if rng.random() < 0.5:
+            records[at] = example(**{rng.choice(("image", "label", "unicode", "image_id", "box")): rng.choice(values)})
+        else:
+            records[at] = mutated(rng, records)
+        shard = b"".join(frame(record) for record in records)
+        if rng.random() < 0.2:
+            shard = mutated(rng, [shard])
+        claimed = rng.choice((len(records), len(records), len(records) + 1, max(len(records) - 1, 1), 10**12))
+        dataset = write_dataset(folder / str(number), shard, claimed)
+        try:
+            with staged(place(dataset), ["test"]) as data:
+                crops = data.splits["test"]
+                assert crops.images.shape == (claimed, 80, 80, 1)
+                assert len(crops.page_ids) == len(crops.labels) == claimed == len(records)
+                assert set(crops.labels.tolist()) <= {0, 1}
+                outcomes["staged"] += 1
+        except (DamageError, InputError) as error:
+            outcomes[told(error)] += 1
+    return outcomes
+
+
+# What is done to each kind of input, how often in a round, and within how much memory.
+ROUNDS: dict[str, tuple[Callable[[random.Random, Path, int], Counter[str]], int, int]] = {
+    "pages": (fuzz_pages, 1000, PAGES_MEGABYTES),
+    "largest": (fuzz_largest, 1, PAGES_MEGABYTES),
+    "bombs": (fuzz_bombs, 1, BOMB_MEGABYTES),
+    "names": (fuzz_names, 1_000_000, PAGES_MEGABYTES),
+    "archives": (fuzz_archives, 1000, PAGES_MEGABYTES),
+    "manifests": (fuzz_manifests, 500, PAGES_MEGABYTES),
+    "datasets": (fuzz_datasets, 100, TENSORFLOW_MEGABYTES),
+}
+
+
+CHANGING = [kind for kind in ROUNDS if kind not in ("largest", "bombs", "names")]  # with the seed
+
+
+def run_round(kind: str, seed: int, count: int | None = None) -> Round:
+    """A round in a process of its own.
+
+    Raises:
+        AssertionError: an outcome that may not be, a crash, a hang, or too much memory.
+    """
+    command = [sys.executable, __file__, "--only", kind, "--seed", str(seed), "--count", str(count or ROUNDS[kind][1])]
+    again = f"found by: python tests/fuzz.py {' '.join(command[2:])}"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "TF_CPP_MIN_LOG_LEVEL": "3"}
+    try:
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=ROUND_SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise AssertionError(f"a hang, {again}") from None
+    assert done.returncode == 0, f"exit code {done.returncode}, {again}\n{done.stderr[-3000:]}"
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["megabytes"] <= ROUNDS[kind][2], f"{result['megabytes']} MB of memory, {again}"
+    return Round(Counter(result["outcomes"]), result["megabytes"])
+
+
+def play_round(kind: str, seed: int, count: int | None = None) -> Round:
+    """A round in this process."""
+    make, usual, _ = ROUNDS[kind]
+    with tempfile.TemporaryDirectory() as folder:
+        outcomes = make(random.Random(f"{kind} {seed}"), Path(folder), count or usual)
+    # Not getrusage's ru_maxrss, which begins with what the process that started this one held.
+    peak = re.search(r"VmHWM:\s+([0-9]+) kB", Path("/proc/self/status").read_text())
+    assert peak is not None
+    return Round(outcomes, int(peak[1]) // 1024)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=600, help="no round is begun after these (600)")
+    parser.add_argument("--seed", type=int, default=time.time_ns() % 10**9, help="of the first round (a new one)")
+    parser.add_argument("--only", choices=ROUNDS, help="one round of this kind, in this process")
+    parser.add_argument("--count", type=int, help="of the files of that round")
+    given = parser.parse_args()
+    if given.only:
+        done = play_round(given.only, given.seed, given.count)
+        sys.stdout.write(json.dumps({"outcomes": done.outcomes, "megabytes": done.megabytes}) + "\n")
+        return
+    end, seed = time.monotonic() + given.seconds, given.seed
+    sys.stdout.write(f"seed {seed}\n")
+    totals: dict[str, Counter[str]] = {kind: Counter() for kind in ROUNDS}
+    most = dict.fromkeys(ROUNDS, 0)
+    while time.monotonic() < end:
+        for kind in ROUNDS if seed == given.seed else CHANGING:
+            done = run_round(kind, seed)
+            totals[kind] += done.outcomes
+            most[kind] = max(most[kind], done.megabytes)
+        seed += 1
+    for kind, outcomes in totals.items():
+        counts = ", ".join(f"{what} {count}" for what, count in outcomes.most_common())
+        sys.stdout.write(f"{kind}: at most {most[kind]} MB; {counts}\n")
+
+
+if __name__ == "__main__":
+    main()
