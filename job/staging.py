@@ -33,7 +33,6 @@ from preprocessing.records import FRAME_BYTES, read_frames
 
 PARSE_RECORDS = 1024
 LEAST_RECORD_BYTES = FRAME_BYTES + SIDE * SIDE
-MOST_RECORD_BYTES = 8192
 MOST_PIXELS = 10**9  # of a box's x, y, width and height: nine digits in the labels
 LOCK_FILE = "in-use"
 PAGES_FILE = "page_ids.txt"
@@ -228,8 +227,8 @@ class _SplitWriter:
             "box": tf.io.FixedLenFeature([4], tf.int64),
         }
         rows = slice(self.filled, self.filled + len(records))
-        if rows.stop > len(self.labels) or max(map(len, records)) > MOST_RECORD_BYTES:
-            raise ValueError("more crops than the manifest says, or larger ones")
+        if rows.stop > len(self.labels):
+            raise ValueError("more crops than the manifest says")
         try:
             with tf.device("CPU"):
                 parsed = tf.io.parse_example(tf.constant(records), features)

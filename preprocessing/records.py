@@ -17,6 +17,7 @@ import google_crc32c
 from cluster.errors import DamageError
 
 FRAME_BYTES = 16  # length, its checksum, the checksum of the data
+MOST_RECORD_BYTES = 8192  # a crop, and what is told of it; no more memory is taken for a record, whatever it claims
 
 Value = bytes | Sequence[int]
 
@@ -40,7 +41,7 @@ def read_frames(shard: bytes | mmap) -> Iterator[bytes]:
     """The data of each TFRecord of a shard whose SHA-256 was checked before (so that the CRCs need not be).
 
     Raises:
-        DamageError: it ends within a record.
+        DamageError: it ends within a record, or one is larger than any of ours.
     """
     at = 0
     while at < len(shard):
@@ -49,6 +50,8 @@ def read_frames(shard: bytes | mmap) -> Iterator[bytes]:
             end += struct.unpack_from("<Q", shard, at)[0]
         if end > len(shard):
             raise DamageError("a TFRecord file must end with a whole record")
+        if end - at > MOST_RECORD_BYTES:
+            raise DamageError(f"a record must have at most {MOST_RECORD_BYTES} bytes. Received: {end - at}")
         yield shard[at + 12 : end - 4]
         at = end
 

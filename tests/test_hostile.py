@@ -197,10 +197,11 @@ def test_a_manifest_that_lists_a_file_twice_is_damage(tmp_path: Path) -> None:
         read_any_manifest(place(folder))
 
 
-@pytest.mark.parametrize("value", ODD_VALUES, ids=lambda value: repr(value)[:20])
+NO_RUNS = [value for value in ODD_VALUES if value not in ("x", "manifest.json", "x" * 3000)]
+
+
+@pytest.mark.parametrize("value", NO_RUNS, ids=lambda value: repr(value)[:20])
 def test_a_pointer_that_names_no_run_is_damage_in_one_line(value: Any, tmp_path: Path) -> None:
-    if value in ("x", "manifest.json", "x" * 3000):
-        pytest.skip("names a run")
     (tmp_path / "latest.json").write_text(json.dumps({"run": value, "finished_at": "2026-01-01T00:00:00Z"}))
     with pytest.raises(DamageError, match="must name a run") as caught:
         read_latest(place(tmp_path))
@@ -240,7 +241,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ([example(image=bytes(6399))], 1, "an image of other than 80 x 80"),
         ([example(image=None, image_id=b"a" * 6400)], 1, "crops as prepare writes them"),
         ([example(image=bytes(8000))], 1, "an image of other than 80 x 80"),
-        ([example(image=bytes(20_000))], 1, "or larger ones"),
+        ([example(image=bytes(20_000))], 1, "at most 8192 bytes"),
         ([example(label=[2])], 1, "none of the 2 classes"),
         ([example(label=[-1])], 1, "none of the 2 classes"),
         ([example(label=[0, 1])], 1, "crops as prepare writes them"),

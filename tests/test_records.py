@@ -43,6 +43,11 @@ def test_a_file_that_ends_within_a_record_is_damage() -> None:
             list(read_frames(whole[:end]))
 
 
+def test_a_record_that_is_larger_than_any_of_ours_is_damage() -> None:
+    with pytest.raises(DamageError, match="at most 8192 bytes. Received: 8193"):
+        list(read_frames(frame(bytes(8193 - 16))))
+
+
 def test_records_can_be_read_from_a_file(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(frame(b"one"))
     assert [bytes(r.numpy()) for r in tf.data.TFRecordDataset(str(tmp_path / "x"))] == [b"one"]
