@@ -2,7 +2,9 @@
 
 import json
 import logging
+from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from upath import UPath
@@ -11,7 +13,7 @@ from cluster.errors import KuzushijiError, OptionError
 from cluster.manifest import ModelManifest, read_manifest
 from cluster.models import point_to_latest
 from cluster.runtime import cause_of
-from cluster.storage import is_file, is_local, read_bytes, remove_folder, remove_temporaries, write_bytes
+from cluster.storage import is_file, is_local, read_bytes, remove_folder, remove_temporaries, write_bytes, writing_in
 from job.config import MAY_DIFFER, TrainConfig
 from job.model_folder import METRICS_FILE, finished_config, read_json
 from job.weights import WeightsFile
@@ -132,7 +134,8 @@ class Run:
         try:
             failure = trainer.fit().return_value
         except Exception as error:
-            raise cause_of(error) from error  # which holds the worker's traceback, for --debug
+            with writing_in(Path(self.models.path)) if is_local(self.models) else nullcontext():
+                raise cause_of(error) from error  # which holds the worker's traceback, for --debug
         if failure:
             raise KuzushijiError(failure["what"]) from RuntimeError(failure["where"])
         self.tidy()
