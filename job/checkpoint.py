@@ -17,7 +17,7 @@ import ray.train
 from numpy.typing import NDArray
 from upath import UPath
 
-from cluster.storage import remove_folder
+from cluster.storage import list_folders, remove_folder
 
 STATE_FILE = "state.json"
 ARRAYS_FILE = "arrays.npz"
@@ -106,6 +106,6 @@ def remove_unknown(folder: UPath) -> None:
     should have been removed when the controller was lost.
     """
     known = {PurePosixPath(reported.checkpoint.path).name for reported in wait_for_upload()}
-    for found in folder.iterdir():
-        if found.name.startswith("checkpoint_") and found.name not in known and found.is_dir():
-            remove_folder(found)
+    for name in list_folders(folder):
+        if name.startswith("checkpoint_") and name not in known:
+            remove_folder(folder / name)

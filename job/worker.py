@@ -155,8 +155,7 @@ class Training:
         epoch, steps = self.state.epoch + 1, len(crops) // size
         order = permutation(len(crops), self.config.seed, epoch)
         sums = self._train(crops, order, steps)
-        self.limit.begin()
-        loss, accuracy = (self.steps.sum_over_workers(sums.numpy()[None])[0] / (steps * size)).tolist()
+        loss, accuracy = (self.steps.sum_over_workers(sums[None])[0] / (steps * size)).tolist()
         seconds, waited = self.state.seconds, self.state.waited
         batches = min(steps, STATISTICS_BATCHES, max(steps // 4, -(-STATISTICS_CROPS // size)))
         self.steps.estimate_statistics(self._beginning(crops, order, batches))
@@ -181,8 +180,8 @@ class Training:
         }
         self._end_epoch(row)
 
-    def _train(self, crops: Crops, order: NDArray[np.int64], steps: int) -> Any:
-        """The steps of an epoch that are left. Returns this worker's (2,) sums over all of them."""
+    def _train(self, crops: Crops, order: NDArray[np.int64], steps: int) -> NDArray[np.float32]:
+        """The steps of an epoch that are left. Returns this worker's (2,) sums over all of the epoch."""
         state, size = self.state, self.config.global_batch_size
         sums: Any = tf.constant(state.sums_of(self.rank, self.workers))
         last_post = time.perf_counter()
@@ -201,9 +200,13 @@ class Training:
             if to_go:
                 self._say("a host is about to go: a checkpoint is saved, and all begin again from it once it is gone")
             due = every is not None and (state.epoch * steps + step + 1) % every == 0
-            if (due or to_go) and step + 1 < steps:  # else the epoch's own comes at once
+            # The epoch's own comes after the last step, unless it has to be quick.
+            if to_go or (due and step + 1 < steps):
                 self._save_within_epoch(sums)
-        return sums
+        self.limit.begin()
+        all_sums: NDArray[np.float32] = sums.numpy()  # waits for what a GPU has in its queue
+        state.seconds = time.perf_counter() - begin
+        return all_sums
 
     def _save_within_epoch(self, sums: Any) -> None:
         row = np.arange(self.workers)[:, None] == self.rank
