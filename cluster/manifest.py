@@ -158,9 +158,15 @@ def seal(folder: UPath, manifest: Manifest) -> None:
     """Write the manifest; from now on the folder is there.
 
     Raises:
+        InputError: nobody could read so large a manifest.
         DamageError: somebody else sealed the folder meanwhile, with another content.
     """
     new = (manifest.model_dump_json(indent=1) + "\n").encode()
+    if _is_too_large(new):
+        raise InputError(
+            f"a manifest must have at most {MAX_MANIFEST_BYTES} bytes and {MAX_MANIFEST_VALUES} values. Received: "
+            f"{len(new)} bytes, most of them losses and clipped boxes. Mend the input, or make several datasets of it"
+        )
 
     def first(old: bytes | None) -> bytes | None:
         if old not in (None, new):
@@ -171,6 +177,11 @@ def seal(folder: UPath, manifest: Manifest) -> None:
         return new
 
     change_bytes(folder / MANIFEST_FILE, first)
+
+
+def _is_too_large(raw: bytes) -> bool:
+    values = sum(raw.count(mark) for mark in (b"{", b"[", b","))
+    return len(raw) > MAX_MANIFEST_BYTES or values > MAX_MANIFEST_VALUES
 
 
 def is_sealed(folder: UPath) -> bool:
@@ -206,7 +217,7 @@ def _read(folder: UPath) -> tuple[bytes, dict[str, Any]]:
     if path.stat().st_size > MAX_MANIFEST_BYTES:
         raise DamageError(f"{path} must be at most {MAX_MANIFEST_BYTES} bytes")
     raw = read_bytes(path)
-    if sum(raw.count(mark) for mark in (b"{", b"[", b",")) > MAX_MANIFEST_VALUES:
+    if _is_too_large(raw):
         raise DamageError(f"{path} must hold at most {MAX_MANIFEST_VALUES} values")
     try:
         content = json.loads(raw)

@@ -102,8 +102,10 @@ def writing_in(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         named = isinstance(error.filename, str) and Path(error.filename).is_relative_to(folder)
-        if not named and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS) and os.path.isdir(folder):
-            raise  # of what is read
+        elsewhere = isinstance(error.filename, str) and not named
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+        if (elsewhere or not (named or full)) and os.path.isdir(folder):
+            raise  # of another folder, or of what is read
         raise KuzushijiError(
             "a folder must be there, writable and have room as long as it is written. "
             f"Received: {folder}: {error.strerror}. Mend that and run the same command again"

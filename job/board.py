@@ -44,13 +44,15 @@ class TellFailures(UserCallback):  # type: ignore[misc]  # Ray has no types
     """Says why workers were lost, since Ray Train starts them again without a word to the user."""
 
     def __init__(self, board: Any, architecture: str) -> None:
-        self._board, self._architecture = board, architecture
+        self._board, self._architecture, self._told = board, architecture, ""
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         rank, error = min(worker_exceptions.items())
         cause = one_line(cause_of(error))[:300]
         text = f"worker {rank} failed; while tries are left, all begin again from the last checkpoint, if any: {cause}"
-        self._board.post.remote({"architecture": self._architecture, "text": text})
+        if text != self._told:  # of a host that is drained and gone, Ray tells again and again until its deadline
+            self._told = text
+            self._board.post.remote({"architecture": self._architecture, "text": text})
 
 
 @contextmanager

@@ -84,7 +84,10 @@ def upload_checkpoint(
     """Write a checkpoint into a folder within `scratch`, and hand it to Ray Train with a row of numbers."""
     wait_for_upload()
     folder = tempfile.mkdtemp(dir=scratch)
-    write_checkpoint(Path(folder), state, variables, best)
+    try:
+        write_checkpoint(Path(folder), state, variables, best)
+    except OSError as error:  # that of a full disk names no place
+        raise OSError(error.errno, error.strerror, folder) from error
     ray.train.report(
         row,
         checkpoint=ray.train.Checkpoint.from_directory(folder),

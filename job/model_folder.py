@@ -86,7 +86,8 @@ def load_model(place: UPath) -> tuple["keras.Model", list[str], UPath]:
     manifest = read_manifest(folder, ModelManifest)
     if missing := {MODEL_FILE, LABELS_FILE} - {entry.name for entry in manifest.files}:
         raise DamageError(f"{folder}: the manifest must list {' and '.join(sorted(missing))}")
-    with tempfile.TemporaryDirectory() as temporary:
+    load_tensorflow()
+    with writing_in(Path(tempfile.gettempdir())), tempfile.TemporaryDirectory() as temporary:
         local = UPath(temporary)
         there = list_files(folder)
         for entry in manifest.entries:  # copied first, so that what is loaded is what was checked
@@ -114,7 +115,6 @@ def _load_archive(path: Path, classes: int) -> "keras.Model":
             raise ValueError(f"an archive of other than {', '.join(MODEL_MEMBERS)}")
         if any(member.compress_type != zipfile.ZIP_STORED for member in members):  # as Keras never does
             raise ValueError("an archive with packed members")
-    load_tensorflow()
     import keras
 
     model = keras.saving.load_model(path, compile=False, safe_mode=True)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,16 @@ from cluster.errors import KuzushijiError, OptionError
 from cluster.manifest import ModelManifest, read_manifest
 from cluster.models import point_to_latest
 from cluster.runtime import cause_of
-from cluster.storage import is_file, is_local, read_bytes, remove_folder, remove_temporaries, write_bytes, writing_in
+from cluster.storage import (
+    is_file,
+    is_local,
+    list_folders,
+    read_bytes,
+    remove_folder,
+    remove_temporaries,
+    write_bytes,
+    writing_in,
+)
 from job.config import MAY_DIFFER, TrainConfig
 from job.model_folder import METRICS_FILE, finished_config, read_json
 from job.weights import WeightsFile
@@ -141,17 +151,22 @@ class Run:
         self.tidy()
 
     def _drop_torn_list(self) -> None:
-        """Begin anew, with the same result, where Ray Train's list of checkpoints can't be read: it is written in
-        place, so that who is killed just then leaves a part of it.
+        """Begin anew, with the same result, where Ray Train's list of checkpoints can't be used: it is written in
+        place, so that who is killed just then leaves a part of it. Ray would refuse it each time.
         """
         snapshot = self._checkpoints / "checkpoint_manager_snapshot.json"
         if not is_file(snapshot):
             return
-        try:
-            json.loads(read_bytes(snapshot))
-        except ValueError:
-            log.warning("%s is torn: %s begins anew", snapshot, self._train_name)
-            remove_folder(self._checkpoints)
+        for _ in range(3):  # who was left behind may just be writing it
+            try:
+                listed = json.loads(read_bytes(snapshot))["checkpoint_results"]
+                if {one["checkpoint_dir_name"] for one in listed} <= set(list_folders(self._checkpoints)):
+                    return
+            except (ValueError, KeyError, TypeError):
+                pass
+            time.sleep(1)
+        log.warning("%s is torn, or names what is gone: %s begins anew", snapshot, self._train_name)
+        remove_folder(self._checkpoints)
 
     def tidy(self) -> None:
         """After the folder was sealed: nobody goes on from the checkpoints, which are larger than the model."""

@@ -17,6 +17,7 @@ MAX_PAGE_PIXELS = 100_000_000
 MAX_PAGE_BYTES = 100_000_000
 # A scan of a progressive page may cost a few bytes and yet as much time as the page; encoders write about ten.
 MAX_PAGE_SCANS = 100
+PROGRESSIVE = b"\xff\xc2"
 SCAN = b"\xff\xda"  # stands before each scan, and within none
 
 cv2.setNumThreads(1)  # Ray runs a task on each core
@@ -40,7 +41,7 @@ def decode_page(data: bytes) -> NDArray[np.uint8]:
         height, width, _, _ = simplejpeg.decode_jpeg_header(data, strict=True)
         if height * width > MAX_PAGE_PIXELS:
             raise PageFault(f"page of {width} x {height} pixels is over {MAX_PAGE_PIXELS} pixels")
-        if (scans := data.count(SCAN)) > MAX_PAGE_SCANS:
+        if PROGRESSIVE in data and (scans := data.count(SCAN)) > MAX_PAGE_SCANS:
             raise PageFault(f"page of {scans} scans is over {MAX_PAGE_SCANS} scans")
         page: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, colorspace="GRAY", strict=True)[:, :, 0]
     except ValueError as error:

@@ -165,6 +165,8 @@ def _earlier_attempt(dataset: UPath, plan: Plan) -> DatasetManifest | None:
             return None
 
         change_bytes(plan_path, first)
+        if is_sealed(dataset):  # by another attempt, since it was looked
+            return _earlier_attempt(dataset, plan)
     return None
 
 

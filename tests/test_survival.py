@@ -159,12 +159,14 @@ def test_a_torn_list_of_checkpoints_is_said_and_the_run_begins_anew(tmp_path: Pa
     checkpoints = tmp_path / ".runs" / "baseline-torn"
     (checkpoints / "checkpoint_1").mkdir(parents=True)
     snapshot = checkpoints / "checkpoint_manager_snapshot.json"
-    snapshot.write_text('{"ray_version": "2.60.0"}')
+    snapshot.write_text('{"checkpoint_results": [{"checkpoint_dir_name": "checkpoint_1"}]}')
     run._drop_torn_list()
     assert snapshot.exists()
-    snapshot.write_text('{"ray_version": ')
-    run._drop_torn_list()
-    assert not checkpoints.exists()
+    for torn in ('{"checkpoint_results": [', '{"checkpoint_results": [{"checkpoint_dir_name": "checkpoint_2"}]}'):
+        checkpoints.mkdir(exist_ok=True)
+        snapshot.write_text(torn)
+        run._drop_torn_list()
+        assert not checkpoints.exists()
 
 
 DRAINED = """
