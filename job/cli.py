@@ -77,12 +77,12 @@ def prepare(pages: str, labels: str, dataset: str, classes: str | None, **option
 @click.option("--dataset", required=True, metavar="PLACE", help="Folder made by `prepare`.")
 @click.option("--models", required=True, metavar="PLACE", help="Where <architecture>/<run>/ is written.")
 @click.option("--architecture", "architectures", required=True, multiple=True, metavar="NAME",
-              help="baseline, xception, resnet152v2, inceptionresnetv2, fcn (71 GMAC a crop, 550 times "
-              "baseline's), all; may be given again.")  # fmt: skip
+              help="baseline, xception, resnet152v2, inceptionresnetv2, fcn (costs 550 times baseline), all; "
+              "may be given again.")  # fmt: skip
 @click.option("--weights", metavar="imagenet|none|FILE",
-              help="What a base begins with.  [default: imagenet; only for the three that have one]")  # fmt: skip
+              help="What a base begins with.  [default: imagenet, where there is one]")  # fmt: skip
 @click.option("--unfreeze", type=click.Choice(["last", "all"]),
-              help="Layers of the base to train.  [default: last, the study's; all with --weights none]")  # fmt: skip
+              help="Layers of the base to train.  [default: last; all with --weights none]")  # fmt: skip
 @click.option(
     "--workers", default=1, show_default=True, type=int, help="Data-parallel processes, spread over the hosts."
 )

@@ -6,6 +6,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +26,8 @@ from preprocessing.sample import sample  # noqa: E402
 SHARED = Path(__file__).parents[2] / "shared" / "kuzushiji"
 KUZUSHIJI = Path(sys.executable).with_name("kuzushiji")
 MOST_WORKERS = 4
+# A training on the dataset `few`: 15 steps in 3 epochs of 5, with dropout.
+GIVEN = {"architecture": "baseline", "epochs": 3, "global_batch_size": 7, "learning_rate": 1e-4, "workers": 2}
 
 
 @pytest.fixture(scope="session")
@@ -76,6 +79,32 @@ def real_dataset(ray_here: None, shared: Path, tmp_path_factory: pytest.TempPath
     out = tmp_path_factory.mktemp("real") / "crops"
     prepare(place(shared / "pages"), place(shared / "train.csv"), place(out), PrepareConfig())
     return out
+
+
+def with_small_head() -> Any:
+    """What the workers are to do, with steps that take no time. A closure: Ray would import a function of this file."""
+
+    def work(job: dict[str, Any]) -> Any:
+        from job import architectures, worker
+
+        architectures.BASELINE_HEAD = (16, 8)
+        return worker.train_worker(job)
+
+    return work
+
+
+@pytest.fixture(scope="session")
+def trained(few: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder, trained by two workers whom nobody disturbed."""
+    from job.config import TrainConfig
+    from job.train import train
+
+    models = tmp_path_factory.mktemp("models")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("job.run._work", with_small_head())
+        (outcome,) = train(place(few), place(models), [TrainConfig.model_validate(GIVEN)], "first")
+    assert outcome.trained
+    return Path(outcome.folder.path)
 
 
 def save_test_crops(dataset: Path, images: Path) -> np.ndarray:

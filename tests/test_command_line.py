@@ -25,7 +25,7 @@ SURFACE = {
     "train": {
         "--dataset", "--models", "--architecture", "--workers", "--gpus-per-worker", "--cpus-per-worker", "--epochs",
         "--global-batch-size", "--learning-rate", "--seed", "--patience", "--run", "--weights", "--unfreeze",
-        "--precision", "--class-weights",
+        "--precision", "--class-weights", "--checkpoint-every", "--max-failures", "--step-limit",
     },
     "evaluate": {"--model", "--dataset", "--split", "--out"},
     "pull": {"--models", "--to", "names"},

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import KUZUSHIJI
+from conftest import GIVEN, KUZUSHIJI, with_small_head
 
+from cluster.errors import OptionError
 from cluster.storage import place
 from job.config import TrainConfig
 from job.run import Run
@@ -21,8 +22,6 @@ from job.train import train
 
 pytestmark = pytest.mark.usefixtures("ray_here")
 
-# 15 steps in 3 epochs of 5, with dropout.
-GIVEN = {"architecture": "baseline", "epochs": 3, "global_batch_size": 7, "learning_rate": 1e-4, "workers": 2}
 MEASURED = {"seconds", "crops_per_s", "data_wait"}
 
 
@@ -36,28 +35,8 @@ def result(folder: Path) -> tuple[bytes, list[dict[str, Any]], dict[str, Any]]:
     return weights, [{key: row[key] for key in row.keys() - MEASURED} for row in history], numbers
 
 
-def with_small_head() -> Any:
-    """What the workers are to do, with steps that take no time. A closure: Ray would import a function of this file."""
-
-    def work(job: dict[str, Any]) -> Any:
-        from job import architectures, worker
-
-        architectures.BASELINE_HEAD = (16, 8)
-        return worker.train_worker(job)
-
-    return work
-
-
-@pytest.fixture(scope="module")
-def undisturbed(few: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    models = tmp_path_factory.mktemp("undisturbed")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("job.run._work", with_small_head())
-        return Path(train(place(few), place(models), [TrainConfig.model_validate(GIVEN)], "calm")[0].folder.path)
-
-
 def test_a_killed_and_a_silent_worker_change_no_bit_and_leave_no_checkpoint_behind(
-    undisturbed: Path, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    trained: Path, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Within epochs: worker 1 is killed after 7 steps; begun again, it says no word any more after 13."""
     marker = str(tmp_path / "happened")
@@ -104,7 +83,7 @@ def test_a_killed_and_a_silent_worker_change_no_bit_and_leave_no_checkpoint_behi
     assert "a step must end in 15 s" in caplog.text
     assert "goes on after epoch 2 and 2 steps of the next" in caplog.text
     assert (tmp_path / "happened-left").read_text() == "False 2"
-    assert result(Path(folder.path)) == result(undisturbed)
+    assert result(Path(folder.path)) == result(trained)
 
 
 SMALL = """
@@ -123,35 +102,32 @@ main()
 
 
 def test_a_run_whose_driver_is_killed_goes_on_within_the_epoch_also_on_another_number_of_workers(
-    undisturbed: Path, few: Path, tmp_path: Path
+    trained: Path, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    command = [sys.executable, "-c", SMALL, "train", "--dataset", str(few), "--architecture", "baseline"]
-    command += ["--epochs", "3", "--global-batch-size", "7", "--learning-rate", "1e-4", "--cpus-per-worker", "1"]
-    command += ["--checkpoint-every", "1", "--run", "killed"]
+    command = [sys.executable, "-c", SMALL, "train", "--dataset", str(few), "--models", "two", "--run", "killed"]
+    command += ["--architecture", "baseline", "--epochs", "3", "--global-batch-size", "7", "--learning-rate", "1e-4"]
+    command += ["--workers", "2", "--cpus-per-worker", "1", "--checkpoint-every", "1"]
     registered = tmp_path / "two" / ".runs" / "baseline-killed" / "checkpoint_manager_snapshot.json"
-    with subprocess.Popen([*command, "--models", "two", "--workers", "2"], cwd=tmp_path, stderr=subprocess.PIPE) as one:
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE) as driver:
         while not registered.is_file() or b"checkpoint_" not in registered.read_bytes():
-            assert one.poll() is None
+            assert driver.poll() is None
             time.sleep(0.05)
-        one.kill()
+        driver.kill()
     shutil.copytree(tmp_path / "two", tmp_path / "one")
+    monkeypatch.setattr("job.run._work", with_small_head())
+    caplog.set_level("INFO", "kuzushiji")
 
-    def again(*options: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([*command, *options], cwd=tmp_path, capture_output=True, text=True, check=False)
+    def again(models: str, **changes: Any) -> Path:
+        given = TrainConfig.model_validate(GIVEN | changes)
+        return Path(train(place(few), place(tmp_path / models), [given], "killed")[0].folder.path)
 
-    other = again("--models", "two", "--workers", "2", "--seed", "1")
-    assert other.returncode == 2
-    assert "seed (then 42, now 1)" in other.stderr
-    same = again("--models", "two", "--workers", "2", "--checkpoint-every", "100", "--max-failures", "0")
-    assert same.returncode == 0, same.stderr
-    assert re.search("goes on after epoch [0-2] and [1-4] steps of the next", same.stderr)
-    assert result(tmp_path / "two" / "baseline" / "killed") == result(undisturbed)
-    fewer = again("--models", "one", "--workers", "1")
-    assert fewer.returncode == 0, fewer.stderr
-    assert "goes on after epoch" in fewer.stderr
-    losses, expected = ([row["loss"] for row in result(folder)[1]] for folder in
-                        (tmp_path / "one" / "baseline" / "killed", undisturbed))  # fmt: skip
-    assert losses == pytest.approx(expected, abs=2e-2)  # of batches of 7 crops, with dropout
+    with pytest.raises(OptionError, match="seed .then 42, now 1."):
+        again("two", seed=1)
+    assert result(again("two", max_failures=0)) == result(trained)
+    assert re.search("goes on after epoch [0-2] and [1-4] steps of the next", caplog.text)
+    fewer = [row["loss"] for row in result(again("one", workers=1))[1]]
+    # Of batches of 7 crops, with dropout.
+    assert fewer == pytest.approx([row["loss"] for row in result(trained)[1]], abs=2e-2)
 
 
 def test_a_torn_list_of_checkpoints_is_said_and_the_run_begins_anew(tmp_path: Path) -> None:
@@ -234,7 +210,7 @@ finally:
 
 
 def test_a_node_that_is_drained_is_left_with_a_checkpoint_of_just_then_and_no_bit_changes(
-    undisturbed: Path, few: Path, tmp_path: Path
+    trained: Path, few: Path, tmp_path: Path
 ) -> None:
     environment = os.environ | {"RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1"}
     environment["PATH"] = f"{KUZUSHIJI.parent}:{environment['PATH']}"
@@ -245,4 +221,4 @@ def test_a_node_that_is_drained_is_left_with_a_checkpoint_of_just_then_and_no_bi
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "goes on after epoch 1 and 3 steps of the next" in done.stderr
-    assert result(tmp_path / "baseline" / "drained") == result(undisturbed)
+    assert result(tmp_path / "baseline" / "drained") == result(trained)

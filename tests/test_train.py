@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import in_fresh_process, save_test_crops
+from conftest import GIVEN, in_fresh_process, save_test_crops
 
 from cluster.errors import DamageError, KuzushijiError, OptionError
 from cluster.manifest import ModelManifest, read_manifest, verify
@@ -48,12 +48,14 @@ def first_losses(dataset: Path, out: Path, workers: int) -> list[dict[str, np.nd
     def work(job: dict[str, Any]) -> None:
         import keras
 
+        from job import architectures
         from job.determinism import fix_what_bits_depend_on
         from job.order import permutation
         from job.staging import staged
         from job.step import make_strategy
         from job.worker import Training
 
+        architectures.BASELINE_HEAD = (1000, 200)  # 15 % of the gradients to send
         config = TrainConfig.model_validate(job["config"])
         fix_what_bits_depend_on(config)
         strategy = make_strategy(config.workers)
@@ -100,7 +102,7 @@ def test_any_number_of_workers_gives_the_same_losses(
     ranks = first_losses(dataset, tmp_path, workers)
     assert np.abs(ranks[0]["losses"] - one_worker["losses"]).max() < 1e-3
     assert np.abs(ranks[0]["with_dropout"] - one_worker["with_dropout"]).max() < 1e-3
-    assert one_worker["losses"][-1] < 0.1 < 2 < one_worker["losses"][0]
+    assert one_worker["losses"][-1] < 0.2 < 2 < one_worker["losses"][0]
     # What is saved does not depend on who saves: the statistics are the same on every rank.
     for rank in ranks:
         assert np.array_equal(rank["statistics"], ranks[0]["statistics"])
@@ -163,15 +165,6 @@ def test_dropout_masks_of_rows_differ_and_each_worker_uses_its_rows_of_one_mask(
     assert np.array_equal(layer(ones, training=True).numpy(), ones)
 
 
-@pytest.fixture(scope="module")
-def trained(few: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model folder, trained by two workers for two epochs."""
-    models = tmp_path_factory.mktemp("models")
-    outcome = train(place(few), place(models), [config(workers=2, global_batch_size=16)], "first")[0]
-    assert outcome.trained
-    return Path(outcome.folder.path)
-
-
 def test_the_model_folder_holds_what_the_contract_says(trained: Path, few: Path) -> None:
     assert {path.name for path in trained.iterdir()} == MODEL_FILES
     manifest, faults, strangers = verify(place(trained))
@@ -179,11 +172,11 @@ def test_the_model_folder_holds_what_the_contract_says(trained: Path, few: Path)
     assert (faults, strangers) == ([], [])
     assert (trained / "labels.txt").read_bytes() == (few / "label.labels.txt").read_bytes()
     history = [json.loads(line) for line in (trained / "history.jsonl").read_text().splitlines()]
-    assert [row["epoch"] for row in history] == [1, 2]
+    assert [row["epoch"] for row in history] == [1, 2, 3]
     assert all(set(row) == EPOCH_KEYS for row in history)
     metrics = json.loads((trained / "metrics.json").read_text())
     assert all(set(metrics[split]) == SPLIT_KEYS for split in ("train", "validation", "test"))
-    assert json.loads((trained / "config.json").read_text()) == config(workers=2, global_batch_size=16).model_dump()
+    assert json.loads((trained / "config.json").read_text()) == TrainConfig.model_validate(GIVEN).model_dump()
     assert json.loads((trained.parent / "latest.json").read_text())["run"] == "first"
     counts = json.loads((few / "manifest.json").read_text())["counts"]
     assert metrics["test"]["examples"] == counts["test"]["examples"]
@@ -233,12 +226,12 @@ def test_a_finished_run_is_left_as_it_is_and_keeps_no_checkpoints(
     models = place(trained.parents[1])
     assert list((trained.parents[1] / ".runs").iterdir()) == []
     (trained.parent / "latest.json").unlink()  # as if it had been killed just before
-    given = config(workers=2, global_batch_size=16)
+    given = TrainConfig.model_validate(GIVEN)
     (outcome,) = train(place(few), models, [given], "first")
     assert (outcome.folder, outcome.trained, outcome.error) == (place(trained), False, None)
     assert json.loads((trained.parent / "latest.json").read_text())["run"] == "first"
-    with pytest.raises(OptionError, match="epochs .then 2, now 3."):
-        train(place(few), models, [given.model_copy(update={"epochs": 3})], "first")
+    with pytest.raises(OptionError, match="epochs .then 3, now 4."):
+        train(place(few), models, [given.model_copy(update={"epochs": 4})], "first")
     source = (place(pages / "train_images"), place(pages / "train.csv"))
     prepare(*source, place(tmp_path), PrepareConfig(coverage=0.5, split="book"))
     with pytest.raises(OptionError, match="dataset_manifest_sha256"):
