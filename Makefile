@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 KUZUSHIJI = .venv/bin/kuzushiji
 
-.PHONY: demo check test test-smoke test-cloud test-image chaos fuzz lock clean
+.PHONY: demo check test test-long test-smoke test-cloud test-image chaos fuzz lock clean
 .DELETE_ON_ERROR:
 
 # Hashes are checked for every package; the project itself comes from this folder, built by the locked setuptools.
@@ -25,7 +25,10 @@ check: .venv/.installed-dev
 	.venv/bin/mypy
 
 test: .venv/.installed-dev
-	.venv/bin/pytest -q -m 'not cloud'
+	.venv/bin/pytest -q -m 'not cloud and not long'
+
+test-long: .venv/.installed-dev
+	.venv/bin/pytest -q -m long
 
 # As root: a cluster in a Google Cloud of one machine (tests/fake_cloud/README.md). The smoke is the main part of it.
 test-smoke: .venv/.installed-dev

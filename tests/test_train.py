@@ -95,7 +95,7 @@ def one_worker(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     return first_losses(dataset, tmp_path_factory.mktemp("one"), workers=1)[0]
 
 
-@pytest.mark.parametrize("workers", [2, 3, 4])
+@pytest.mark.parametrize("workers", [2, pytest.param(3, marks=pytest.mark.long), 4])
 def test_any_number_of_workers_gives_the_same_losses(
     workers: int, one_worker: dict[str, np.ndarray], dataset: Path, tmp_path: Path
 ) -> None:

@@ -211,6 +211,7 @@ def test_one_architecture_that_fails_does_not_take_another_along(few: Path, tmp_
     assert "metrics.json must be what a training wrote" in faults[0]
 
 
+@pytest.mark.long
 def test_a_lost_worker_repeats_one_saved_epoch_at_most_and_frozen_layers_stay_as_they_were_handed_over(
     few: Path, made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
