@@ -101,8 +101,10 @@ def writing_in(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        named = isinstance(error.filename, str) and Path(error.filename).is_relative_to(folder)
-        elsewhere = isinstance(error.filename, str) and not named
+        # The second, of a copy, is where it was going.
+        names = [Path(name) for name in (error.filename, error.filename2) if isinstance(name, str | os.PathLike)]
+        named = any(name.is_relative_to(folder) for name in names)
+        elsewhere = bool(names) and not named
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
         if (elsewhere or not (named or full)) and os.path.isdir(folder):
             raise  # of another folder, or of what is read
