@@ -165,7 +165,7 @@ def test_two_hosts_train_one_model(cluster: Cluster, trained: str) -> None:
     assert len(spot) == 2  # which hold one worker each
     assert json.loads(cluster.read("models/baseline/latest.json"))["run"] == "undisturbed"
     history = cluster.read("models/baseline/undisturbed/history.jsonl").splitlines()
-    assert [json.loads(row)["epoch"] for row in history] == [1, 2, 3]
+    assert [json.loads(row)["epoch"] for row in history] == [1, 2]
 
 
 @pytest.mark.smoke
