@@ -21,7 +21,7 @@ from fuzz import ODD_VALUES, example, progressive, run_round, write_dataset
 from upath import UPath
 
 from cluster.errors import DamageError, InputError, KuzushijiError
-from cluster.manifest import MAX_MANIFEST_VALUES, ModelManifest, read_any_manifest, seal, write_listed
+from cluster.manifest import MAX_MANIFEST_VALUES, ModelManifest, is_sealed, read_any_manifest, seal, write_listed
 from cluster.models import read_latest
 from cluster.storage import place
 from preprocessing.classes import read_class_names
@@ -187,6 +187,17 @@ def test_of_a_wrong_manifest_the_first_fault_is_told(change: dict[str, Any], say
     with pytest.raises(DamageError, match=says) as caught:
         read_any_manifest(place(folder))
     one_line(caught)
+
+
+def test_a_manifest_that_nobody_could_read_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = place(write_dataset(tmp_path / "dataset", b"", 0))
+    manifest = read_any_manifest(folder)
+    (folder / "manifest.json").unlink()
+    monkeypatch.setattr("cluster.manifest.MAX_MANIFEST_VALUES", 10)
+    with pytest.raises(InputError, match="at most .* and 10 values. Received: .* Mend the input") as caught:
+        seal(folder, manifest)
+    one_line(caught)
+    assert not is_sealed(folder)
 
 
 def test_a_manifest_that_lists_a_file_twice_is_damage(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from pathlib import Path
 import keras
 import pytest
 from click.testing import CliRunner
-from conftest import KUZUSHIJI
+from conftest import KUZUSHIJI, with_small_head
 
 from cluster.errors import DamageError, InputError, KuzushijiError, OptionError
 from cluster.manifest import MANIFEST_FILE, DatasetManifest, read_manifest, seal, verify
@@ -154,6 +155,32 @@ def test_a_full_disk_is_one_line_and_with_room_the_same_command_gives_the_same_b
     assert kuzushiji(*commands[command], out).code == 0
     assert final_files(out) == whole
     assert not list(disk.folder.rglob(".*"))
+
+
+@pytest.mark.long
+def test_a_training_on_a_full_disk_is_one_line_and_with_room_the_same_command_ends_it(
+    commands: dict[str, list[object]], kuzushiji: Kuzushiji, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("job.run._work", with_small_head())
+    out = disk.folder / "out"
+    disk.become("size=128k")
+    told = kuzushiji(*commands["train"], out, "--run", "full", "--max-failures", "1")
+    assert (told.code, len(told.lines)) == (1, 1)
+    assert told.lines[0].startswith(f"kuzushiji: {RULE}. Received: {out}")
+    assert "No space left on device" in told.lines[0]
+    assert not (out / "baseline").exists()
+    disk.become("size=64m")
+    assert kuzushiji(*commands["train"], out, "--run", "full").code == 0
+    assert verify(place(out / "baseline" / "full"))[1:] == ([], [])
+
+
+def test_an_evaluation_without_room_for_temporary_files_is_one_line_that_names_their_folder(
+    models: Path, few: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk.become("size=8k")
+    monkeypatch.setattr(tempfile, "tempdir", str(disk.folder))
+    with pytest.raises(KuzushijiError, match=f"{RULE}. Received: {disk.folder}.*No space left on device"):
+        evaluate(place(models / "tiny"), place(few), "test")
 
 
 @pytest.mark.parametrize("command", [*SMALL, "train"])

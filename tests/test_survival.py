@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import GIVEN, KUZUSHIJI, with_small_head
+import ray
+from conftest import GIVEN, KUZUSHIJI, KUZUSHIJI_WITH_SMALL_HEAD, with_small_head
 
 from cluster.errors import OptionError
 from cluster.storage import place
+from job.board import Board, TellFailures
 from job.config import TrainConfig
 from job.run import Run
 from job.train import train
@@ -86,25 +88,10 @@ def test_a_killed_and_a_silent_worker_change_no_bit_and_leave_no_checkpoint_behi
     assert result(Path(folder.path)) == result(trained)
 
 
-SMALL = """
-import job.run
-
-def work(job):
-    from job import architectures, worker
-
-    architectures.BASELINE_HEAD = (16, 8)
-    return worker.train_worker(job)
-
-job.run._work = work
-from job.cli import main
-main()
-"""
-
-
 def test_a_run_whose_driver_is_killed_goes_on_within_the_epoch_also_on_another_number_of_workers(
     trained: Path, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    command = [sys.executable, "-c", SMALL, "train", "--dataset", str(few), "--models", "two", "--run", "killed"]
+    command = [*KUZUSHIJI_WITH_SMALL_HEAD, "train", "--dataset", str(few), "--models", "two", "--run", "killed"]
     command += ["--architecture", "baseline", "--epochs", "3", "--global-batch-size", "7", "--learning-rate", "1e-4"]
     command += ["--workers", "2", "--cpus-per-worker", "1", "--checkpoint-every", "1"]
     registered = tmp_path / "two" / ".runs" / "baseline-killed" / "checkpoint_manager_snapshot.json"
@@ -143,6 +130,18 @@ def test_a_torn_list_of_checkpoints_is_said_and_the_run_begins_anew(tmp_path: Pa
         snapshot.write_text(torn)
         run._drop_torn_list()
         assert not checkpoints.exists()
+
+
+def test_why_workers_were_lost_is_told_once_however_often_ray_tells_it() -> None:
+    board: Any = ray.remote(num_cpus=0)(Board).remote()
+    tell = TellFailures(board, "baseline")
+    for failed in ({1: OSError("gone")}, {1: OSError("gone")}, {0: OSError("gone too"), 1: OSError("gone")}):
+        tell.after_exception(None, failed)
+    told = [event["text"].rpartition(": ") for event in ray.get(board.take.remote())]
+    assert [(before.split(" failed")[0], cause) for before, _, cause in told] == [
+        ("worker 1", "gone"), ("worker 0", "gone too"),
+    ]  # fmt: skip
+    ray.kill(board)
 
 
 DRAINED = """

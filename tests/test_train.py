@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import GIVEN, in_fresh_process, save_test_crops
+from conftest import GIVEN, in_fresh_process, save_test_crops, with_small_head
 
 from cluster.errors import DamageError, KuzushijiError, OptionError
 from cluster.manifest import ModelManifest, read_manifest, verify
@@ -255,8 +255,9 @@ def test_what_cannot_be_trained_is_refused_before_ray_train_starts(dataset: Path
 
 
 def test_a_loss_that_the_last_step_made_infinite_seals_nothing_is_not_tried_again_and_debug_can_show_where(
-    real_dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    real_dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("job.run._work", with_small_head())
     caplog.set_level("INFO", "kuzushiji")
     given = config(epochs=1, global_batch_size=100, learning_rate=1e30)  # one step: its own loss is of before
     with pytest.raises(KuzushijiError, match=r"the loss must stay finite\..*in validation, epoch 1") as failure:
@@ -267,8 +268,9 @@ def test_a_loss_that_the_last_step_made_infinite_seals_nothing_is_not_tried_agai
 
 
 def test_the_real_pages_are_learned_by_heart_though_they_are_less_than_a_batch(
-    real_dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    real_dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("job.run._work", with_small_head(1000, 200))
     caplog.set_level("INFO", "kuzushiji")
     given = config(epochs=8, global_batch_size=512, learning_rate=1e-3)
     folder = train(place(real_dataset), place(tmp_path), [given], "heart")[0].folder

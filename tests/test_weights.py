@@ -15,7 +15,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
-from conftest import KUZUSHIJI, in_fresh_process
+from conftest import KUZUSHIJI, KUZUSHIJI_WITH_SMALL_HEAD, in_fresh_process
 
 from cluster.errors import DamageError, InputError, OptionError
 from cluster.manifest import verify
@@ -181,8 +181,19 @@ def test_what_cannot_be_fetched_is_one_line_each_and_debug_shows_where(few: Path
 def test_one_architecture_that_fails_does_not_take_another_along(few: Path, tmp_path: Path) -> None:
     (tmp_path / "models" / ".runs").mkdir(parents=True)
     (tmp_path / "models" / ".runs" / "fcn-both").write_text("in the way of the checkpoints")
-    command = [str(KUZUSHIJI), "train", "--dataset", str(few), "--models", "models", "--architecture", "fcn"]
-    command += ["--architecture", "baseline", "--epochs", "1", "--global-batch-size", "16", "--cpus-per-worker", "1"]
+    command = [*KUZUSHIJI_WITH_SMALL_HEAD, "train", "--dataset", str(few), "--models", "models"]
+    command += [
+        "--architecture",
+        "fcn",
+        "--architecture",
+        "baseline",
+        "--epochs",
+        "1",
+        "--global-batch-size",
+        "16",
+        "--cpus-per-worker",
+        "1",
+    ]
     call = partial(subprocess.run, cwd=tmp_path, capture_output=True, text=True, check=False)
     done = call([*command, "--run", "both"])
     assert done.returncode == 1, done.stderr
