@@ -1,11 +1,11 @@
 """Trained models from a models place to this machine: checked, resumable, never half there."""
 
 import fcntl
+import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 from upath import UPath
 
@@ -19,7 +19,6 @@ from cluster.storage import (
     list_folders,
     plain_name,
     read_chunks,
-    sha256_of,
     write_bytes,
     writing_in,
 )
@@ -102,8 +101,8 @@ def _pull_folder(source: UPath, target: UPath, manifest: ModelManifest, advance:
 
 
 def _fetch(source: UPath, target: Path, entry: FileEntry, advance: Callable[[int], None]) -> int:
-    """Fetch one file into `.NAME.part`, going on where an earlier attempt stopped, and move it once its hash is
-    right.
+    """Fetch one file into `.NAME.part`, going on where an earlier attempt stopped, hash it on the way, and move it once
+    that is right.
     """
     part = target / f".{entry.name}.part"
     fetched = 0
@@ -120,13 +119,20 @@ def _fetch(source: UPath, target: Path, entry: FileEntry, advance: Callable[[int
         for begin in dict.fromkeys([min(out.tell(), entry.bytes), 0]):
             out.truncate(begin)
             out.seek(begin)
+            digest = hashlib.sha256()
+            for chunk in read_chunks(UPath(part), 0, begin):
+                digest.update(chunk)
             advance(begin)
             try:
-                fetched += _append(source / entry.name, out, begin, entry.bytes, advance)
+                for chunk in read_chunks(source / entry.name, begin, entry.bytes):
+                    out.write(chunk)
+                    digest.update(chunk)
+                    fetched += len(chunk)
+                    advance(len(chunk))
             except FileNotFoundError:
                 raise DamageError(f"{source}: {entry.name} is missing. Ask whoever keeps the models") from None
             out.flush()
-            if out.tell() == entry.bytes and sha256_of(UPath(part)) == entry.sha256:
+            if out.tell() == entry.bytes and digest.hexdigest() == entry.sha256:
                 os.fsync(out.fileno())
                 os.replace(part, target / entry.name)
                 return fetched
@@ -135,13 +141,3 @@ def _fetch(source: UPath, target: Path, entry: FileEntry, advance: Callable[[int
     raise DamageError(
         f"{source}: {entry.name} was changed: its SHA-256 is not the manifest's. Ask whoever keeps the models"
     )
-
-
-def _append(source: UPath, out: BinaryIO, begin: int, size: int, advance: Callable[[int], None]) -> int:
-    """Copy bytes `begin` to `size` of a file."""
-    copied = 0
-    for chunk in read_chunks(source, begin, size):
-        out.write(chunk)
-        copied += len(chunk)
-        advance(len(chunk))
-    return copied

@@ -123,6 +123,7 @@ class Run:
                 "folder": str(self.folder),
                 "checkpoints": str(self._checkpoints),
                 "run": self.name,
+                "began": time.time(),
                 "board": board,
             },
             scaling_config=ScalingConfig(
@@ -178,6 +179,7 @@ class Run:
 
 def _work(job: dict[str, Any]) -> dict[str, str] | None:
     """Imported on the worker: the driver needs no TensorFlow."""
+    placed = time.time()
     from job.worker import train_worker
 
-    return train_worker(job)
+    return train_worker(job | {"placed": placed})

@@ -86,10 +86,10 @@ def with_small_head(*widths: int) -> Any:
     head = widths or (16, 8)
 
     def work(job: dict[str, Any]) -> Any:
-        from job import architectures, worker
+        from job import architectures, run
 
         architectures.BASELINE_HEAD = head
-        return worker.train_worker(job)
+        return run._work(job)
 
     return work
 
@@ -99,10 +99,10 @@ KUZUSHIJI_WITH_SMALL_HEAD = [sys.executable, "-c", """
 import job.run
 
 def work(job):
-    from job import architectures, worker
+    from job import architectures, run
 
     architectures.BASELINE_HEAD = (16, 8)
-    return worker.train_worker(job)
+    return run._work(job)
 
 job.run._work = work
 from job.cli import main
