@@ -268,9 +268,8 @@ def test_a_loss_that_the_last_step_made_infinite_seals_nothing_is_not_tried_agai
 
 
 def test_the_real_pages_are_learned_by_heart_though_they_are_less_than_a_batch(
-    real_dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    real_dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("job.run._work", with_small_head(1000, 200))
     caplog.set_level("INFO", "kuzushiji")
     given = config(epochs=8, global_batch_size=512, learning_rate=1e-3)
     folder = train(place(real_dataset), place(tmp_path), [given], "heart")[0].folder
