@@ -123,7 +123,6 @@ class Run:
                 "folder": str(self.folder),
                 "checkpoints": str(self._checkpoints),
                 "run": self.name,
-                "began": time.time(),
                 "board": board,
             },
             scaling_config=ScalingConfig(
@@ -179,7 +178,6 @@ class Run:
 
 def _work(job: dict[str, Any]) -> dict[str, str] | None:
     """Imported on the worker: the driver needs no TensorFlow."""
-    placed = time.time()
     from job.worker import train_worker
 
-    return train_worker(job | {"placed": placed})
+    return train_worker(job)

@@ -1,28 +1,9 @@
-"""Loading TensorFlow in the process that people look at, and how long what comes before the first step takes."""
+"""Loading TensorFlow in the process that people look at."""
 
 import os
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-
-class StartUp:
-    """The parts of what comes before the first step, in their order, by the clocks of driver and worker."""
-
-    def __init__(self, began: float) -> None:
-        """began: unix time in seconds."""
-        self._began = self._last = began
-        self._parts: list[str] = []
-
-    def ends(self, part: str, at: float | None = None) -> None:
-        """A part ends now, or ended `at`; the next begins there."""
-        now = time.time() if at is None else at
-        self._parts.append(f"{part} {now - self._last:.1f}")
-        self._last = now
-
-    def __str__(self) -> str:
-        return f"{self._last - self._began:.1f} s ({', '.join(self._parts)})"
 
 
 @contextmanager

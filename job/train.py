@@ -8,7 +8,6 @@ import logging
 import os
 import queue
 import threading
-import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -70,7 +69,6 @@ def train(
         OptionError: more workers than crops in a batch, or a run was begun with other options; nothing was started.
         InputError, DamageError: the dataset can't be used, or is not what its manifest says.
     """
-    began = time.monotonic()
     _check_run(run)
     manifest = _check_dataset(dataset)
     runs = [Run(run, _fit_batch(manifest, config), dataset, manifest.sha256, models) for config in configs]
@@ -96,7 +94,7 @@ def train(
             outcomes[one] = _failed(one, error, alone)
     if ready:
         with ray_session(at_least_cpus=configs[0].workers * configs[0].cpus_per_worker), _said_how_to_go_on(run):
-            for one, failure in _side_by_side(ready, began):
+            for one, failure in _side_by_side(ready):
                 try:
                     if failure:
                         raise failure
@@ -124,9 +122,9 @@ def _failed(run: Run, error: Exception, alone: bool) -> Outcome:
     return Outcome(run.config.architecture, run.folder, trained=False, metrics={}, error=error)
 
 
-def _side_by_side(ready: Mapping[Run, WeightsFile | None], began: float) -> Iterator[tuple[Run, Exception | None]]:
+def _side_by_side(ready: Mapping[Run, WeightsFile | None]) -> Iterator[tuple[Run, Exception | None]]:
     """Start the next run whenever the hosts hold one more, until all have ended. Yields each as it ends, with what it
-    failed of. began: `time.monotonic()` of the command.
+    failed of.
     """
     from job.board import watched
 
@@ -151,10 +149,9 @@ def _side_by_side(ready: Mapping[Run, WeightsFile | None], began: float) -> Iter
                 running += 1
                 board.post.remote({"architecture": run.config.architecture, "state": "workers start"})
                 log.info(
-                    "%s: %d workers start, %.1f s after the command; TensorFlow takes half a minute to load",
+                    "%s: %d workers start; TensorFlow takes half a minute to load",
                     run.config.architecture,
                     run.config.workers,
-                    time.monotonic() - began,
                 )
                 # Ray Train blocks the thread that calls it. A daemon: Ctrl-C ends the command and Ray, not only it.
                 threading.Thread(target=fit, args=(run,), daemon=True).start()

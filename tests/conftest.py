@@ -81,14 +81,15 @@ def real_dataset(ray_here: None, shared: Path, tmp_path_factory: pytest.TempPath
     return out
 
 
-def with_small_head() -> Any:
+def with_small_head(*widths: int) -> Any:
     """What the workers are to do, with steps that take no time. A closure: Ray would import a function of this file."""
+    head = widths or (16, 8)
 
     def work(job: dict[str, Any]) -> Any:
-        from job import architectures, run
+        from job import architectures, worker
 
-        architectures.BASELINE_HEAD = (16, 8)
-        return run._work(job)
+        architectures.BASELINE_HEAD = head
+        return worker.train_worker(job)
 
     return work
 
@@ -98,10 +99,10 @@ KUZUSHIJI_WITH_SMALL_HEAD = [sys.executable, "-c", """
 import job.run
 
 def work(job):
-    from job import architectures, run
+    from job import architectures, worker
 
     architectures.BASELINE_HEAD = (16, 8)
-    return run._work(job)
+    return worker.train_worker(job)
 
 job.run._work = work
 from job.cli import main

@@ -238,7 +238,7 @@ def test_a_lost_worker_repeats_one_saved_epoch_at_most_and_frozen_layers_stay_as
 
         from ray.train.v2._internal.execution.storage import StorageContext
 
-        from job import architectures, run, worker
+        from job import architectures, worker
 
         upload, report = StorageContext.persist_current_checkpoint, worker.Training._report
 
@@ -257,7 +257,7 @@ def test_a_lost_worker_repeats_one_saved_epoch_at_most_and_frozen_layers_stay_as
 
         StorageContext.persist_current_checkpoint, worker.Training._report = slowly, then_die
         architectures.HEAD = (16, 8)
-        run._work(job)
+        worker.train_worker(job)
 
     monkeypatch.setattr("job.run._work", work)
     monkeypatch.setattr("job.architectures.HEAD", (16, 8))
