@@ -81,14 +81,13 @@ def real_dataset(ray_here: None, shared: Path, tmp_path_factory: pytest.TempPath
     return out
 
 
-def with_small_head(*widths: int) -> Any:
+def with_small_head() -> Any:
     """What the workers are to do, with steps that take no time. A closure: Ray would import a function of this file."""
-    head = widths or (16, 8)
 
     def work(job: dict[str, Any]) -> Any:
         from job import architectures, worker
 
-        architectures.BASELINE_HEAD = head
+        architectures.BASELINE_HEAD = (16, 8)
         return worker.train_worker(job)
 
     return work

@@ -12,12 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 from conftest import GIVEN, KUZUSHIJI, KUZUSHIJI_WITH_SMALL_HEAD, with_small_head
 
 from cluster.errors import OptionError
 from cluster.storage import place
-from job.board import Board, TellFailures
 from job.config import TrainConfig
 from job.run import Run
 from job.train import train
@@ -133,6 +131,10 @@ def test_a_torn_list_of_checkpoints_is_said_and_the_run_begins_anew(tmp_path: Pa
 
 
 def test_why_workers_were_lost_is_told_once_however_often_ray_tells_it() -> None:
+    import ray
+
+    from job.board import Board, TellFailures
+
     board: Any = ray.remote(num_cpus=0)(Board).remote()
     tell = TellFailures(board, "baseline")
     for failed in ({1: OSError("gone")}, {1: OSError("gone")}, {0: OSError("gone too"), 1: OSError("gone")}):

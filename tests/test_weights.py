@@ -182,18 +182,8 @@ def test_one_architecture_that_fails_does_not_take_another_along(few: Path, tmp_
     (tmp_path / "models" / ".runs").mkdir(parents=True)
     (tmp_path / "models" / ".runs" / "fcn-both").write_text("in the way of the checkpoints")
     command = [*KUZUSHIJI_WITH_SMALL_HEAD, "train", "--dataset", str(few), "--models", "models"]
-    command += [
-        "--architecture",
-        "fcn",
-        "--architecture",
-        "baseline",
-        "--epochs",
-        "1",
-        "--global-batch-size",
-        "16",
-        "--cpus-per-worker",
-        "1",
-    ]
+    command += ["--architecture", "fcn", "--architecture", "baseline"]
+    command += ["--epochs", "1", "--global-batch-size", "16", "--cpus-per-worker", "1"]
     call = partial(subprocess.run, cwd=tmp_path, capture_output=True, text=True, check=False)
     done = call([*command, "--run", "both"])
     assert done.returncode == 1, done.stderr
