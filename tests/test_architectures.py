@@ -153,7 +153,7 @@ CONFIGS = {
 @pytest.fixture(scope="module")
 def trained(few: Path, xception_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A models place with four architectures, each trained for 2 steps by the same two Ray Train workers; narrower than
-    they are: small heads, few filters, and a ResNet of three blocks.
+    they are: small heads, few filters, and but the first blocks of two bases.
     """
     import ray
     from ray.train import RunConfig, ScalingConfig
@@ -164,9 +164,12 @@ def trained(few: Path, xception_weights: Path, tmp_path_factory: pytest.TempPath
     def work(job: dict[str, Any]) -> None:
         import keras
 
-        def three_blocks(**options: Any) -> keras.Model:
-            whole = keras.applications.ResNet50V2(**options)
-            return keras.Model(whole.inputs, whole.get_layer("conv2_block3_out").output)
+        def cut_off(whole: Any, last: str) -> Any:
+            def base(**options: Any) -> keras.Model:
+                model = whole(**options)
+                return keras.Model(model.inputs, model.get_layer(last).output)
+
+            return base
 
         from job import architectures
         from job.determinism import fix_what_bits_depend_on
@@ -175,7 +178,8 @@ def trained(few: Path, xception_weights: Path, tmp_path_factory: pytest.TempPath
         from job.worker import Training
 
         architectures.HEAD, architectures.FCN_FILTERS = (64, 32), (4, 8, 8)
-        keras.applications.ResNet152V2 = three_blocks
+        keras.applications.ResNet152V2 = cut_off(keras.applications.ResNet50V2, "conv2_block3_out")
+        keras.applications.InceptionResNetV2 = cut_off(keras.applications.InceptionResNetV2, "block35_1_ac")
         configs = [TrainConfig.model_validate(config) for config in job["configs"]]
         fix_what_bits_depend_on(configs[0])
         strategy = make_strategy(2)
