@@ -26,6 +26,7 @@ from cluster.storage import (
 )
 from job.config import MAY_DIFFER, TrainConfig
 from job.model_folder import METRICS_FILE, finished_config, read_json
+from job.startup import StartUp
 from job.weights import WeightsFile
 
 log = logging.getLogger("kuzushiji")
@@ -107,15 +108,17 @@ class Run:
         """
         from pyarrow.fs import FSSpecHandler, PyFileSystem
         from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-        from ray.train.tensorflow import TensorflowTrainer
+        from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
         from job.board import TellFailures
+        from job.rendezvous import Rendezvous
 
         self._drop_torn_list()
         write_bytes(self._begun_with, (json.dumps(self._options(), indent=2) + "\n").encode())
         config, storage = self.config, self.models / RUNS_FOLDER
-        trainer = TensorflowTrainer(
+        trainer = DataParallelTrainer(
             _work,
+            backend_config=Rendezvous(),
             train_loop_config={
                 "config": config.model_dump(),
                 "weights": vars(weights) if weights else None,
@@ -178,6 +181,8 @@ class Run:
 
 def _work(job: dict[str, Any]) -> dict[str, str] | None:
     """Imported on the worker: the driver needs no TensorFlow."""
+    start_up = StartUp()
     from job.worker import train_worker
 
-    return train_worker(job)
+    start_up.ends("loading TensorFlow")
+    return train_worker(job, start_up)

@@ -1,9 +1,27 @@
-"""Loading TensorFlow in the process that people look at."""
+"""Loading TensorFlow in the process that people look at, and how long what comes before the first step takes."""
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+
+class StartUp:
+    """What a worker does before its first step, in parts."""
+
+    def __init__(self) -> None:
+        self._began = self._last = time.perf_counter()
+        self._parts: list[str] = []
+
+    def ends(self, part: str) -> None:
+        """A part ends now; the next begins."""
+        now = time.perf_counter()
+        self._parts.append(f"{part} {now - self._last:.1f}")
+        self._last = now
+
+    def __str__(self) -> str:
+        return f"{self._last - self._began:.1f} s ({', '.join(self._parts)})"
 
 
 @contextmanager

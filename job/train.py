@@ -8,6 +8,7 @@ import logging
 import os
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -23,7 +24,6 @@ from cluster.runtime import ray_session
 from cluster.storage import is_local, plain_name
 from job.config import RECIPES, TrainConfig
 from job.run import Run
-from job.startup import without_chatter
 from job.weights import WeightsFile, obtain
 from preprocessing.split import SPLITS
 
@@ -69,6 +69,7 @@ def train(
         OptionError: more workers than crops in a batch, or a run was begun with other options; nothing was started.
         InputError, DamageError: the dataset can't be used, or is not what its manifest says.
     """
+    began = time.monotonic()
     _check_run(run)
     manifest = _check_dataset(dataset)
     runs = [Run(run, _fit_batch(manifest, config), dataset, manifest.sha256, models) for config in configs]
@@ -94,7 +95,7 @@ def train(
             outcomes[one] = _failed(one, error, alone)
     if ready:
         with ray_session(at_least_cpus=configs[0].workers * configs[0].cpus_per_worker), _said_how_to_go_on(run):
-            for one, failure in _side_by_side(ready):
+            for one, failure in _side_by_side(ready, began):
                 try:
                     if failure:
                         raise failure
@@ -122,14 +123,13 @@ def _failed(run: Run, error: Exception, alone: bool) -> Outcome:
     return Outcome(run.config.architecture, run.folder, trained=False, metrics={}, error=error)
 
 
-def _side_by_side(ready: Mapping[Run, WeightsFile | None]) -> Iterator[tuple[Run, Exception | None]]:
+def _side_by_side(ready: Mapping[Run, WeightsFile | None], began: float) -> Iterator[tuple[Run, Exception | None]]:
     """Start the next run whenever the hosts hold one more, until all have ended. Yields each as it ends, with what it
-    failed of.
+    failed of. began: `time.monotonic()` of the command.
     """
     from job.board import watched
 
-    with without_chatter():  # it imports TensorFlow to see that it is there; here, before there are threads
-        importlib.import_module("ray.train.tensorflow")
+    importlib.import_module("ray.train.v2.api.data_parallel_trainer")  # seconds; before there are threads
     ended: queue.SimpleQueue[tuple[Run, Exception | None]] = queue.SimpleQueue()
     waiting, running = deque(ready), 0
     with watched([run.config.architecture for run in ready]) as board:
@@ -149,9 +149,10 @@ def _side_by_side(ready: Mapping[Run, WeightsFile | None]) -> Iterator[tuple[Run
                 running += 1
                 board.post.remote({"architecture": run.config.architecture, "state": "workers start"})
                 log.info(
-                    "%s: %d workers start; TensorFlow takes half a minute to load",
+                    "%s: %d workers start, %.1f s after the command; TensorFlow takes a while to load",
                     run.config.architecture,
                     run.config.workers,
+                    time.monotonic() - began,
                 )
                 # Ray Train blocks the thread that calls it. A daemon: Ctrl-C ends the command and Ray, not only it.
                 threading.Thread(target=fit, args=(run,), daemon=True).start()

@@ -43,6 +43,7 @@ from job.model_folder import LABELS_FILE, METRICS_FILE, model_card, write_model
 from job.optimizer import FusedAdam
 from job.order import permutation, share
 from job.staging import Crops, StagedDataset, staged
+from job.startup import StartUp
 from job.step import Steps, balanced_weights, make_strategy, training_form
 from job.weights import WeightsFile, local_copy
 from preprocessing.split import SPLITS
@@ -52,7 +53,7 @@ STATISTICS_BATCHES = 30
 STATISTICS_CROPS = 1024
 
 
-def train_worker(job: dict[str, Any]) -> dict[str, str] | None:
+def train_worker(job: dict[str, Any], start_up: StartUp) -> dict[str, str] | None:
     """The function that Ray Train runs on each worker. `job`: `config`, `weights` (of a WeightsFile, or None),
     places `dataset`, `folder` and `checkpoints`, `run`, `board`.
 
@@ -66,9 +67,12 @@ def train_worker(job: dict[str, Any]) -> dict[str, str] | None:
     strategy = make_strategy(ray.train.get_context().get_world_size())
     weights = local_copy(WeightsFile(**job["weights"])) if job["weights"] else nullcontext()
     with staged(place(job["dataset"]), SPLITS) as dataset:
+        start_up.ends("connecting, staging")
         with weights as file:
             training = Training(config, strategy, dataset, job["board"], file)
         training.resume(place(job["checkpoints"]))
+        start_up.ends("building the model")
+        training.start_up = start_up
         try:
             while not training.finished():
                 training.run_epoch()
@@ -107,6 +111,7 @@ class Training:
         self.state = State()
         self.changing = changing_variables(self.model)
         self.best_weights: list[NDArray[Any]] = []
+        self.start_up: StartUp | None = None  # until it is told
         self.limit, self.preemption = StepLimit(config.step_limit, self._post), Preemption()
 
     # --- checkpoints
@@ -192,6 +197,8 @@ class Training:
             first, images, labels = self.rows_of(crops, order, step)
             state.waited += time.perf_counter() - asked
             sums += self.steps.train(images, labels, first)
+            if self.start_up:
+                self._say_started(self.start_up, sums)
             state.step, state.seconds = step + 1, time.perf_counter() - begin
             if self.rank == 0 and time.perf_counter() - last_post > SECONDS_BETWEEN_POSTS:
                 last_post = time.perf_counter()
@@ -207,6 +214,12 @@ class Training:
         all_sums: NDArray[np.float32] = sums.numpy()  # waits for what a GPU has in its queue
         state.seconds = time.perf_counter() - begin
         return all_sums
+
+    def _say_started(self, start_up: StartUp, sums: Any) -> None:
+        sums.numpy()  # waits for the step
+        start_up.ends("first step")
+        self._say(f"first step {start_up} after the worker was there")
+        self.start_up = None
 
     def _save_within_epoch(self, sums: Any) -> None:
         row = np.arange(self.workers)[:, None] == self.rank

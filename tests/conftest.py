@@ -85,10 +85,10 @@ def with_small_head() -> Any:
     """What the workers are to do, with steps that take no time. A closure: Ray would import a function of this file."""
 
     def work(job: dict[str, Any]) -> Any:
-        from job import architectures, worker
+        from job import architectures, run
 
         architectures.BASELINE_HEAD = (16, 8)
-        return worker.train_worker(job)
+        return run._work(job)
 
     return work
 
@@ -98,10 +98,10 @@ KUZUSHIJI_WITH_SMALL_HEAD = [sys.executable, "-c", """
 import job.run
 
 def work(job):
-    from job import architectures, worker
+    from job import architectures, run
 
     architectures.BASELINE_HEAD = (16, 8)
-    return worker.train_worker(job)
+    return run._work(job)
 
 job.run._work = work
 from job.cli import main

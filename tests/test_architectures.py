@@ -157,9 +157,10 @@ def trained(few: Path, xception_weights: Path, tmp_path_factory: pytest.TempPath
     """
     import ray
     from ray.train import RunConfig, ScalingConfig
-    from ray.train.tensorflow import TensorflowTrainer
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
     from job.board import Board
+    from job.rendezvous import Rendezvous
 
     def work(job: dict[str, Any]) -> None:
         import keras
@@ -197,8 +198,9 @@ def trained(few: Path, xception_weights: Path, tmp_path_factory: pytest.TempPath
     configs = [{"architecture": name, "learning_rate": 1e-3} | TWO_STEPS | more for name, more in CONFIGS.items()]
     board = ray.remote(num_cpus=0)(Board).remote()
     job = {"configs": configs, "dataset": str(few), "models": str(models), "weights": str(xception_weights)}
-    TensorflowTrainer(
+    DataParallelTrainer(
         work,
+        backend_config=Rendezvous(),
         train_loop_config=job | {"board": board},
         scaling_config=ScalingConfig(num_workers=2),
         run_config=RunConfig(name="narrow", storage_path=str(models / ".runs")),

@@ -47,7 +47,7 @@ def test_a_killed_and_a_silent_worker_change_no_bit_and_leave_no_checkpoint_behi
         import time
         from pathlib import Path
 
-        from job import architectures, worker
+        from job import architectures, run, worker
 
         rows_of, resume = worker.Training.rows_of, worker.Training.resume
 
@@ -72,7 +72,7 @@ def test_a_killed_and_a_silent_worker_change_no_bit_and_leave_no_checkpoint_behi
 
         worker.Training.rows_of, worker.Training.resume = disturbed, seen
         architectures.BASELINE_HEAD = (16, 8)
-        return worker.train_worker(job)
+        return run._work(job)
 
     monkeypatch.setattr("job.run._work", work)
     caplog.set_level("INFO", "kuzushiji")
@@ -166,7 +166,7 @@ try:
     def work(job):
         import time
         from pathlib import Path
-        from job import architectures, interruption, worker
+        from job import architectures, interruption, run, worker
 
         architectures.BASELINE_HEAD = (16, 8)
         interruption.SECONDS_BETWEEN_LOOKS = 0
@@ -187,7 +187,7 @@ try:
             training.resumed_at = int(training.optimizer.iterations.numpy())
 
         worker.Training.rows_of, worker.Training.resume = in_time, resume
-        return worker.train_worker(job)
+        return run._work(job)
 
     def drain():
         while not any((models / ".runs").glob("*/checkpoint_manager_snapshot.json")):  # the first epoch's

@@ -3,6 +3,7 @@
 import json
 import shutil
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,9 @@ def first_losses(dataset: Path, out: Path, workers: int) -> list[dict[str, np.nd
     step, the same batches with their rows reversed differ by .01 in one process too.
     """
     from ray.train import RunConfig, ScalingConfig
-    from ray.train.tensorflow import TensorflowTrainer
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+    from job.rendezvous import Rendezvous
 
     def work(job: dict[str, Any]) -> None:
         import keras
@@ -76,8 +79,9 @@ def first_losses(dataset: Path, out: Path, workers: int) -> list[dict[str, np.nd
             found = {"losses": losses[False], "with_dropout": losses[True], "statistics": moving}
             np.savez(Path(job["out"]) / f"rank-{training.rank}.npz", **found)
 
-    TensorflowTrainer(
+    DataParallelTrainer(
         work,
+        backend_config=Rendezvous(),
         # Of a size that no number of workers but 1 divides.
         train_loop_config={
             "config": config(workers=workers, global_batch_size=25).model_dump(),
@@ -141,7 +145,9 @@ print(json.dumps([losses, steps.predict(images, labels)[:, 1].tolist()]))
 
 
 def test_two_devices_of_one_worker_give_the_losses_of_one(tmp_path: Path) -> None:
-    one, two = (json.loads(in_fresh_process(LOGICAL_DEVICES, str(n), cwd=tmp_path)) for n in (1, 2))
+    with ThreadPoolExecutor() as both:
+        done = both.map(lambda devices: in_fresh_process(LOGICAL_DEVICES, devices, cwd=tmp_path), ("1", "2"))
+        one, two = map(json.loads, done)
     assert np.abs(np.array(one[0]) - two[0]).max() < 1e-3
     assert np.abs(np.array(one[1]) - two[1]).max() < 1e-2
 
