@@ -95,7 +95,10 @@ def with_small_head() -> Any:
 
 # The command line with such workers: to be followed by its arguments.
 KUZUSHIJI_WITH_SMALL_HEAD = [sys.executable, "-c", """
+import atexit, sys
 import job.run
+
+atexit.register(lambda: print("TensorFlow was loaded here:", "tensorflow" in sys.modules, file=sys.stderr))
 
 def work(job):
     from job import architectures, run

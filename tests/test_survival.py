@@ -210,6 +210,7 @@ finally:
 """
 
 
+@pytest.mark.long
 def test_a_node_that_is_drained_is_left_with_a_checkpoint_of_just_then_and_no_bit_changes(
     trained: Path, few: Path, tmp_path: Path
 ) -> None:
