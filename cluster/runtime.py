@@ -12,6 +12,11 @@ from cluster.errors import KuzushijiError
 
 log = logging.getLogger("kuzushiji")
 
+START_TIMED_OUT = (
+    "Ray must start within 30 s, a limit of its own. It did not: too much else runs on this machine. Run the same "
+    "command again"
+)
+
 
 @contextmanager
 def ray_session(at_least_cpus: int = 1) -> Iterator[None]:
@@ -32,13 +37,18 @@ def ray_session(at_least_cpus: int = 1) -> Iterator[None]:
         cpus = os.cpu_count() or 1
         if at_least_cpus > cpus:
             log.warning("%d CPUs are asked for and this machine has %d: the work shares them", at_least_cpus, cpus)
-        ray.init(
-            address="local",
-            num_cpus=max(cpus, at_least_cpus),
-            include_dashboard=False,
-            logging_level=logging.WARNING,
-            log_to_driver=False,
-        )
+        try:
+            ray.init(
+                address="local",
+                num_cpus=max(cpus, at_least_cpus),
+                include_dashboard=False,
+                logging_level=logging.WARNING,
+                log_to_driver=False,
+            )
+        except Exception as error:  # Ray raises no type of its own, and its limit can't be set
+            if "timed out during startup" not in str(error):
+                raise
+            raise KuzushijiError(START_TIMED_OUT) from error
     try:
         yield
     finally:

@@ -29,6 +29,7 @@ from pathlib import Path
 import psutil
 
 from cluster.manifest import verify
+from cluster.runtime import START_TIMED_OUT
 from cluster.storage import TEMPORARY_PREFIX, place
 
 KUZUSHIJI = Path(sys.executable).with_name("kuzushiji")
@@ -141,6 +142,7 @@ class Chaos:
         self.asleep: list[tuple[float, psutil.Process]] = []
         self.killed: Counter[str] = Counter()
         self.differences: list[str] = []
+        self.slow_starts = 0  # of Ray, on a machine where kills and trainings run beside one another
 
     # --- processes
 
@@ -243,6 +245,9 @@ class Chaos:
             code = attempt.process.returncode
             if code == 0:
                 break
+            if code == 1 and attempt.says(START_TIMED_OUT):  # which tells to run it again, and so it is
+                self.slow_starts += 1
+                continue
             if code is None or ended_by not in ENDS_THE_COMMAND:
                 what = f"still runs after {COMMAND_SECONDS:g} s" if code is None else f"ended with {code}"
                 self.differ(f"{command.name} {attempt.number} {what}, last kill: {ended_by}; see {attempt.stderr}")
@@ -466,6 +471,7 @@ def main() -> int:
     chaos = run(work.resolve(), given.rounds, given.seed, given.kills, given.commands, given.victims)
     kinds = ", ".join(f"{chaos.killed[victim]} {victim}" for victim in VICTIMS)
     say(f"{given.rounds} rounds, {chaos.killed.total()} kills ({kinds}), {len(chaos.differences)} differences")
+    say(f"{chaos.slow_starts} commands ended because Ray took too long to start, and were run again as they say")
     if not given.work and not chaos.differences:
         shutil.rmtree(work, ignore_errors=True)
     return 1 if chaos.differences else 0

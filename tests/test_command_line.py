@@ -1,5 +1,6 @@
 """The command line: its surface is pinned, its help is light, its errors are one line, its exit codes tell."""
 
+import inspect
 import json
 import re
 import shlex
@@ -14,6 +15,8 @@ import pytest
 from click.testing import CliRunner
 from conftest import KUZUSHIJI
 
+from cluster.errors import KuzushijiError
+from cluster.runtime import ray_session
 from job.cli import main
 
 SURFACE = {
@@ -175,3 +178,24 @@ def test_no_process_of_ray_is_left_when_a_command_ends(pages: Path, tmp_path: Pa
     while seen & ray_processes() and time.monotonic() < deadline:
         time.sleep(0.2)
     assert not seen & ray_processes()
+
+
+def test_a_ray_that_starts_too_slowly_is_one_line_that_tells_to_run_again(
+    ray_here: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+    from ray._private import node
+
+    of_ray = "The current node timed out during startup."
+    assert of_ray in inspect.getsource(node)  # its limit of 30 s is a constant there
+
+    def init(**options: object) -> None:
+        raise Exception(of_ray)
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    with (
+        pytest.raises(KuzushijiError, match=r"^Ray must start within 30 s.*Run the same command again$"),
+        ray_session(),
+    ):
+        raise AssertionError("it did not start")
