@@ -13,8 +13,8 @@ from cluster.errors import KuzushijiError
 log = logging.getLogger("kuzushiji")
 
 START_TIMED_OUT = (
-    "Ray must start within 30 s, a limit of its own. It did not: too much else runs on this machine. Run the same "
-    "command again"
+    "Ray must start within 30 s, a limit of its own. It did not, as where too much else runs on a machine. Run the "
+    "same command again; if that does not help, Ray's logs tell why"
 )
 
 
@@ -45,7 +45,8 @@ def ray_session(at_least_cpus: int = 1) -> Iterator[None]:
                 logging_level=logging.WARNING,
                 log_to_driver=False,
             )
-        except Exception as error:  # Ray raises no type of its own, and its limit can't be set
+        except Exception as error:
+            # Ray raises no type of its own, and its limits can't be set (github.com/ray-project/ray/issues/65983).
             if "timed out during startup" not in str(error):
                 raise
             raise KuzushijiError(START_TIMED_OUT) from error

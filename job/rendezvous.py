@@ -21,7 +21,7 @@ class Rendezvous(BackendConfig):  # type: ignore[misc]  # Ray has no types
         return _Setup
 
 
-class _Setup(Backend):  # type: ignore[misc]
+class _Setup(Backend):  # type: ignore[misc]  # Ray has no types
     def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
         """Before the workers begin, each time that they are started."""
         addresses = worker_group.execute(_free_address)

@@ -67,7 +67,7 @@ def train_worker(job: dict[str, Any], start_up: StartUp) -> dict[str, str] | Non
     strategy = make_strategy(ray.train.get_context().get_world_size())
     weights = local_copy(WeightsFile(**job["weights"])) if job["weights"] else nullcontext()
     with staged(place(job["dataset"]), SPLITS) as dataset:
-        start_up.ends("connecting, staging")
+        start_up.ends("connecting and staging")
         with weights as file:
             training = Training(config, strategy, dataset, job["board"], file)
         training.resume(place(job["checkpoints"]))

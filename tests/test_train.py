@@ -1,6 +1,7 @@
 """train: the same losses however many workers share a batch; a model folder that anyone can use and check."""
 
 import json
+import re
 import shutil
 import traceback
 from concurrent.futures import ThreadPoolExecutor
@@ -281,6 +282,9 @@ def test_the_real_pages_are_learned_by_heart_though_they_are_less_than_a_batch(
     folder = train(place(real_dataset), place(tmp_path), [given], "heart")[0].folder
     assert "--global-batch-size 512 is lowered to 155" in caplog.text
     assert "baseline: global batch size 155, the recipe's is 512; the learning rate stays 0.001" in caplog.text
+    parts = ("loading TensorFlow", "connecting and staging", "building the model", "first step")
+    told = ", ".join(rf"{part} [0-9.]+" for part in parts)
+    assert len(re.findall(rf"first step [0-9.]+ s \({told}\) after the worker was there", caplog.text)) == 1
     history = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
     assert [row["step"] for row in history] == list(range(1, 9))
     assert history[-1]["accuracy"] > 0.95

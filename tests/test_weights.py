@@ -202,6 +202,11 @@ def test_one_architecture_that_fails_does_not_take_another_along(few: Path, tmp_
     assert re.search("^fcn +failed: FileExistsError: .*/.runs/fcn-both", done.stdout, re.M)
     assert verify(place(tmp_path / "models" / "baseline" / "both"))[1:] == ([], [])
     assert lines[-1] == "TensorFlow was loaded here: False"  # 5 seconds and 700 MB, only where it computes
+    again = call([*command, "--run", "both", "--json"])
+    assert again.returncode == 1
+    result = json.loads(again.stdout)
+    assert [(model["architecture"], model["trained"]) for model in result["models"]] == [("baseline", False)]
+    assert [fault.split(":")[0] for fault in result["faults"]] == ["fcn"]
     # Nor does one that was finished, and damaged since.
     (tmp_path / "models" / "baseline" / "both" / "metrics.json").write_text("{")
     damaged = call([*command, "--run", "both", "--json"])
