@@ -17,8 +17,9 @@ MAX_PAGE_PIXELS = 100_000_000
 MAX_PAGE_BYTES = 100_000_000
 # A scan of a progressive page may cost a few bytes and yet as much time as the page; encoders write about ten.
 MAX_PAGE_SCANS = 100
-PROGRESSIVE = b"\xff\xc2"
-SCAN = b"\xff\xda"  # stands before each scan, and within none
+SCAN = b"\xff\xda"  # the marker that stands before each scan, and within none
+SEQUENTIAL = (b"\xff\xc0", b"\xff\xc1")  # markers that say how all that follows is coded
+BEFORE_CODING = (0xC4, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE)  # tables, restarts, applications' own, comments
 
 cv2.setNumThreads(1)  # Ray runs a task on each core
 
@@ -41,12 +42,21 @@ def decode_page(data: bytes) -> NDArray[np.uint8]:
         height, width, _, _ = simplejpeg.decode_jpeg_header(data, strict=True)
         if height * width > MAX_PAGE_PIXELS:
             raise PageFault(f"page of {width} x {height} pixels is over {MAX_PAGE_PIXELS} pixels")
-        if PROGRESSIVE in data and (scans := data.count(SCAN)) > MAX_PAGE_SCANS:
+        if not _is_sequential(data) and (scans := data.count(SCAN)) > MAX_PAGE_SCANS:
             raise PageFault(f"page of {scans} scans is over {MAX_PAGE_SCANS} scans")
-        page: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, colorspace="GRAY", strict=True)[:, :, 0]
+        # Crops differ by .3 grey levels from those of the exact transform; pages saved at a quality of 95 on, by .7.
+        page: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, colorspace="GRAY", fastdct=True, strict=True)[:, :, 0]
     except ValueError as error:
         raise PageFault(f"page can't be decoded: {error}") from None
     return page
+
+
+def _is_sequential(data: bytes) -> bool:
+    """Whether a JPEG file is surely of the kind that is read in one go. Only its first segments are looked at."""
+    at = 2
+    while data[at : at + 1] == b"\xff" and data[at + 1] in BEFORE_CODING:
+        at += 2 + int.from_bytes(data[at + 2 : at + 4])
+    return data[at : at + 2] in SEQUENTIAL
 
 
 def clip_box(box: Sequence[int], page_shape: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -68,17 +78,19 @@ def clip_box(box: Sequence[int], page_shape: tuple[int, int]) -> tuple[int, int,
 def crop(page: NDArray[np.uint8], box: Sequence[int]) -> NDArray[np.uint8]:
     """(80, 80) uint8 of a box (x, y, width, height) that is wholly on a (height, width) uint8 page.
 
-    Shrunk by area averaging, which is antialiased and differs from the study's Lanczos by 1.1 grey levels on average;
-    enlarged by Lanczos.
+    By way of twice the size, of which each 2 x 2 pixels are averaged: it differs from the study's Lanczos by 1.0 grey
+    levels on average (INTER_AREA alone by 1.1), and takes two thirds of INTER_AREA's time.
     """
     x, y, width, height = box
     longer = max(width, height)
     # Integer division as in the study: floats give 79 for 77.
     new_width, new_height = max(1, width * SIDE // longer), max(1, height * SIDE // longer)
-    how = cv2.INTER_AREA if longer > SIDE else cv2.INTER_LANCZOS4
+    # Linear reads two neighbours only: the more it shrinks, the more pixels it leaves out.
+    shrink = cv2.INTER_LINEAR if longer <= 4 * SIDE else cv2.INTER_AREA
+    how = cv2.INTER_CUBIC if longer <= 2 * SIDE else shrink
+    twice = cv2.resize(page[y : y + height, x : x + width], (2 * new_width, 2 * new_height), interpolation=how)
     square = np.zeros((SIDE, SIDE), np.uint8)
     left, top = (SIDE - new_width) // 2, (SIDE - new_height) // 2
-    square[top : top + new_height, left : left + new_width] = cv2.resize(
-        page[y : y + height, x : x + width], (new_width, new_height), interpolation=how
-    )
+    middle = square[top : top + new_height, left : left + new_width]
+    cv2.resize(twice, (new_width, new_height), middle, interpolation=cv2.INTER_AREA)
     return square

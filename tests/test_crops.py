@@ -3,6 +3,8 @@
 import csv
 import io
 import random
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -34,19 +36,34 @@ def study_crop(page: Image.Image, box: tuple[int, int, int, int]) -> NDArray[np.
     return np.asarray(square, np.int64)
 
 
-def test_real_crops_differ_from_the_study_by_few_grey_levels(shared: Path) -> None:
-    differences = []
+def real_pages(shared: Path) -> Iterator[tuple[bytes, list[tuple[int, int, int, int]]]]:
     for row in csv.DictReader((shared / "train.csv").read_text().splitlines()):
-        data = (shared / "pages" / f"{row['image_id']}.jpg").read_bytes()
-        page, study_page = decode_page(data), Image.open(io.BytesIO(data)).convert("L")
-        fields = row["labels"].split()
-        for i in range(0, len(fields), 5):
-            x, y, width, height = map(int, fields[i + 1 : i + 5])
-            ours = crop(page, (x, y, width, height)).astype(np.int64)
-            differences.append(np.abs(ours - study_crop(study_page, (x, y, width, height))).mean())
-    assert len(differences) == 219
-    assert max(differences) <= WORST_GREY_LEVELS
-    assert np.mean(differences) <= MEAN_GREY_LEVELS
+        numbers = [list(map(int, part.split())) for part in re.findall(r"U\+\w+ (\d+ \d+ \d+ \d+)", row["labels"])]
+        boxes = [(x, y, width, height) for x, y, width, height in numbers]
+        yield (shared / "pages" / f"{row['image_id']}.jpg").read_bytes(), boxes
+
+
+def differences(data: bytes, boxes: Iterable[tuple[int, int, int, int]]) -> list[float]:
+    page, study_page = decode_page(data), Image.open(io.BytesIO(data)).convert("L")
+    return [np.abs(crop(page, box).astype(np.int64) - study_crop(study_page, box)).mean() for box in boxes]
+
+
+def test_real_crops_differ_from_the_study_by_few_grey_levels(shared: Path) -> None:
+    found = [difference for data, boxes in real_pages(shared) for difference in differences(data, boxes)]
+    assert len(found) == 219
+    assert max(found) <= WORST_GREY_LEVELS
+    assert np.mean(found) <= MEAN_GREY_LEVELS
+
+
+def test_crops_of_boxes_of_any_size_differ_from_the_study_by_few_grey_levels(shared: Path) -> None:
+    data, boxes = next(real_pages(shared))
+    height, width = decode_page(data).shape
+    found = []
+    for longer in (20, 70, 81, 100, 150, 165, 220, 300, 330, 400, 800):
+        starts = [(min(x, width - longer), min(y, height - longer)) for x, y, _, _ in boxes]
+        found += differences(data, [(x, y, longer * 2 // 3, longer) for x, y in starts])
+    assert max(found) <= WORST_GREY_LEVELS
+    assert np.mean(found) <= MEAN_GREY_LEVELS
 
 
 @given(st.integers(1, 300), st.integers(1, 300))

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from fuzz import ODD_VALUES, example, progressive, run_round, write_dataset
+from fuzz import ODD_VALUES, example, progressive, run_round, segment, write_dataset
 from upath import UPath
 
 from cluster.errors import DamageError, InputError, KuzushijiError
@@ -54,10 +54,19 @@ def test_the_largest_pages_are_cut_within_the_stated_memory() -> None:
     assert run_round("largest", 0).outcomes["crops"] > 0
 
 
-def test_a_page_of_scans_without_end_is_a_loss() -> None:
-    assert decode_page(progressive(40, 56, 1, MAX_PAGE_SCANS)).shape == (56, 40)
+@pytest.mark.parametrize(
+    "disguise",
+    [b"", b"\xff", b"\xff\xd0", segment(0xE1, b"\xff\xd8" + segment(0xC0, b"\0" * 15)), segment(0xFE, b"\xff\xc0")],
+    ids=["none", "filled up", "restart", "thumbnail", "comment"],
+)
+def test_a_page_of_scans_without_end_is_a_loss(disguise: bytes) -> None:
+    def page(scans: int) -> bytes:
+        plain = progressive(40, 56, 1, scans)
+        return plain[:2] + disguise + plain[2:]
+
+    assert decode_page(page(MAX_PAGE_SCANS)).shape == (56, 40)
     with pytest.raises(PageFault, match="101 scans is over 100"):
-        decode_page(progressive(40, 56, 1, MAX_PAGE_SCANS + 1))
+        decode_page(page(MAX_PAGE_SCANS + 1))
 
 
 @pytest.mark.parametrize("seed", range(3))
