@@ -10,6 +10,7 @@ tensorflow.org/tutorials/load_data/tfrecord.
 
 import struct
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache, lru_cache
 from mmap import mmap
 
 import google_crc32c
@@ -24,11 +25,17 @@ Value = bytes | Sequence[int]
 
 def encode_example(features: Mapping[str, Value]) -> bytes:
     """Bytes of a `tf.train.Example`, features in the order of their names (protobuf leaves the order of a map open)."""
-    entries = (
-        _field(1, _field(1, name.encode()) + _field(2, _encode_feature(value)))
-        for name, value in sorted(features.items())
-    )
-    return _field(1, b"".join(entries))
+    return _field(1, b"".join(_entry(name, value) for name, value in sorted(features.items())))
+
+
+def _entry(name: str, value: Value) -> bytes:
+    """Of the map of features."""
+    return _field(1, _key(name) + _field(2, _encode_feature(value)))
+
+
+@cache
+def _key(name: str) -> bytes:
+    return _field(1, name.encode())
 
 
 def frame(data: bytes) -> bytes:
@@ -64,9 +71,15 @@ def _encode_feature(value: Value) -> bytes:
 
 def _field(number: int, payload: bytes) -> bytes:
     """A length-delimited protobuf field."""
-    return _varint(number << 3 | 2) + _varint(len(payload)) + payload
+    return _header(number, len(payload)) + payload
 
 
+@lru_cache(maxsize=1 << 14)  # what records are made of is of few lengths
+def _header(number: int, length: int) -> bytes:
+    return _varint(number << 3 | 2) + _varint(length)
+
+
+@lru_cache(maxsize=1 << 14)  # so are labels and boxes of few numbers
 def _varint(value: int) -> bytes:
     value &= 0xFFFFFFFFFFFFFFFF  # negative numbers in two's complement
     out = bytearray()

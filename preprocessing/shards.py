@@ -17,7 +17,7 @@ from upath import UPath
 
 from cluster.bucket import explained
 from cluster.errors import DamageError, InputError, KuzushijiError, one_line
-from cluster.storage import is_file, list_files, new_file, place, read_bytes, sha256_of, write_bytes
+from cluster.storage import CHUNK_BYTES, is_file, list_files, new_file, place, read_bytes, sha256_of, write_bytes
 from preprocessing.crop import MAX_PAGE_BYTES, PageFault, clip_box, crop, decode_page
 from preprocessing.labels import Labels, code_point_name
 from preprocessing.pages import ReadPage, page_reader
@@ -200,7 +200,7 @@ def _read_page(read: ReadPage, name: str, size: int) -> "NDArray[np.uint8] | Pag
 
 def _open_writer(stack: ExitStack, folder: UPath, name: str) -> "_ShardWriter":
     path = stack.enter_context(new_file(folder / name, within=folder / PROGRESS_FOLDER))
-    return _ShardWriter(name, stack.enter_context(path.open("wb")))
+    return _ShardWriter(name, stack.enter_context(path.open("wb", buffering=CHUNK_BYTES)))
 
 
 class _ShardWriter:
