@@ -218,15 +218,21 @@ def _ranges(blob: "Blob", begin: int, end: int) -> Iterator[bytes]:
     try:
         for start in range(begin, end, RANGE_BYTES):
             last = min(start + RANGE_BYTES, end) - 1  # the client counts it in
-            coming.append(
-                pool.submit(blob.download_as_bytes, start=start, end=last, if_generation_match=blob.generation)
-            )
+            coming.append(pool.submit(_range, blob, start, last))
             if len(coming) > RANGES_AT_ONCE:
                 yield coming.popleft().result()
         while coming:
             yield coming.popleft().result()
     finally:  # after a failure the others are not waited for: each may take the client's two minutes
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _range(blob: "Blob", start: int, last: int) -> bytes:
+    """In one piece: read in pieces of 8 KiB, as the client does otherwise, many ranges at once are slower than one."""
+    content: bytes = blob.download_as_bytes(
+        start=start, end=last, if_generation_match=blob.generation, single_shot_download=True, checksum=None
+    )
+    return content
 
 
 @contextmanager
