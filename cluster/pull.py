@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from cluster.storage import (
     write_bytes,
     writing_in,
 )
+
+FLUSHED_BYTES = 16 << 20  # so much goes to the disk while more is on its way, instead of all at the end
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,8 @@ def _fetch(source: UPath, target: Path, entry: FileEntry, advance: Callable[[int
     """
     part = target / f".{entry.name}.part"
     fetched = 0
-    with open(part, "ab") as out:
+    flushed: list[Future[None]] = []
+    with open(part, "ab") as out, ThreadPoolExecutor(1) as disk:
         try:
             fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not os.path.exists(part) or os.fstat(out.fileno()).st_ino != os.stat(part).st_ino:
@@ -129,9 +133,13 @@ def _fetch(source: UPath, target: Path, entry: FileEntry, advance: Callable[[int
                     digest.update(chunk)
                     fetched += len(chunk)
                     advance(len(chunk))
+                    if fetched // FLUSHED_BYTES > len(flushed):
+                        flushed.append(disk.submit(os.fdatasync, out.fileno()))
             except FileNotFoundError:
                 raise DamageError(f"{source}: {entry.name} is missing. Ask whoever keeps the models") from None
             out.flush()
+            for one in flushed:
+                one.result()  # a failure of the disk is told once
             if out.tell() == entry.bytes and digest.hexdigest() == entry.sha256:
                 os.fsync(out.fileno())
                 os.replace(part, target / entry.name)
