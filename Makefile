@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 KUZUSHIJI = .venv/bin/kuzushiji
 
-.PHONY: demo check test test-long test-smoke test-cloud test-image chaos fuzz lock clean
+.PHONY: demo check test test-long test-smoke test-cloud test-image bench chaos fuzz lock clean
 .DELETE_ON_ERROR:
 
 # Hashes are checked for every package; the project itself comes from this folder, built by the locked setuptools.
@@ -36,6 +36,11 @@ test-smoke: .venv/.installed-dev
 
 test-cloud: .venv/.installed-dev
 	.venv/bin/pytest -q -m cloud
+
+# How fast it is beside what people would use instead, in ratios: 24 minutes on 2 cores, with nothing beside it.
+BENCH ?= --plot docs/growth.png
+bench: .venv/.installed-dev
+	PYTHONPATH=tests .venv/bin/python -m benchmarks $(BENCH)
 
 # prepare and train under random SIGKILLs: the same bytes, or exit code 1. A round has 18 to 30 kills.
 ROUNDS ?= 10

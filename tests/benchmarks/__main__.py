@@ -1,0 +1,149 @@
+"""Measure everything on this machine: a table of ratios, and as the last line one JSON object of them.
+
+make bench                      # 24 minutes on 2 cores
+make bench BENCH=--quick        # whether it runs at all; its numbers mean nothing
+"""
+
+import argparse
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import click
+
+from benchmarks import growth, pages, planning, steps, transfer, workers
+from benchmarks.pairs import Ratio
+from cluster.runtime import ray_session
+from job.config import TrainConfig
+from preprocessing.sample import sample
+
+
+@dataclass(frozen=True)
+class Amount:
+    """How much is measured."""
+
+    pairs: int = 5
+    rounds: int = 8  # of the real pages on one core
+    copies: int = 240  # of the real pages, cut by Ray Data
+    steps: int = 1  # each takes 7 s
+    batch: int = 512
+    scale: float = 1.0  # of drawn pages and of the model that is pulled
+    drawn: int = 6  # pages of Kaggle's layouts; each is cut in so many copies:
+    growth: tuple[int, int, int] = (20, 60, 200)
+    epochs: tuple[int, int] = (2, 6)
+
+
+QUICK = Amount(pairs=1, rounds=1, copies=6, batch=16, scale=0.2, drawn=2, growth=(1, 3, 10), epochs=(1, 3))
+TRAIN_BATCH = 64
+
+
+def ratios(folder: Path, amount: Amount, rates: dict[str, float]) -> Iterator[Ratio]:
+    """One after the other; `rates` gets what the planning table is computed from."""
+    pairs = amount.pairs
+    source = pages.source_in(folder)
+    one_core, fastest = pages.measure_one_core(source.pages(), pairs, amount.rounds)
+    say(f"fastest to decode a page to gray: {fastest}")
+    yield from one_core
+    mean, worst = pages.grey_levels(source.pages())
+    say(f"our crops are {mean:.2f} grey levels from the study's, the worst {worst:.2f}")
+    with ray_session():
+        whole, dataset = pages.measure_all_cores(source, amount.copies, pairs, amount.rounds, folder)
+        yield whole
+    config = TrainConfig(
+        architecture="baseline",
+        epochs=1,
+        global_batch_size=amount.batch,
+        learning_rate=1e-4,
+        cpus_per_worker=os.cpu_count() or 1,
+    )
+    with steps.process(dataset, config) as ask:
+        yield steps.measure_input(ask, pairs, 20)
+        step = steps.measure_step(ask, pairs, amount.steps)
+        rates["step_crops_per_s"] = median(step.ours) / config.cpus_per_worker
+        yield step
+        yield steps.measure_evaluate(ask, pairs, amount.steps)
+        with ray_session(at_least_cpus=2):
+            yield from workers.measure(dataset, folder / "runs", config, ask, pairs, amount.steps)
+    yield transfer.measure(folder, pairs, amount.scale)
+
+
+def grow(folder: Path, amount: Amount, rates: dict[str, float], plot: Path | None) -> dict[str, float]:
+    """What prepare and train cost as their work grows, as ratios; `rates` as above."""
+    layouts = pages.REAL / "layouts.csv"
+    sample(folder, amount.drawn, scale=amount.scale, layouts=layouts if layouts.is_file() else None)
+    source = pages.Source(folder / "train_images", folder / "train.csv")
+    costs = []
+    for times in amount.growth:
+        costs.append(growth.of_prepare(source, times, folder))
+        shutil.rmtree(folder / f"dataset-{times}")
+        count, cost = costs[-1]
+        say(f"prepare, {count} pages: {cost.seconds:.1f} s, worker {mb(cost.peak)}, command {mb(cost.driver_peak)}")
+    if plot:
+        planning.plot(costs, plot)
+    for times in (1, 3):
+        growth.of_prepare(source, times, folder / "to-train-on")
+    trained = []
+    few, many = amount.epochs
+    for times, epochs in ((1, few), (1, many), (3, few)):
+        dataset = folder / "to-train-on" / f"dataset-{times}"
+        trained.append(cost := growth.of_train(dataset, epochs, TRAIN_BATCH, folder))
+        say(f"train, {times} x the crops, {epochs} epochs: {cost.seconds:.1f} s, worker {mb(cost.peak)} beyond files")
+        say("; ".join(said for said in cost.said.splitlines() if "first step" in said))
+    rates["page_seconds"] = planning.page_seconds(costs)
+    sizes = [path.stat().st_size for path in source.images.iterdir()]
+    rates["page_bytes"] = sum(sizes) / len(sizes)
+    rates["crop_bytes"] = pages.bytes_of_a_crop(folder / "to-train-on" / "dataset-3")
+    (one, at_one), (three, at_three), (ten, at_ten) = ((count, cost.seconds) for count, cost in costs)
+    return {
+        "prepare_memory_at_10_times": costs[-1][1].peak / costs[0][1].peak,
+        "prepare_slope_3_to_10_vs_1_to_3": (at_ten - at_three) / (ten - three) / ((at_three - at_one) / (three - one)),
+        "train_memory_at_3_times_the_epochs": trained[1].peak / trained[0].peak,
+        "train_memory_at_3_times_the_crops": trained[2].peak / trained[0].peak,
+    }
+
+
+def say(text: str) -> None:
+    click.echo(f"{time.strftime('%H:%M:%S')} {text}")
+
+
+def mb(count: float) -> str:
+    return f"{count / 1e6:,.0f} MB"
+
+
+def line(ratio: Ratio) -> str:
+    of_pairs = sorted(a / b for a, b in zip(ratio.ours, ratio.theirs, strict=True))
+    return (
+        f"| `{ratio.key}` | {ratio.ratio:.2f} ({of_pairs[0]:.2f} to {of_pairs[-1]:.2f}) | {ratio.at_least:.2f} | "
+        f"{median(ratio.ours):,.0f} | {median(ratio.theirs):,.0f} {ratio.unit} |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="make bench", description="Measure how fast it is, in ratios.")
+    parser.add_argument("--quick", action="store_true", help="show that it runs; the numbers mean nothing")
+    parser.add_argument("--plot", type=Path, help="where to draw how prepare's time and memory grow")
+    options = parser.parse_args()
+    amount = QUICK if options.quick else Amount()
+    rates: dict[str, float] = {}
+    found = []
+    with tempfile.TemporaryDirectory(prefix="kuzushiji-bench-") as folder:
+        os.environ["XDG_CACHE_HOME"] = folder
+        for ratio in ratios(Path(folder), amount, rates):
+            say(line(ratio))
+            found.append(ratio)
+        growing = grow(Path(folder) / "drawn", amount, rates, options.plot)
+    click.echo("\n| key | median (all) of pairs | at least | ours | theirs |\n|---|---|---|---|---|")
+    click.echo("\n".join(map(line, found)))
+    click.echo("\n" + planning.table(planning.Rates(**rates)) + "\n")
+    numbers = {ratio.key: ratio.ratio for ratio in found} | growing
+    click.echo(json.dumps({key: round(value, 3) for key, value in numbers.items()}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""How time and memory grow with the work: the command line as people start it, watched from outside."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections import defaultdict
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from benchmarks.pages import Source
+
+KUZUSHIJI = Path(sys.executable).with_name("kuzushiji")
+CUTTER, TRAINER = "ray::Map(write_group)", "ray::RayTrainWorker"  # by the titles that Ray gives its processes
+SECONDS_BETWEEN_LOOKS = 0.05
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one call of the command."""
+
+    seconds: float
+    peak: float
+    """Bytes: of the largest worker of the kind that was watched."""
+    driver_peak: float
+    """Bytes: of the command itself."""
+    said: str
+    """Its standard error."""
+    object: dict[str, object]
+    """What `--json` gave."""
+
+
+def watched(kind: str, status: str, *arguments: str | Path) -> Cost:
+    """Run the command with --json. status: the line of /proc/PID/status that counts for the workers."""
+    begin = time.perf_counter()
+    process = subprocess.Popen(
+        [KUZUSHIJI, *arguments, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    peaks: dict[str, float] = defaultdict(float)
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(SECONDS_BETWEEN_LOOKS):
+            with suppress(psutil.Error, OSError):
+                peaks["driver"] = max(peaks["driver"], _status(process.pid, "VmHWM"))
+                for worker in psutil.Process(process.pid).children(recursive=True):
+                    with suppress(psutil.Error, OSError):
+                        if " ".join(worker.cmdline()).startswith(kind):
+                            peaks["worker"] = max(peaks["worker"], _status(worker.pid, status))
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    out, err = process.communicate()
+    seconds = time.perf_counter() - begin
+    ended.set()
+    watching.join()
+    if process.returncode:
+        raise SystemExit(f"{arguments[0]} failed: {err[-2000:]}")
+    return Cost(seconds, peaks["worker"], peaks["driver"], err, json.loads(out.splitlines()[-1]))
+
+
+def _status(pid: int, name: str) -> float:
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return 1024 * float(line.split()[1])
+    return 0.0
+
+
+def of_prepare(source: Source, times: int, folder: Path) -> tuple[int, Cost]:
+    """Of so many copies of the pages: their number, and what they cost. The dataset is `folder/dataset-<times>`."""
+    many = source.repeated(times, folder / f"times-{times}")
+    places = ["--pages", many.images, "--labels", many.labels, "--dataset", folder / f"dataset-{times}"]
+    return len(os.listdir(many.images)), watched(CUTTER, "VmHWM", "prepare", *places)
+
+
+def of_train(dataset: Path, epochs: int, batch: int, folder: Path) -> Cost:
+    """The workers' memory beyond what is mapped from files."""
+    models = folder / "models"
+    how = ["--architecture", "baseline", "--workers", "2", "--epochs", str(epochs), "--global-batch-size", str(batch)]
+    cost = watched(TRAINER, "RssAnon", "train", "--dataset", dataset, "--models", models, *how)
+    shutil.rmtree(models)
+    return cost

@@ -1,0 +1,170 @@
+"""From pages to crops: one core against the study's way and against decoding alone, then all cores with Ray Data."""
+
+import io
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+import simplejpeg
+from PIL import Image
+
+from benchmarks.pairs import Ratio, compare
+from cluster.manifest import DatasetManifest, read_manifest
+from cluster.storage import place
+from preprocessing.crop import clip_box, crop, decode_page
+from preprocessing.labels import read_labels
+from preprocessing.prepare import PrepareConfig, prepare
+from preprocessing.sample import sample
+
+REAL = Path(__file__).parents[3] / "shared" / "kuzushiji"
+SIDE = 80
+
+
+@dataclass(frozen=True)
+class Page:
+    data: bytes
+    boxes: list[list[int]]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A few pages of full size, with their labels."""
+
+    images: Path
+    labels: Path
+
+    def pages(self) -> list[Page]:
+        labels = read_labels(place(self.labels))
+        ends = labels.starts[1:]
+        boxes = [labels.boxes[begin:end].tolist() for begin, end in zip(labels.starts, ends, strict=False)]
+        return [
+            Page((self.images / f"{page_id}.jpg").read_bytes(), of_page)
+            for page_id, of_page in zip(labels.page_ids, boxes, strict=True)
+        ]
+
+    def repeated(self, times: int, folder: Path) -> "Source":
+        """The same pages under other names, as links: no disk is filled."""
+        source = Source(folder / "images", folder / "labels.csv")
+        source.images.mkdir(parents=True)
+        rows = pd.read_csv(self.labels, dtype=str)
+        copies = []
+        for time_ in range(times):
+            copies.append(rows.assign(image_id=f"{time_:05d}-" + rows["image_id"]))
+            for page_id in rows["image_id"]:
+                os.link(self.images / f"{page_id}.jpg", source.images / f"{time_:05d}-{page_id}.jpg")
+        pd.concat(copies).to_csv(source.labels, index=False)
+        return source
+
+
+def source_in(folder: Path) -> Source:
+    """The real pages where they are, else drawn ones of the same size."""
+    if not REAL.is_dir():
+        sample(folder / "drawn", num_pages=3)
+        return Source(folder / "drawn" / "train_images", folder / "drawn" / "train.csv")
+    # Copied, since they may be on another disk, which takes no links from here.
+    shutil.copytree(REAL / "pages", folder / "images")
+    return Source(folder / "images", REAL / "train.csv")
+
+
+def cut(page: Page) -> list[np.ndarray]:
+    """Our way, as a task of prepare does it."""
+    gray = decode_page(page.data)
+    return [crop(gray, clip_box(box, gray.shape)) for box in page.boxes]
+
+
+def cut_as_the_study(page: Page) -> list[np.ndarray]:
+    gray = Image.open(io.BytesIO(page.data)).convert("L")
+    crops = []
+    for x, y, width, height in page.boxes:
+        longer = max(width, height)
+        size = max(1, width * SIDE // longer), max(1, height * SIDE // longer)
+        small = gray.crop((x, y, x + width, y + height)).resize(size, Image.Resampling.LANCZOS)
+        square = Image.new("L", (SIDE, SIDE))
+        square.paste(small, ((SIDE - size[0]) // 2, (SIDE - size[1]) // 2))
+        crops.append(np.asarray(square))
+    return crops
+
+
+def decode_with_pillow(page: Page) -> object:
+    image = Image.open(io.BytesIO(page.data))
+    image.draft("L", image.size)
+    return image.load()
+
+
+DECODERS: dict[str, Callable[[Page], object]] = {
+    "Pillow draft": decode_with_pillow,
+    "OpenCV": lambda page: cv2.imdecode(np.frombuffer(page.data, np.uint8), cv2.IMREAD_GRAYSCALE),
+    "simplejpeg": lambda page: simplejpeg.decode_jpeg(page.data, colorspace="GRAY"),
+    "simplejpeg, fastdct": lambda page: simplejpeg.decode_jpeg(page.data, colorspace="GRAY", fastdct=True),
+}
+
+
+def on_one_core(work: Callable[[Page], object], pages: Sequence[Page], rounds: int) -> float:
+    """Pages a second of CPU time."""
+    begin = time.process_time()
+    for _ in range(rounds):
+        for page in pages:
+            work(page)
+    return rounds * len(pages) / (time.process_time() - begin)
+
+
+def grey_levels(pages: Sequence[Page]) -> tuple[float, float]:
+    """How far our crops are from the study's: mean absolute difference over all of them, and of the worst."""
+    differences = [
+        np.abs(ours.astype(int) - theirs).mean()
+        for page in pages
+        for ours, theirs in zip(cut(page), cut_as_the_study(page), strict=True)
+    ]
+    return float(np.mean(differences)), float(max(differences))
+
+
+def measure_one_core(pages: Sequence[Page], pairs: int, rounds: int) -> tuple[list[Ratio], str]:
+    """`crop_vs_study`, `crop_vs_decode`, and the fastest decoder."""
+    one_core = partial(on_one_core, pages=pages, rounds=rounds)
+    tried = [{name: one_core(decode) for name, decode in DECODERS.items()} for _ in range(3)]
+    fastest = max(DECODERS, key=lambda name: sorted(rates[name] for rates in tried)[1])
+    ratios = [
+        compare(key, at_least, "pages/s of CPU", lambda: one_core(cut), partial(one_core, theirs), pairs)
+        for key, at_least, theirs in (
+            ("crop_vs_study", 2.0, cut_as_the_study),
+            ("crop_vs_decode", 0.8, DECODERS[fastest]),
+        )
+    ]
+    return ratios, fastest
+
+
+def measure_all_cores(source: Source, times: int, pairs: int, rounds: int, folder: Path) -> tuple[Ratio, Path]:
+    """`prepare_vs_crop`, in the Ray that this process is connected to; and the dataset.
+
+    After start-up: a third as many pages are cut too, and what that took is taken off.
+    """
+    pages, dataset, cores = source.pages(), folder / "dataset", os.cpu_count() or 1
+    few, many = source.repeated(times // 3, folder / "few"), source.repeated(times, folder / "many")
+
+    def seconds(of: Source) -> float:
+        shutil.rmtree(dataset, ignore_errors=True)
+        begin = time.perf_counter()
+        prepare(place(of.images), place(of.labels), place(dataset), PrepareConfig())
+        return time.perf_counter() - begin
+
+    def whole() -> float:
+        return (times - times // 3) * len(pages) / (-seconds(few) + seconds(many))
+
+    def limit() -> float:
+        return cores * on_one_core(cut, pages, rounds)
+
+    return compare("prepare_vs_crop", 0.8, "pages/s", whole, limit, pairs), dataset
+
+
+def bytes_of_a_crop(dataset: Path) -> float:
+    """In a dataset folder, by all that is in it."""
+    crops = read_manifest(place(dataset), DatasetManifest).counts
+    total = sum(path.stat().st_size for path in dataset.iterdir())
+    return total / sum(of_split["examples"] for of_split in crops.values())

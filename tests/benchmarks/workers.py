@@ -1,0 +1,101 @@
+"""The same loop in Ray Train: one worker against the bare loop, two workers of one thread against one of two."""
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from benchmarks.pairs import Ratio, compare
+from benchmarks.steps import Ask
+from job.config import TrainConfig
+
+
+class Gate:
+    """Where the workers of a run wait until they are asked for steps."""
+
+    def __init__(self, workers: int) -> None:
+        self._asked: list[asyncio.Queue[int]] = [asyncio.Queue() for _ in range(workers)]
+        self._rates: asyncio.Queue[float] = asyncio.Queue()
+
+    async def ask(self, steps: int) -> float:
+        for queue in self._asked:
+            queue.put_nowait(steps)
+        return await self._rates.get() if steps else 0.0
+
+    async def asked(self, rank: int) -> int:
+        return await self._asked[rank].get()
+
+    async def answer(self, rate: float) -> None:
+        self._rates.put_nowait(rate)
+
+
+def _serve(job: dict[str, Any]) -> None:
+    """What `job.worker.train_worker` does, but for how many steps it is asked to do."""
+    import time
+
+    import ray.train
+
+    from cluster.storage import place
+    from job.determinism import fix_what_bits_depend_on
+    from job.order import permutation
+    from job.staging import staged
+    from job.step import make_strategy
+    from job.worker import Training
+    from preprocessing.split import SPLITS
+
+    config = TrainConfig.model_validate(job["config"])
+    fix_what_bits_depend_on(config)
+    strategy = make_strategy(config.workers)
+    with staged(place(job["dataset"]), SPLITS) as data:
+        training = Training(config, strategy, data, job["board"])
+        crops = data.splits["train"]
+        order = permutation(len(crops), config.seed, 1)
+        while steps := ray.get(job["gate"].asked.remote(training.rank)):
+            training.state.step, training.state.seconds = 0, 0.0
+            begin = time.perf_counter()
+            training._train(crops, order, steps)
+            if training.rank == 0:
+                job["gate"].answer.remote(steps * config.global_batch_size / (time.perf_counter() - begin))
+
+
+@contextmanager
+def ray_train(dataset: Path, folder: Path, config: TrainConfig) -> Iterator[Callable[[int], float]]:
+    """Workers of Ray Train that wait for work: give a number of steps, get crops a second."""
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+    from job.board import Board
+    from job.rendezvous import Rendezvous
+
+    gate: Any = ray.remote(num_cpus=0)(Gate).remote(config.workers)
+    board: Any = ray.remote(num_cpus=0)(Board).remote()
+    trainer = DataParallelTrainer(
+        _serve,
+        backend_config=Rendezvous(),
+        train_loop_config={"config": config.model_dump(), "dataset": str(dataset), "gate": gate, "board": board},
+        scaling_config=ScalingConfig(num_workers=config.workers, resources_per_worker={"CPU": config.cpus_per_worker}),
+        run_config=RunConfig(name=f"workers-{config.workers}", storage_path=str(folder)),
+    )
+    thread = threading.Thread(target=trainer.fit, daemon=True)
+    thread.start()
+    try:
+        yield lambda steps: ray.get(gate.ask.remote(steps))
+    finally:
+        gate.ask.remote(0)
+        thread.join(timeout=120)
+
+
+def measure(dataset: Path, folder: Path, config: TrainConfig, bare: Ask, pairs: int, steps: int) -> list[Ratio]:
+    """`ray_vs_loop` and `two_vs_one`; `config` is of one worker with all cores."""
+    ratios = []
+    of_two = config.model_copy(update={"workers": 2, "cpus_per_worker": max(1, config.cpus_per_worker // 2)})
+    for key, at_least, of in (("ray_vs_loop", 0.98, config), ("two_vs_one", 0.85, of_two)):
+        with ray_train(dataset, folder, of) as run:
+            ratios.append(
+                compare(key, at_least, "crops/s", lambda run=run: run(steps), lambda: bare("loop", steps), pairs)
+            )
+    return ratios
