@@ -37,7 +37,8 @@ test-smoke: .venv/.installed-dev
 test-cloud: .venv/.installed-dev
 	.venv/bin/pytest -q -m cloud
 
-# How fast it is beside what people would use instead, in ratios: 24 minutes on 2 cores, with nothing beside it.
+# How fast it is beside what people would use instead, in ratios: 24 minutes on 2 cores, with nothing beside it. It
+# draws the README's plot anew; BENCH=--quick shows in minutes that it runs.
 BENCH ?= --plot docs/growth.png
 bench: .venv/.installed-dev
 	PYTHONPATH=tests .venv/bin/python -m benchmarks $(BENCH)

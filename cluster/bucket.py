@@ -228,7 +228,10 @@ def _ranges(blob: "Blob", begin: int, end: int) -> Iterator[bytes]:
 
 
 def _range(blob: "Blob", start: int, last: int) -> bytes:
-    """In one piece: read in pieces of 8 KiB, as the client does otherwise, many ranges at once are slower than one."""
+    """In one piece: read in pieces of 8 KiB, as the client does otherwise, many ranges at once are slower than one.
+
+    The client could not check it: what an object's checksum is of, is the whole.
+    """
     content: bytes = blob.download_as_bytes(
         start=start, end=last, if_generation_match=blob.generation, single_shot_download=True, checksum=None
     )

@@ -25,12 +25,8 @@ Value = bytes | Sequence[int]
 
 def encode_example(features: Mapping[str, Value]) -> bytes:
     """Bytes of a `tf.train.Example`, features in the order of their names (protobuf leaves the order of a map open)."""
-    return _field(1, b"".join(_entry(name, value) for name, value in sorted(features.items())))
-
-
-def _entry(name: str, value: Value) -> bytes:
-    """Of the map of features."""
-    return _field(1, _key(name) + _field(2, _encode_feature(value)))
+    entries = (_field(1, _key(name) + _field(2, _encode_feature(value))) for name, value in sorted(features.items()))
+    return _field(1, b"".join(entries))
 
 
 @cache

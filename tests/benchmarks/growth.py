@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+from chaos import AT_WORK
 
 from benchmarks.pages import Source
 
 KUZUSHIJI = Path(sys.executable).with_name("kuzushiji")
-CUTTER, TRAINER = "ray::Map(write_group)", "ray::RayTrainWorker"  # by the titles that Ray gives its processes
+CUTTER, TRAINER = AT_WORK
 SECONDS_BETWEEN_LOOKS = 0.05
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import simplejpeg
 from PIL import Image
+from test_crops import study_crop
 
 from benchmarks.pairs import Ratio, compare
 from cluster.manifest import DatasetManifest, read_manifest
@@ -24,7 +25,6 @@ from preprocessing.prepare import PrepareConfig, prepare
 from preprocessing.sample import sample
 
 REAL = Path(__file__).parents[3] / "shared" / "kuzushiji"
-SIDE = 80
 
 
 @dataclass(frozen=True)
@@ -81,15 +81,7 @@ def cut(page: Page) -> list[np.ndarray]:
 
 def cut_as_the_study(page: Page) -> list[np.ndarray]:
     gray = Image.open(io.BytesIO(page.data)).convert("L")
-    crops = []
-    for x, y, width, height in page.boxes:
-        longer = max(width, height)
-        size = max(1, width * SIDE // longer), max(1, height * SIDE // longer)
-        small = gray.crop((x, y, x + width, y + height)).resize(size, Image.Resampling.LANCZOS)
-        square = Image.new("L", (SIDE, SIDE))
-        square.paste(small, ((SIDE - size[0]) // 2, (SIDE - size[1]) // 2))
-        crops.append(np.asarray(square))
-    return crops
+    return [study_crop(gray, box) for box in page.boxes]
 
 
 def decode_with_pillow(page: Page) -> object:

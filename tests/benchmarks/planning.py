@@ -39,8 +39,12 @@ def table(rates: Rates) -> str:
         epoch = TRAIN_SHARE * crops / rates.step_crops_per_s / 3600
         scans, dataset = pages * rates.page_bytes / 1e9, crops * rates.crop_bytes / 1e9
         numbers = (pages, crops, cutting, epoch, scans, dataset)
-        lines.append("| " + " | ".join(f"{number:,.{0 if number >= 10 else 1}f}" for number in numbers) + " |")
+        lines.append("| " + " | ".join(map(_short, numbers)) + " |")
     return "\n".join(lines)
+
+
+def _short(number: float) -> str:
+    return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
 
 
 def plot(costs: list[tuple[int, Cost]], path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from benchmarks.pairs import Ratio, compare
 from cluster.storage import place
 from job.config import TrainConfig
+from job.startup import without_chatter
 
 Ask = Callable[[str, int], float]
 """Name of a measure, and how much of it; a rate."""
@@ -54,16 +55,17 @@ def measure_evaluate(ask: Ask, pairs: int, batches: int) -> Ratio:
 
 
 def _serve(there: Connection, dataset: Path, config: TrainConfig) -> None:
-    import keras
+    with without_chatter():
+        import keras
 
-    from job.architectures import ARCHITECTURES
-    from job.determinism import fix_what_bits_depend_on
-    from job.optimizer import FusedAdam
-    from job.staging import staged
-    from job.step import Steps, make_strategy, training_form
+        from job.architectures import ARCHITECTURES
+        from job.determinism import fix_what_bits_depend_on
+        from job.optimizer import FusedAdam
+        from job.staging import staged
+        from job.step import Steps, make_strategy, training_form
 
-    fix_what_bits_depend_on(config)
-    strategy = make_strategy(1)
+        fix_what_bits_depend_on(config)
+        strategy = make_strategy(1)
     with staged(place(dataset), ["train"]) as data:
         plain = ARCHITECTURES[config.architecture](len(data.class_names))
         model = training_form(plain, config.seed, dropout=True)
