@@ -10,7 +10,7 @@ tensorflow.org/tutorials/load_data/tfrecord.
 
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache, lru_cache
+from functools import lru_cache
 from mmap import mmap
 
 import google_crc32c
@@ -22,16 +22,31 @@ MOST_RECORD_BYTES = 8192  # a crop, and what is told of it; no more memory is ta
 
 Value = bytes | Sequence[int]
 
+# Numbers of protobuf fields. The first of each message: Example.features, Features.feature, the key of its entries,
+# BytesList.value, Int64List.value. Then: the value of an entry, Feature.bytes_list, Feature.int64_list.
+FIELD, VALUE, BYTES_LIST, INT64_LIST = 1, 2, 1, 3
+
 
 def encode_example(features: Mapping[str, Value]) -> bytes:
     """Bytes of a `tf.train.Example`, features in the order of their names (protobuf leaves the order of a map open)."""
-    entries = (_field(1, _key(name) + _field(2, _encode_feature(value))) for name, value in sorted(features.items()))
-    return _field(1, b"".join(entries))
+    parts = []
+    for name, value in sorted(features.items()):
+        if isinstance(value, bytes):
+            kind, payload = BYTES_LIST, value
+        else:
+            kind, payload = INT64_LIST, b"".join(map(_varint, value))
+        parts += [_before(name, kind, len(payload)), payload]
+    return b"".join([_header(FIELD, sum(map(len, parts))), *parts])
 
 
-@cache
-def _key(name: str) -> bytes:
-    return _field(1, name.encode())
+@lru_cache(maxsize=1 << 14)  # what records are made of is of few lengths
+def _before(name: str, kind: int, length: int) -> bytes:
+    """All that stands in a feature's entry before its payload of so many bytes: a value, or packed numbers."""
+    after = _header(FIELD, length)
+    for number in (kind, VALUE):
+        after = _header(number, len(after) + length) + after
+    key = _header(FIELD, len(name.encode())) + name.encode()
+    return _header(FIELD, len(key) + len(after) + length) + key + after
 
 
 def frame(data: bytes) -> bytes:
@@ -59,23 +74,12 @@ def read_frames(shard: bytes | mmap) -> Iterator[bytes]:
         at = end
 
 
-def _encode_feature(value: Value) -> bytes:
-    if isinstance(value, bytes):
-        return _field(1, _field(1, value))  # bytes_list
-    return _field(3, _field(1, b"".join(_varint(number) for number in value)))  # int64_list, packed
-
-
-def _field(number: int, payload: bytes) -> bytes:
-    """A length-delimited protobuf field."""
-    return _header(number, len(payload)) + payload
-
-
-@lru_cache(maxsize=1 << 14)  # what records are made of is of few lengths
 def _header(number: int, length: int) -> bytes:
+    """What stands before a length-delimited protobuf field."""
     return _varint(number << 3 | 2) + _varint(length)
 
 
-@lru_cache(maxsize=1 << 14)  # so are labels and boxes of few numbers
+@lru_cache(maxsize=1 << 14)  # labels and boxes are of few numbers
 def _varint(value: int) -> bytes:
     value &= 0xFFFFFFFFFFFFFFFF  # negative numbers in two's complement
     out = bytearray()
