@@ -182,6 +182,11 @@ class Run:
 def _work(job: dict[str, Any]) -> dict[str, str] | None:
     """Imported on the worker: the driver needs no TensorFlow."""
     start_up = StartUp()
+    import ray.train
+
+    if ray.train.get_context().get_world_rank() == 0:
+        text = "the workers are there; TensorFlow takes a while to load"
+        job["board"].post.remote({"architecture": job["config"]["architecture"], "text": text})
     from job.worker import train_worker
 
     start_up.ends("loading TensorFlow")

@@ -149,7 +149,7 @@ def _side_by_side(ready: Mapping[Run, WeightsFile | None], began: float) -> Iter
                 running += 1
                 board.post.remote({"architecture": run.config.architecture, "state": "workers start"})
                 log.info(
-                    "%s: %d workers start, %.1f s after the command; TensorFlow takes a while to load",
+                    "%s: %d workers start, %.1f s after the command",
                     run.config.architecture,
                     run.config.workers,
                     time.monotonic() - began,

@@ -7,7 +7,6 @@ make bench BENCH=--quick        # whether it runs at all; its numbers mean nothi
 import argparse
 import json
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -34,13 +33,13 @@ class Amount:
     steps: int = 1  # each takes 7 s
     batch: int = 512
     scale: float = 1.0  # of drawn pages and of the model that is pulled
-    drawn: int = 6  # pages of Kaggle's layouts; each is cut in so many copies:
-    growth: tuple[int, int, int] = (20, 60, 200)
-    epochs: tuple[int, int] = (2, 6)
+    drawn: int = 4  # pages of Kaggle's layouts; each is cut in so many copies:
+    growth: tuple[int, ...] = (1, 3, 30, 90, 300)
+    trainings: tuple[tuple[int, int], ...] = ((1, 9), (3, 3))  # in how many copies, epochs
+    train_batch: int = 256
 
 
-QUICK = Amount(pairs=1, rounds=1, copies=6, batch=16, scale=0.2, drawn=2, growth=(1, 3, 10), epochs=(1, 3))
-TRAIN_BATCH = 64
+QUICK = Amount(1, 1, copies=6, batch=16, scale=0.2, drawn=2, growth=(1, 3, 10), trainings=((1, 3),), train_batch=128)
 
 
 def ratios(folder: Path, amount: Amount, rates: dict[str, float]) -> Iterator[Ratio]:
@@ -81,30 +80,28 @@ def grow(folder: Path, amount: Amount, rates: dict[str, float], plot: Path | Non
     costs = []
     for times in amount.growth:
         costs.append(growth.of_prepare(source, times, folder))
-        shutil.rmtree(folder / f"dataset-{times}")
         count, cost = costs[-1]
         say(f"prepare, {count} pages: {cost.seconds:.1f} s, worker {mb(cost.peak)}, command {mb(cost.driver_peak)}")
     if plot:
         planning.plot(costs, plot)
-    for times in (1, 3):
-        growth.of_prepare(source, times, folder / "to-train-on")
     trained = []
-    few, many = amount.epochs
-    for times, epochs in ((1, few), (1, many), (3, few)):
-        dataset = folder / "to-train-on" / f"dataset-{times}"
-        trained.append(cost := growth.of_train(dataset, epochs, TRAIN_BATCH, folder))
-        say(f"train, {times} x the crops, {epochs} epochs: {cost.seconds:.1f} s, worker {mb(cost.peak)} beyond files")
-        say("; ".join(said for said in cost.said.splitlines() if "first step" in said))
+    for times, epochs in amount.trainings:
+        trained.append(cost := growth.of_train(folder / f"dataset-{times}", epochs, amount.train_batch, folder))
+        say(f"train, {times} x the crops, {epochs} epochs: {cost.seconds:.1f} s, beyond files {mb(cost.peak)} a worker")
+        say("; ".join(line for line in cost.said if "first step" in line))
+        say(f"of each epoch, and of the evaluation: {', '.join(map(mb, cost.peaks))}")
     rates["page_seconds"] = planning.page_seconds(costs)
     sizes = [path.stat().st_size for path in source.images.iterdir()]
     rates["page_bytes"] = sum(sizes) / len(sizes)
-    rates["crop_bytes"] = pages.bytes_of_a_crop(folder / "to-train-on" / "dataset-3")
-    (one, at_one), (three, at_three), (ten, at_ten) = ((count, cost.seconds) for count, cost in costs)
+    rates["crop_bytes"] = pages.bytes_of_a_crop(folder / f"dataset-{amount.growth[-1]}")
+    (one, at_one), (three, at_three), (ten, at_ten) = ((count, cost.seconds) for count, cost in costs[-3:])
+    third = amount.trainings[0][1] // 3
+    first, second, last = (max(trained[0].peaks[i * third : (i + 1) * third]) for i in range(3))
     return {
-        "prepare_memory_at_10_times": costs[-1][1].peak / costs[0][1].peak,
+        "prepare_memory_at_10_times": costs[-1][1].peak / costs[-3][1].peak,
         "prepare_slope_3_to_10_vs_1_to_3": (at_ten - at_three) / (ten - three) / ((at_three - at_one) / (three - one)),
-        "train_memory_at_3_times_the_epochs": trained[1].peak / trained[0].peak,
-        "train_memory_at_3_times_the_crops": trained[2].peak / trained[0].peak,
+        "train_memory_last_third_of_epochs_vs_second": last / second,
+        "train_memory_at_3_times_the_crops": max(trained[-1].peaks[:third]) / first,
     }
 
 

@@ -1,13 +1,12 @@
 """How time and memory grow with the work: the command line as people start it, watched from outside."""
 
-import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import threading
 import time
-from collections import defaultdict
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from benchmarks.pages import Source
 
 KUZUSHIJI = Path(sys.executable).with_name("kuzushiji")
 CUTTER, TRAINER = AT_WORK
+END_OF_EPOCH = re.compile(r": epoch \d+ of ")
 SECONDS_BETWEEN_LOOKS = 0.05
 
 
@@ -27,43 +27,50 @@ class Cost:
     """Of one call of the command."""
 
     seconds: float
-    peak: float
-    """Bytes: of the largest worker of the kind that was watched."""
+    peaks: list[float]
+    """Bytes: of the largest worker of the kind that was watched, in each epoch, and after the last."""
     driver_peak: float
     """Bytes: of the command itself."""
-    said: str
+    said: list[str]
     """Its standard error."""
-    object: dict[str, object]
-    """What `--json` gave."""
+
+    @property
+    def peak(self) -> float:
+        return max(self.peaks)
 
 
 def watched(kind: str, status: str, *arguments: str | Path) -> Cost:
-    """Run the command with --json. status: the line of /proc/PID/status that counts for the workers."""
+    """Run the command. status: the line of /proc/PID/status that counts for the workers."""
     begin = time.perf_counter()
     process = subprocess.Popen(
-        [KUZUSHIJI, *arguments, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [KUZUSHIJI, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, bufsize=1
     )
-    peaks: dict[str, float] = defaultdict(float)
+    peaks, driver_peak, said = [0.0], 0.0, []
     ended = threading.Event()
 
     def watch() -> None:
+        nonlocal driver_peak
         while not ended.wait(SECONDS_BETWEEN_LOOKS):
             with suppress(psutil.Error, OSError):
-                peaks["driver"] = max(peaks["driver"], _status(process.pid, "VmHWM"))
+                driver_peak = max(driver_peak, _status(process.pid, "VmHWM"))
                 for worker in psutil.Process(process.pid).children(recursive=True):
                     with suppress(psutil.Error, OSError):
                         if " ".join(worker.cmdline()).startswith(kind):
-                            peaks["worker"] = max(peaks["worker"], _status(worker.pid, status))
+                            peaks[-1] = max(peaks[-1], _status(worker.pid, status))
 
     watching = threading.Thread(target=watch)
     watching.start()
-    out, err = process.communicate()
-    seconds = time.perf_counter() - begin
+    assert process.stderr
+    for line in process.stderr:
+        said.append(line.rstrip())
+        if END_OF_EPOCH.search(line):
+            peaks.append(0.0)
+    failed = process.wait()
     ended.set()
     watching.join()
-    if process.returncode:
-        raise SystemExit(f"{arguments[0]} failed: {err[-2000:]}")
-    return Cost(seconds, peaks["worker"], peaks["driver"], err, json.loads(out.splitlines()[-1]))
+    if failed:
+        raise SystemExit(f"{arguments[0]} failed: {' '.join(said[-9:])}")
+    return Cost(time.perf_counter() - begin, peaks, driver_peak, said)
 
 
 def _status(pid: int, name: str) -> float:
