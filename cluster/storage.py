@@ -193,6 +193,8 @@ def open_read(path: UPath) -> BinaryIO:
     Raises:
         FileNotFoundError: there is no such file.
     """
+    if is_local(path):  # a third of the time that it takes by way of fsspec
+        return open(path.path, "rb")
     stream: BinaryIO = bucket.open_read(path) if bucket.is_bucket(path) else path.fs.open(path.path, "rb")
     return stream
 
@@ -212,6 +214,17 @@ def read_chunks(path: UPath, begin: int, end: int) -> Iterator[bytes]:
         while begin < end and (chunk := stream.read(min(CHUNK_BYTES, end - begin))):
             begin += len(chunk)
             yield chunk
+
+
+def read_at_most(path: UPath, most: int) -> bytes:
+    """A file, or its first bytes where it has more than `most`; raises what `read_chunks` does.
+
+    A local one in one piece: put together from chunks, a page takes twice as long.
+    """
+    if not is_local(path):
+        return b"".join(read_chunks(path, 0, most))
+    with open_read(path) as stream:
+        return stream.read(min(most, os.fstat(stream.fileno()).st_size))
 
 
 def read_bytes(path: UPath) -> bytes:

@@ -15,7 +15,7 @@ from upath import UPath
 
 from cluster.bucket import explaining
 from cluster.errors import DamageError, InputError
-from cluster.storage import CHUNK_BYTES, is_local, list_files, open_read, read_chunks
+from cluster.storage import CHUNK_BYTES, is_local, list_files, open_read, read_at_most
 from preprocessing.crop import MAX_PAGE_BYTES, PageFault
 
 SUFFIX = ".jpg"
@@ -73,7 +73,7 @@ def page_reader(pages: UPath) -> Iterator[ReadPage]:
     It raises PageFault for what can't be read as it is there, and FileNotFoundError for what is there no more.
     """
     if not _is_archive(pages):
-        yield lambda name: b"".join(read_chunks(pages / name, 0, MAX_PAGE_BYTES + 1))
+        yield lambda name: read_at_most(pages / name, MAX_PAGE_BYTES + 1)
         return
     with _open_archive(pages) as archive:
 
