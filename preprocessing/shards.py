@@ -1,12 +1,11 @@
-"""Groups of consecutive pages, and the TFRecord files that each group becomes.
+"""The TFRecord files that each group of pages becomes.
 
-A group is the unit of work: one Ray Data task reads its pages once and writes one file for each split planned in it.
+One Ray Data task reads a group's pages once and writes one file for each split planned in it.
 Its report is left in `.prepare/`, so that a later attempt finds what is done and does not make it again. Its files are
 begun there too, and it does not make that folder: a task that outlives its job adds nothing once the folder is gone.
 """
 
 import hashlib
-import itertools
 import json
 from contextlib import ExitStack
 from typing import Any, BinaryIO
@@ -16,11 +15,10 @@ from numpy.typing import NDArray
 from upath import UPath
 
 from cluster.bucket import explained
-from cluster.errors import DamageError, InputError, KuzushijiError, one_line
+from cluster.errors import DamageError, KuzushijiError, one_line
 from cluster.storage import CHUNK_BYTES, is_file, list_files, new_file, place, read_bytes, sha256_of, write_bytes
-from preprocessing.crop import MAX_PAGE_BYTES, PageFault, clip_box, crop, decode_page
+from preprocessing.cutting import cut_boxes, group_pages
 from preprocessing.labels import Labels, code_point_name
-from preprocessing.pages import ReadPage, page_reader
 from preprocessing.records import encode_example, frame
 from preprocessing.split import SPLITS
 
@@ -48,38 +46,15 @@ def plan_groups(
     """Rows for Ray Data, one a group, in the order of their pages.
 
     classes, splits: (N,), of each box. files: page id to file name and size in bytes, for the pages that have a file.
-    A row has `group`, `files` (a name or "" for each of `SPLITS`), P values each of `image_id`, `name` ("" without a
-    file), `bytes` (to be read) and `boxes`, and n values each of `unicode`, `label`, `split` and 4n of `box`, page by
-    page.
+    groups: how many; None: by size. A row is one of `cutting.group_pages`, and has besides `files` (a name or "" for
+    each of `SPLITS`), and n values each of `label` and `split`.
     """
-    total, pages = len(labels.boxes), len(labels.page_ids)
     if groups is None:
-        groups = max(MIN_GROUPS, -(-total // BOXES_PER_GROUP))
-    groups = min(groups, pages)
-    targets = np.arange(1, groups) * total / groups
-    # The cut nearest to each target; cuts that fall together leave fewer groups.
-    after = np.clip(np.searchsorted(labels.starts, targets), 1, pages)
-    cuts = np.where(targets - labels.starts[after - 1] <= labels.starts[after] - targets, after - 1, after)
-    bounds = np.unique(np.concatenate([[0], cuts, [pages]]))
-    rows: list[dict[str, Any]] = []
-    for first, last in itertools.pairwise(bounds):
-        boxes = slice(labels.starts[first], labels.starts[last])
-        if boxes.start == boxes.stop:
-            continue
-        ids = labels.page_ids[first:last]
-        row = {
-            "group": len(rows),
-            "image_id": ids,
-            "name": [files.get(page_id, ("", 0))[0] for page_id in ids],
-            # No reader reads more, whatever an archive says.
-            "bytes": [min(files.get(page_id, ("", 0))[1], MAX_PAGE_BYTES + 1) for page_id in ids],
-            "boxes": labels.boxes_per_page[first:last].tolist(),
-            "unicode": labels.code_points[boxes].tolist(),
-            "label": classes[boxes].tolist(),
-            "split": splits[boxes].tolist(),
-            "box": labels.boxes[boxes].ravel().tolist(),
-        }
-        rows.append(row)
+        groups = max(MIN_GROUPS, -(-len(labels.boxes) // BOXES_PER_GROUP))
+    rows = group_pages(labels, files, groups)
+    ends = np.cumsum([len(row["unicode"]) for row in rows])
+    for row, of_row, in_split in zip(rows, np.split(classes, ends), np.split(splits, ends), strict=False):
+        row |= {"label": of_row.tolist(), "split": in_split.tolist()}
     _name_files(rows)
     return rows
 
@@ -140,62 +115,27 @@ def write_group(row: dict[str, Any], pages: str, dataset: str) -> dict[str, Any]
 def _cut_group(row: dict[str, Any], pages: UPath, folder: UPath) -> dict[str, Any]:
     losses: list[dict[str, Any]] = []
     clipped: list[dict[str, Any]] = []
-    boxes = np.asarray(row["box"], np.int64).reshape(-1, 4)
-    start = 0
     with ExitStack() as stack:
         writers = [_open_writer(stack, folder, name) if name else None for name in row["files"]]
-        read = stack.enter_context(page_reader(pages))
-        files = zip(row["image_id"], row["name"], row["bytes"], row["boxes"], strict=True)
-        for page_id, name, size, count in files:
-            page = _read_page(read, name, size) if count else PageFault("page without boxes")
-            for i in range(start, start + count):
-                box: list[int] = boxes[i].tolist()
-                unicode = code_point_name(row["unicode"][i])
-                try:
-                    if isinstance(page, PageFault):
-                        raise page
-                    on_page = clip_box(box, page.shape)
-                except PageFault as fault:
-                    losses.append({"page": page_id, "box": box, "unicode": unicode, "what": str(fault)})
-                    continue
-                if list(on_page) != box:
-                    clipped.append({"page": page_id, "box": box})
-                example = {
-                    "image": crop(page, on_page).tobytes(),
-                    "label": [row["label"][i]],
-                    "unicode": unicode.encode(),
-                    "image_id": page_id.encode(),
-                    "box": box,
-                }
-                writer = writers[row["split"][i]]
-                assert writer is not None, "files are planned for every split of a group"
-                writer.write(example)
-            start += count
-            del page  # before the next one takes as much
+        for i, cut in enumerate(cut_boxes(row, pages)):
+            unicode = code_point_name(row["unicode"][i])
+            if cut.crop is None:
+                losses.append({"page": cut.page_id, "box": cut.box, "unicode": unicode, "what": cut.fault})
+                continue
+            if cut.clipped:
+                clipped.append({"page": cut.page_id, "box": cut.box})
+            example = {
+                "image": cut.crop.tobytes(),
+                "label": [row["label"][i]],
+                "unicode": unicode.encode(),
+                "image_id": cut.page_id.encode(),
+                "box": cut.box,
+            }
+            writer = writers[row["split"][i]]
+            assert writer is not None, "files are planned for every split of a group"
+            writer.write(example)
         shards = {split: writer.close() for split, writer in zip(SPLITS, writers, strict=True) if writer}
     return {"shards": shards, "losses": losses, "clipped": clipped}
-
-
-def _read_page(read: ReadPage, name: str, size: int) -> "NDArray[np.uint8] | PageFault":
-    """A page, or why it can't be cut; only what is wrong with the file that was listed is such a reason.
-
-    Raises:
-        InputError: it is not the file that was listed.
-    """
-    try:
-        if not name:
-            raise PageFault("page has no file")
-        data = read(name)
-        if len(data) != size:
-            raise FileNotFoundError(f"{name} with {len(data)} bytes instead of {size}")
-        return decode_page(data)
-    except PageFault as fault:
-        return fault
-    except FileNotFoundError as error:
-        raise InputError(
-            "--pages must stay as they are while they are cut, and be one place for all workers. "
-            f"Received: {' '.join(str(error).split())}. Run the same command again"
-        ) from None
 
 
 def _open_writer(stack: ExitStack, folder: UPath, name: str) -> "_ShardWriter":

@@ -139,7 +139,7 @@ def test_a_prepare_that_is_killed_as_it_seals_is_finished_by_the_next(
 def test_a_task_that_outlives_its_prepare_adds_nothing_to_a_sealed_dataset(
     source: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from preprocessing.shards import _read_page
+    from preprocessing.cutting import _read_page
 
     out = tmp_path / "dataset"
     shutil.copytree(undisturbed, out)
@@ -151,7 +151,7 @@ def test_a_task_that_outlives_its_prepare_adds_nothing_to_a_sealed_dataset(
         shutil.rmtree(out / ".prepare", ignore_errors=True)  # by the prepare that was run again, and sealed the dataset
         return _read_page(*page)
 
-    monkeypatch.setattr("preprocessing.shards._read_page", slow)
+    monkeypatch.setattr("preprocessing.cutting._read_page", slow)
     pages, labels = place(source / "pages" / "train_images"), place(source / "pages" / "train.csv")
     with pytest.raises(KuzushijiError, match=r"\.prepare"):
         write_group(make_plan(pages, labels, CONFIG).rows[0], str(pages), str(out))

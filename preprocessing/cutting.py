@@ -1,0 +1,113 @@
+"""Groups of consecutive pages, the unit of work, and their crops: the very same to train on and to be read."""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from upath import UPath
+
+from cluster.errors import InputError
+from preprocessing.crop import MAX_PAGE_BYTES, PageFault, clip_box, crop, decode_page
+from preprocessing.labels import Labels
+from preprocessing.pages import ReadPage, page_reader
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What became of one box."""
+
+    page_id: str
+    box: list[int]
+    """x, y, width, height, as in the labels."""
+    crop: NDArray[np.uint8] | None
+    """(80, 80)."""
+    clipped: bool = False
+    """Only a part of the box is on the page, and in the crop."""
+    fault: str = ""
+    """Why there is no crop."""
+
+
+def group_pages(labels: Labels, files: dict[str, tuple[str, int]], groups: int) -> list[dict[str, Any]]:
+    """Rows for Ray Data: the pages, sorted by id, in at most `groups` groups of nearly equal numbers of boxes.
+
+    files: page id to file name and size in bytes, for the pages that have a file. A row has `group`, P values each of
+    `image_id`, `name` ("" without a file), `bytes` (to be read) and `boxes`, and n values of `unicode` and 4n of
+    `box`, page by page. Groups without a box are left out.
+    """
+    total, pages = len(labels.boxes), len(labels.page_ids)
+    groups = min(groups, pages)
+    targets = np.arange(1, groups) * total / groups
+    # The cut nearest to each target; cuts that fall together leave fewer groups.
+    after = np.clip(np.searchsorted(labels.starts, targets), 1, pages)
+    cuts = np.where(targets - labels.starts[after - 1] <= labels.starts[after] - targets, after - 1, after)
+    bounds = np.unique(np.concatenate([[0], cuts, [pages]]))
+    rows: list[dict[str, Any]] = []
+    for first, last in itertools.pairwise(bounds):
+        boxes = slice(labels.starts[first], labels.starts[last])
+        if boxes.start == boxes.stop:
+            continue
+        ids = labels.page_ids[first:last]
+        row = {
+            "group": len(rows),
+            "image_id": ids,
+            "name": [files.get(page_id, ("", 0))[0] for page_id in ids],
+            # No reader reads more, whatever an archive says.
+            "bytes": [min(files.get(page_id, ("", 0))[1], MAX_PAGE_BYTES + 1) for page_id in ids],
+            "boxes": labels.boxes_per_page[first:last].tolist(),
+            "unicode": labels.code_points[boxes].tolist(),
+            "box": labels.boxes[boxes].ravel().tolist(),
+        }
+        rows.append(row)
+    return rows
+
+
+def cut_boxes(row: dict[str, Any], pages: UPath) -> Iterator[Cut]:
+    """The boxes of a row of `group_pages`, in its order; each page is read once.
+
+    Raises:
+        InputError: a page is not the file that was listed.
+    """
+    boxes = np.asarray(row["box"], np.int64).reshape(-1, 4)
+    start = 0
+    with page_reader(pages) as read:
+        for page_id, name, size, count in zip(row["image_id"], row["name"], row["bytes"], row["boxes"], strict=True):
+            page = _read_page(read, name, size) if count else PageFault("page without boxes")
+            for box in boxes[start : start + count].tolist():
+                yield _cut(page_id, page, box)
+            start += count
+            del page  # before the next one takes as much
+
+
+def _cut(page_id: str, page: "NDArray[np.uint8] | PageFault", box: list[int]) -> Cut:
+    try:
+        if isinstance(page, PageFault):
+            raise page
+        on_page = clip_box(box, page.shape)
+    except PageFault as fault:
+        return Cut(page_id, box, None, fault=str(fault))
+    return Cut(page_id, box, crop(page, on_page), clipped=list(on_page) != box)
+
+
+def _read_page(read: ReadPage, name: str, size: int) -> "NDArray[np.uint8] | PageFault":
+    """A page, or why it can't be cut; only what is wrong with the file that was listed is such a reason.
+
+    Raises:
+        InputError: it is not the file that was listed.
+    """
+    try:
+        if not name:
+            raise PageFault("page has no file")
+        data = read(name)
+        if len(data) != size:
+            raise FileNotFoundError(f"{name} with {len(data)} bytes instead of {size}")
+        return decode_page(data)
+    except PageFault as fault:
+        return fault
+    except FileNotFoundError as error:
+        raise InputError(
+            "--pages must stay as they are while they are cut, and be one place for all workers. "
+            f"Received: {' '.join(str(error).split())}. Run the same command again"
+        ) from None
