@@ -1,6 +1,6 @@
 """`manifest.json`: written last, it seals a folder; without it the dataset or model is not there.
 
-    {"format": 1, "kind": "dataset" | "model", "files": [{"name", "bytes", "sha256"}], ...}
+    {"format": 1, "kind": "dataset" | "model" | "predictions", "files": [{"name", "bytes", "sha256"}], ...}
 
 A dataset has `shards` besides: files with the number of their `examples`.
 """
@@ -61,7 +61,7 @@ class Manifest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="allow")
 
     format: Literal[1] = 1
-    kind: Literal["dataset", "model"]
+    kind: Literal["dataset", "model", "predictions"]
     files: Annotated[list[FileEntry], FailFast()]
 
     _raw: bytes = PrivateAttr(b"")
@@ -145,6 +145,25 @@ class ModelManifest(Manifest):
     finished_at: AwareDatetime
 
 
+class PredictionsManifest(Manifest):
+    """Of a folder of what was read; `job.predict` writes it."""
+
+    kind: Literal["predictions"] = "predictions"
+    counts: Annotated[dict[str, Count], FailFast()]
+    """`boxes` asked for, `read`, and the `pages` that they are of."""
+    accuracy: Annotated[dict[str, float | None], FailFast()]
+    """Over the boxes whose characters were told; empty without any."""
+    losses: Lines
+    """Boxes that were not read: `page`, `box`, `unicode`, `what` happened."""
+    clipped: Lines
+    """Boxes partly off their page: `page`, `box`. The rest of them was read."""
+    model_manifest_sha256: str
+    fingerprint: str
+    """Of the file of boxes and the pages' names and sizes."""
+    versions: Annotated[dict[str, str], FailFast()]
+
+
+AnyManifest = DatasetManifest | ModelManifest | PredictionsManifest
 ManifestT = TypeVar("ManifestT", bound=Manifest)
 
 
@@ -188,12 +207,11 @@ def is_sealed(folder: UPath) -> bool:
     return is_file(folder / MANIFEST_FILE)
 
 
-def read_any_manifest(folder: UPath) -> DatasetManifest | ModelManifest:
+def read_any_manifest(folder: UPath) -> AnyManifest:
     """The manifest of a folder, whichever kind it is."""
     raw, content = _read(folder)
-    if content.get("kind") == "model":
-        return _parse(folder, raw, content, ModelManifest)
-    return _parse(folder, raw, content, DatasetManifest)
+    kinds: dict[str, type[AnyManifest]] = {"model": ModelManifest, "predictions": PredictionsManifest}
+    return _parse(folder, raw, content, kinds.get(str(content.get("kind")), DatasetManifest))
 
 
 def read_manifest(folder: UPath, form: type[ManifestT]) -> ManifestT:
@@ -264,7 +282,7 @@ def fault_of(folder: UPath, entry: FileEntry, there: dict[str, int]) -> str | No
     return None
 
 
-def verify(folder: UPath) -> tuple[DatasetManifest | ModelManifest, list[str], list[str]]:
+def verify(folder: UPath) -> tuple[AnyManifest, list[str], list[str]]:
     """Check every file of a sealed folder.
 
     Returns its manifest, what is wrong (a line a file), and the names of files that the manifest does not list.

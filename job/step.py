@@ -101,6 +101,7 @@ class Steps:
             self._sum, autograph=False, input_signature=[tf.TensorSpec((None, None), tf.float32)]
         )
         self._statistics_step: Any = None
+        self._top_step: Any = None
 
     def _train(self, images: Any, labels: Any, first_row: Any) -> Any:
         """One step on this worker's rows, which begin at `first_row` of the global batch.
@@ -158,6 +159,22 @@ class Steps:
             return tf.stack([predicted, tf.reduce_max(probabilities, axis=1), in_first_5, losses], axis=1)
 
         return tf.concat(self.strategy.experimental_local_results(self.strategy.run(replica)), axis=0)
+
+    def top(self, images: NDArray[np.uint8], count: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """(N, count) of N crops, or as many as there are classes: the likeliest classes, and their probabilities.
+
+        Of equals the first goes before.
+        """
+        if self._top_step is None:
+            forward = lambda crops, k: tf.math.top_k(self.model(crops, training=False), k)  # noqa: E731
+            self._top_step = tf.function(forward, autograph=False, input_signature=[IMAGES, ROW])
+        classes, probabilities = [], []
+        count = min(count, self.model.output_shape[-1])
+        for at in range(0, len(images), self.predict_rows):
+            values, indices = self._top_step(images[at : at + self.predict_rows], count)
+            classes.append(indices.numpy().astype(np.int64))
+            probabilities.append(values.numpy())
+        return np.concatenate(classes), np.concatenate(probabilities)
 
     def sum_over_workers(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
         """The sum of the workers' arrays of one shape (rows, columns); every worker calls it, and gets it."""

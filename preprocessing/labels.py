@@ -3,6 +3,8 @@
     image_id,labels
     100241706_00004_2,U+306F 1231 3465 133 53 U+304C 275 1652 84 69 ...
 
+Boxes to be read may lack their characters: `1231 3465 133 53 275 1652 84 69 ...`.
+
 A malformed row stops the job before any work: half-understood labels would train a model on the wrong pictures.
 What only the page can tell (a box off its page, a scan that can't be read) is found later and listed as a loss.
 """
@@ -24,6 +26,7 @@ from cluster.storage import is_file, plain_name, read_bytes
 
 HEADER = ["image_id", "labels"]
 FIELDS_PER_BOX = 5
+UNKNOWN = -1  # the code point of a box whose character is not told
 # Kaggle's fullest page has 614 boxes; this is room for 400 times as many, and an end to a file that is no labels file.
 MAX_CELL_CHARS = 8_000_000
 
@@ -38,7 +41,8 @@ class Labels:
     """All boxes of a label file. P pages sorted by id; N boxes, page by page, in the order of their row.
 
     page_ids: P ids. starts: (P + 1,) int64, page p has the boxes starts[p]:starts[p + 1].
-    code_points: (N,) int32. boxes: (N, 4) int32, x, y, width, height in pixels from the upper left.
+    code_points: (N,) int32, `UNKNOWN` where a file of boxes does not tell.
+    boxes: (N, 4) int32, x, y, width, height in pixels from the upper left.
     sha256: of the file's bytes.
     """
 
@@ -75,18 +79,18 @@ def parse_code_point(text: str) -> int:
     return value
 
 
-def read_labels(path: UPath) -> Labels:
-    """Read and check a whole label file.
+def read_labels(path: UPath, option: str = "--labels", bare: bool = False) -> Labels:
+    """Read and check a whole label file, which `option` names. bare: boxes may stand without their characters.
 
     Raises:
-        InputError: wrong header, a repeated or unsafe id, or a row that is not groups of five well-formed fields.
+        InputError: wrong header, a repeated or unsafe id, or a row that is not groups of well-formed fields.
     """
     if not is_file(path):
-        raise InputError(f"--labels must be a file. Received: {path}, which is not there")
+        raise InputError(f"{option} must be a file. Received: {path}, which is not there")
     data = read_bytes(path)
     page_ids: list[str] = []
     rows: list[NDArray[np.int32]] = []
-    for page_id, boxes in parse_rows(data, str(path)):
+    for page_id, boxes in parse_rows(data, str(path), bare):
         page_ids.append(page_id)
         rows.append(boxes)
     order = sorted(range(len(page_ids)), key=page_ids.__getitem__)
@@ -102,7 +106,7 @@ def read_labels(path: UPath) -> Labels:
     return Labels([page_ids[i] for i in order], starts, table[:, 0], table[:, 1:], hashlib.sha256(data).hexdigest())
 
 
-def parse_rows(data: bytes, where: str) -> Iterator[tuple[str, NDArray[np.int32]]]:
+def parse_rows(data: bytes, where: str, bare: bool = False) -> Iterator[tuple[str, NDArray[np.int32]]]:
     """Id and (n, 5) int32 code point, x, y, width, height of each row of a label file, in the file's order.
 
     Raises:
@@ -121,7 +125,7 @@ def parse_rows(data: bytes, where: str) -> Iterator[tuple[str, NDArray[np.int32]
         for row in filter(None, reader):  # an empty line is no row
             if len(row) != len(HEADER):
                 raise ValueError(f"a row must have 2 columns. Received: {len(row)}")
-            yield parse_id(row[0]), _parse_cell(row[1])
+            yield parse_id(row[0]), _parse_cell(row[1], bare)
     except csv.Error as error:
         raise InputError(f"{where}, line {reader.line_num}: not CSV ({error})") from None
     except ValueError as error:
@@ -142,17 +146,21 @@ def parse_id(text: str) -> str:
         raise ValueError(str(error)) from None
 
 
-def _parse_cell(cell: str) -> NDArray[np.int32]:
+def _parse_cell(cell: str, bare: bool) -> NDArray[np.int32]:
     """(n, 5) int32: code point, x, y, width, height. An empty cell and `nan` are a page without text."""
     if cell.strip() in ("", "nan"):
         return np.empty((0, FIELDS_PER_BOX), np.int32)
     fields = cell.split()
-    if len(fields) % FIELDS_PER_BOX:
-        raise ValueError(f"labels must be groups of 5 fields. Received: {len(fields)} fields")
+    told = not bare or fields[0].startswith("U+")
+    per_box = FIELDS_PER_BOX if told else FIELDS_PER_BOX - 1
+    if len(fields) % per_box:
+        raise ValueError(f"labels must be groups of {per_box} fields. Received: {len(fields)} fields")
     values = [
-        parse_code_point(field) if i % FIELDS_PER_BOX == 0 else _parse_integer(field) for i, field in enumerate(fields)
+        parse_code_point(field) if told and i % per_box == 0 else _parse_integer(field)
+        for i, field in enumerate(fields)
     ]
-    return np.array(values, np.int32).reshape(-1, FIELDS_PER_BOX)
+    table = np.array(values, np.int32).reshape(-1, per_box)
+    return table if told else np.insert(table, 0, UNKNOWN, axis=1)
 
 
 def _parse_integer(text: str) -> int:

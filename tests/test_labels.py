@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from cluster.errors import InputError
 from cluster.storage import place
-from preprocessing.labels import Labels, book_of, parse_code_point, read_labels
+from preprocessing.labels import UNKNOWN, Labels, book_of, parse_code_point, read_labels
 
 HEADER = "image_id,labels\n"
 
@@ -181,3 +181,16 @@ def test_a_code_point_is_read_back_from_its_name_unless_it_is_a_surrogate(value:
             parse_code_point(name)
     else:
         assert parse_code_point(name) == value
+
+
+def test_boxes_to_be_read_may_stand_without_their_characters(tmp_path: Path) -> None:
+    path = tmp_path / "boxes.csv"
+    path.write_text(HEADER + "a,1 2 3 4 5 6 7 8\nb,U+306F 1 2 3 4\nc,\n")
+    labels = read_labels(place(path), "--boxes", bare=True)
+    assert labels.boxes.tolist() == [[1, 2, 3, 4], [5, 6, 7, 8], [1, 2, 3, 4]]
+    assert labels.code_points.tolist() == [UNKNOWN, UNKNOWN, 0x306F]
+    with pytest.raises(InputError, match="groups of 5 fields. Received: 8 fields"):
+        read_labels(place(path))
+    path.write_text(HEADER + "a,1 2 3 4 5\n")
+    with pytest.raises(InputError, match="groups of 4 fields. Received: 5 fields"):
+        read_labels(place(path), "--boxes", bare=True)

@@ -1,0 +1,66 @@
+"""A page beside what was read on it, for the eye."""
+
+import io
+from collections.abc import Sequence
+from functools import lru_cache
+
+import cv2
+import numpy as np
+import simplejpeg
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from preprocessing.hand import packaged_font
+
+MOST_PIXELS = 2400  # of the longer side of the page
+SURE = 0.5  # at least so probable
+# Okabe and Ito's colours, which colour-blind people tell apart (jfly.uni-koeln.de/color).
+BLACK, ORANGE, VERMILLION = (0, 0, 0), (230, 159, 0), (213, 94, 0)
+LEGEND = "黒：確率 50 % 以上　橙：それ未満　朱：誤り　〓：その他の文字（右は候補）"
+
+
+def annotated(
+    data: bytes,
+    boxes: NDArray[np.int64],
+    readings: Sequence[Sequence[str]],
+    probabilities: NDArray[np.float32],
+    wrong: NDArray[np.bool_],
+) -> bytes:
+    """A JPEG: the page with its boxes, and to its right the characters where they stand.
+
+    data: the page's JPEG file, which was read before. boxes: (n, 4) x, y, width, height. readings: of each box the
+    best character first, then what it may be else, shown where there is more than one. wrong: (n,) what is known to be
+    another character.
+    """
+    page: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, colorspace="RGB")
+    ratio = min(1.0, MOST_PIXELS / max(page.shape[:2]))
+    height, width = (max(1, round(side * ratio)) for side in page.shape[:2])
+    small = cv2.resize(page, (width, height), interpolation=cv2.INTER_AREA)
+    size = max(12, height // 80)
+    sheet = Image.new("RGB", (2 * width, height + 2 * size), (255, 255, 255))
+    sheet.paste(Image.fromarray(small), (0, 0))
+    draw = ImageDraw.Draw(sheet)
+    for box, shown, probability, is_wrong in zip(boxes * ratio, readings, probabilities, wrong, strict=True):
+        colour = VERMILLION if is_wrong else BLACK if probability >= SURE else ORANGE
+        x, y, w, h = box.tolist()
+        draw.rectangle((x, y, x + w, y + h), outline=colour, width=2)
+        middle = (width + x + w / 2, y + h / 2)
+        best, *others = shown
+        draw.text(middle, best, colour, _font(_fitting(w, h)), anchor="mm")
+        for i, other in enumerate(others):
+            third = max(8, _fitting(w, h) // 3)
+            draw.text((width + x + w, y + i * third), other, colour, _font(third), anchor="lt")
+    draw.text((size, height + size), LEGEND, BLACK, _font(size), anchor="lm")
+    encoded = io.BytesIO()
+    sheet.save(encoded, "JPEG", quality=90)
+    return encoded.getvalue()
+
+
+def _fitting(width: float, height: float) -> int:
+    """Of a font, in pixels, for a character in a box."""
+    return max(8, min(200, round(0.8 * max(width, height))))
+
+
+@lru_cache(maxsize=256)
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(packaged_font().path, size)

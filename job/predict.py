@@ -1,0 +1,168 @@
+"""Reading new pages: a Ray Data job from page scans and boxes to characters and text, in a sealed folder.
+
+predictions-00000-of-00016.parquet ...   a row a box, in the order of reading
+pages-00000-of-00016.parquet ...         a row a page: its text
+manifest.json                            what was lost, what was read with; written last
+"""
+
+import json
+import logging
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from upath import UPath
+
+from cluster.bucket import explained
+from cluster.errors import InputError, KuzushijiError, OptionError, one_line
+from cluster.manifest import FileEntry, ModelManifest, PredictionsManifest, is_sealed, read_manifest, seal, write_listed
+from cluster.models import resolve_model
+from cluster.progress import progress
+from cluster.runtime import cause_of, ray_session
+from cluster.storage import list_files, place, remove_temporaries, write_bytes
+from job.annotate import annotated
+from job.model_folder import load_model
+from job.reading import Read, accuracy
+from job.startup import without_chatter
+from preprocessing.cutting import cut_boxes, group_pages
+from preprocessing.labels import read_labels
+from preprocessing.pages import fingerprint, list_pages, page_reader
+
+BOXES_PER_GROUP = 2_000  # some seconds of work
+MIN_GROUPS = 16  # as of `prepare`: a laptop's cores have work, whatever their number
+VERSIONED = ("kuzushiji", "keras", "opencv-python-headless", "pandas", "pyarrow", "simplejpeg", "tensorflow")
+
+
+def predict(
+    model: UPath, pages: UPath, boxes: UPath, out: UPath, form: str = "parquet", annotate: UPath | None = None
+) -> PredictionsManifest:
+    """Read the boxes of a file on their pages. form: `parquet` or `csv`. annotate: where pictures of the pages go.
+
+    Raises:
+        OptionError: `out` holds something else.
+        InputError: boxes or pages can't be used, or no box could be read.
+        DamageError: the model is not what its manifest says.
+    """
+    folder = resolve_model(model)
+    model_manifest = read_manifest(folder, ModelManifest)
+    labels = read_labels(boxes, "--boxes", bare=True)
+    listing = list_pages(pages)
+    _clear(out)
+    rows = group_pages(labels, listing, max(MIN_GROUPS, -(-len(labels.boxes) // BOXES_PER_GROUP)))
+    for row in rows:
+        of = f"{row['group']:05d}-of-{len(rows):05d}.{form}"
+        row |= {"predictions_file": f"predictions-{of}", "pages_file": f"pages-{of}"}
+    places = {"model": str(folder), "pages": str(pages), "out": str(out), "annotate": str(annotate or "")}
+    reports = _run(rows, places, len(labels.page_ids))
+    losses = [loss for report in reports for loss in report["losses"]]
+    if len(losses) == len(labels.boxes):
+        raise InputError(f"a box at least must be readable. Received: {len(losses)} lost, first: {losses[0]['what']}")
+    manifest = PredictionsManifest(
+        files=[FileEntry.model_validate(entry) for report in reports for entry in report["files"]],
+        counts={"boxes": len(labels.boxes), "read": len(labels.boxes) - len(losses), "pages": len(labels.page_ids)},
+        accuracy=accuracy([report["sums"] for report in reports]),
+        losses=losses,
+        clipped=[entry for report in reports for entry in report["clipped"]],
+        model_manifest_sha256=model_manifest.sha256,
+        fingerprint=fingerprint(labels.sha256, listing),
+        versions={package: version(package) for package in VERSIONED},
+    )
+    remove_temporaries(out)
+    seal(out, manifest)
+    return manifest
+
+
+def _clear(out: UPath) -> None:
+    """Remove what an attempt that was killed left."""
+    if is_sealed(out):
+        raise OptionError(f"--out must be a new or empty folder. Received: {out}, a finished one")
+    there = list_files(out)
+    if others := [name for name in there if not name.startswith(("predictions-", "pages-"))]:
+        raise OptionError(f"--out must be a new or empty folder. Received: {out}, with {sorted(others)[0]}")
+    for name in there:
+        (out / name).unlink(missing_ok=True)
+    remove_temporaries(out)
+
+
+def _run(rows: list[dict[str, Any]], places: dict[str, str], total: int) -> list[dict[str, Any]]:
+    """Read all groups with Ray Data; their reports in the order of the pages."""
+    reports: dict[int, dict[str, Any]] = {}
+    with ray_session(), progress("pages read", total, "pages") as advance:
+        import ray.data
+
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # else it warns of the bars that are off
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        context.raise_original_map_exception = True  # else the cause is lost on its way back
+        groups = ray.data.from_items(rows, override_num_blocks=len(rows))
+        # Processes that live on: each loads the model once.
+        readers = ray.data.ActorPoolStrategy(min_size=1, max_size=len(rows), max_tasks_in_flight_per_actor=2)
+        try:
+            read = groups.map(Reader, fn_constructor_kwargs=places, compute=readers, num_cpus=1)
+            for row in read.iter_rows():
+                reports[row["group"]] = json.loads(row["report"])
+                advance(len(rows[row["group"]]["image_id"]))
+        except Exception as error:
+            raise cause_of(error) from error  # which holds the traceback of the task, for --debug
+    return [reports[group] for group in sorted(reports)]
+
+
+class Reader:
+    """What a worker does with each group that it gets."""
+
+    def __init__(self, model: str, pages: str, out: str, annotate: str) -> None:
+        self.model, self.pages, self.out = place(model), place(pages), place(out)
+        self.annotate = place(annotate) if annotate else None
+        self._loaded: tuple[Any, list[str]] | None = None
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Returns {"group", "report": JSON}.
+
+        Raises:
+            KuzushijiError: whatever failed for reasons outside the code.
+        """
+        try:
+            # Here, not in `__init__`: Ray Data keeps only the text of what an actor failed to begin of.
+            steps, names = self._loaded = self._loaded or _load(self.model)
+            report = self._read(row, steps, names)
+        except OSError as error:  # Ray Data would put its own text where the path is
+            raise explained(error) or KuzushijiError(one_line(error)) from error
+        return {"group": row["group"], "report": json.dumps(report, ensure_ascii=False)}
+
+    def _read(self, row: dict[str, Any], steps: Any, names: list[str]) -> dict[str, Any]:
+        read = Read.of(cut_boxes(row, self.pages), steps, names, np.array(row["unicode"], np.int32))
+        tables = {row["predictions_file"]: read.predictions(), row["pages_file"]: read.texts(row["image_id"])}
+        files = [write_listed(self.out / name, _encoded(table, name)) for name, table in tables.items()]
+        if self.annotate:
+            self._draw(row, read, self.annotate)
+        return {
+            "files": [entry.model_dump() for entry in files],
+            "losses": read.losses(),
+            "clipped": [{"page": cut.page_id, "box": cut.box} for cut in read.cuts if cut.clipped],
+            "sums": read.sums(),
+        }
+
+    def _draw(self, row: dict[str, Any], read: "Read", folder: UPath) -> None:
+        with page_reader(self.pages) as read_page:
+            for page_id, name in zip(row["image_id"], row["name"], strict=True):
+                if page_id in read.of_page:
+                    picture = annotated(read_page(name), *read.for_picture(page_id))
+                    write_bytes(folder / f"{page_id}.jpg", picture)
+
+
+def _load(model: UPath) -> tuple[Any, list[str]]:
+    """For one thread: Ray runs a reader on each core, and the same threads give the same bits."""
+    with without_chatter():
+        import tensorflow as tf
+
+        tf.config.threading.set_intra_op_parallelism_threads(1)
+        tf.config.threading.set_inter_op_parallelism_threads(1)
+        tf.config.experimental.enable_op_determinism()
+        from job.step import Steps
+    loaded, names, _ = load_model(model)
+    return Steps(tf.distribute.get_strategy(), 1, loaded), names
+
+
+def _encoded(table: pd.DataFrame, name: str) -> bytes:
+    return table.to_csv(index=False).encode() if name.endswith(".csv") else table.to_parquet(index=False)

@@ -1,0 +1,221 @@
+"""Reading new pages: the crops of the training, every box once, in the order of reading, and honest about losses."""
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import KUZUSHIJI
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from cluster.errors import InputError, OptionError
+from cluster.manifest import PredictionsManifest, verify
+from cluster.storage import place
+from job.predict import predict
+from job.reading_order import columns
+from preprocessing.cutting import cut_boxes, group_pages
+from preprocessing.labels import read_labels
+from preprocessing.pages import list_pages
+from preprocessing.split import SPLITS
+
+
+@pytest.fixture(scope="module")
+def model(real_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder of the real pages' classes. Its answers depend on every pixel, and are mostly wrong."""
+    import keras
+
+    from job.model_folder import write_model
+
+    labels = (real_dataset / "label.labels.txt").read_text()
+    keras.utils.set_random_seed(1)
+    layers = [
+        keras.layers.Rescaling(1 / 255),
+        keras.layers.AveragePooling2D(8),
+        keras.layers.Flatten(),
+        keras.layers.LayerNormalization(),
+        keras.layers.Dense(len(labels.splitlines()), activation="softmax", kernel_initializer="he_normal"),
+    ]
+    folder = tmp_path_factory.mktemp("model") / "baseline" / "first"
+    texts = {"labels.txt": labels, "config.json": "{}"}
+    write_model(place(folder), keras.Sequential([keras.Input((80, 80, 1)), *layers]), texts, "0" * 64)
+    return folder.parent
+
+
+@pytest.fixture(scope="module")
+def read(ray_here: None, model: Path, shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The real pages, read and drawn."""
+    folder = tmp_path_factory.mktemp("read")
+    do(model, shared / "pages", shared / "train.csv", folder / "out", annotate=place(folder / "pictures"))
+    return folder / "out"
+
+
+def do(model: Path, pages: Path, boxes: Path, out: Path, **options: Any) -> PredictionsManifest:
+    return predict(place(model), place(pages), place(boxes), place(out), **options)
+
+
+def table(folder: Path, kind: str = "predictions") -> pd.DataFrame:
+    return pd.concat(map(pd.read_parquet, sorted(folder.glob(f"{kind}-*.parquet"))), ignore_index=True)
+
+
+def without_characters(labels: Path, to: Path) -> Path:
+    rows = pd.read_csv(labels, dtype=str)
+    cells = [cell.split() for cell in rows["labels"]]
+    rows["labels"] = [" ".join(field for i, field in enumerate(cell) if i % 5) for cell in cells]
+    rows.to_csv(to, index=False)
+    return to
+
+
+def test_what_is_read_are_the_very_crops_of_the_dataset(
+    real_dataset: Path, shared: Path, read: Path, model: Path
+) -> None:
+    from job.model_folder import load_model
+    from job.staging import staged
+
+    labels = read_labels(place(shared / "train.csv"))
+    rows = group_pages(labels, list_pages(place(shared / "pages")), 2)
+    cuts = {(cut.page_id, *cut.box): cut.crop for row in rows for cut in cut_boxes(row, place(shared / "pages"))}
+    loaded, names, _ = load_model(place(model))
+    found = table(read).set_index(["image_id", "x", "y", "width", "height"])
+    with staged(place(real_dataset), SPLITS) as dataset:
+        compared = 0
+        for split in SPLITS:
+            crops = dataset.splits[split]
+            probabilities = loaded.predict(crops.images[:], verbose=0)
+            for i, page_id in enumerate(crops.page_ids):
+                where = (page_id, *crops.boxes[i].tolist())
+                assert np.array_equal(cuts[where], crops.images[i][:, :, 0])
+                best = np.argsort(-probabilities[i], kind="stable")[:5]
+                seen = found.loc[where]
+                assert [seen[f"label_{rank}"] for rank in range(1, 6)] == [names[j] for j in best]
+                told = [seen[f"probability_{rank}"] for rank in range(1, 6)]
+                np.testing.assert_allclose(told, probabilities[i][best], rtol=1e-4)
+                compared += 1
+    assert compared == len(cuts) == len(found)
+
+
+def test_the_accuracy_is_that_of_evaluate(read: Path, model: Path, real_dataset: Path) -> None:
+    from job.evaluate import evaluate
+
+    told = json.loads((read / "manifest.json").read_text())["accuracy"]
+    parts = [evaluate(place(model), place(real_dataset), split).metrics for split in SPLITS]
+    assert told["examples"] == sum(part["examples"] for part in parts)
+    for key in ("accuracy", "top5"):
+        assert told[key] == pytest.approx(sum(part[key] * part["examples"] for part in parts) / told["examples"])
+
+
+def test_boxes_without_characters_are_read_alike_and_nothing_is_claimed_of_accuracy(
+    read: Path, model: Path, shared: Path, tmp_path: Path
+) -> None:
+    bare = without_characters(shared / "train.csv", tmp_path / "boxes.csv")
+    manifest = do(model, shared / "pages", bare, tmp_path / "out")
+    assert manifest.accuracy == {}
+    told, alike = table(read), table(tmp_path / "out")
+    assert alike["unicode"].isna().all()
+    pd.testing.assert_frame_equal(alike.drop(columns="unicode"), told.drop(columns="unicode"))
+
+
+def test_csv_holds_the_same_as_parquet(read: Path, model: Path, shared: Path, tmp_path: Path) -> None:
+    do(model, shared / "pages", shared / "train.csv", tmp_path / "out", form="csv")
+    for kind in ("predictions", "pages"):
+        same = pd.concat(map(pd.read_csv, sorted((tmp_path / "out").glob(f"{kind}-*.csv"))), ignore_index=True)
+        pd.testing.assert_frame_equal(same, table(read, kind), check_dtype=False)
+
+
+def test_a_page_is_told_as_text_by_column_and_each_character_once(read: Path, shared: Path) -> None:
+    boxes, pages = table(read), table(read, "pages").set_index("image_id")
+    assert len(pages) == len(read_labels(place(shared / "train.csv")).page_ids)
+    for page_id, of_page in boxes.groupby("image_id"):
+        lines = ["".join(column["character_1"]) for _, column in of_page.groupby("column")]
+        assert pages.loc[page_id, "text"] == "\n".join(lines)
+        assert pages.loc[page_id, "characters"] == len(of_page)
+    assert (boxes.filter(like="label_") == "rare").any(axis=None)
+    for rank in range(1, 6):
+        assert ((boxes[f"label_{rank}"] == "rare") == (boxes[f"character_{rank}"] == "〓")).all()
+
+
+def test_each_page_is_drawn_beside_what_was_read(read: Path, shared: Path) -> None:
+    for page in (shared / "pages").iterdir():
+        with Image.open(read.parent / "pictures" / page.name) as drawn, Image.open(page) as scan:
+            half = drawn.width // 2
+            assert half / (scan.width * 2400 / scan.height) == pytest.approx(1, abs=0.01)
+            written = np.asarray(drawn.convert("RGB"))[: scan.height, half:]
+        assert ((written[:, :, 0] > 180) & (written[:, :, 2] < 60)).any()  # vermillion: most of it is wrong
+
+
+def test_what_cannot_be_read_is_counted_and_listed(model: Path, shared: Path, ray_here: None, tmp_path: Path) -> None:
+    shutil.copytree(shared / "pages", tmp_path / "pages")
+    first, second, _ = sorted((tmp_path / "pages").iterdir())
+    first.write_bytes(first.read_bytes()[:5000])
+    rows = pd.read_csv(shared / "train.csv", dtype=str).set_index("image_id")
+    rows.loc[second.stem, "labels"] += " U+306F 90000 0 9 9 U+306F -5 0 9 9"
+    rows.loc["elsewhere", "labels"] = "U+306F 1 2 3 4"
+    rows.to_csv(tmp_path / "boxes.csv")
+    manifest = do(model, tmp_path / "pages", tmp_path / "boxes.csv", tmp_path / "out")
+    lost = {(loss["page"], loss["what"].split(":")[0].split(" of ")[0]) for loss in manifest.losses}
+    assert {("elsewhere", "page has no file"), (second.stem, "box is off its page")} < lost
+    assert first.stem in {page for page, _ in lost}
+    assert [entry["page"] for entry in manifest.clipped] == [second.stem]
+    assert manifest.counts["read"] + len(manifest.losses) == manifest.counts["boxes"]
+    assert len(table(tmp_path / "out")) == manifest.counts["read"]
+    assert table(tmp_path / "out", "pages").set_index("image_id").loc["elsewhere", "text"] == ""
+
+
+def test_where_nothing_could_be_read_no_folder_is_sealed(
+    model: Path, shared: Path, ray_here: None, tmp_path: Path
+) -> None:
+    (tmp_path / "boxes.csv").write_text("image_id,labels\nelsewhere,1 2 3 4\n")
+    with pytest.raises(InputError, match="a box at least must be readable. Received: 1 lost, first: page has no file"):
+        do(model, shared / "pages", tmp_path / "boxes.csv", tmp_path / "out")
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_the_same_command_makes_the_same_bytes_also_over_what_was_left_of_an_attempt(
+    read: Path, model: Path, shared: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "pages-00000-of-00099.parquet").write_text("left")
+    do(model, shared / "pages", shared / "train.csv", out)
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == {p.name: p.read_bytes() for p in read.iterdir()}
+
+
+def test_a_folder_of_something_else_is_left_alone(read: Path, model: Path, shared: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(OptionError, match=r"new or empty folder. Received: .*, with mine.txt"):
+        do(model, shared / "pages", shared / "train.csv", tmp_path)
+    with pytest.raises(OptionError, match="a finished one"):
+        do(model, shared / "pages", shared / "train.csv", read)
+    assert verify(place(read))[1:] == ([], [])
+
+
+def test_the_command_tells_how_many_were_read_and_how_well(model: Path, shared: Path, tmp_path: Path) -> None:
+    places = ["--model", model, "--pages", shared / "pages", "--boxes", shared / "train.csv", "--out", tmp_path / "out"]
+    done = subprocess.run([KUZUSHIJI, "predict", *places], capture_output=True, text=True, check=True)
+    first, second, third = done.stdout.splitlines()
+    assert first == f"219 boxes read on 3 pages: {tmp_path / 'out'}"
+    assert second.startswith("accuracy 0.")
+    assert third == "0 boxes lost, 0 clipped: each is listed in manifest.json"
+    checked = subprocess.run([KUZUSHIJI, "verify", tmp_path / "out"], capture_output=True, text=True, check=True)
+    assert checked.stdout.startswith("predictions ")
+
+
+def test_columns_are_read_from_right_to_left_and_from_top_to_bottom() -> None:
+    # Three columns of four that lean to the left, with a narrow character in one and a wide one in another.
+    boxes = [[300 - 100 * c - 9 * r, 10 + 60 * r, 50, 50] for c in range(3) for r in range(4)]
+    boxes[1][0], boxes[1][2] = boxes[1][0] + 32, 12
+    boxes[6][0], boxes[6][2] = boxes[6][0] - 10, 75
+    shuffled = np.random.default_rng(3).permutation(12)
+    found = columns(np.array(boxes)[shuffled])
+    assert [[int(shuffled[i]) for i in column] for column in found] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+
+
+@given(st.lists(st.tuples(*[st.integers(-50, 2000)] * 2, *[st.integers(1, 300)] * 2), max_size=30))
+def test_every_box_has_its_place_in_the_order_of_reading(boxes: list[tuple[int, ...]]) -> None:
+    found = columns(np.array(boxes, np.int64).reshape(-1, 4))
+    assert sorted(i for column in found for i in column) == list(range(len(boxes)))
