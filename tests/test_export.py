@@ -1,0 +1,59 @@
+"""Models for other programs: they predict what ours do, and nothing is left of one that does not."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cluster.errors import KuzushijiError, OptionError
+from cluster.storage import place
+from job.export import export
+from job.model_folder import load_model
+
+
+@pytest.fixture(scope="module")
+def crops(few: Path) -> np.ndarray:
+    from job.staging import staged
+
+    with staged(place(few), ["test"]) as data:
+        return np.array(data.splits["test"].images, np.float32)
+
+
+def test_a_saved_model_predicts_what_the_model_does(trained: Path, crops: np.ndarray, tmp_path: Path) -> None:
+    import tensorflow as tf
+
+    export(place(trained), "savedmodel", place(tmp_path / "out"))
+    model, names, _ = load_model(place(trained))
+    written = tf.saved_model.load(str(tmp_path / "out"))
+    np.testing.assert_allclose(written.serve(crops), model.predict(crops, verbose=0), atol=1e-4)
+    assert (tmp_path / "out" / "labels.txt").read_text().split() == names
+
+
+@pytest.mark.filterwarnings("ignore:.*tf.lite.Interpreter is deprecated")
+def test_a_tflite_model_predicts_what_the_model_does(trained: Path, crops: np.ndarray, tmp_path: Path) -> None:
+    import tensorflow as tf
+
+    export(place(trained), "tflite", place(tmp_path / "out"))
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["labels.txt", "model.tflite"]
+    interpreter = tf.lite.Interpreter(str(tmp_path / "out" / "model.tflite"))
+    interpreter.resize_tensor_input(interpreter.get_input_details()[0]["index"], crops.shape)
+    interpreter.allocate_tensors()
+    interpreter.set_tensor(interpreter.get_input_details()[0]["index"], crops)
+    interpreter.invoke()
+    predicted = interpreter.get_tensor(interpreter.get_output_details()[0]["index"])
+    np.testing.assert_allclose(predicted, load_model(place(trained))[0].predict(crops, verbose=0), atol=1e-4)
+
+
+def test_what_predicts_something_else_is_not_written(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("job.export._as_tflite", lambda model, folder: lambda crops: 1 - np.asarray(model(crops)))
+    with pytest.raises(KuzushijiError, match="must predict what the model does. Received: probabilities that differ"):
+        export(place(trained), "tflite", place(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_with_something_in_it_is_refused(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(OptionError, match="new or empty folder"):
+        export(place(trained), "savedmodel", place(tmp_path))
