@@ -12,7 +12,7 @@ from job.command import Outcome, command, config_of, main
 SHOWN_CONFUSIONS = 20
 SPLITS = ("train", "validation", "test")
 # What makes sense on a cluster; the others read or write the disk of the machine that they run on.
-JOBS = ("prepare", "train", "evaluate", "verify")
+JOBS = ("prepare", "train", "evaluate", "predict", "report", "export", "verify")
 
 log = logging.getLogger("kuzushiji")
 
@@ -164,6 +164,65 @@ def evaluate(model: str, dataset: str, split: str, out: str | None) -> Outcome:
 
 
 @command
+@click.option("--model", required=True, metavar="PLACE", help="A model folder, or its architecture's for the latest.")
+@click.option("--pages", required=True, metavar="PLACE", help="Folder or .zip of <image_id>.jpg.")
+@click.option("--boxes", required=True, metavar="PLACE",
+              help="As Kaggle's train.csv; U+... may be left out of a row.")  # fmt: skip
+@click.option("--out", required=True, metavar="PLACE", help="New folder for the tables of boxes and of pages.")
+@click.option("--format", "form", type=click.Choice(["parquet", "csv"]), default="parquet", show_default=True,
+              help="Of the tables.")  # fmt: skip
+@click.option("--annotate", metavar="PLACE", help="Draw each page with what was read into this folder.")
+def predict(model: str, pages: str, boxes: str, out: str, form: str, annotate: str | None) -> Outcome:
+    """Read boxes on new pages: top 5 characters of each, and the text."""
+    from cluster.storage import reachable_place
+    from job.predict import predict as run
+
+    model_place, pages_place, boxes_place, result_place = map(reachable_place, (model, pages, boxes, out))
+    pictures = reachable_place(annotate) if annotate else None
+    manifest = run(model_place, pages_place, boxes_place, result_place, form, pictures)
+    counts, accuracy, lost = manifest.counts, manifest.accuracy, len(manifest.losses)
+    result = {"out": out} | counts | {"losses": lost, "clipped": len(manifest.clipped), "accuracy": accuracy}
+    lines = [f"{counts['read']:,} boxes read on {counts['pages']:,} pages: {out}"]
+    if accuracy:
+        told = ", ".join(
+            f"{name.replace('_', ' ')} {value:.4f}" for name, value in accuracy.items() if value is not None
+        )
+        lines.append(told)
+    lines.append(f"{lost} boxes lost, {len(manifest.clipped)} clipped: each is listed in manifest.json")
+    return result, lines
+
+
+@command
+@click.option("--model", required=True, metavar="PLACE", help="A model folder, or its architecture's for the latest.")
+@click.option("--format", "form", type=click.Choice(["savedmodel", "tflite"]), required=True,
+              help="For TensorFlow Serving and the like; for LiteRT on small devices.")  # fmt: skip
+@click.option("--out", required=True, metavar="PLACE", help="New folder.")
+def export(model: str, form: str, out: str) -> Outcome:
+    """Write a model for other programs, checked to predict the same."""
+    from cluster.storage import reachable_place
+    from job.export import export as run
+
+    difference = run(reachable_place(model), form, reachable_place(out))
+    return {"out": out, "largest_difference": difference}, [
+        f"{form}: {out}",
+        f"probabilities differ by {difference:.1g} at most from the model's",
+    ]
+
+
+@command
+@click.option("--dataset", required=True, metavar="PLACE", help="Folder made by `prepare`.")
+@click.option("--out", required=True, metavar="PLACE", help="Folder for report.html.")
+def report(dataset: str, out: str) -> Outcome:
+    """Show what is in a dataset: a page of HTML that needs no network."""
+    from cluster.storage import reachable_place, write_bytes
+    from job.dataset_report import dataset_report
+
+    target = reachable_place(out) / "report.html"
+    write_bytes(target, dataset_report(reachable_place(dataset)))
+    return {"report": str(target)}, [f"report: {target}"]
+
+
+@command
 @click.option("--models", required=True, metavar="PLACE", help="Where trained models are.")
 @click.option("--to", required=True, metavar="DIR", help="Local folder; becomes a models place of the same form.")
 @click.argument("names", nargs=-1, metavar="[NAME[/RUN]]...")
@@ -215,7 +274,7 @@ def verify(folder: str) -> Outcome:
 @click.option("--working-dir", metavar="DIR", help="Ship this checkout and run its code instead of the image's.")
 @click.option("--no-wait", is_flag=True, help="Hand it in and come back at once.")
 @click.option("--attach", metavar="JOB", help="Follow a job that was handed in before.")
-@click.argument("arguments", nargs=-1, metavar="[-- prepare|train|evaluate|verify ...]")
+@click.argument("arguments", nargs=-1, metavar="[-- prepare|train|evaluate|predict|... ...]")
 def submit(
     cluster: str | None,
     address: str | None,

@@ -1,0 +1,124 @@
+"""A page of HTML that needs nothing beside itself: no network, no script, no font of the reader's machine."""
+
+import base64
+import html
+import io
+import math
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from fontTools.subset import Options, Subsetter
+from fontTools.ttLib import TTFont
+from numpy.typing import NDArray
+from PIL import Image
+
+from preprocessing.hand import packaged_font
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1b1b1b; --paper: #ffffff; --quiet: #666666; --line: #d8d8d8; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e8e6e3; --paper: #17181a; --quiet: #a0a0a0; --line: #3a3b3d; }
+}
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 76rem; padding: 1rem; background: var(--paper); color: var(--ink);
+  font: 1rem/1.5 system-ui, sans-serif, Kuzushiji; overflow-wrap: anywhere; }
+h1 { font-size: 1.5rem; margin: .5rem 0; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
+p { max-width: 60rem; margin: .4rem 0; } .quiet, figcaption { color: var(--quiet); font-size: .85rem; }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: 1rem; }
+.plots figure { margin: 0; min-width: 0; } svg { width: 100%; height: auto; display: block; }
+.crops { display: flex; flex-wrap: wrap; gap: .4rem; margin: .3rem 0 1rem; }
+.crops figure { margin: 0; text-align: center; line-height: 1.3; }
+.crops img { display: block; width: 64px; height: 64px; } .crops figcaption { font-family: Kuzushiji, sans-serif; }
+.table { overflow-x: auto; } table { border-collapse: collapse; } th, td { padding: .15rem .8rem .15rem 0;
+  text-align: left; border-bottom: 1px solid var(--line); font-variant-numeric: tabular-nums; white-space: nowrap; }
+td.number, th.number { text-align: right; }
+"""
+
+
+def page(title: str, sections: Iterable[str]) -> bytes:
+    """The whole file. sections: HTML."""
+    body = "\n".join(sections)
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:,">
+<title>{html.escape(title)}</title>
+<style>{_font_face(title + body)}{STYLE}</style>
+</head>
+<body>
+<h1>{html.escape(title)}</h1>
+{body}
+</body>
+</html>
+""".encode()
+
+
+def _font_face(text: str) -> str:
+    """The Japanese characters of a text, in a font of their own."""
+    font = TTFont(packaged_font().path)
+    options = Options()
+    options.flavor = "woff"
+    options.layout_features = []
+    options.notdef_outline = True
+    subsetter = Subsetter(options)
+    subsetter.populate(unicodes=sorted({ord(character) for character in text if ord(character) > 0x7F}))
+    subsetter.subset(font)
+    font.flavor = "woff"
+    font["head"].modified = font["head"].created  # the same bytes whenever it is made
+    font.recalcTimestamp = False
+    written = io.BytesIO()
+    font.save(written)
+    data = base64.b64encode(written.getvalue()).decode()
+    return f'\n@font-face {{ font-family: Kuzushiji; src: url("data:font/woff;base64,{data}") format("woff"); }}'
+
+
+def section(title: str, *parts: str) -> str:
+    return f"<section>\n<h2>{html.escape(title)}</h2>\n" + "\n".join(parts) + "\n</section>"
+
+
+def paragraph(text: str, kind: str = "") -> str:
+    named = f' class="{kind}"' if kind else ""
+    return f"<p{named}>{html.escape(text)}</p>"
+
+
+def plots(*drawn: tuple[str, str]) -> str:
+    """Figures side by side where there is room. drawn: an SVG, and what it shows."""
+    figures = (f"<figure>{svg}<figcaption>{html.escape(caption)}</figcaption></figure>" for svg, caption in drawn)
+    return f'<div class="plots">{"".join(figures)}</div>'
+
+
+def crops(images: Sequence[NDArray[np.uint8]], captions: Sequence[str]) -> str:
+    """Pictures of (80, 80) crops, each with what stands under it."""
+    figures = (
+        f'<figure><img src="{_png(image)}" width="64" height="64" alt="{html.escape(caption)}">'
+        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+        for image, caption in zip(images, captions, strict=True)
+    )
+    return f'<div class="crops">{"".join(figures)}</div>'
+
+
+def _png(image: NDArray[np.uint8]) -> str:
+    written = io.BytesIO()
+    Image.fromarray(image).save(written, "PNG")
+    return "data:image/png;base64," + base64.b64encode(written.getvalue()).decode()
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Numbers stand to the right. A float is shown with four places."""
+    rows = list(rows)
+    numbers = [all(isinstance(row[i], int | float) for row in rows) and bool(rows) for i in range(len(header))]
+    kinds = [' class="number"' if number else "" for number in numbers]
+    head = "".join(f"<th{kind}>{html.escape(text)}</th>" for kind, text in zip(kinds, header, strict=True))
+    lines = (
+        "<tr>" + "".join(f"<td{kind}>{_cell(value)}</td>" for kind, value in zip(kinds, row, strict=True)) + "</tr>"
+        for row in rows
+    )
+    return f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return "-" if math.isnan(value) else f"{value:.4f}"
+    return f"{value:,}" if isinstance(value, int) else html.escape(str(value))
