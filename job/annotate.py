@@ -10,13 +10,14 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from preprocessing.hand import packaged_font
+from preprocessing.hand import coverage, packaged_font
+from preprocessing.labels import code_point_name
 
 MOST_PIXELS = 2400  # of the longer side of the page
 SURE = 0.5  # at least so probable
 # Okabe and Ito's colours, which colour-blind people tell apart (jfly.uni-koeln.de/color).
 BLACK, ORANGE, VERMILLION = (0, 0, 0), (230, 159, 0), (213, 94, 0)
-LEGEND = "黒：確率 50 % 以上　橙：それ未満　朱：誤り　〓：その他の文字（右は候補）"
+LEGEND = "black: at least 50 % sure; orange: less; red: wrong; 〓: a rare character, beside it what else it may be"
 
 
 def annotated(
@@ -46,7 +47,10 @@ def annotated(
         draw.rectangle((x, y, x + w, y + h), outline=colour, width=2)
         middle = (width + x + w / 2, y + h / 2)
         best, *others = shown
-        draw.text(middle, best, colour, _font(_fitting(w, h)), anchor="mm")
+        if ord(best) in coverage(packaged_font()):
+            draw.text(middle, best, colour, _font(_fitting(w, h)), anchor="mm")
+        else:
+            draw.text(middle, code_point_name(ord(best)), colour, _font(size), anchor="mm")
         for i, other in enumerate(others):
             third = max(8, _fitting(w, h) // 3)
             draw.text((width + x + w, y + i * third), other, colour, _font(third), anchor="lt")

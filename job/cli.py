@@ -210,15 +210,23 @@ def export(model: str, form: str, out: str) -> Outcome:
 
 
 @command
-@click.option("--dataset", required=True, metavar="PLACE", help="Folder made by `prepare`.")
+@click.option("--dataset", metavar="PLACE", help="Folder made by `prepare`; with --models: to show their crops.")
+@click.option("--models", metavar="PLACE", help="Where trained models are: the latest run of each architecture.")
 @click.option("--out", required=True, metavar="PLACE", help="Folder for report.html.")
-def report(dataset: str, out: str) -> Outcome:
-    """Show what is in a dataset: a page of HTML that needs no network."""
+def report(dataset: str | None, models: str | None, out: str) -> Outcome:
+    """Show a dataset, or models, on a page of HTML that needs no network."""
     from cluster.storage import reachable_place, write_bytes
     from job.dataset_report import dataset_report
+    from job.model_report import model_report
 
+    if not (dataset or models):
+        raise OptionError("--dataset or --models must be given. Received: neither")
+    data = reachable_place(dataset) if dataset else None
     target = reachable_place(out) / "report.html"
-    write_bytes(target, dataset_report(reachable_place(dataset)))
+    if models:
+        write_bytes(target, model_report(reachable_place(models), data))
+    elif data:
+        write_bytes(target, dataset_report(data))
     return {"report": str(target)}, [f"report: {target}"]
 
 

@@ -12,7 +12,8 @@ from fontTools.ttLib import TTFont
 from numpy.typing import NDArray
 from PIL import Image
 
-from preprocessing.hand import packaged_font
+from preprocessing.hand import coverage, packaged_font
+from preprocessing.labels import code_point_name
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1b1b; --paper: #ffffff; --quiet: #666666; --line: #d8d8d8; }
@@ -25,10 +26,12 @@ body { margin: 0 auto; max-width: 76rem; padding: 1rem; background: var(--paper)
 h1 { font-size: 1.5rem; margin: .5rem 0; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
 p { max-width: 60rem; margin: .4rem 0; } .quiet, figcaption { color: var(--quiet); font-size: .85rem; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: 1rem; }
-.plots figure { margin: 0; min-width: 0; } svg { width: 100%; height: auto; display: block; }
+.plots figure { margin: 0; min-width: 0; max-width: 40rem; } svg { width: 100%; height: auto; display: block; }
 .crops { display: flex; flex-wrap: wrap; gap: .4rem; margin: .3rem 0 1rem; }
 .crops figure { margin: 0; text-align: center; line-height: 1.3; }
-.crops img { display: block; width: 64px; height: 64px; } .crops figcaption { font-family: Kuzushiji, sans-serif; }
+.crops img { display: block; height: 64px; image-rendering: pixelated; margin: 0 auto; }
+.crops figcaption, .lines { font-family: Kuzushiji, sans-serif; }
+.lines { list-style: none; padding: 0; columns: 20rem; }
 .table { overflow-x: auto; } table { border-collapse: collapse; } th, td { padding: .15rem .8rem .15rem 0;
   text-align: left; border-bottom: 1px solid var(--line); font-variant-numeric: tabular-nums; white-space: nowrap; }
 td.number, th.number { text-align: right; }
@@ -36,8 +39,10 @@ td.number, th.number { text-align: right; }
 
 
 def page(title: str, sections: Iterable[str]) -> bytes:
-    """The whole file. sections: HTML."""
+    """The whole file. sections: HTML. Characters that its font lacks are told by their code points."""
     body = "\n".join(sections)
+    lacking = {ord(character) for character in body if ord(character) > 0x7F} - coverage(packaged_font())
+    body = body.translate({code: code_point_name(code) for code in lacking})
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -90,9 +95,9 @@ def plots(*drawn: tuple[str, str]) -> str:
 
 
 def crops(images: Sequence[NDArray[np.uint8]], captions: Sequence[str]) -> str:
-    """Pictures of (80, 80) crops, each with what stands under it."""
+    """Pictures of crops, 64 pixels high, each with what stands under it."""
     figures = (
-        f'<figure><img src="{_png(image)}" width="64" height="64" alt="{html.escape(caption)}">'
+        f'<figure><img src="{_png(image)}" alt="{html.escape(caption)}">'
         f"<figcaption>{html.escape(caption)}</figcaption></figure>"
         for image, caption in zip(images, captions, strict=True)
     )
@@ -103,6 +108,11 @@ def _png(image: NDArray[np.uint8]) -> str:
     written = io.BytesIO()
     Image.fromarray(image).save(written, "PNG")
     return "data:image/png;base64," + base64.b64encode(written.getvalue()).decode()
+
+
+def lines(texts: Sequence[str]) -> str:
+    """A list, a text a line."""
+    return '<ul class="lines">' + "".join(f"<li>{html.escape(text)}</li>" for text in texts) + "</ul>"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -1,11 +1,13 @@
 """Plots as SVG that takes the colours of the page around it, and needs no font: letters are drawn as shapes."""
 
 import io
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
 from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -87,7 +89,7 @@ def stacked(names: Sequence[str], of_splits: Mapping[str, NDArray[np.int64]], un
         axes.invert_yaxis()
         axes.set(xlabel=unit)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-        axes.legend()
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(of_splits))
 
     return _svg(draw, height=max(1.8, 1.0 + 0.24 * len(names)))
 
@@ -101,5 +103,57 @@ def box_sizes(boxes: NDArray[np.int32]) -> str:
             axes.hist(sides, bins=60, range=(0, most), histtype="step", label=name, color=colour, linewidth=1.5)
         axes.set(xlabel="pixels on the page", ylabel="boxes")
         axes.legend()
+
+    return _svg(draw)
+
+
+def curves(of_runs: Mapping[str, pd.DataFrame], columns: Sequence[str], unit: str) -> str:
+    """of_runs: name to a row an epoch. columns: at most two; the second is dashed."""
+
+    def draw(axes: Any) -> None:
+        for (name, history), colour in zip(of_runs.items(), itertools.cycle(COLOURS), strict=False):
+            for column, line in zip(columns, ("-", "--"), strict=False):
+                label = f"{name} {column}".replace("_", " ").strip()
+                axes.plot(history["epoch"], history[column], line, marker=".", label=label, color=colour)
+        axes.set(xlabel="epoch", ylabel=unit)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+        axes.legend()
+
+    return _svg(draw)
+
+
+def accuracy_by_frequency(examples: NDArray[np.int64], recall: NDArray[np.float64]) -> str:
+    """A point a class: its crops in the test, and the share of them that was recognised."""
+
+    def draw(axes: Any) -> None:
+        axes.plot(examples, recall, ".", color=COLOURS[0], alpha=0.6, markeredgewidth=0)
+        axes.set(xlabel="crops of the class in the test", ylabel="recognised", xscale="log", ylim=(-0.03, 1.03))
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+
+    return _svg(draw)
+
+
+def shares(names: Sequence[str], values: NDArray[np.float64], unit: str) -> str:
+    """A bar a name, from 0 to 1; the first `MOST_BARS`."""
+    names = list(names[:MOST_BARS])
+
+    def draw(axes: Any) -> None:
+        axes.barh(names, values[: len(names)], color=COLOURS[0])
+        axes.invert_yaxis()
+        axes.set(xlabel=unit, xlim=(0, 1))
+        axes.xaxis.set_major_formatter(PercentFormatter(1))
+
+    return _svg(draw, height=max(1.8, 1.0 + 0.24 * len(names)))
+
+
+def points(names: Sequence[str], across: Sequence[float], accuracies: Sequence[float], unit: str) -> str:
+    """A named point each: accuracy over what it costs."""
+
+    def draw(axes: Any) -> None:
+        for name, x, y, colour in zip(names, across, accuracies, itertools.cycle(COLOURS), strict=False):
+            axes.plot([x], [y], "o", color=colour)
+            axes.annotate(name, (x, y), (6, 4), textcoords="offset points")
+        axes.set(xlabel=unit, ylabel="test accuracy", xlim=(0, 1.35 * max(across)))
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
 
     return _svg(draw)

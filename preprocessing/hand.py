@@ -189,7 +189,8 @@ def _face(font: Font, size: int) -> ImageFont.FreeTypeFont:
 
 
 @cache
-def _coverage(font: Font) -> frozenset[int]:
+def coverage(font: Font) -> frozenset[int]:
+    """The code points that a font draws."""
     with TTFont(font.path, fontNumber=font.index, lazy=True) as face:
         return frozenset(face.getBestCmap() or {})
 
@@ -207,7 +208,7 @@ def packaged_font() -> Font:
 def _template(code_point: int, fonts: tuple[Font, ...], side: int) -> Tones:
     """The undistorted shape, uint8 (side, side), ink centred: of the first font that draws it, else its strokes."""
     for font in (*fonts, packaged_font()):
-        if code_point not in _coverage(font):
+        if code_point not in coverage(font):
             continue
         face = _face(font, round(side * EM))
         left, top, right, bottom = face.getbbox(chr(code_point))

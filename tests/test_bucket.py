@@ -149,6 +149,32 @@ def test_a_dataset_on_a_bucket_has_the_bytes_of_one_in_a_folder(
     assert "nothing written" in again.stdout
 
 
+def test_what_is_read_and_exported_on_a_bucket_has_the_bytes_of_what_is_in_a_folder(
+    strict: StrictBucket, folder: UPath, pages: Path, trained: Path, tmp_path: Path
+) -> None:
+    sources = {"boxes.csv": pages / "train.csv"}
+    sources |= {f"pages/{path.name}": path for path in (pages / "train_images").iterdir()}
+    sources |= {f"model/{path.name}": path for path in trained.iterdir()}
+    for name, path in sources.items():
+        strict.write("demo", f"{folder.path.partition('/')[2]}/{name}", path.read_bytes())
+    here = ["--model", trained, "--pages", pages / "train_images", "--boxes", pages / "train.csv"]
+    there = ["--model", f"{folder}/model", "--pages", f"{folder}/pages", "--boxes", f"{folder}/boxes.csv"]
+    for inputs, out, pictures in (
+        (here, tmp_path / "read", tmp_path / "pictures"),
+        (there, f"{folder}/read", f"{folder}/pictures"),
+    ):
+        command = [KUZUSHIJI, "predict", *inputs, "--out", out, "--annotate", pictures]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    for name in ("read", "pictures"):
+        files = {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+        assert {file: read_bytes(folder / name / file) for file in list_files(folder / name)} == files
+    asked = ["export", "--format", "tflite"]
+    for model, out in ((trained, tmp_path / "lite"), (f"{folder}/model", f"{folder}/lite")):
+        subprocess.run([KUZUSHIJI, *asked, "--model", model, "--out", out], capture_output=True, check=True)
+    assert read_bytes(folder / "lite/model.tflite") == (tmp_path / "lite" / "model.tflite").read_bytes()
+
+
 def test_pages_in_an_archive_on_a_bucket_are_read(archive: UPath, pages: Path) -> None:
     listing = list_pages(archive)
     assert len(listing) == 12

@@ -3,11 +3,14 @@
 import json
 import shutil
 import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 from conftest import KUZUSHIJI
 from hypothesis import given
@@ -183,6 +186,33 @@ def test_the_same_command_makes_the_same_bytes_also_over_what_was_left_of_an_att
     (out / "pages-00000-of-00099.parquet").write_text("left")
     do(model, shared / "pages", shared / "train.csv", out)
     assert {p.name: p.read_bytes() for p in out.iterdir()} == {p.name: p.read_bytes() for p in read.iterdir()}
+
+
+def test_a_reader_that_is_killed_changes_nothing(read: Path, model: Path, shared: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with ThreadPoolExecutor() as pool:
+        done = pool.submit(do, model, shared / "pages", shared / "train.csv", out)
+        while not any(out.glob("pages-*")):  # the others are still to be read
+            time.sleep(0.01)
+        for process in psutil.Process().children(recursive=True):
+            if " ".join(process.cmdline()).startswith("ray::MapWorker"):
+                process.kill()
+        done.result()
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == {p.name: p.read_bytes() for p in read.iterdir()}
+
+
+def test_a_page_is_read_in_the_order_in_which_people_read_it(shared: Path) -> None:
+    labels = read_labels(place(shared / "train.csv"))
+    of_page = slice(*labels.starts[:2])
+    characters = [chr(code) for code in labels.code_points[of_page].tolist()]
+    lines = ["".join(characters[i] for i in column) for column in columns(labels.boxes[of_page])]
+    assert lines[:5] == [
+        "自序",
+        "若い時の気強に己やれと思ふ",
+        "た細工も老武者のかなしさは",
+        "息子に及ず浮世を裏の三畳に",
+        "避て正風の俳諧を楽しめ",
+    ]
 
 
 def test_a_folder_of_something_else_is_left_alone(read: Path, model: Path, shared: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Reports: one file that needs nothing beside itself, and tells what the folder holds."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -8,13 +9,15 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 import pytest
+from browser import CHROMIUM, look_at
 from conftest import KUZUSHIJI
 
+from cluster.errors import DamageError, InputError
 from cluster.manifest import DatasetManifest, read_manifest
 from cluster.storage import place
 from job.dataset_report import dataset_report
-
-CHROMIUM = shutil.which("chromium")
+from job.html_report import page, paragraph
+from job.model_report import model_report
 
 
 class Page(HTMLParser):
@@ -71,8 +74,81 @@ def test_a_random_split_is_told_to_have_pages_and_books_on_both_sides(of_real: s
     assert f"test\n{held}\n1.0000\n{held}\n1.0000\n" in Page(of_real).text
 
 
+def test_a_character_that_the_font_lacks_is_told_by_its_code_point() -> None:
+    told = page("Models", [paragraph("は \U0001f600")]).decode()
+    assert "は U+1F600" in told
+    assert "\U0001f600" not in told
+
+
 def test_the_same_dataset_gives_the_same_report(of_real: str, real_dataset: Path) -> None:
     assert dataset_report(place(real_dataset)).decode() == of_real
+
+
+@pytest.fixture(scope="module")
+def two(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A place with a model of two names."""
+    models = tmp_path_factory.mktemp("two")
+    for name in ("baseline", "fcn"):
+        shutil.copytree(trained.parent, models / name)
+    return models
+
+
+@pytest.fixture(scope="module")
+def of_two(two: Path, few: Path) -> str:
+    return model_report(place(two), place(few)).decode()
+
+
+def test_models_are_told_as_their_metrics_have_them_beside_the_study(of_two: str, trained: Path) -> None:
+    metrics = json.loads((trained / "metrics.json").read_text())
+    text = Page(of_two).text
+    accuracy, f1 = (f"{metrics['test'][key]:.4f}" for key in ("accuracy", "macro_f1"))
+    assert f"baseline\n{accuracy}\n{f1}\n0.9500\n0.9200\n{metrics['parameters']:,}\n" in text
+    assert f"fcn\n{accuracy}\n{f1}\n0.6500\n0.3800\n" in text
+    for split in ("train", "validation", "test"):
+        assert f"{split}\n{metrics[split]['examples']}\n{metrics[split]['accuracy']:.4f}\n" in text
+
+
+def test_what_a_model_gets_wrong_is_listed_as_evaluate_does_and_shown_in_pairs(
+    of_two: str, trained: Path, few: Path
+) -> None:
+    from job.evaluate import evaluate
+
+    found = evaluate(place(trained), place(few), "test")
+    text = Page(of_two).text
+    assert found.confusions
+    assert all(line in text for line in found.confusions)
+    worst = found.misclassified.groupby(["label", "predicted"]).size().max()
+    assert f"({worst})" in text
+
+
+def test_a_report_of_models_needs_no_dataset(two: Path, of_two: str) -> None:
+    alone = model_report(place(two)).decode()
+    assert "<img" not in alone
+    assert set(re.findall(r"<h2>(.*?)</h2>", alone)) < set(re.findall(r"<h2>(.*?)</h2>", of_two))
+
+
+def test_a_model_that_was_changed_and_a_dataset_of_other_classes_are_refused(
+    two: Path, dataset: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="must have the classes of the models"):
+        model_report(place(two), place(dataset))
+    shutil.copytree(two, tmp_path / "models")
+    with (tmp_path / "models" / "fcn" / "first" / "per_class.csv").open("a") as table:
+        table.write("\n")
+    with pytest.raises(DamageError, match=r"per_class.csv, whose SHA-256 is not the manifest's"):
+        model_report(place(tmp_path / "models"))
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="Debian's chromium is not installed")
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("kind", ["dataset", "models"])
+def test_a_browser_shows_all_of_a_report_and_has_no_complaint(
+    of_real: str, of_two: str, tmp_path: Path, kind: str, width: int
+) -> None:
+    (tmp_path / "report.html").write_text(of_real if kind == "dataset" else of_two)
+    seen = look_at(tmp_path / "report.html", width, dark=width < 600)
+    assert (seen.complaints, seen.too_wide, seen.broken) == ([], 0, 0)
+    assert seen.pictures >= 48
 
 
 def test_the_command_writes_the_report_where_it_is_asked_to(dataset: Path, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Measure everything on this machine: a table of ratios, and as the last line one JSON object of them.
 
-make bench                      # 24 minutes on 2 cores
+make bench                      # 19 minutes on 2 cores
 make bench BENCH=--quick        # whether it runs at all; its numbers mean nothing
 """
 
