@@ -151,7 +151,7 @@ class PredictionsManifest(Manifest):
     kind: Literal["predictions"] = "predictions"
     counts: Annotated[dict[str, Count], FailFast()]
     """`boxes` asked for, `read`, and the `pages` that they are of."""
-    accuracy: Annotated[dict[str, float | None], FailFast()]
+    accuracy: Annotated[dict[str, int | float | None], FailFast()]
     """Over the boxes whose characters were told; empty without any."""
     losses: Lines
     """Boxes that were not read: `page`, `box`, `unicode`, `what` happened."""

@@ -10,6 +10,7 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from preprocessing.crop import clip_box
 from preprocessing.hand import coverage, packaged_font
 from preprocessing.labels import code_point_name
 
@@ -41,16 +42,13 @@ def annotated(
     sheet = Image.new("RGB", (2 * width, height + 2 * size), (255, 255, 255))
     sheet.paste(Image.fromarray(small), (0, 0))
     draw = ImageDraw.Draw(sheet)
-    for box, shown, probability, is_wrong in zip(boxes * ratio, readings, probabilities, wrong, strict=True):
+    for box, shown, probability, is_wrong in zip(boxes.tolist(), readings, probabilities, wrong, strict=True):
         colour = VERMILLION if is_wrong else BLACK if probability >= SURE else ORANGE
-        x, y, w, h = box.tolist()
+        x, y, w, h = (ratio * side for side in clip_box(box, page.shape[:2]))
         draw.rectangle((x, y, x + w, y + h), outline=colour, width=2)
         middle = (width + x + w / 2, y + h / 2)
-        best, *others = shown
-        if ord(best) in coverage(packaged_font()):
-            draw.text(middle, best, colour, _font(_fitting(w, h)), anchor="mm")
-        else:
-            draw.text(middle, code_point_name(ord(best)), colour, _font(size), anchor="mm")
+        best, *others = map(_legible, shown)
+        draw.text(middle, best, colour, _font(_fitting(w, h) if len(best) == 1 else size), anchor="mm")
         for i, other in enumerate(others):
             third = max(8, _fitting(w, h) // 3)
             draw.text((width + x + w, y + i * third), other, colour, _font(third), anchor="lt")
@@ -58,6 +56,11 @@ def annotated(
     encoded = io.BytesIO()
     sheet.save(encoded, "JPEG", quality=90)
     return encoded.getvalue()
+
+
+def _legible(character: str) -> str:
+    """The character, or its code point where the font has no shape for it."""
+    return character if ord(character) in coverage(packaged_font()) else code_point_name(ord(character))
 
 
 def _fitting(width: float, height: float) -> int:

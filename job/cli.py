@@ -182,12 +182,11 @@ def predict(model: str, pages: str, boxes: str, out: str, form: str, annotate: s
     manifest = run(model_place, pages_place, boxes_place, result_place, form, pictures)
     counts, accuracy, lost = manifest.counts, manifest.accuracy, len(manifest.losses)
     result = {"out": out} | counts | {"losses": lost, "clipped": len(manifest.clipped), "accuracy": accuracy}
-    lines = [f"{counts['read']:,} boxes read on {counts['pages']:,} pages: {out}"]
+    lines = [f"{counts['read']:,} of {counts['boxes']:,} boxes read, of {counts['pages']:,} pages: {out}"]
     if accuracy:
-        told = ", ".join(
-            f"{name.replace('_', ' ')} {value:.4f}" for name, value in accuracy.items() if value is not None
-        )
-        lines.append(told)
+        scores = [(name.replace("_", " "), value) for name, value in accuracy.items() if isinstance(value, float)]
+        told = ", ".join(f"{name} {value:.4f}" for name, value in scores)
+        lines.append(f"{told}, {accuracy['examples']:,} boxes with a character")
     lines.append(f"{lost} boxes lost, {len(manifest.clipped)} clipped: each is listed in manifest.json")
     return result, lines
 
@@ -247,7 +246,7 @@ def pull(models: str, to: str, names: tuple[str, ...]) -> Outcome:
 @command
 @click.argument("folder", metavar="PLACE")
 def verify(folder: str) -> Outcome:
-    """Check a dataset or model folder against its manifest, or a cluster file (.yaml) before `ray up`."""
+    """Check a dataset, model or predictions folder against its manifest, or a cluster file (.yaml) before `ray up`."""
     from cluster.cluster_file import SUFFIXES, faults_of_cluster_file
     from cluster.manifest import verify as check
     from cluster.models import resolve_model

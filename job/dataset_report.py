@@ -13,7 +13,7 @@ from cluster.manifest import DatasetManifest
 from job import html_report as page
 from job import plots
 from job.staging import StagedDataset, staged
-from preprocessing.labels import book_of
+from preprocessing.labels import book_of, code_point_name
 from preprocessing.split import SPLITS
 
 EXAMPLES = 48  # of each split
@@ -47,17 +47,20 @@ def _table_of(data: StagedDataset) -> pd.DataFrame:
 
 def _sections(data: StagedDataset, crops: pd.DataFrame) -> Iterator[str]:
     manifest, names = data.manifest, data.class_names
-    rows = [(split, *(manifest.counts[split][key] for key in ("examples", "pages", "books"))) for split in SPLITS]
+    keys = ("examples", "pages", "books")
+    rows = [(split, *(manifest.counts[split].get(key, 0) for key in keys)) for split in SPLITS]
     yield page.section("Splits", page.table(["split", "crops", "pages", "books"], rows), *_both_sides(crops))
     yield page.section("Examples", *_examples(data))
     counts = np.sort(np.asarray(crops["code_point"].value_counts(), np.int64))[::-1]
-    made_by_cut = manifest.config.get("classes") is None
-    coverage = manifest.config.get("coverage") if made_by_cut else None
+    kept = len(set(crops["code_point"].map(code_point_name)) & set(names))
+    coverage = manifest.config.get("coverage") if manifest.config.get("classes") is None else None
+    if not isinstance(coverage, int | float):
+        coverage = None
     yield page.section(
         "Characters",
-        page.paragraph(f"{len(counts):,} characters, of which {len(names) - 1:,} have a class of their own."),
+        page.paragraph(f"{len(counts):,} characters, of which {kept:,} have a class of their own."),
         page.plots(
-            (plots.class_frequency(counts, len(names) - 1, coverage), _cut(coverage)),
+            (plots.class_frequency(counts, kept, coverage), _cut(coverage)),
             (plots.crops_per_class(_per_split(crops, "label", range(len(names)))), "Crops of each class."),
         ),
     )
@@ -79,7 +82,7 @@ def _sections(data: StagedDataset, crops: pd.DataFrame) -> Iterator[str]:
 def _cut(coverage: float | None) -> str:
     if coverage is None:
         return "The classes are those of an earlier dataset."
-    return f"Characters that make up {coverage:.0%} of all boxes keep a class of their own; the others are rare."
+    return f"Characters that make up {100 * coverage:g} % of all boxes keep a class of their own; the others are rare."
 
 
 def _per_split(crops: pd.DataFrame, column: str, of: Any) -> dict[str, NDArray[np.int64]]:

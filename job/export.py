@@ -2,7 +2,8 @@
 
 import logging
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +47,23 @@ def export(model_place: UPath, form: str, out: UPath) -> float:
         difference = _difference(model, predict)
         (folder / LABELS_FILE).write_text("".join(f"{name}\n" for name in names))
         files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-        for name in sorted(files, key=lambda name: name in LAST):
-            with new_file(out / name) as target:
-                target.write_bytes((folder / name).read_bytes())
+        with _nothing_left_of(out, files):
+            for name in sorted(files, key=lambda name: name in LAST):
+                with new_file(out / name) as target:
+                    target.write_bytes((folder / name).read_bytes())
     return difference
+
+
+@contextmanager
+def _nothing_left_of(out: UPath, files: Sequence[str]) -> Iterator[None]:
+    """Where writing fails, so that the same command can be run again."""
+    try:
+        yield
+    except Exception:
+        for name in files:
+            with suppress(OSError):
+                (out / name).unlink(missing_ok=True)
+        raise
 
 
 def _as_saved_model(model: Any, folder: Path) -> Predict:

@@ -57,7 +57,7 @@ def page(title: str, sections: Iterable[str]) -> bytes:
 {body}
 </body>
 </html>
-""".encode()
+""".encode(errors="replace")
 
 
 def _font_face(text: str) -> str:

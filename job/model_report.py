@@ -12,7 +12,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from upath import UPath
 
-from cluster.errors import DamageError, InputError, one_line
+from cluster.errors import DamageError, InputError, OptionError, one_line
 from cluster.manifest import ModelManifest, read_manifest
 from cluster.models import read_latest
 from cluster.storage import list_folders, read_bytes
@@ -24,8 +24,16 @@ from job.staging import Crops, StagedDataset, staged
 from preprocessing.labels import book_of
 from preprocessing.split import SPLITS
 
+SIDES = ("x", "y", "width", "height")  # of a box
 # Test accuracy and macro F1 that the study reached with a random split of Kaggle's crops.
 STUDY = {"baseline": (0.95, 0.92), "xception": (0.90, 0.81), "resnet152v2": (0.85, 0.72), "fcn": (0.65, 0.38)}
+# What is read of a model folder.
+OF_SPLIT = ("examples", "accuracy", "accuracy_without_rare", "top5", "macro_f1", "loss")
+OF_RUN = ("parameters", "seconds", "best_epoch")
+CURVES = ("loss", "val_loss", "accuracy", "val_accuracy", "seconds", "crops_per_s", "data_wait")
+PER_CLASS = {"label": str, "examples": np.int64, "recall": np.float64}
+MISCLASSIFIED = dict.fromkeys(("image_id", "label", "predicted"), str) | dict.fromkeys(SIDES, np.int64)
+
 MOST_LINES = 100  # of the list of what was taken for what
 MOST_PAIRS = 24
 MOST_CHANNELS = 24  # of a convolution
@@ -38,6 +46,7 @@ class Trained:
 
     architecture: str
     folder: UPath
+    dataset_manifest_sha256: str
     metrics: dict[str, Any]
     history: pd.DataFrame
     per_class: pd.DataFrame
@@ -48,7 +57,8 @@ def model_report(models: UPath, dataset: UPath | None = None) -> bytes:
     """The page of the latest runs. dataset: what they were trained on, to show crops and books; staged meanwhile.
 
     Raises:
-        InputError: there is no model, or the dataset has other classes.
+        InputError: there is no model.
+        OptionError: they were trained on another dataset.
         DamageError: a file is not what its manifest says.
     """
     runs = [_read(models, name) for name in _architectures(models)]
@@ -56,8 +66,10 @@ def model_report(models: UPath, dataset: UPath | None = None) -> bytes:
         return page.page(f"Models {models.name}", _sections(runs, None))
     with staged(dataset, SPLITS) as data:
         for run in runs:
-            if list(run.per_class["label"]) != data.class_names:
-                raise InputError(f"--dataset must have the classes of the models. Received: others than {run.folder}'s")
+            if run.dataset_manifest_sha256 != data.manifest.sha256:
+                raise OptionError(
+                    f"--dataset must be what the models were trained on. Received: other than {run.folder}'s"
+                )
         return page.page(f"Models {models.name}", _sections(runs, data))
 
 
@@ -72,7 +84,8 @@ def _read(models: UPath, architecture: str) -> Trained:
     latest = read_latest(models / architecture)
     assert latest is not None
     folder = models / architecture / latest.run
-    listed = {entry.name: entry.sha256 for entry in read_manifest(folder, ModelManifest).files}
+    manifest = read_manifest(folder, ModelManifest)
+    listed = {entry.name: entry.sha256 for entry in manifest.files}
 
     def content(name: str) -> bytes:
         data = read_bytes(folder / name)
@@ -80,16 +93,31 @@ def _read(models: UPath, architecture: str) -> Trained:
             raise ValueError(f"{name}, whose SHA-256 is not the manifest's")
         return data
 
+    def table(name: str, kinds: dict[str, Any]) -> pd.DataFrame:
+        read = pd.read_csv(io.BytesIO(content(name)), dtype=str, keep_default_na=False)
+        return read[list(kinds)].astype(kinds)
+
     try:
-        return Trained(
+        metrics = json.loads(content(METRICS_FILE))
+        history = pd.DataFrame([json.loads(line) for line in content("history.jsonl").splitlines()])
+        trained = Trained(
             architecture,
             folder,
-            json.loads(content(METRICS_FILE)),
-            pd.DataFrame([json.loads(line) for line in content("history.jsonl").splitlines()]),
-            pd.read_csv(io.BytesIO(content("per_class.csv"))),
-            pd.read_csv(io.BytesIO(content("misclassified.csv"))),
+            manifest.dataset_manifest_sha256,
+            {split: {key: metrics[split][key] for key in OF_SPLIT} for split in SPLITS}
+            | {key: float(metrics[key]) for key in OF_RUN},
+            history[["epoch", *CURVES]].astype(float),
+            table("per_class.csv", PER_CLASS),
+            table("misclassified.csv", MISCLASSIFIED),
         )
-    except (FileNotFoundError, ValueError) as error:
+        for label in {
+            *trained.per_class["label"],
+            *trained.misclassified["label"],
+            *trained.misclassified["predicted"],
+        }:
+            shown(label)
+        return trained
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamageError(f"{folder} must be as it was sealed. Received: {one_line(error)}") from None
 
 
@@ -124,7 +152,7 @@ def _compared(runs: list[Trained]) -> Iterator[str]:
             accuracy,
             run.metrics["test"]["macro_f1"],
             *STUDY.get(run.architecture, (float("nan"), float("nan"))),
-            run.metrics["parameters"],
+            int(run.metrics["parameters"]),
             round(run.metrics["seconds"] / 60, 1),
         )
         for run, accuracy in zip(runs, accuracies, strict=True)
@@ -135,9 +163,8 @@ def _compared(runs: list[Trained]) -> Iterator[str]:
 
 
 def _numbers(run: Trained) -> Iterator[str]:
-    keys = ["examples", "accuracy", "accuracy_without_rare", "top5", "macro_f1", "loss"]
     rows = [
-        (split, *(float("nan") if (value := run.metrics[split][key]) is None else value for key in keys))
+        (split, *(float("nan") if (value := run.metrics[split][key]) is None else value for key in OF_SPLIT))
         for split in SPLITS
     ]
     yield page.table(["split", "crops", "accuracy", "without rare", "top 5", "macro F1", "loss"], rows)
@@ -153,7 +180,7 @@ def _numbers(run: Trained) -> Iterator[str]:
     yield page.paragraph(
         f"{history['crops_per_s'].median():,.0f} crops/s, {history['seconds'].median():,.1f} s an epoch; "
         f"{history['data_wait'].median():.1%} of a step waited for data. The weights are those of epoch "
-        f"{run.metrics['best_epoch']}."
+        f"{run.metrics['best_epoch']:.0f}."
     )
 
 
@@ -193,7 +220,7 @@ def _pairs(wrong: pd.DataFrame, data: StagedDataset) -> Iterator[str]:
     counts = wrong.groupby(["label", "predicted"], sort=True).size().sort_values(ascending=False, kind="stable")
     for label, predicted, count in counts.head(MOST_PAIRS).reset_index().itertuples(index=False, name=None):
         first = wrong[(wrong["label"] == label) & (wrong["predicted"] == predicted)].iloc[0]
-        crop = where[first["image_id"], *(int(first[side]) for side in ("x", "y", "width", "height"))]
+        crop = where[first["image_id"], *(int(first[side]) for side in SIDES)]
         taken_for = np.flatnonzero(train.labels == index[predicted])
         pair = [test.images[crop][:, :, 0]]
         pair.append(train.images[taken_for[0]][:, :, 0] if len(taken_for) else np.zeros_like(pair[0]))
@@ -210,6 +237,8 @@ def _responses(run: Trained, data: StagedDataset) -> Iterator[str]:
     crop = data.splits["test"].images[:1]
     yield page.crops([crop[0, :, :, 0]], [chr(int(data.splits["test"].code_points[0]))])
     layers = [layer for layer in model.layers if isinstance(layer, keras.layers.Conv2D)][:MOST_LAYERS]
+    if not layers:
+        return
     outputs = keras.Model(model.inputs[0], [layer.output for layer in layers])(crop, training=False)
     for layer, output in zip(layers, outputs if len(layers) > 1 else [outputs], strict=True):
         channels = np.moveaxis(np.asarray(output, np.float32)[0], -1, 0)[:MOST_CHANNELS]

@@ -26,6 +26,7 @@ SETTINGS: Any = {
     "axes.spines.right": False,
     "legend.frameon": False,
     "svg.fonttype": "path",
+    "text.parse_math": False,
     "svg.hashsalt": "kuzushiji",  # else the same plot has other bytes each time
 } | dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
 
@@ -51,7 +52,7 @@ def class_frequency(counts: NDArray[np.int64], kept: int, coverage: float | None
         axes.plot(np.arange(1, len(counts) + 1), np.cumsum(counts) / counts.sum(), color=COLOURS[0])
         if coverage is not None:
             axes.axhline(coverage, color=COLOURS[1], linewidth=1, linestyle="--")
-        if kept:
+        if coverage is not None and kept:  # else the classes are not the most frequent ones
             axes.axvline(kept, color=COLOURS[1], linewidth=1, linestyle="--")
             axes.annotate(f"{kept:,} classes", (kept, 0.03), (-4, 0), textcoords="offset points", ha="right")
         axes.set(

@@ -6,7 +6,7 @@ manifest.json                            what was lost, what was read with; writ
 """
 
 import json
-import logging
+import re
 from importlib.metadata import version
 from typing import Any
 
@@ -15,21 +15,37 @@ import pandas as pd
 from upath import UPath
 
 from cluster.bucket import explained
-from cluster.errors import InputError, KuzushijiError, OptionError, one_line
-from cluster.manifest import FileEntry, ModelManifest, PredictionsManifest, is_sealed, read_manifest, seal, write_listed
+from cluster.errors import DamageError, InputError, KuzushijiError, OptionError, one_line
+from cluster.manifest import (
+    FileEntry,
+    ModelManifest,
+    PredictionsManifest,
+    is_sealed,
+    read_manifest,
+    seal,
+    size_fault_of,
+    write_listed,
+)
 from cluster.models import resolve_model
-from cluster.progress import progress
-from cluster.runtime import cause_of, ray_session
-from cluster.storage import list_files, place, remove_temporaries, write_bytes
+from cluster.storage import (
+    TEMPORARY_PREFIX,
+    list_files,
+    list_folders,
+    place,
+    remove_temporaries,
+    write_bytes,
+)
 from job.annotate import annotated
 from job.model_folder import load_model
 from job.reading import Read, accuracy
 from job.startup import without_chatter
-from preprocessing.cutting import cut_boxes, group_pages
+from preprocessing.cutting import cut_boxes, group_pages, run_groups
 from preprocessing.labels import read_labels
 from preprocessing.pages import fingerprint, list_pages, page_reader
 
 BOXES_PER_GROUP = 2_000  # some seconds of work
+PICTURE_SUFFIX = ".jpeg"  # not that of pages: no scan can be overwritten
+OURS = re.compile(r"(predictions|pages)-[0-9]{5}-of-[0-9]{5}\.(parquet|csv)")
 MIN_GROUPS = 16  # as of `prepare`: a laptop's cores have work, whatever their number
 VERSIONED = ("kuzushiji", "keras", "opencv-python-headless", "pandas", "pyarrow", "simplejpeg", "tensorflow")
 
@@ -40,10 +56,12 @@ def predict(
     """Read the boxes of a file on their pages. form: `parquet` or `csv`. annotate: where pictures of the pages go.
 
     Raises:
-        OptionError: `out` holds something else.
+        OptionError: `out` holds something else, or is where the pictures go.
         InputError: boxes or pages can't be used, or no box could be read.
-        DamageError: the model is not what its manifest says.
+        DamageError: the model is not what its manifest says, or the workers wrote into other folders.
     """
+    if annotate and str(annotate) == str(out):
+        raise OptionError(f"--annotate must be another folder than --out. Received: {out} for both")
     folder = resolve_model(model)
     model_manifest = read_manifest(folder, ModelManifest)
     labels = read_labels(boxes, "--boxes", bare=True)
@@ -54,13 +72,19 @@ def predict(
         of = f"{row['group']:05d}-of-{len(rows):05d}.{form}"
         row |= {"predictions_file": f"predictions-{of}", "pages_file": f"pages-{of}"}
     places = {"model": str(folder), "pages": str(pages), "out": str(out), "annotate": str(annotate or "")}
-    reports = _run(rows, places, len(labels.page_ids))
+    reports = run_groups(rows, "pages read", Reader, fn_constructor_kwargs=places)
     losses = [loss for report in reports for loss in report["losses"]]
     if len(losses) == len(labels.boxes):
         raise InputError(f"a box at least must be readable. Received: {len(losses)} lost, first: {losses[0]['what']}")
+    files = [FileEntry.model_validate(entry) for report in reports for entry in report["files"]]
+    there = list_files(out)
+    if faults := [fault for entry in files if (fault := size_fault_of(entry, there))]:
+        raise DamageError(f"--out must be one folder for all workers. Received: {out}, where {faults[0]}")
+    read = sum(report["read"] for report in reports)
+    assert read + len(losses) == len(labels.boxes), "boxes = those that were read + listed losses"
     manifest = PredictionsManifest(
-        files=[FileEntry.model_validate(entry) for report in reports for entry in report["files"]],
-        counts={"boxes": len(labels.boxes), "read": len(labels.boxes) - len(losses), "pages": len(labels.page_ids)},
+        files=files,
+        counts={"boxes": len(labels.boxes), "read": read, "pages": len(labels.page_ids)},
         accuracy=accuracy([report["sums"] for report in reports]),
         losses=losses,
         clipped=[entry for report in reports for entry in report["clipped"]],
@@ -74,38 +98,19 @@ def predict(
 
 
 def _clear(out: UPath) -> None:
-    """Remove what an attempt that was killed left."""
+    """Remove what an attempt that was killed left; nothing else.
+
+    Raises:
+        OptionError: something else is there.
+    """
     if is_sealed(out):
         raise OptionError(f"--out must be a new or empty folder. Received: {out}, a finished one")
-    there = list_files(out)
-    if others := [name for name in there if not name.startswith(("predictions-", "pages-"))]:
+    there = [name for name in list_files(out) if not name.startswith(TEMPORARY_PREFIX)]
+    if others := [*list_folders(out), *(name for name in there if not OURS.fullmatch(name))]:
         raise OptionError(f"--out must be a new or empty folder. Received: {out}, with {sorted(others)[0]}")
     for name in there:
         (out / name).unlink(missing_ok=True)
     remove_temporaries(out)
-
-
-def _run(rows: list[dict[str, Any]], places: dict[str, str], total: int) -> list[dict[str, Any]]:
-    """Read all groups with Ray Data; their reports in the order of the pages."""
-    reports: dict[int, dict[str, Any]] = {}
-    with ray_session(), progress("pages read", total, "pages") as advance:
-        import ray.data
-
-        logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # else it warns of the bars that are off
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
-        context.raise_original_map_exception = True  # else the cause is lost on its way back
-        groups = ray.data.from_items(rows, override_num_blocks=len(rows))
-        # Processes that live on: each loads the model once.
-        readers = ray.data.ActorPoolStrategy(min_size=1, max_size=len(rows), max_tasks_in_flight_per_actor=2)
-        try:
-            read = groups.map(Reader, fn_constructor_kwargs=places, compute=readers, num_cpus=1)
-            for row in read.iter_rows():
-                reports[row["group"]] = json.loads(row["report"])
-                advance(len(rows[row["group"]]["image_id"]))
-        except Exception as error:
-            raise cause_of(error) from error  # which holds the traceback of the task, for --debug
-    return [reports[group] for group in sorted(reports)]
 
 
 class Reader:
@@ -140,6 +145,7 @@ class Reader:
             "files": [entry.model_dump() for entry in files],
             "losses": read.losses(),
             "clipped": [{"page": cut.page_id, "box": cut.box} for cut in read.cuts if cut.clipped],
+            "read": len(read.found),
             "sums": read.sums(),
         }
 
@@ -148,7 +154,7 @@ class Reader:
             for page_id, name in zip(row["image_id"], row["name"], strict=True):
                 if page_id in read.of_page:
                     picture = annotated(read_page(name), *read.for_picture(page_id))
-                    write_bytes(folder / f"{page_id}.jpg", picture)
+                    write_bytes(folder / f"{page_id}{PICTURE_SUFFIX}", picture)
 
 
 def _load(model: UPath) -> tuple[Any, list[str]]:

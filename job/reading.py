@@ -73,13 +73,14 @@ class Read:
         boxes = np.array([self.cuts[self.found[i]].box for i in order], np.int64).reshape(-1, 4)
         told = [_told(code) for code in self.code_points[self.found[order]].tolist()]
         table = pd.DataFrame(places, columns=["image_id", "column", "position"])
+        table = table.astype({"image_id": "string", "column": np.int64, "position": np.int64})
         table = table.assign(
             **dict(zip(("x", "y", "width", "height"), boxes.T, strict=True)), unicode=pd.array(told, dtype="string")
         )
         for rank in range(self.top.shape[1]):
             labels = [self.names[i] for i in self.top[order, rank].tolist()]
-            table[f"character_{rank + 1}"] = [shown(label) for label in labels]
-            table[f"label_{rank + 1}"] = labels
+            table[f"character_{rank + 1}"] = pd.array([shown(label) for label in labels], dtype="string")
+            table[f"label_{rank + 1}"] = pd.array(labels, dtype="string")
             table[f"probability_{rank + 1}"] = self.probabilities[order, rank]
         return table
 

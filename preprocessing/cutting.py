@@ -1,7 +1,9 @@
 """Groups of consecutive pages, the unit of work, and their crops: the very same to train on and to be read."""
 
 import itertools
-from collections.abc import Iterator
+import json
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +12,8 @@ from numpy.typing import NDArray
 from upath import UPath
 
 from cluster.errors import InputError
+from cluster.progress import progress
+from cluster.runtime import cause_of, ray_session
 from preprocessing.crop import MAX_PAGE_BYTES, PageFault, clip_box, crop, decode_page
 from preprocessing.labels import Labels
 from preprocessing.pages import ReadPage, page_reader
@@ -31,11 +35,11 @@ class Cut:
 
 
 def group_pages(labels: Labels, files: dict[str, tuple[str, int]], groups: int) -> list[dict[str, Any]]:
-    """Rows for Ray Data: the pages, sorted by id, in at most `groups` groups of nearly equal numbers of boxes.
+    """Rows for Ray Data: all pages, sorted by id, in at most `groups` groups of nearly equal numbers of boxes.
 
     files: page id to file name and size in bytes, for the pages that have a file. A row has `group`, P values each of
     `image_id`, `name` ("" without a file), `bytes` (to be read) and `boxes`, and n values of `unicode` and 4n of
-    `box`, page by page. Groups without a box are left out.
+    `box`, page by page. A group has a box at least.
     """
     total, pages = len(labels.boxes), len(labels.page_ids)
     groups = min(groups, pages)
@@ -43,12 +47,12 @@ def group_pages(labels: Labels, files: dict[str, tuple[str, int]], groups: int) 
     # The cut nearest to each target; cuts that fall together leave fewer groups.
     after = np.clip(np.searchsorted(labels.starts, targets), 1, pages)
     cuts = np.where(targets - labels.starts[after - 1] <= labels.starts[after] - targets, after - 1, after)
-    bounds = np.unique(np.concatenate([[0], cuts, [pages]]))
+    # Of cuts with the same number of boxes before them one is enough, and none where all or no boxes are before it.
+    inner = {int(labels.starts[cut]): int(cut) for cut in cuts}
+    bounds = [0, *(cut for boxes, cut in sorted(inner.items()) if 0 < boxes < total), pages]
     rows: list[dict[str, Any]] = []
     for first, last in itertools.pairwise(bounds):
         boxes = slice(labels.starts[first], labels.starts[last])
-        if boxes.start == boxes.stop:
-            continue
         ids = labels.page_ids[first:last]
         row = {
             "group": len(rows),
@@ -62,6 +66,36 @@ def group_pages(labels: Labels, files: dict[str, tuple[str, int]], groups: int) 
         }
         rows.append(row)
     return rows
+
+
+def run_groups(rows: Sequence[dict[str, Any]], what: str, work: Any, **how: Any) -> list[dict[str, Any]]:
+    """Do something with each row with Ray Data, and show how far it has come; the reports, in the order of the rows.
+
+    work: makes {"group", "report": JSON} of a row; a class is made once in each of some processes that live on, and
+    called with its rows. how: of `ray.data.Dataset.map`.
+
+    Raises:
+        Exception: what the work raised.
+    """
+    reports: dict[int, dict[str, Any]] = {}
+    with ray_session(), progress(what, sum(len(row["image_id"]) for row in rows), "pages") as advance:
+        import ray.data
+
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # else it warns of the bars that are off
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        context.raise_original_map_exception = True  # else the cause is lost on its way back
+        if isinstance(work, type):
+            how["compute"] = ray.data.ActorPoolStrategy(min_size=1, max_size=len(rows), max_tasks_in_flight_per_actor=2)
+        groups = ray.data.from_items(list(rows), override_num_blocks=len(rows))
+        try:
+            for row in groups.map(work, num_cpus=1, **how).iter_rows():
+                reports[row["group"]] = json.loads(row["report"])
+                advance(len(rows[row["group"]]["image_id"]))
+        except Exception as error:
+            raise cause_of(error) from error  # which holds the traceback of the task, for --debug
+    assert len(reports) == len(rows), "each group is reported"
+    return [reports[group] for group in sorted(reports)]
 
 
 def cut_boxes(row: dict[str, Any], pages: UPath) -> Iterator[Cut]:

@@ -24,10 +24,9 @@ from cluster.manifest import (
     seal,
     write_listed,
 )
-from cluster.progress import progress
-from cluster.runtime import cause_of, ray_session
 from cluster.storage import change_bytes, is_file, list_files, remove_folder, remove_temporaries, write_bytes
 from preprocessing.classes import class_indices, class_names
+from preprocessing.cutting import run_groups
 from preprocessing.dataset import dataset_card, dataset_files
 from preprocessing.labels import Labels, book_of, read_labels
 from preprocessing.pages import fingerprint, list_pages
@@ -101,7 +100,8 @@ def prepare(pages: UPath, labels: UPath, dataset: UPath, config: PrepareConfig) 
 
 
 def _make(plan: Plan, pages: UPath, dataset: UPath, config: PrepareConfig) -> DatasetManifest:
-    reports = _run(plan, pages, dataset)
+    places = {"pages": str(pages), "dataset": str(dataset)}
+    reports = run_groups(plan.rows, "pages cut", write_group, fn_kwargs=places)
     losses = [loss for report in reports for loss in report["losses"]]
     try:
         _check_losses(losses, plan, config, dataset)
@@ -230,27 +230,6 @@ def _write_reports(dataset: UPath, plan: Plan, manifest: DatasetManifest) -> Non
             "clipped": [entry for entry in manifest.clipped if entry["page"] in ids],
         }
         write_bytes(report_path(dataset, row["group"]), json.dumps(report).encode())
-
-
-def _run(plan: Plan, pages: UPath, dataset: UPath) -> list[dict[str, Any]]:
-    """Cut all groups with Ray Data; their reports in the order of the pages."""
-    places = {"pages": str(pages), "dataset": str(dataset)}
-    reports: dict[int, dict[str, Any]] = {}
-    with ray_session(), progress("pages cut", len(plan.labels.page_ids), "pages") as advance:
-        import ray.data
-
-        logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # else it warns of the bars that are off
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
-        context.raise_original_map_exception = True  # else the cause is lost on its way back
-        groups = ray.data.from_items(plan.rows, override_num_blocks=len(plan.rows))
-        try:
-            for row in groups.map(write_group, fn_kwargs=places, num_cpus=1).iter_rows():
-                reports[row["group"]] = json.loads(row["report"])
-                advance(len(plan.rows[row["group"]]["image_id"]))
-        except Exception as error:
-            raise cause_of(error) from error  # which holds the traceback of the task, for --debug
-    return [reports[group] for group in sorted(reports)]
 
 
 def _finish(

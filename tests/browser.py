@@ -41,7 +41,8 @@ async def _look_at(page: Path, width: int, dark: bool) -> Seen:
         browser = subprocess.Popen([CHROMIUM, *how, "about:blank"], stderr=subprocess.PIPE, text=True)
         try:
             assert browser.stderr
-            found = next(match for line in browser.stderr if (match := re.search(r"ws://([^/]+)/", line)))
+            found = next((match for line in browser.stderr if (match := re.search(r"ws://([^/]+)/", line))), None)
+            assert found, "Chromium did not start"
             async with aiohttp.ClientSession() as session:
                 async with session.get(f"http://{found[1]}/json/list") as answer:
                     (tab,) = [one for one in await answer.json() if one["type"] == "page"]
@@ -82,8 +83,12 @@ async def _seen(tab: _Tab, page: Path, width: int, dark: bool) -> Seen:
     await tab.ask("Emulation.setDeviceMetricsOverride", **metrics)
     await tab.ask("Page.navigate", url=page.as_uri())
     loaded = "new Promise(done => document.readyState == 'complete' ? done() : addEventListener('load', done))"
-    while await tab.value_of("location.href") != page.as_uri():
+    for _ in range(600):
+        if await tab.value_of("location.href") == page.as_uri():
+            break
         await asyncio.sleep(0.05)
+    else:
+        raise TimeoutError(page)
     await tab.value_of(loaded)
     await tab.value_of("document.fonts.ready.then(() => 0)")
     too_wide = await tab.value_of("document.documentElement.scrollWidth - document.documentElement.clientWidth")

@@ -1,12 +1,16 @@
 """Models for other programs: they predict what ours do, and nothing is left of one that does not."""
 
+import errno
+import os
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
 import pytest
+from upath import UPath
 
 from cluster.errors import KuzushijiError, OptionError
-from cluster.storage import place
+from cluster.storage import new_file, place
 from job.export import export
 from job.model_folder import load_model
 
@@ -51,6 +55,22 @@ def test_what_predicts_something_else_is_not_written(
     with pytest.raises(KuzushijiError, match="must predict what the model does. Received: probabilities that differ"):
         export(place(trained), "tflite", place(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_left_of_what_could_not_be_written_whole(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(target: UPath) -> AbstractContextManager[Path]:
+        if target.name == "model.tflite":  # after labels.txt
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return new_file(target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("job.export.new_file", full)
+        with pytest.raises(OSError, match="No space"):
+            export(place(trained), "tflite", place(tmp_path / "out"))
+    assert list((tmp_path / "out").iterdir()) == []
+    export(place(trained), "tflite", place(tmp_path / "out"))
 
 
 def test_a_folder_with_something_in_it_is_refused(trained: Path, tmp_path: Path) -> None:

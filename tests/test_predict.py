@@ -63,7 +63,7 @@ def do(model: Path, pages: Path, boxes: Path, out: Path, **options: Any) -> Pred
 
 
 def table(folder: Path, kind: str = "predictions") -> pd.DataFrame:
-    return pd.concat(map(pd.read_parquet, sorted(folder.glob(f"{kind}-*.parquet"))), ignore_index=True)
+    return pd.read_parquet(sorted(folder.glob(f"{kind}-*.parquet")))  # one dataset: all files are of one schema
 
 
 def without_characters(labels: Path, to: Path) -> Path:
@@ -144,11 +144,11 @@ def test_a_page_is_told_as_text_by_column_and_each_character_once(read: Path, sh
 
 def test_each_page_is_drawn_beside_what_was_read(read: Path, shared: Path) -> None:
     for page in (shared / "pages").iterdir():
-        with Image.open(read.parent / "pictures" / page.name) as drawn, Image.open(page) as scan:
+        with Image.open(read.parent / "pictures" / f"{page.stem}.jpeg") as drawn, Image.open(page) as scan:
             half = drawn.width // 2
             assert half / (scan.width * 2400 / scan.height) == pytest.approx(1, abs=0.01)
             written = np.asarray(drawn.convert("RGB"))[: scan.height, half:]
-        assert ((written[:, :, 0] > 180) & (written[:, :, 2] < 60)).any()  # vermillion: most of it is wrong
+        assert (np.abs(written.astype(int) - (213, 94, 0)).max(axis=2) < 20).any()  # vermillion: most of it is wrong
 
 
 def test_what_cannot_be_read_is_counted_and_listed(model: Path, shared: Path, ray_here: None, tmp_path: Path) -> None:
@@ -157,16 +157,19 @@ def test_what_cannot_be_read_is_counted_and_listed(model: Path, shared: Path, ra
     first.write_bytes(first.read_bytes()[:5000])
     rows = pd.read_csv(shared / "train.csv", dtype=str).set_index("image_id")
     rows.loc[second.stem, "labels"] += " U+306F 90000 0 9 9 U+306F -5 0 9 9"
-    rows.loc["elsewhere", "labels"] = "U+306F 1 2 3 4"
+    rows.loc["0-elsewhere", "labels"] = "U+306F 1 2 3 4"
+    rows.loc["zz-empty", "labels"] = ""
     rows.to_csv(tmp_path / "boxes.csv")
     manifest = do(model, tmp_path / "pages", tmp_path / "boxes.csv", tmp_path / "out")
     lost = {(loss["page"], loss["what"].split(":")[0].split(" of ")[0]) for loss in manifest.losses}
-    assert {("elsewhere", "page has no file"), (second.stem, "box is off its page")} < lost
+    assert {("0-elsewhere", "page has no file"), (second.stem, "box is off its page")} < lost
     assert first.stem in {page for page, _ in lost}
     assert [entry["page"] for entry in manifest.clipped] == [second.stem]
     assert manifest.counts["read"] + len(manifest.losses) == manifest.counts["boxes"]
     assert len(table(tmp_path / "out")) == manifest.counts["read"]
-    assert table(tmp_path / "out", "pages").set_index("image_id").loc["elsewhere", "text"] == ""
+    texts = table(tmp_path / "out", "pages").set_index("image_id")["text"]
+    assert len(texts) == manifest.counts["pages"] == 5
+    assert (texts["0-elsewhere"], texts["zz-empty"]) == ("", "")
 
 
 def test_where_nothing_could_be_read_no_folder_is_sealed(
@@ -183,7 +186,8 @@ def test_the_same_command_makes_the_same_bytes_also_over_what_was_left_of_an_att
 ) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    (out / "pages-00000-of-00099.parquet").write_text("left")
+    for name in ("pages-00000-of-00099.parquet", ".tmp-0123"):
+        (out / name).write_text("left")
     do(model, shared / "pages", shared / "train.csv", out)
     assert {p.name: p.read_bytes() for p in out.iterdir()} == {p.name: p.read_bytes() for p in read.iterdir()}
 
@@ -193,10 +197,14 @@ def test_a_reader_that_is_killed_changes_nothing(read: Path, model: Path, shared
     with ThreadPoolExecutor() as pool:
         done = pool.submit(do, model, shared / "pages", shared / "train.csv", out)
         while not any(out.glob("pages-*")):  # the others are still to be read
+            assert not done.done(), done.result()
             time.sleep(0.01)
-        for process in psutil.Process().children(recursive=True):
-            if " ".join(process.cmdline()).startswith("ray::MapWorker"):
-                process.kill()
+        workers = psutil.Process().children(recursive=True)
+        readers = [one for one in workers if " ".join(one.cmdline()).startswith("ray::MapWorker")]
+        for reader in readers:
+            reader.kill()
+        assert readers
+        assert not done.done()
         done.result()
     assert {p.name: p.read_bytes() for p in out.iterdir()} == {p.name: p.read_bytes() for p in read.iterdir()}
 
@@ -219,6 +227,11 @@ def test_a_folder_of_something_else_is_left_alone(read: Path, model: Path, share
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(OptionError, match=r"new or empty folder. Received: .*, with mine.txt"):
         do(model, shared / "pages", shared / "train.csv", tmp_path)
+    (tmp_path / "mine.txt").rename(tmp_path / "pages-of-mine.txt")
+    with pytest.raises(OptionError, match=r"new or empty folder. Received: .*, with pages-of-mine.txt"):
+        do(model, shared / "pages", shared / "train.csv", tmp_path)
+    with pytest.raises(OptionError, match="another folder than --out"):
+        do(model, shared / "pages", shared / "train.csv", tmp_path / "new", annotate=place(tmp_path / "new"))
     with pytest.raises(OptionError, match="a finished one"):
         do(model, shared / "pages", shared / "train.csv", read)
     assert verify(place(read))[1:] == ([], [])
@@ -228,8 +241,9 @@ def test_the_command_tells_how_many_were_read_and_how_well(model: Path, shared: 
     places = ["--model", model, "--pages", shared / "pages", "--boxes", shared / "train.csv", "--out", tmp_path / "out"]
     done = subprocess.run([KUZUSHIJI, "predict", *places], capture_output=True, text=True, check=True)
     first, second, third = done.stdout.splitlines()
-    assert first == f"219 boxes read on 3 pages: {tmp_path / 'out'}"
+    assert first == f"219 of 219 boxes read, of 3 pages: {tmp_path / 'out'}"
     assert second.startswith("accuracy 0.")
+    assert second.endswith(", 219 boxes with a character")
     assert third == "0 boxes lost, 0 clipped: each is listed in manifest.json"
     checked = subprocess.run([KUZUSHIJI, "verify", tmp_path / "out"], capture_output=True, text=True, check=True)
     assert checked.stdout.startswith("predictions ")

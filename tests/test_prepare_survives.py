@@ -107,13 +107,13 @@ def test_a_prepare_that_was_overtaken_takes_what_the_other_sealed(
 ) -> None:
     out = tmp_path / "dataset"
 
-    def overtaken(*_: object) -> None:
+    def overtaken(*_: object, **__: object) -> None:
         monkeypatch.undo()
         assert prepare_here(source, out)
         (out / ".prepare").mkdir()  # by a task of ours, which now finds its temporary file gone
         raise FileNotFoundError(out / ".tmp-0123")
 
-    monkeypatch.setattr("preprocessing.prepare._run", overtaken)
+    monkeypatch.setattr("preprocessing.prepare.run_groups", overtaken)
     assert not prepare_here(source, out)
     assert hashes_of_dataset(out) == hashes_of_dataset(undisturbed)
 

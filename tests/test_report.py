@@ -1,5 +1,6 @@
 """Reports: one file that needs nothing beside itself, and tells what the folder holds."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -12,7 +13,7 @@ import pytest
 from browser import CHROMIUM, look_at
 from conftest import KUZUSHIJI
 
-from cluster.errors import DamageError, InputError
+from cluster.errors import DamageError, OptionError
 from cluster.manifest import DatasetManifest, read_manifest
 from cluster.storage import place
 from job.dataset_report import dataset_report
@@ -130,13 +131,37 @@ def test_a_report_of_models_needs_no_dataset(two: Path, of_two: str) -> None:
 def test_a_model_that_was_changed_and_a_dataset_of_other_classes_are_refused(
     two: Path, dataset: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(InputError, match="must have the classes of the models"):
+    with pytest.raises(OptionError, match="must be what the models were trained on"):
         model_report(place(two), place(dataset))
     shutil.copytree(two, tmp_path / "models")
     with (tmp_path / "models" / "fcn" / "first" / "per_class.csv").open("a") as table:
         table.write("\n")
     with pytest.raises(DamageError, match=r"per_class.csv, whose SHA-256 is not the manifest's"):
         model_report(place(tmp_path / "models"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("metrics.json", b"{}"),
+        ("metrics.json", b"[" * 100_000),
+        ("history.jsonl", b'{"epoch": 1}'),
+        ("per_class.csv", b"label,examples\n"),
+        ("misclassified.csv", b"image_id,x,y,width,height,label,predicted\n1,1,1,1,1,nobody,rare\n"),
+    ],
+)
+def test_a_model_folder_that_others_made_is_told_or_refused_in_one_line(
+    trained: Path, tmp_path: Path, name: str, content: bytes
+) -> None:
+    folder = tmp_path / "baseline" / trained.name
+    shutil.copytree(trained.parent, folder.parent)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (entry,) = [one for one in manifest["files"] if one["name"] == name]
+    (folder / name).write_bytes(content)
+    entry |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DamageError, match="must be as it was sealed"):
+        model_report(place(tmp_path))
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="Debian's chromium is not installed")
