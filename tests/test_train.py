@@ -290,7 +290,7 @@ def test_the_real_pages_are_learned_by_heart_though_they_are_less_than_a_batch(
         rf"first step [0-9.]+ s \({told}\)",
     ]
     assert re.search(".*".join(begun), caplog.text, re.DOTALL)
-    assert caplog.text.count("first step") == 1
+    assert caplog.text.count("after the worker was there") == 1
     history = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
     assert [row["step"] for row in history] == list(range(1, 9))
     assert history[-1]["accuracy"] > 0.95
