@@ -2,6 +2,7 @@
 
 import logging
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -78,7 +79,10 @@ def _as_tflite(model: Any, folder: Path) -> Predict:
     import tensorflow as tf
 
     model.export(folder / TFLITE_FILE, format="litert", verbose=False)
-    interpreter = tf.lite.Interpreter(str(folder / TFLITE_FILE))
+    with warnings.catch_warnings():
+        # It names its successor, the package ai-edge-litert: needed once TensorFlow comes without it.
+        warnings.filterwarnings("ignore", r"\s*Warning: tf\.lite\.Interpreter is deprecated", UserWarning)
+        interpreter = tf.lite.Interpreter(str(folder / TFLITE_FILE))
 
     def predict(crops: NDArray[np.float32]) -> NDArray[np.float32]:
         (given,), (gives,) = interpreter.get_input_details(), interpreter.get_output_details()
