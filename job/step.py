@@ -166,7 +166,10 @@ class Steps:
         Of equals the first goes before.
         """
         if self._top_step is None:
-            forward = lambda crops, k: tf.math.top_k(self.model(crops, training=False), k)  # noqa: E731
+
+            def forward(crops: Any, k: Any) -> Any:
+                return tf.math.top_k(self.model(crops, training=False), k)
+
             self._top_step = tf.function(forward, autograph=False, input_signature=[IMAGES, ROW])
         classes, probabilities = [], []
         count = min(count, self.model.output_shape[-1])

@@ -56,7 +56,8 @@ async def _look_at(page: Path, width: int, dark: bool) -> Seen:
 
 class _Tab:
     def __init__(self, socket: Any) -> None:
-        self.socket, self.asked, self.events = socket, 0, []  # type: ignore[var-annotated]
+        self.socket, self.asked = socket, 0
+        self.events: list[dict[str, Any]] = []
 
     async def ask(self, method: str, **parameters: Any) -> dict[str, Any]:
         self.asked += 1

@@ -128,7 +128,7 @@ def test_a_report_of_models_needs_no_dataset(two: Path, of_two: str) -> None:
     assert set(re.findall(r"<h2>(.*?)</h2>", alone)) < set(re.findall(r"<h2>(.*?)</h2>", of_two))
 
 
-def test_a_model_that_was_changed_and_a_dataset_of_other_classes_are_refused(
+def test_a_model_that_was_changed_and_a_dataset_that_it_was_not_trained_on_are_refused(
     two: Path, dataset: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(OptionError, match="must be what the models were trained on"):
@@ -150,7 +150,7 @@ def test_a_model_that_was_changed_and_a_dataset_of_other_classes_are_refused(
         ("misclassified.csv", b"image_id,x,y,width,height,label,predicted\n1,1,1,1,1,nobody,rare\n"),
     ],
 )
-def test_a_model_folder_that_others_made_is_told_or_refused_in_one_line(
+def test_a_model_folder_that_others_sealed_with_other_content_is_refused_in_one_line(
     trained: Path, tmp_path: Path, name: str, content: bytes
 ) -> None:
     folder = tmp_path / "baseline" / trained.name
