@@ -53,6 +53,7 @@ def sample(out: str, num_pages: int, seed: int, scale: float, layouts: str | Non
 def prepare(pages: str, labels: str, dataset: str, classes: str | None, **options: Any) -> Outcome:
     """Cut labelled pages into crops: a dataset of TFRecords."""
     from cluster.storage import reachable_place
+    from job.dataset_report import write_beside
     from preprocessing.classes import read_class_names
     from preprocessing.prepare import PrepareConfig
     from preprocessing.prepare import prepare as run
@@ -65,6 +66,7 @@ def prepare(pages: str, labels: str, dataset: str, classes: str | None, **option
     result = {"dataset": dataset, "written": new, "crops": counts, "shards": len(manifest.shards)} | lost
     if not new:
         return result, [f"{dataset} is there and right: nothing written"]
+    write_beside(reachable_place(dataset))
     split_line = ", ".join(f"{split} {count:,}" for split, count in counts.items())
     return result, [
         f"{sum(counts.values()):,} crops in {len(manifest.shards)} shards ({split_line}): {dataset}",

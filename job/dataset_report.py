@@ -1,5 +1,6 @@
 """What is in a dataset, to be looked at before it is trained on: `report.html`."""
 
+import logging
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -9,12 +10,16 @@ import pandas as pd
 from numpy.typing import NDArray
 from upath import UPath
 
+from cluster.errors import one_line
 from cluster.manifest import DatasetManifest
+from cluster.storage import write_bytes
 from job import html_report as page
 from job import plots
 from job.staging import StagedDataset, staged
 from preprocessing.labels import book_of, code_point_name
 from preprocessing.split import SPLITS
+
+log = logging.getLogger("kuzushiji")
 
 EXAMPLES = 48  # of each split
 MOST_ROWS = 200  # of a table
@@ -30,6 +35,16 @@ def dataset_report(dataset: UPath) -> bytes:
     with staged(dataset, SPLITS) as data:
         crops = _table_of(data)
         return page.page(f"Dataset {dataset.name}", _sections(data, crops))
+
+
+def write_beside(dataset: UPath) -> None:
+    """Write the report beside a sealed dataset; that it can't be written is no failure of what made the dataset."""
+    target = dataset.parent / f"{dataset.name}{page.REPORT_SUFFIX}"
+    try:
+        write_bytes(target, dataset_report(dataset))
+        log.info("report: %s", target)
+    except Exception as error:
+        log.warning("the report could not be written: %s", one_line(error))
 
 
 def _table_of(data: StagedDataset) -> pd.DataFrame:

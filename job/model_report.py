@@ -3,9 +3,9 @@
 import hashlib
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -23,6 +23,9 @@ from job.model_folder import METRICS_FILE, load_model
 from job.staging import Crops, StagedDataset, staged
 from preprocessing.labels import book_of
 from preprocessing.split import SPLITS
+
+if TYPE_CHECKING:
+    import keras
 
 SIDES = ("x", "y", "width", "height")  # of a box
 # Test accuracy and macro F1 that the study reached with a random split of Kaggle's crops.
@@ -62,15 +65,23 @@ def model_report(models: UPath, dataset: UPath | None = None) -> bytes:
         DamageError: a file is not what its manifest says.
     """
     runs = [_read(models, name) for name in _architectures(models)]
+    title = f"Models {models.name}"
     if dataset is None:
-        return page.page(f"Models {models.name}", _sections(runs, None))
+        return page.page(title, [*_compared(runs), *(part for run in runs for part in _of_run(run, None, None))])
     with staged(dataset, SPLITS) as data:
         for run in runs:
             if run.dataset_manifest_sha256 != data.manifest.sha256:
                 raise OptionError(
                     f"--dataset must be what the models were trained on. Received: other than {run.folder}'s"
                 )
-        return page.page(f"Models {models.name}", _sections(runs, data))
+        parts = (part for run in runs for part in _of_run(run, data, load_model(run.folder)[0]))
+        return page.page(title, [*_compared(runs), *parts])
+
+
+def run_report(folder: UPath, texts: Mapping[str, str], model: "keras.Model", data: StagedDataset) -> bytes:
+    """The page of one run, by the worker that trained it. texts: what will stand in its folder."""
+    run = _parsed(folder, data.manifest.sha256, lambda name: texts[name].encode())
+    return page.page(f"{run.architecture}, run {folder.name}", _of_run(run, data, model))
 
 
 def _architectures(models: UPath) -> list[str]:
@@ -93,6 +104,10 @@ def _read(models: UPath, architecture: str) -> Trained:
             raise ValueError(f"{name}, whose SHA-256 is not the manifest's")
         return data
 
+    return _parsed(folder, manifest.dataset_manifest_sha256, content)
+
+
+def _parsed(folder: UPath, dataset_manifest_sha256: str, content: Callable[[str], bytes]) -> Trained:
     def table(name: str, kinds: dict[str, Any]) -> pd.DataFrame:
         read = pd.read_csv(io.BytesIO(content(name)), dtype=str, keep_default_na=False)
         return read[list(kinds)].astype(kinds)
@@ -101,9 +116,9 @@ def _read(models: UPath, architecture: str) -> Trained:
         metrics = json.loads(content(METRICS_FILE))
         history = pd.DataFrame([json.loads(line) for line in content("history.jsonl").splitlines()])
         trained = Trained(
-            architecture,
+            folder.parent.name,
             folder,
-            manifest.dataset_manifest_sha256,
+            dataset_manifest_sha256,
             {split: {key: metrics[split][key] for key in OF_SPLIT} for split in SPLITS}
             | {key: float(metrics[key]) for key in OF_RUN},
             history[["epoch", *CURVES]].astype(float),
@@ -121,17 +136,20 @@ def _read(models: UPath, architecture: str) -> Trained:
         raise DamageError(f"{folder} must be as it was sealed. Received: {one_line(error)}") from None
 
 
-def _sections(runs: list[Trained], data: StagedDataset | None) -> Iterator[str]:
-    if len(runs) > 1:
-        yield page.section("All architectures", *_compared(runs))
-    for run in runs:
-        yield page.section(f"{run.architecture}, run {run.folder.name}", *_numbers(run))
-        yield page.section(f"{run.architecture}: what it gets wrong", *_wrong(run, data))
-        if data:
-            yield page.section(f"{run.architecture}: what its convolutions respond to", *_responses(run, data))
+def _of_run(run: Trained, data: StagedDataset | None, model: Any) -> Iterator[str]:
+    """model: with `data`, to show what it responds to."""
+    yield page.section(f"{run.architecture}, run {run.folder.name}", *_numbers(run))
+    yield page.section(f"{run.architecture}: what it gets wrong", *_wrong(run, data))
+    if data:
+        yield page.section(f"{run.architecture}: what its convolutions respond to", *_responses(model, data))
 
 
 def _compared(runs: list[Trained]) -> Iterator[str]:
+    if len(runs) > 1:
+        yield page.section("All architectures", *_side_by_side(runs))
+
+
+def _side_by_side(runs: list[Trained]) -> Iterator[str]:
     histories = {run.architecture: run.history for run in runs}
     names, accuracies = list(histories), [run.metrics["test"]["accuracy"] for run in runs]
     yield page.plots(
@@ -229,11 +247,10 @@ def _pairs(wrong: pd.DataFrame, data: StagedDataset) -> Iterator[str]:
     yield page.crops(images, captions)
 
 
-def _responses(run: Trained, data: StagedDataset) -> Iterator[str]:
+def _responses(model: Any, data: StagedDataset) -> Iterator[str]:
     """Of the first convolutions, to one crop of the test."""
     import keras
 
-    model, _, _ = load_model(run.folder)
     crop = data.splits["test"].images[:1]
     yield page.crops([crop[0, :, :, 0]], [chr(int(data.splits["test"].code_points[0]))])
     layers = [layer for layer in model.layers if isinstance(layer, keras.layers.Conv2D)][:MOST_LAYERS]

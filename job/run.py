@@ -32,6 +32,7 @@ from job.weights import WeightsFile
 log = logging.getLogger("kuzushiji")
 
 RUNS_FOLDER = ".runs"
+CURVES_FOLDER = "tensorboard"
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,7 @@ class Run:
                 "dataset": str(self.dataset),
                 "folder": str(self.folder),
                 "checkpoints": str(self._checkpoints),
+                "curves": str(self.models / CURVES_FOLDER / self.config.architecture / self.name),
                 "run": self.name,
                 "board": board,
             },

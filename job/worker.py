@@ -9,7 +9,7 @@ import json
 import math
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
@@ -22,9 +22,9 @@ import tensorflow as tf
 from numpy.typing import NDArray
 from upath import UPath
 
-from cluster.errors import KuzushijiError
+from cluster.errors import KuzushijiError, one_line
 from cluster.manifest import is_sealed
-from cluster.storage import place
+from cluster.storage import place, write_bytes
 from job.architectures import ARCHITECTURES
 from job.board import SECONDS_BETWEEN_POSTS
 from job.checkpoint import (
@@ -38,13 +38,16 @@ from job.checkpoint import (
 from job.config import TRANSFER, TrainConfig
 from job.determinism import fix_what_bits_depend_on
 from job.evaluation import metrics, misclassified, per_class
+from job.html_report import REPORT_SUFFIX
 from job.interruption import Preemption, StepLimit
 from job.model_folder import LABELS_FILE, METRICS_FILE, model_card, write_model
+from job.model_report import run_report
 from job.optimizer import FusedAdam
 from job.order import permutation, share
 from job.staging import Crops, StagedDataset, staged
 from job.startup import StartUp
 from job.step import Steps, balanced_weights, make_strategy, training_form
+from job.tensorboard import write_curves
 from job.weights import WeightsFile, local_copy
 from preprocessing.split import SPLITS
 
@@ -72,7 +75,7 @@ def train_worker(job: dict[str, Any], start_up: StartUp) -> dict[str, str] | Non
             training = Training(config, strategy, dataset, job["board"], file)
         training.resume(place(job["checkpoints"]))
         start_up.ends("building the model")
-        training.start_up = start_up
+        training.start_up, training.curves = start_up, place(job["curves"])
         try:
             while not training.finished():
                 training.run_epoch()
@@ -112,6 +115,7 @@ class Training:
         self.changing = changing_variables(self.model)
         self.best_weights: list[NDArray[Any]] = []
         self.start_up: StartUp | None = None  # until it is told
+        self.curves: UPath | None = None  # where TensorBoard finds them
         self.limit, self.preemption = StepLimit(config.step_limit, self._post), Preemption()
 
     # --- checkpoints
@@ -240,6 +244,8 @@ class Training:
             self.state.best_epoch, self.state.best_accuracy = row["epoch"], row["val_accuracy"]
             self.best_weights = self._weights()
         self._report(row)
+        if self.rank == 0 and (curves := self.curves):
+            self._show("the curves", lambda: write_curves(curves, self.state.history))
         self._say(
             f"epoch {row['epoch']} of {self.config.epochs}: loss {row['loss']:.4f}, accuracy {row['accuracy']:.4f}, "
             f"validation loss {row['val_loss']:.4f}, validation accuracy {row['val_accuracy']:.4f}, "
@@ -306,9 +312,18 @@ class Training:
             "misclassified.csv": misclassified(predictions["test"], splits["test"], names).to_csv(index=False),
             "README.md": model_card(recorded, numbers, run, split_rule),
         }
+        report = place(f"{folder}{REPORT_SUFFIX}")
+        self._show("the report", lambda: write_bytes(report, run_report(place(folder), texts, model, self.dataset)))
         write_model(place(folder), model, texts, self.dataset.manifest.sha256)
 
     # --- what people see
+
+    def _show(self, what: str, write: Callable[[], None]) -> None:
+        """Write what is only looked at: that it fails must not lose a training."""
+        try:
+            write()
+        except Exception as error:
+            self._say(f"{what} could not be written: {one_line(error)}")
 
     def _say(self, text: str) -> None:
         if self.rank == 0:

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import GIVEN, in_fresh_process, save_test_crops, with_small_head
+from tensorboardX.proto.event_pb2 import Event
 
 from cluster.errors import DamageError, KuzushijiError, OptionError
 from cluster.manifest import ModelManifest, read_manifest, verify
@@ -19,6 +20,7 @@ from cluster.storage import place
 from job.config import TrainConfig
 from job.train import train
 from preprocessing.prepare import PrepareConfig, prepare
+from preprocessing.records import read_frames
 
 pytestmark = pytest.mark.usefixtures("ray_here")
 
@@ -293,6 +295,11 @@ def test_the_real_pages_are_learned_by_heart_though_they_are_less_than_a_batch(
     assert caplog.text.count("after the worker was there") == 1
     history = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
     assert [row["step"] for row in history] == list(range(1, 9))
+    (events,) = (tmp_path / "tensorboard" / "baseline" / "heart").iterdir()
+    told = [Event.FromString(record).summary.value for record in read_frames(events.read_bytes())]
+    losses = [value.simple_value for values in told for value in values if value.tag == "loss/validation"]
+    assert losses == pytest.approx([row["val_loss"] for row in history])
+    assert "what its convolutions respond to" in (folder.parent / "heart.report.html").read_text()
     assert history[-1]["accuracy"] > 0.95
 
 
