@@ -68,6 +68,9 @@ demo: .venv/.installed
 	$(KUZUSHIJI) evaluate --model demo/models/baseline --dataset demo/dataset --out demo/evaluation
 	$(KUZUSHIJI) pull --models demo/models --to demo/pulled
 	$(KUZUSHIJI) verify demo/pulled/baseline
+	$(KUZUSHIJI) sample --out demo/new --num-pages 4 --scale 0.5 --seed 7
+	$(KUZUSHIJI) predict --model demo/pulled/baseline --pages demo/new/train_images --boxes demo/new/train.csv \
+	  --out demo/read --annotate demo/pictures
 	@echo
 	@grep '^|' demo/pulled/baseline/demo/README.md
 	@echo
@@ -75,6 +78,8 @@ demo: .venv/.installed
 	@echo 'The dataset:         demo/dataset/README.md'
 	@echo 'The model:           demo/pulled/baseline/demo/README.md'
 	@echo 'What it gets wrong:  demo/evaluation/misclassified.csv'
+	@echo 'Reports:             demo/dataset.report.html, demo/models/baseline/demo.report.html'
+	@echo 'New pages, read:     demo/pictures/'
 
 # After a change of pyproject.toml. The lock files hold no address: the one in force where they are used is asked.
 lock:
