@@ -4,7 +4,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -45,6 +45,13 @@ def log_to_stderr(debug: bool = False) -> None:
 class _TerminalHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         terminal().print(self.format(record), markup=False)
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Show on a terminal that `what` takes its time."""
+    with terminal().status(what) if on_terminal() else nullcontext():
+        yield
 
 
 @contextmanager

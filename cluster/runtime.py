@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 from cluster.bucket import explained
 from cluster.errors import KuzushijiError
+from cluster.progress import waiting
 
 log = logging.getLogger("kuzushiji")
 
@@ -24,36 +25,45 @@ def ray_session(at_least_cpus: int = 1) -> Iterator[None]:
 
     at_least_cpus: a local Ray pretends to have so many where the machine has fewer, or the work would never be placed.
     """
+    with waiting("Ray starts ..."):
+        started = _start(at_least_cpus)
+    try:
+        yield
+    finally:
+        if started:
+            import ray
+
+            ray.shutdown()
+
+
+def _start(at_least_cpus: int) -> bool:
+    """Whether there was none that this process is connected to."""
     _set_environment()
     import ray
 
     if ray.is_initialized():
-        yield
-        return
+        return False
     if address := os.environ.get("RAY_ADDRESS"):
         log.info("using the Ray at %s", address)
         ray.init(logging_level=logging.WARNING, log_to_driver=False)
-    else:
-        cpus = os.cpu_count() or 1
-        if at_least_cpus > cpus:
-            log.warning("%d CPUs are asked for and this machine has %d: the work shares them", at_least_cpus, cpus)
-        try:
-            ray.init(
-                address="local",
-                num_cpus=max(cpus, at_least_cpus),
-                include_dashboard=False,
-                logging_level=logging.WARNING,
-                log_to_driver=False,
-            )
-        except Exception as error:
-            # Ray raises no type of its own, and its limits can't be set (github.com/ray-project/ray/issues/65983).
-            if "timed out during startup" not in str(error):
-                raise
-            raise KuzushijiError(START_TIMED_OUT) from error
+        return True
+    cpus = os.cpu_count() or 1
+    if at_least_cpus > cpus:
+        log.warning("%d CPUs are asked for and this machine has %d: the work shares them", at_least_cpus, cpus)
     try:
-        yield
-    finally:
-        ray.shutdown()
+        ray.init(
+            address="local",
+            num_cpus=max(cpus, at_least_cpus),
+            include_dashboard=False,
+            logging_level=logging.WARNING,
+            log_to_driver=False,
+        )
+    except Exception as error:
+        # Ray raises no type of its own, and its limits can't be set (github.com/ray-project/ray/issues/65983).
+        if "timed out during startup" not in str(error):
+            raise
+        raise KuzushijiError(START_TIMED_OUT) from error
+    return True
 
 
 def _set_environment() -> None:

@@ -94,7 +94,10 @@ def _show(board: Any, architectures: Sequence[str], done: threading.Event) -> No
 
 
 def _describe(event: dict[str, Any]) -> str:
-    return f"loss {event['loss']:.4f}, accuracy {event['accuracy']:.4f}, {event['crops_per_s']:,.0f} crops/s"
+    return (
+        f"epoch {event['epoch']}/{event['epochs']}, step {event['step']}/{event['steps']}, loss {event['loss']:.4f}, "
+        f"accuracy {event['accuracy']:.4f}, {event['crops_per_s']:,.0f} crops/s"
+    )
 
 
 class _LogLines:
@@ -111,18 +114,17 @@ class _LogLines:
     def step(self, architecture: str, event: dict[str, Any]) -> None:
         if time.monotonic() - self._last[architecture] >= SECONDS_BETWEEN_LINES:
             self._last[architecture] = time.monotonic()
-            where = f"epoch {event['epoch']}, step {event['step']} of {event['steps']}"
-            log.info("%s: %s: %s", architecture, where, _describe(event))
+            log.info("%s: %s", architecture, _describe(event))
 
 
 class _Table:
     """For terminals: a row an architecture, with a bar over all steps of its training."""
 
     def __init__(self, architectures: Sequence[str]) -> None:
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
         text, state = TextColumn("{task.description}"), TextColumn("{task.fields[state]}")
-        columns = (text, BarColumn(bar_width=20), TimeElapsedColumn(), TimeRemainingColumn(), state)
+        columns = (text, BarColumn(bar_width=10), TimeRemainingColumn(), state)  # 100 characters, with the longest name
         self._bars = Progress(*columns, console=terminal(), transient=True)
         self._rows = {name: self._bars.add_task(name, total=None, start=False, state="waits") for name in architectures}
 
@@ -143,6 +145,5 @@ class _Table:
 
     def step(self, architecture: str, event: dict[str, Any]) -> None:
         done = (event["epoch"] - 1) * event["steps"] + event["step"]
-        state = f"epoch {event['epoch']} of {event['epochs']}: {_describe(event)}"
         total = event["epochs"] * event["steps"]
-        self._bars.update(self._rows[architecture], state=state, completed=done, total=total)
+        self._bars.update(self._rows[architecture], state=_describe(event), completed=done, total=total)

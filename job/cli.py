@@ -53,7 +53,8 @@ def sample(out: str, num_pages: int, seed: int, scale: float, layouts: str | Non
 def prepare(pages: str, labels: str, dataset: str, classes: str | None, **options: Any) -> Outcome:
     """Cut labelled pages into crops: a dataset of TFRecords."""
     from cluster.storage import reachable_place
-    from job.dataset_report import write_beside
+    from job.beside import report_file, write_beside
+    from job.dataset_report import dataset_report
     from preprocessing.classes import read_class_names
     from preprocessing.prepare import PrepareConfig
     from preprocessing.prepare import prepare as run
@@ -66,12 +67,15 @@ def prepare(pages: str, labels: str, dataset: str, classes: str | None, **option
     result = {"dataset": dataset, "written": new, "crops": counts, "shards": len(manifest.shards)} | lost
     if not new:
         return result, [f"{dataset} is there and right: nothing written"]
-    write_beside(reachable_place(dataset))
+    beside = report_file(reachable_place(dataset))
+    log.info("the dataset is sealed; its report follows")
+    reported = write_beside(beside, lambda: dataset_report(reachable_place(dataset)), log.warning)
     split_line = ", ".join(f"{split} {count:,}" for split, count in counts.items())
     return result, [
         f"{sum(counts.values()):,} crops in {len(manifest.shards)} shards ({split_line}): {dataset}",
         f"{lost['losses']} boxes lost, {lost['clipped']} clipped, {lost['unlabelled']} pages without labels: "
         "each is listed in manifest.json",
+        *([f"report: {beside}"] if reported else []),
     ]
 
 

@@ -1,6 +1,5 @@
 """What is in a dataset, to be looked at before it is trained on: `report.html`."""
 
-import logging
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -10,16 +9,13 @@ import pandas as pd
 from numpy.typing import NDArray
 from upath import UPath
 
-from cluster.errors import one_line
-from cluster.manifest import DatasetManifest
-from cluster.storage import write_bytes
+from cluster.manifest import DatasetManifest, read_manifest
 from job import html_report as page
 from job import plots
 from job.staging import StagedDataset, staged
+from job.startup import load_tensorflow
 from preprocessing.labels import book_of, code_point_name
 from preprocessing.split import SPLITS
-
-log = logging.getLogger("kuzushiji")
 
 EXAMPLES = 48  # of each split
 MOST_ROWS = 200  # of a table
@@ -32,19 +28,11 @@ def dataset_report(dataset: UPath) -> bytes:
     Raises:
         InputError, DamageError: the dataset can't be used, or is not what its manifest says.
     """
-    with staged(dataset, SPLITS) as data:
+    load_tensorflow(gpus=False)  # which parses the records
+    counts = read_manifest(dataset, DatasetManifest).counts
+    with staged(dataset, [split for split in SPLITS if counts[split]["examples"]]) as data:
         crops = _table_of(data)
         return page.page(f"Dataset {dataset.name}", _sections(data, crops))
-
-
-def write_beside(dataset: UPath) -> None:
-    """Write the report beside a sealed dataset; that it can't be written is no failure of what made the dataset."""
-    target = dataset.parent / f"{dataset.name}{page.REPORT_SUFFIX}"
-    try:
-        write_bytes(target, dataset_report(dataset))
-        log.info("report: %s", target)
-    except Exception as error:
-        log.warning("the report could not be written: %s", one_line(error))
 
 
 def _table_of(data: StagedDataset) -> pd.DataFrame:
@@ -80,7 +68,7 @@ def _sections(data: StagedDataset, crops: pd.DataFrame) -> Iterator[str]:
         ),
     )
     books = crops["book"].value_counts()
-    boxes = np.concatenate([data.splits[split].boxes for split in SPLITS])
+    boxes = np.concatenate([of_split.boxes for of_split in data.splits.values()])
     caption = (
         "Crops of each book." if len(books) <= plots.MOST_BARS else f"Crops of the largest of {len(books):,} books."
     )

@@ -15,7 +15,6 @@ from PIL import Image
 from preprocessing.hand import coverage, packaged_font
 from preprocessing.labels import code_point_name
 
-REPORT_SUFFIX = ".report.html"  # of the file beside a sealed folder
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1b1b; --paper: #ffffff; --quiet: #666666; --line: #d8d8d8; }
 @media (prefers-color-scheme: dark) {

@@ -8,11 +8,14 @@ import json
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
 from upath import UPath
 
 from cluster.errors import DamageError
@@ -28,7 +31,9 @@ from cluster.manifest import (
 )
 from cluster.models import point_to_latest, resolve_model
 from cluster.storage import fetch, list_files, new_file, read_bytes, sha256_of, writing_in
-from job.config import TRANSFER
+from job.config import TRANSFER, TrainConfig
+from job.evaluation import metrics, misclassified, per_class
+from job.staging import StagedDataset
 from job.startup import load_tensorflow
 from preprocessing.classes import read_class_names
 from preprocessing.split import SPLITS
@@ -72,6 +77,42 @@ def write_model(
     seal(folder, manifest)
     point_to_latest(folder, manifest)
     return manifest
+
+
+def folder_texts(
+    config: TrainConfig,
+    run: str,
+    model: "keras.Model",
+    predictions: Mapping[str, NDArray[np.float32]],
+    dataset: StagedDataset,
+    history: Sequence[Mapping[str, Any]],
+    best_epoch: int,
+) -> dict[str, str]:
+    """All files of a model folder but the model: name to content.
+
+    predictions: of each split, (N, 4) as `Steps.predict` gives them. history: a row an epoch.
+    """
+    names, test = dataset.class_names, dataset.splits["test"]
+    recorded = config.model_dump()
+    numbers: dict[str, Any] = {
+        split: metrics(predictions[split], dataset.splits[split].labels, names) for split in SPLITS
+    }
+    numbers |= {
+        "parameters": model.count_params(),
+        "classes": len(names),
+        "best_epoch": best_epoch,
+        "seconds": sum(row["seconds"] for row in history),
+        "versions": {package: version(package) for package in ("kuzushiji", "keras", "ray", "tensorflow")},
+    }
+    return {
+        LABELS_FILE: "".join(f"{name}\n" for name in names),
+        "config.json": json.dumps(recorded, indent=2) + "\n",
+        METRICS_FILE: json.dumps(numbers, indent=2) + "\n",
+        "history.jsonl": "".join(json.dumps(row) + "\n" for row in history),
+        "per_class.csv": per_class(predictions["test"], test.labels, names).to_csv(index=False),
+        "misclassified.csv": misclassified(predictions["test"], test, names).to_csv(index=False),
+        "README.md": model_card(recorded, numbers, run, dataset.manifest.config.get("split", "unknown")),
+    }
 
 
 def load_model(place: UPath) -> tuple["keras.Model", list[str], UPath]:

@@ -6,6 +6,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from cluster.progress import waiting
+
 
 class StartUp:
     """What a worker does before its first step, in parts."""
@@ -45,7 +47,7 @@ def without_chatter() -> Iterator[None]:
 
 def load_tensorflow(gpus: bool = True) -> None:
     """Import TensorFlow and let it find its devices; without `gpus`, leave those to other processes."""
-    with without_chatter():
+    with waiting("TensorFlow loads ..."), without_chatter():
         import tensorflow as tf
 
         if not gpus:

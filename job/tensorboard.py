@@ -5,10 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
 from upath import UPath
-
-from cluster.storage import write_bytes
 
 EVENTS_FILE = "events.out.tfevents.epochs"  # TensorBoard finds a file by what its name begins with
 TAGS = {
@@ -23,15 +20,21 @@ TAGS = {
 }
 
 
-def write_curves(folder: UPath, history: Sequence[Mapping[str, Any]]) -> None:
-    """Write all epochs anew, as one file: whoever goes on after a checkpoint tells no epoch twice.
+def curves_file(models: UPath, architecture: str, run: str) -> UPath:
+    return models / "tensorboard" / architecture / run / EVENTS_FILE
+
+
+def events_of(history: Sequence[Mapping[str, Any]]) -> bytes:
+    """All epochs so far: written anew each time, so that whoever goes on from a checkpoint tells no epoch twice.
 
     history: a row an epoch, as in `history.jsonl`.
     """
+    from tensorboardX import SummaryWriter
+
     with tempfile.TemporaryDirectory() as temporary:
         with SummaryWriter(temporary) as writer:
             for row in history:
                 for key, tag in TAGS.items():
                     writer.add_scalar(tag, row[key], row["step"])
         (written,) = Path(temporary).iterdir()
-        write_bytes(folder / EVENTS_FILE, written.read_bytes())
+        return written.read_bytes()

@@ -5,13 +5,11 @@ the steps of an epoch. Global batch s of epoch e is a slice of the permutation s
 its part of it.
 """
 
-import json
 import math
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +20,11 @@ import tensorflow as tf
 from numpy.typing import NDArray
 from upath import UPath
 
-from cluster.errors import KuzushijiError, one_line
+from cluster.errors import KuzushijiError
 from cluster.manifest import is_sealed
-from cluster.storage import place, write_bytes
+from cluster.storage import place
 from job.architectures import ARCHITECTURES
+from job.beside import report_file, write_beside
 from job.board import SECONDS_BETWEEN_POSTS
 from job.checkpoint import (
     State,
@@ -37,17 +36,15 @@ from job.checkpoint import (
 )
 from job.config import TRANSFER, TrainConfig
 from job.determinism import fix_what_bits_depend_on
-from job.evaluation import metrics, misclassified, per_class
-from job.html_report import REPORT_SUFFIX
+from job.evaluation import metrics
 from job.interruption import Preemption, StepLimit
-from job.model_folder import LABELS_FILE, METRICS_FILE, model_card, write_model
-from job.model_report import run_report
+from job.model_folder import folder_texts, write_model
 from job.optimizer import FusedAdam
 from job.order import permutation, share
 from job.staging import Crops, StagedDataset, staged
 from job.startup import StartUp
 from job.step import Steps, balanced_weights, make_strategy, training_form
-from job.tensorboard import write_curves
+from job.tensorboard import events_of
 from job.weights import WeightsFile, local_copy
 from preprocessing.split import SPLITS
 
@@ -244,8 +241,8 @@ class Training:
             self.state.best_epoch, self.state.best_accuracy = row["epoch"], row["val_accuracy"]
             self.best_weights = self._weights()
         self._report(row)
-        if self.rank == 0 and (curves := self.curves):
-            self._show("the curves", lambda: write_curves(curves, self.state.history))
+        if self.rank == 0 and self.curves:
+            write_beside(self.curves, lambda: events_of(self.state.history), self._say)
         self._say(
             f"epoch {row['epoch']} of {self.config.epochs}: loss {row['loss']:.4f}, accuracy {row['accuracy']:.4f}, "
             f"validation loss {row['val_loss']:.4f}, validation accuracy {row['val_accuracy']:.4f}, "
@@ -290,40 +287,16 @@ class Training:
         if self.rank > 0:
             return
         wait_for_upload()  # one that fails would begin again what is sealed
-        names, splits = self.dataset.class_names, self.dataset.splits
         model = keras.Model.from_config(self.form)
         model.set_weights(self.model.get_weights())
-        recorded = self.config.model_dump()
-        numbers: dict[str, Any] = {split: metrics(predictions[split], self._labels(split), names) for split in SPLITS}
-        numbers |= {
-            "parameters": model.count_params(),
-            "classes": len(names),
-            "best_epoch": self.state.best_epoch,
-            "seconds": sum(row["seconds"] for row in self.state.history),
-            "versions": {package: version(package) for package in ("kuzushiji", "keras", "ray", "tensorflow")},
-        }
-        split_rule = self.dataset.manifest.config.get("split", "unknown")
-        texts = {
-            LABELS_FILE: "".join(f"{name}\n" for name in names),
-            "config.json": json.dumps(recorded, indent=2) + "\n",
-            METRICS_FILE: json.dumps(numbers, indent=2) + "\n",
-            "history.jsonl": "".join(json.dumps(row) + "\n" for row in self.state.history),
-            "per_class.csv": per_class(predictions["test"], self._labels("test"), names).to_csv(index=False),
-            "misclassified.csv": misclassified(predictions["test"], splits["test"], names).to_csv(index=False),
-            "README.md": model_card(recorded, numbers, run, split_rule),
-        }
-        report = place(f"{folder}{REPORT_SUFFIX}")
-        self._show("the report", lambda: write_bytes(report, run_report(place(folder), texts, model, self.dataset)))
-        write_model(place(folder), model, texts, self.dataset.manifest.sha256)
+        target, state = place(folder), self.state
+        texts = folder_texts(self.config, run, model, predictions, self.dataset, state.history, state.best_epoch)
+        report = report_file(target)
+        if write_beside(report, lambda: _report_of(target, texts, model, self.dataset), self._say):
+            self._say(f"report: {report}")
+        write_model(target, model, texts, self.dataset.manifest.sha256)
 
     # --- what people see
-
-    def _show(self, what: str, write: Callable[[], None]) -> None:
-        """Write what is only looked at: that it fails must not lose a training."""
-        try:
-            write()
-        except Exception as error:
-            self._say(f"{what} could not be written: {one_line(error)}")
 
     def _say(self, text: str) -> None:
         if self.rank == 0:
@@ -339,3 +312,9 @@ class Training:
         position: dict[str, Any] = {"architecture": self.config.architecture, "epoch": epoch}
         position |= {"epochs": self.config.epochs, "step": step, "steps": steps}
         self.board.post.remote(position | {"loss": loss, "accuracy": accuracy, "crops_per_s": crops_per_s})
+
+
+def _report_of(folder: UPath, texts: dict[str, str], model: keras.Model, dataset: StagedDataset) -> bytes:
+    from job.model_report import run_report  # plots: not before the first step
+
+    return run_report(folder, texts, model, dataset)

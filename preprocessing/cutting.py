@@ -3,7 +3,9 @@
 import itertools
 import json
 import logging
+import sys
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +14,7 @@ from numpy.typing import NDArray
 from upath import UPath
 
 from cluster.errors import InputError
-from cluster.progress import progress
+from cluster.progress import on_terminal, progress
 from cluster.runtime import cause_of, ray_session
 from preprocessing.crop import MAX_PAGE_BYTES, PageFault, clip_box, crop, decode_page
 from preprocessing.labels import Labels
@@ -71,6 +73,8 @@ def group_pages(labels: Labels, files: dict[str, tuple[str, int]], groups: int) 
 def run_groups(rows: Sequence[dict[str, Any]], what: str, work: Any, **how: Any) -> list[dict[str, Any]]:
     """Do something with each row with Ray Data, and show how far it has come; the reports, in the order of the rows.
 
+    On a terminal Ray Data's own bar is shown, which counts the rows and tells which CPUs work.
+
     work: makes {"group", "report": JSON} of a row; a class is made once in each of some processes that live on, and
     called with its rows. how: of `ray.data.Dataset.map`.
 
@@ -78,12 +82,16 @@ def run_groups(rows: Sequence[dict[str, Any]], what: str, work: Any, **how: Any)
         Exception: what the work raised.
     """
     reports: dict[int, dict[str, Any]] = {}
-    with ray_session(), progress(what, sum(len(row["image_id"]) for row in rows), "pages") as advance:
+    rays_own = on_terminal() and sys.stdout.isatty()  # which is where Ray Data draws bars
+    pages = sum(len(row["image_id"]) for row in rows)
+    ours = nullcontext(lambda _: None) if rays_own else progress(what, pages, "pages")
+    with ray_session(), ours as advance:
         import ray.data
 
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # else it warns of the bars that are off
         context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
+        context.enable_progress_bars = context.enable_rich_progress_bars = rays_own
+        context.use_ray_tqdm = context.enable_operator_progress_bars = False  # one bar, in rich, is enough
         context.raise_original_map_exception = True  # else the cause is lost on its way back
         if isinstance(work, type):
             how["compute"] = ray.data.ActorPoolStrategy(min_size=1, max_size=len(rows), max_tasks_in_flight_per_actor=2)

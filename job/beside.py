@@ -1,0 +1,22 @@
+"""What stands beside sealed folders, only to be looked at: when it can't be written, nothing is lost."""
+
+from collections.abc import Callable
+
+from upath import UPath
+
+from cluster.errors import one_line
+from cluster.storage import write_bytes
+
+
+def report_file(folder: UPath) -> UPath:
+    return folder.parent / f"{folder.name}.report.html"
+
+
+def write_beside(target: UPath, make: Callable[[], bytes], say: Callable[[str], object]) -> bool:
+    """Write what `make` makes, and tell whether it is there; of a failure of any kind, `say` is called with a line."""
+    try:
+        write_bytes(target, make())
+    except Exception as error:
+        say(f"{target} could not be written: {one_line(error)}")
+        return False
+    return True
