@@ -70,7 +70,7 @@ demo: .venv/.installed
 	$(KUZUSHIJI) verify demo/pulled/baseline
 	$(KUZUSHIJI) sample --out demo/new --num-pages 4 --scale 0.5 --seed 7
 	$(KUZUSHIJI) predict --model demo/pulled/baseline --pages demo/new/train_images --boxes demo/new/train.csv \
-	  --out demo/read --annotate demo/pictures
+	  --out demo/read --format csv --annotate demo/pictures
 	@echo
 	@grep '^|' demo/pulled/baseline/demo/README.md
 	@echo
@@ -79,7 +79,7 @@ demo: .venv/.installed
 	@echo 'The model:           demo/pulled/baseline/demo/README.md'
 	@echo 'What it gets wrong:  demo/evaluation/misclassified.csv'
 	@echo 'Reports:             demo/dataset.report.html, demo/models/baseline/demo.report.html'
-	@echo 'New pages, read:     demo/pictures/'
+	@echo 'New pages, read:     demo/pictures/, demo/read/'
 
 # After a change of pyproject.toml. The lock files hold no address: the one in force where they are used is asked.
 lock:

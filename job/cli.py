@@ -33,7 +33,7 @@ def sample(out: str, num_pages: int, seed: int, scale: float, layouts: str | Non
     layouts_file = local_path(layouts, "--layouts") if layouts else None
     summary = draw(local_path(out, "--out"), num_pages, seed, scale, layouts_file)
     result = {"out": out, "pages": summary.pages, "characters": summary.characters, "books": summary.books}
-    return result, [f"{summary.pages} pages of {summary.books} books, {summary.characters:,} characters: {out}"]
+    return result, [f"{summary.pages} pages, {summary.books} books, {summary.characters:,} characters: {out}"]
 
 
 @command
@@ -141,7 +141,7 @@ def evaluate(model: str, dataset: str, split: str, out: str | None) -> Outcome:
     from cluster.storage import reachable_place
     from job.evaluate import evaluate as run
     from job.evaluate import write_evaluation
-    from job.report import metrics_line
+    from job.report import splits_table
 
     result = reachable_place(out) if out else None
     evaluation = run(reachable_place(model), reachable_place(dataset), split, result)
@@ -165,7 +165,7 @@ def evaluate(model: str, dataset: str, split: str, out: str | None) -> Outcome:
         *listed[:SHOWN_CONFUSIONS],
         *more,
         "",
-        metrics_line(split, evaluation.metrics),
+        *splits_table({split: evaluation.metrics}),
     ]
 
 
@@ -190,8 +190,8 @@ def predict(model: str, pages: str, boxes: str, out: str, form: str, annotate: s
     result = {"out": out} | counts | {"losses": lost, "clipped": len(manifest.clipped), "accuracy": accuracy}
     lines = [f"{counts['read']:,} of {counts['boxes']:,} boxes read, of {counts['pages']:,} pages: {out}"]
     if accuracy:
-        scores = [(name.replace("_", " "), value) for name, value in accuracy.items() if isinstance(value, float)]
-        told = ", ".join(f"{name} {value:.4f}" for name, value in scores)
+        names = {"accuracy": "accuracy", "accuracy_without_rare": "without rare", "top5": "top 5"}
+        told = ", ".join(f"{name} {value:.4f}" for key, name in names.items() if (value := accuracy[key]) is not None)
         lines.append(f"{told}, {accuracy['examples']:,} boxes with a character")
     lines.append(f"{lost} boxes lost, {len(manifest.clipped)} clipped: each is listed in manifest.json")
     return result, lines

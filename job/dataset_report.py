@@ -32,7 +32,7 @@ def dataset_report(dataset: UPath) -> bytes:
     counts = read_manifest(dataset, DatasetManifest).counts
     with staged(dataset, [split for split in SPLITS if counts[split]["examples"]]) as data:
         crops = _table_of(data)
-        return page.page(f"Dataset {dataset.name}", _sections(data, crops))
+        return page.page(f"Dataset: {dataset.name}", _sections(data, crops))
 
 
 def _table_of(data: StagedDataset) -> pd.DataFrame:

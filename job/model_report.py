@@ -65,7 +65,7 @@ def model_report(models: UPath, dataset: UPath | None = None) -> bytes:
         DamageError: a file is not what its manifest says.
     """
     runs = [_read(models, name) for name in _architectures(models)]
-    title = f"Models {models.name}"
+    title = f"Models: {models.name}"
     if dataset is None:
         return page.page(title, [*_compared(runs), *(part for run in runs for part in _of_run(run, None, None))])
     with staged(dataset, SPLITS) as data:
@@ -138,7 +138,7 @@ def _parsed(folder: UPath, dataset_manifest_sha256: str, content: Callable[[str]
 
 def _of_run(run: Trained, data: StagedDataset | None, model: Any) -> Iterator[str]:
     """model: with `data`, to show what it responds to."""
-    yield page.section(f"{run.architecture}, run {run.folder.name}", *_numbers(run))
+    yield page.section(f"{run.architecture}, run {run.folder.name}: what it reached", *_numbers(run))
     yield page.section(f"{run.architecture}: what it gets wrong", *_wrong(run, data))
     if data:
         yield page.section(f"{run.architecture}: what its convolutions respond to", *_responses(model, data))

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 from numpy.typing import NDArray
 
 from preprocessing.hand import packaged_font
@@ -43,6 +43,12 @@ def _svg(draw: Callable[[Any], None], height: float = 3.4) -> str:
     return text[text.index("<svg") :].replace(INK, "currentColor")
 
 
+def _plain(logarithmic: Any) -> None:
+    """Numbers on a logarithmic axis as 1,000: powers of ten would be formulas, which are off."""
+    logarithmic.set_major_formatter("{x:,.0f}")
+    logarithmic.set_minor_formatter(NullFormatter())
+
+
 def class_frequency(counts: NDArray[np.int64], kept: int, coverage: float | None) -> str:
     """counts: of each character, falling. kept: how many have a class of their own. coverage: the cut, if one made
     the classes.
@@ -58,6 +64,7 @@ def class_frequency(counts: NDArray[np.int64], kept: int, coverage: float | None
         axes.set(
             xlabel="characters, the most frequent first", ylabel="share of all crops", xscale="log", ylim=(0, 1.02)
         )
+        _plain(axes.xaxis)
         axes.yaxis.set_major_formatter(PercentFormatter(1))
 
     return _svg(draw)
@@ -73,6 +80,8 @@ def crops_per_class(of_splits: Mapping[str, NDArray[np.int64]]) -> str:
         axes.set(
             xlabel="class, the most frequent first; the last is rare", ylabel="crops", yscale="symlog", ylim=(0, None)
         )
+        _plain(axes.yaxis)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend()
 
     return _svg(draw)
@@ -129,6 +138,7 @@ def accuracy_by_frequency(examples: NDArray[np.int64], recall: NDArray[np.float6
     def draw(axes: Any) -> None:
         axes.plot(examples, recall, ".", color=COLOURS[0], alpha=0.6, markeredgewidth=0)
         axes.set(xlabel="crops of the class in the test", ylabel="recognised", xscale="log", ylim=(-0.03, 1.03))
+        _plain(axes.xaxis)
         axes.yaxis.set_major_formatter(PercentFormatter(1))
 
     return _svg(draw)

@@ -7,6 +7,7 @@ manifest.json                            what was lost, what was read with; writ
 
 import json
 import re
+from functools import lru_cache
 from importlib.metadata import version
 from typing import Any
 
@@ -72,7 +73,8 @@ def predict(
         of = f"{row['group']:05d}-of-{len(rows):05d}.{form}"
         row |= {"predictions_file": f"predictions-{of}", "pages_file": f"pages-{of}"}
     places = {"model": str(folder), "pages": str(pages), "out": str(out), "annotate": str(annotate or "")}
-    reports = run_groups(rows, "pages read", Reader, fn_constructor_kwargs=places)
+    how = places | {"model_sha256": model_manifest.sha256}
+    reports = run_groups(rows, "pages read", read_group, how)
     losses = [loss for report in reports for loss in report["losses"]]
     if len(losses) == len(labels.boxes):
         raise InputError(f"a box at least must be readable. Received: {len(losses)} lost, first: {losses[0]['what']}")
@@ -113,52 +115,41 @@ def _clear(out: UPath) -> None:
     remove_temporaries(out)
 
 
-class Reader:
-    """What a worker does with each group that it gets."""
+def read_group(
+    row: dict[str, Any], model: str, model_sha256: str, pages: str, out: str, annotate: str
+) -> dict[str, Any]:
+    """What a worker does with a row. model_sha256: of the model's manifest. annotate: "" for no pictures.
 
-    def __init__(self, model: str, pages: str, out: str, annotate: str) -> None:
-        self.model, self.pages, self.out = place(model), place(pages), place(out)
-        self.annotate = place(annotate) if annotate else None
-        self._loaded: tuple[Any, list[str]] | None = None
+    Returns {"group", "report": JSON}.
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Returns {"group", "report": JSON}.
-
-        Raises:
-            KuzushijiError: whatever failed for reasons outside the code.
-        """
-        try:
-            # Here, not in `__init__`: Ray Data keeps only the text of what an actor failed to begin of.
-            steps, names = self._loaded = self._loaded or _load(self.model)
-            report = self._read(row, steps, names)
-        except OSError as error:  # Ray Data would put its own text where the path is
-            raise explained(error) or KuzushijiError(one_line(error)) from error
-        return {"group": row["group"], "report": json.dumps(report, ensure_ascii=False)}
-
-    def _read(self, row: dict[str, Any], steps: Any, names: list[str]) -> dict[str, Any]:
-        read = Read.of(cut_boxes(row, self.pages), steps, names, np.array(row["unicode"], np.int32))
+    Raises:
+        KuzushijiError: whatever failed for reasons outside the code.
+    """
+    try:
+        steps, names = _loaded(model, model_sha256)
+        read = Read.of(cut_boxes(row, place(pages)), steps, names, np.array(row["unicode"], np.int32))
         tables = {row["predictions_file"]: read.predictions(), row["pages_file"]: read.texts(row["image_id"])}
-        files = [write_listed(self.out / name, _encoded(table, name)) for name, table in tables.items()]
-        if self.annotate:
-            self._draw(row, read, self.annotate)
-        return {
-            "files": [entry.model_dump() for entry in files],
-            "losses": read.losses(),
-            "clipped": [{"page": cut.page_id, "box": cut.box} for cut in read.cuts if cut.clipped],
-            "read": len(read.found),
-            "sums": read.sums(),
-        }
-
-    def _draw(self, row: dict[str, Any], read: "Read", folder: UPath) -> None:
-        with page_reader(self.pages) as read_page:
-            for page_id, name in zip(row["image_id"], row["name"], strict=True):
-                if page_id in read.of_page:
-                    picture = annotated(read_page(name), *read.for_picture(page_id))
-                    write_bytes(folder / f"{page_id}{PICTURE_SUFFIX}", picture)
+        files = [write_listed(place(out) / name, _encoded(table, name)) for name, table in tables.items()]
+        if annotate:
+            _draw(row, read, place(pages), place(annotate))
+    except OSError as error:  # Ray Data would put its own text where the path is
+        raise explained(error) or KuzushijiError(one_line(error)) from error
+    report = {
+        "files": [entry.model_dump() for entry in files],
+        "losses": read.losses(),
+        "clipped": [{"page": cut.page_id, "box": cut.box} for cut in read.cuts if cut.clipped],
+        "read": len(read.found),
+        "sums": read.sums(),
+    }
+    return {"group": row["group"], "report": json.dumps(report, ensure_ascii=False)}
 
 
-def _load(model: UPath) -> tuple[Any, list[str]]:
-    """For one thread: Ray runs a reader on each core, and the same threads give the same bits."""
+@lru_cache(maxsize=1)
+def _loaded(model: str, model_sha256: str) -> tuple[Any, list[str]]:
+    """Once in each of Ray's processes, which do one task after the other.
+
+    For one thread: Ray runs such a process on each core, and the same threads give the same bits.
+    """
     with without_chatter():
         import tensorflow as tf
 
@@ -166,8 +157,18 @@ def _load(model: UPath) -> tuple[Any, list[str]]:
         tf.config.threading.set_inter_op_parallelism_threads(1)
         tf.config.experimental.enable_op_determinism()
         from job.step import Steps
-    loaded, names, _ = load_model(model)
+    if read_manifest(place(model), ModelManifest).sha256 != model_sha256:
+        raise DamageError(f"--model must stay as it is while it is used. Received: {model}, another one meanwhile")
+    loaded, names, _ = load_model(place(model))
     return Steps(tf.distribute.get_strategy(), 1, loaded), names
+
+
+def _draw(row: dict[str, Any], read: Read, pages: UPath, folder: UPath) -> None:
+    with page_reader(pages) as read_page:
+        for page_id, name in zip(row["image_id"], row["name"], strict=True):
+            if page_id in read.of_page:
+                picture = annotated(read_page(name), *read.for_picture(page_id))
+                write_bytes(folder / f"{page_id}{PICTURE_SUFFIX}", picture)
 
 
 def _encoded(table: pd.DataFrame, name: str) -> bytes:

@@ -1,6 +1,6 @@
 """What the command line tells of finished models."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cluster.errors import one_line
@@ -31,7 +31,7 @@ def outcome_lines(outcomes: Sequence[Outcome]) -> list[str]:
         return _table(outcomes)
     outcome, numbers = outcomes[0], outcomes[0].metrics
     head = [] if outcome.trained else [f"run {outcome.folder.name} is finished already: nothing to do"]
-    return [*head, *(metrics_line(split, numbers[split]) for split in SPLITS), f"model: {outcome.folder}"]
+    return [*head, *splits_table({split: numbers[split] for split in SPLITS}), f"model: {outcome.folder}"]
 
 
 def _table(outcomes: Sequence[Outcome]) -> list[str]:
@@ -49,16 +49,14 @@ def _table(outcomes: Sequence[Outcome]) -> list[str]:
     return lines
 
 
-def metrics_line(split: str, numbers: dict[str, Any]) -> str:
-    parts = [
-        f"accuracy {numbers['accuracy']:.4f}",
-        f"without rare {_optional(numbers['accuracy_without_rare'])}",
-        f"top 5 {numbers['top5']:.4f}",
-        f"macro F1 {numbers['macro_f1']:.4f}",
-        f"loss {numbers['loss']:.4f}",
-        f"{numbers['examples']:,} crops",
-    ]
-    return f"{split:<10} " + ", ".join(parts)
+def splits_table(of_splits: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """of_splits: split to what `evaluation.metrics` gives."""
+    form = "{:<10} {:>8} {:>9} {:>13} {:>7} {:>9} {:>8}"
+    lines = [form.format("split", "crops", "accuracy", "without rare", "top 5", "macro F1", "loss")]
+    for split, numbers in of_splits.items():
+        keys = ("accuracy", "accuracy_without_rare", "top5", "macro_f1", "loss")
+        lines.append(form.format(split, f"{numbers['examples']:,}", *(_optional(numbers[key]) for key in keys)))
+    return lines
 
 
 def _optional(value: float | None) -> str:

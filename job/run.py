@@ -27,7 +27,7 @@ from cluster.storage import (
 from job.config import MAY_DIFFER, TrainConfig
 from job.model_folder import METRICS_FILE, finished_config, read_json
 from job.startup import StartUp
-from job.tensorboard import curves_file
+from job.tensorboard import curves_folder
 from job.weights import WeightsFile
 
 log = logging.getLogger("kuzushiji")
@@ -126,7 +126,7 @@ class Run:
                 "dataset": str(self.dataset),
                 "folder": str(self.folder),
                 "checkpoints": str(self._checkpoints),
-                "curves": str(curves_file(self.models, self.config.architecture, self.name)),
+                "curves": str(curves_folder(self.models, self.config.architecture, self.name)),
                 "run": self.name,
                 "board": board,
             },

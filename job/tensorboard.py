@@ -1,13 +1,12 @@
 """A training's curves for TensorBoard, beside its models: `tensorboard --logdir <models>/tensorboard`."""
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from upath import UPath
 
-EVENTS_FILE = "events.out.tfevents.epochs"  # TensorBoard finds a file by what its name begins with
 TAGS = {
     "loss": "loss/train",
     "val_loss": "loss/validation",
@@ -20,21 +19,22 @@ TAGS = {
 }
 
 
-def curves_file(models: UPath, architecture: str, run: str) -> UPath:
-    return models / "tensorboard" / architecture / run / EVENTS_FILE
+def curves_folder(models: UPath, architecture: str, run: str) -> UPath:
+    return models / "tensorboard" / architecture / run
 
 
-def events_of(history: Sequence[Mapping[str, Any]]) -> bytes:
-    """All epochs so far: written anew each time, so that whoever goes on from a checkpoint tells no epoch twice.
+def events_file(epoch: int) -> str:
+    """An epoch's file: a name to each, for TensorBoard never looks again at what it has read to the end."""
+    return f"events.out.tfevents.{epoch:05d}"
 
-    history: a row an epoch, as in `history.jsonl`.
-    """
+
+def events_of(row: Mapping[str, Any]) -> bytes:
+    """row: of an epoch, as in `history.jsonl`."""
     from tensorboardX import SummaryWriter
 
     with tempfile.TemporaryDirectory() as temporary:
         with SummaryWriter(temporary) as writer:
-            for row in history:
-                for key, tag in TAGS.items():
-                    writer.add_scalar(tag, row[key], row["step"])
+            for key, tag in TAGS.items():
+                writer.add_scalar(tag, row[key], row["step"])
         (written,) = Path(temporary).iterdir()
         return written.read_bytes()

@@ -44,7 +44,7 @@ from job.order import permutation, share
 from job.staging import Crops, StagedDataset, staged
 from job.startup import StartUp
 from job.step import Steps, balanced_weights, make_strategy, training_form
-from job.tensorboard import events_of
+from job.tensorboard import events_file, events_of
 from job.weights import WeightsFile, local_copy
 from preprocessing.split import SPLITS
 
@@ -240,9 +240,9 @@ class Training:
         if row["val_accuracy"] > self.state.best_accuracy:
             self.state.best_epoch, self.state.best_accuracy = row["epoch"], row["val_accuracy"]
             self.best_weights = self._weights()
+        if self.rank == 0 and self.curves:  # before the checkpoint: whoever goes on from that leaves out no epoch
+            write_beside(self.curves / events_file(row["epoch"]), lambda: events_of(row), self._say)
         self._report(row)
-        if self.rank == 0 and self.curves:
-            write_beside(self.curves, lambda: events_of(self.state.history), self._say)
         self._say(
             f"epoch {row['epoch']} of {self.config.epochs}: loss {row['loss']:.4f}, accuracy {row['accuracy']:.4f}, "
             f"validation loss {row['val_loss']:.4f}, validation accuracy {row['val_accuracy']:.4f}, "

@@ -4,7 +4,7 @@ import itertools
 import json
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -70,13 +70,14 @@ def group_pages(labels: Labels, files: dict[str, tuple[str, int]], groups: int) 
     return rows
 
 
-def run_groups(rows: Sequence[dict[str, Any]], what: str, work: Any, **how: Any) -> list[dict[str, Any]]:
+def run_groups(
+    rows: Sequence[dict[str, Any]], what: str, work: Callable[..., dict[str, Any]], how: dict[str, Any]
+) -> list[dict[str, Any]]:
     """Do something with each row with Ray Data, and show how far it has come; the reports, in the order of the rows.
 
     On a terminal Ray Data's own bar is shown, which counts the rows and tells which CPUs work.
 
-    work: makes {"group", "report": JSON} of a row; a class is made once in each of some processes that live on, and
-    called with its rows. how: of `ray.data.Dataset.map`.
+    work: called with a row and `how`, makes {"group", "report": JSON} of it.
 
     Raises:
         Exception: what the work raised.
@@ -93,11 +94,9 @@ def run_groups(rows: Sequence[dict[str, Any]], what: str, work: Any, **how: Any)
         context.enable_progress_bars = context.enable_rich_progress_bars = rays_own
         context.use_ray_tqdm = context.enable_operator_progress_bars = False  # one bar, in rich, is enough
         context.raise_original_map_exception = True  # else the cause is lost on its way back
-        if isinstance(work, type):
-            how["compute"] = ray.data.ActorPoolStrategy(min_size=1, max_size=len(rows), max_tasks_in_flight_per_actor=2)
         groups = ray.data.from_items(list(rows), override_num_blocks=len(rows))
         try:
-            for row in groups.map(work, num_cpus=1, **how).iter_rows():
+            for row in groups.map(work, fn_kwargs=how, num_cpus=1).iter_rows():
                 reports[row["group"]] = json.loads(row["report"])
                 advance(len(rows[row["group"]]["image_id"]))
         except Exception as error:

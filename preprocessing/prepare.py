@@ -101,7 +101,7 @@ def prepare(pages: UPath, labels: UPath, dataset: UPath, config: PrepareConfig) 
 
 def _make(plan: Plan, pages: UPath, dataset: UPath, config: PrepareConfig) -> DatasetManifest:
     places = {"pages": str(pages), "dataset": str(dataset)}
-    reports = run_groups(plan.rows, "pages cut", write_group, fn_kwargs=places)
+    reports = run_groups(plan.rows, "pages cut", write_group, places)
     losses = [loss for report in reports for loss in report["losses"]]
     try:
         _check_losses(losses, plan, config, dataset)

@@ -60,6 +60,12 @@ def test_a_report_asks_for_nothing_beside_itself(of_real: str) -> None:
     assert "<script" not in of_real
 
 
+def test_what_stands_in_plots_is_text_and_no_formula(of_real: str, of_two: str) -> None:
+    drawn = re.findall(r"<!-- (.*?) -->", of_real + of_two)  # each text that was drawn as shapes
+    assert {"1", "10", "100%", "accuracy"} <= set(drawn)
+    assert not [text for text in drawn if "$" in text or "\\" in text]
+
+
 def test_a_dataset_is_told_as_its_manifest_has_it(of_real: str, real_dataset: Path) -> None:
     counts = read_manifest(place(real_dataset), DatasetManifest).counts
     text = Page(of_real).text
