@@ -58,7 +58,7 @@ fuzz: .venv/.installed-dev
 test-image:
 	tests/build_image.sh
 
-# From drawn pages to a checked model, under demo/ (which git ignores): every command once, in the order of use.
+# From drawn pages to a checked model and pages that it reads, under demo/ (which git ignores).
 demo: .venv/.installed
 	rm -rf demo
 	$(KUZUSHIJI) sample --out demo/pages --num-pages 80 --scale 0.5

@@ -1,6 +1,7 @@
 """One progress display for every command: a bar on a terminal, a log line every few seconds elsewhere."""
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -22,10 +23,13 @@ def on_terminal() -> bool:
 
 @cache
 def terminal() -> "Console":
-    """The one console for bars and log lines, so that they do not write over one another."""
+    """The one console for bars and log lines, so that they do not write over one another.
+
+    On a file of its own: it is seen also while standard error is turned away, as when TensorFlow loads.
+    """
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False)
+    return Console(file=os.fdopen(os.dup(sys.stderr.fileno()), "w", encoding=sys.stderr.encoding), highlight=False)
 
 
 def log_to_stderr(debug: bool = False) -> None:

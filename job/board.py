@@ -122,10 +122,13 @@ class _Table:
 
     def __init__(self, architectures: Sequence[str]) -> None:
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.table import Column
 
-        text, state = TextColumn("{task.description}"), TextColumn("{task.fields[state]}")
-        columns = (text, BarColumn(bar_width=10), TimeRemainingColumn(), state)  # 100 characters, with the longest name
-        self._bars = Progress(*columns, console=terminal(), transient=True)
+        whole = Column(no_wrap=True)
+        text, state = (TextColumn(f"{{task.{of}}}", table_column=whole) for of in ("description", "fields[state]"))
+        # The bar gets what the others leave of the width: they take some 80 characters, and the name.
+        columns = (text, BarColumn(bar_width=None), TimeRemainingColumn(table_column=whole), state)
+        self._bars = Progress(*columns, console=terminal(), transient=True, expand=True)
         self._rows = {name: self._bars.add_task(name, total=None, start=False, state="waits") for name in architectures}
 
     def __enter__(self) -> Self:

@@ -53,8 +53,7 @@ def sample(out: str, num_pages: int, seed: int, scale: float, layouts: str | Non
 def prepare(pages: str, labels: str, dataset: str, classes: str | None, **options: Any) -> Outcome:
     """Cut labelled pages into crops: a dataset of TFRecords."""
     from cluster.storage import reachable_place
-    from job.beside import report_file, write_beside
-    from job.dataset_report import dataset_report
+    from job.dataset_report import report_beside
     from preprocessing.classes import read_class_names
     from preprocessing.prepare import PrepareConfig
     from preprocessing.prepare import prepare as run
@@ -65,17 +64,15 @@ def prepare(pages: str, labels: str, dataset: str, classes: str | None, **option
     counts = {split: manifest.counts[split]["examples"] for split in SPLITS}
     lost = {key: len(getattr(manifest, key)) for key in ("losses", "clipped", "unlabelled")}
     result = {"dataset": dataset, "written": new, "crops": counts, "shards": len(manifest.shards)} | lost
+    reported = report_beside(reachable_place(dataset), manifest, new)
     if not new:
-        return result, [f"{dataset} is there and right: nothing written"]
-    beside = report_file(reachable_place(dataset))
-    log.info("the dataset is sealed; its report follows")
-    reported = write_beside(beside, lambda: dataset_report(reachable_place(dataset)), log.warning)
+        return result, [f"{dataset} is there and right: nothing written", *reported]
     split_line = ", ".join(f"{split} {count:,}" for split, count in counts.items())
     return result, [
         f"{sum(counts.values()):,} crops in {len(manifest.shards)} shards ({split_line}): {dataset}",
         f"{lost['losses']} boxes lost, {lost['clipped']} clipped, {lost['unlabelled']} pages without labels: "
         "each is listed in manifest.json",
-        *([f"report: {beside}"] if reported else []),
+        *reported,
     ]
 
 

@@ -1,5 +1,6 @@
 """What is in a dataset, to be looked at before it is trained on: `report.html`."""
 
+import logging
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -10,16 +11,21 @@ from numpy.typing import NDArray
 from upath import UPath
 
 from cluster.manifest import DatasetManifest, read_manifest
+from cluster.storage import is_file
 from job import html_report as page
 from job import plots
+from job.beside import report_file, write_beside
 from job.staging import StagedDataset, staged
 from job.startup import load_tensorflow
 from preprocessing.labels import book_of, code_point_name
 from preprocessing.split import SPLITS
 
+MOST_BYTES = 10**10  # of a dataset that `prepare` stages again, on the disk of the machine that it was started on
 EXAMPLES = 48  # of each split
 MOST_ROWS = 200  # of a table
 SEED = 0  # of which crops are shown
+
+log = logging.getLogger("kuzushiji")
 
 
 def dataset_report(dataset: UPath) -> bytes:
@@ -33,6 +39,17 @@ def dataset_report(dataset: UPath) -> bytes:
     with staged(dataset, [split for split in SPLITS if counts[split]["examples"]]) as data:
         crops = _table_of(data)
         return page.page(f"Dataset: {dataset.name}", _sections(data, crops))
+
+
+def report_beside(dataset: UPath, manifest: DatasetManifest, new: bool) -> list[str]:
+    """Write the report of a sealed dataset beside it, and tell so, in a line at most. new: it was sealed just now."""
+    target = report_file(dataset)
+    if not dataset.name or sum(shard.bytes for shard in manifest.shards) > MOST_BYTES:  # a whole bucket; very large
+        return ["no report beside it: `kuzushiji report` makes one"] if new else []
+    if not new and is_file(target):
+        return []
+    log.info("the dataset is sealed; its report follows")
+    return [f"report: {target}"] if write_beside(target, lambda: dataset_report(dataset), log.warning) else []
 
 
 def _table_of(data: StagedDataset) -> pd.DataFrame:

@@ -1,11 +1,14 @@
 """A training's curves for TensorBoard, beside its models: `tensorboard --logdir <models>/tensorboard`."""
 
-import tempfile
-from collections.abc import Mapping
-from pathlib import Path
+import time
+from collections.abc import Callable, Mapping
+from threading import Thread
 from typing import Any
 
 from upath import UPath
+
+from job.beside import write_beside
+from preprocessing.records import frame
 
 TAGS = {
     "loss": "loss/train",
@@ -23,18 +26,24 @@ def curves_folder(models: UPath, architecture: str, run: str) -> UPath:
     return models / "tensorboard" / architecture / run
 
 
-def events_file(epoch: int) -> str:
-    """An epoch's file: a name to each, for TensorBoard never looks again at what it has read to the end."""
-    return f"events.out.tfevents.{epoch:05d}"
+def begin_to_write(folder: UPath, row: Mapping[str, Any], say: Callable[[str], object]) -> Thread:
+    """Write an epoch's numbers, while the training goes on: it must not wait for a slow bucket.
+
+    row: as in `history.jsonl`. Each epoch has a file of its own, for TensorBoard never looks again at one that it has
+    read to the end; an epoch that is written again, after a worker was lost, takes the place of the first.
+    """
+    target = folder / f"events.out.tfevents.{row['epoch']:05d}"
+    thread = Thread(target=write_beside, args=(target, lambda: events_of(row), say), daemon=True)
+    thread.start()
+    return thread
 
 
 def events_of(row: Mapping[str, Any]) -> bytes:
-    """row: of an epoch, as in `history.jsonl`."""
-    from tensorboardX import SummaryWriter
+    """A file of TensorBoard's: TFRecords, of its version and of one step's numbers."""
+    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.proto.summary_pb2 import Summary
 
-    with tempfile.TemporaryDirectory() as temporary:
-        with SummaryWriter(temporary) as writer:
-            for key, tag in TAGS.items():
-                writer.add_scalar(tag, row[key], row["step"])
-        (written,) = Path(temporary).iterdir()
-        return written.read_bytes()
+    values = [Summary.Value(tag=tag, simple_value=row[key]) for key, tag in TAGS.items()]
+    head = Event(wall_time=time.time(), file_version="brain.Event:2")
+    numbers = Event(wall_time=time.time(), step=row["step"], summary=Summary(value=values))
+    return b"".join(frame(event.SerializeToString()) for event in (head, numbers))

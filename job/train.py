@@ -22,6 +22,7 @@ from cluster.errors import DamageError, InputError, OptionError, one_line
 from cluster.manifest import DatasetManifest, read_manifest, verify
 from cluster.runtime import ray_session
 from cluster.storage import is_local, plain_name
+from job.beside import REPORT_SUFFIX
 from job.config import RECIPES, TrainConfig
 from job.run import Run
 from job.weights import WeightsFile, obtain
@@ -182,8 +183,10 @@ def _check_run(run: str) -> None:
         plain_name(run, "--run")
     except InputError as error:
         raise OptionError(str(error)) from None
-    if run.endswith(".json"):
-        raise OptionError(f"--run must not end in .json, which names files beside the runs. Received: {run}")
+    if run.endswith((".json", REPORT_SUFFIX)):
+        raise OptionError(
+            f"--run must not end in .json or {REPORT_SUFFIX}, which name files beside the runs. Received: {run}"
+        )
 
 
 def _check_dataset(dataset: UPath) -> DatasetManifest:

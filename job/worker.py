@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import keras
@@ -44,13 +45,14 @@ from job.order import permutation, share
 from job.staging import Crops, StagedDataset, staged
 from job.startup import StartUp
 from job.step import Steps, balanced_weights, make_strategy, training_form
-from job.tensorboard import events_file, events_of
+from job.tensorboard import begin_to_write
 from job.weights import WeightsFile, local_copy
 from preprocessing.split import SPLITS
 
 # Over how much batch norm's statistics are averaged before a validation: a quarter of an epoch, within these bounds.
 STATISTICS_BATCHES = 30
 STATISTICS_CROPS = 1024
+SECONDS_FOR_CURVES = 30  # that a finished training waits for them at most
 
 
 def train_worker(job: dict[str, Any], start_up: StartUp) -> dict[str, str] | None:
@@ -70,9 +72,9 @@ def train_worker(job: dict[str, Any], start_up: StartUp) -> dict[str, str] | Non
         start_up.ends("connecting and staging")
         with weights as file:
             training = Training(config, strategy, dataset, job["board"], file)
+        training.start_up, training.curves = start_up, place(job["curves"])
         training.resume(place(job["checkpoints"]))
         start_up.ends("building the model")
-        training.start_up, training.curves = start_up, place(job["curves"])
         try:
             while not training.finished():
                 training.run_epoch()
@@ -113,6 +115,7 @@ class Training:
         self.best_weights: list[NDArray[Any]] = []
         self.start_up: StartUp | None = None  # until it is told
         self.curves: UPath | None = None  # where TensorBoard finds them
+        self.writing_curves: Thread | None = None
         self.limit, self.preemption = StepLimit(config.step_limit, self._post), Preemption()
 
     # --- checkpoints
@@ -131,6 +134,7 @@ class Training:
             variables = [*self.changing, *self.optimizer.variables]
             self.state, best = read_checkpoint(Path(folder), variables)
         self.best_weights = self._weights() if self.state.is_best else best
+        self._draw_curves()  # whoever was lost may not have come to it
         within = f" and {self.state.step} steps of the next" if self.state.step else ""
         self._say(f"goes on after epoch {self.state.epoch}{within}")
 
@@ -240,9 +244,8 @@ class Training:
         if row["val_accuracy"] > self.state.best_accuracy:
             self.state.best_epoch, self.state.best_accuracy = row["epoch"], row["val_accuracy"]
             self.best_weights = self._weights()
-        if self.rank == 0 and self.curves:  # before the checkpoint: whoever goes on from that leaves out no epoch
-            write_beside(self.curves / events_file(row["epoch"]), lambda: events_of(row), self._say)
         self._report(row)
+        self._draw_curves()
         self._say(
             f"epoch {row['epoch']} of {self.config.epochs}: loss {row['loss']:.4f}, accuracy {row['accuracy']:.4f}, "
             f"validation loss {row['val_loss']:.4f}, validation accuracy {row['val_accuracy']:.4f}, "
@@ -291,12 +294,19 @@ class Training:
         model.set_weights(self.model.get_weights())
         target, state = place(folder), self.state
         texts = folder_texts(self.config, run, model, predictions, self.dataset, state.history, state.best_epoch)
+        write_model(target, model, texts, self.dataset.manifest.sha256)
         report = report_file(target)
         if write_beside(report, lambda: _report_of(target, texts, model, self.dataset), self._say):
             self._say(f"report: {report}")
-        write_model(target, model, texts, self.dataset.manifest.sha256)
+        if self.writing_curves:
+            self.writing_curves.join(timeout=SECONDS_FOR_CURVES)
 
     # --- what people see
+
+    def _draw_curves(self) -> None:
+        """Of the last epoch."""
+        if self.rank == 0 and self.curves and self.state.history:
+            self.writing_curves = begin_to_write(self.curves, self.state.history[-1], self._say)
 
     def _say(self, text: str) -> None:
         if self.rank == 0:

@@ -187,3 +187,28 @@ def test_the_command_writes_the_report_where_it_is_asked_to(dataset: Path, tmp_p
     done = subprocess.run([KUZUSHIJI, *asked], capture_output=True, text=True, check=True)
     assert done.stdout == f"report: {tmp_path / 'out' / 'report.html'}\n"
     Page((tmp_path / "out" / "report.html").read_text())
+
+
+def test_prepare_writes_the_report_beside_the_dataset_and_makes_one_that_is_missing(
+    pages: Path, tmp_path: Path
+) -> None:
+    target = tmp_path / "crops.report.html"
+    asked = ["prepare", "--pages", pages / "train_images", "--labels", pages / "train.csv", "--dataset", "crops"]
+    asked += ["--val-fraction", "0"]  # a split without crops
+
+    def done() -> subprocess.CompletedProcess[str]:
+        return subprocess.run([KUZUSHIJI, *asked], cwd=tmp_path, capture_output=True, text=True, check=True)
+
+    assert done().stdout.splitlines()[-1] == f"report: {target}"
+    first = target.read_bytes()
+    assert "validation\n0\n0\n0\n" in Page(first.decode()).text
+    assert done().stdout == "crops is there and right: nothing written\n"
+    target.unlink()
+    assert done().stdout.splitlines()[-1] == f"report: {target}"
+    assert target.read_bytes() == first
+    target.unlink()
+    target.mkdir()
+    again = done()
+    assert "report: " not in again.stdout
+    assert f"{target} could not be written: " in again.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"crops", target.name}

@@ -110,7 +110,15 @@ def test_a_run_whose_driver_is_killed_goes_on_within_the_epoch_also_on_another_n
         again("two", seed=1)
     assert result(again("two", max_failures=0)) == result(trained)
     assert re.search("goes on after epoch [0-2] and [1-4] steps of the next", caplog.text)
+    curves = sorted((tmp_path / "two" / "tensorboard" / "baseline" / "killed").iterdir())
+    assert [path.suffix for path in curves] == [".00001", ".00002", ".00003"]
+    # What is only looked at can't be written.
+    shutil.rmtree(tmp_path / "one" / "tensorboard", ignore_errors=True)
+    (tmp_path / "one" / "tensorboard").touch()
+    (tmp_path / "one" / "baseline" / "killed.report.html").mkdir(parents=True)
     fewer = [row["loss"] for row in result(again("one", workers=1))[1]]
+    told = [line.rpartition("/")[2] for line in caplog.text.splitlines() if " could not be written: " in line]
+    assert {line.split(" ")[0] for line in told} >= {"events.out.tfevents.00003", "killed.report.html"}, told
     # Of batches of 7 crops, with dropout.
     assert fewer == pytest.approx([row["loss"] for row in result(trained)[1]], abs=2e-2)
 
