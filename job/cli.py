@@ -219,12 +219,15 @@ def report(dataset: str | None, models: str | None, out: str) -> Outcome:
     """Show a dataset, or models, on a page of HTML that needs no network."""
     from cluster.storage import reachable_place, write_bytes
     from job.dataset_report import dataset_report
+    from job.evaluate import check_out
     from job.model_report import model_report
 
     if not (dataset or models):
         raise OptionError("--dataset or --models must be given. Received: neither")
     data = reachable_place(dataset) if dataset else None
-    target = reachable_place(out) / "report.html"
+    folder = reachable_place(out)
+    check_out(folder)
+    target = folder / "report.html"
     if models:
         write_bytes(target, model_report(reachable_place(models), data))
     elif data:

@@ -41,7 +41,7 @@ def evaluate(model_place: UPath, dataset_place: UPath, split: str, out: UPath | 
         InputError, DamageError: model or dataset can't be used, or are not what their manifests say.
     """
     if out:
-        _check_out(out)
+        check_out(out)
     model, class_names, folder = load_model(model_place)
     with staged(dataset_place, [split]) as dataset:
         if dataset.class_names != class_names:
@@ -67,13 +67,19 @@ def write_evaluation(evaluation: Evaluation, out: UPath) -> None:
     Raises:
         OptionError: `out` is sealed, and would not be what its manifest says any more.
     """
-    _check_out(out)
+    check_out(out)
     write_bytes(out / "metrics.json", (json.dumps(evaluation.metrics, indent=2) + "\n").encode())
     write_bytes(out / "per_class.csv", evaluation.per_class.to_csv(index=False).encode())
     write_bytes(out / "misclassified.csv", evaluation.misclassified.to_csv(index=False).encode())
 
 
-def _check_out(out: UPath) -> None:
+def check_out(out: UPath) -> None:
+    """Look at where a result will be written, before the work.
+
+    Raises:
+        OptionError: it is sealed.
+        KuzushijiError: it is read-only or no folder.
+    """
     if is_sealed(out):
         raise OptionError(f"--out must not be a finished dataset or model folder. Received: {out}")
     if is_local(out):

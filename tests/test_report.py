@@ -187,6 +187,9 @@ def test_the_command_writes_the_report_where_it_is_asked_to(dataset: Path, tmp_p
     done = subprocess.run([KUZUSHIJI, *asked], capture_output=True, text=True, check=True)
     assert done.stdout == f"report: {tmp_path / 'out' / 'report.html'}\n"
     Page((tmp_path / "out" / "report.html").read_text())
+    refused = subprocess.run([KUZUSHIJI, *asked[:-1], dataset], capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert "--out must not be a finished dataset or model folder" in refused.stderr
 
 
 def test_prepare_writes_the_report_beside_the_dataset_and_makes_one_that_is_missing(
