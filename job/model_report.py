@@ -21,6 +21,7 @@ from job import plots
 from job.evaluation import confusions, shown
 from job.model_folder import METRICS_FILE, load_model
 from job.staging import Crops, StagedDataset, staged
+from job.startup import load_tensorflow
 from preprocessing.labels import book_of
 from preprocessing.split import SPLITS
 
@@ -68,6 +69,7 @@ def model_report(models: UPath, dataset: UPath | None = None) -> bytes:
     title = f"Models: {models.name}"
     if dataset is None:
         return page.page(title, [*_compared(runs), *(part for run in runs for part in _of_run(run, None, None))])
+    load_tensorflow()
     with staged(dataset, SPLITS) as data:
         for run in runs:
             if run.dataset_manifest_sha256 != data.manifest.sha256:

@@ -182,11 +182,14 @@ def test_a_browser_shows_all_of_a_report_and_has_no_complaint(
     assert seen.pictures >= 48
 
 
-def test_the_command_writes_the_report_where_it_is_asked_to(dataset: Path, tmp_path: Path) -> None:
+def test_the_command_writes_the_report_where_it_is_asked_to_and_says_no_more(
+    dataset: Path, few: Path, two: Path, tmp_path: Path
+) -> None:
     asked = ["report", "--dataset", dataset, "--out", tmp_path / "out"]
-    done = subprocess.run([KUZUSHIJI, *asked], capture_output=True, text=True, check=True)
-    assert done.stdout == f"report: {tmp_path / 'out' / 'report.html'}\n"
-    Page((tmp_path / "out" / "report.html").read_text())
+    for options in (asked, ["report", "--models", two, "--dataset", few, "--out", tmp_path / "out"]):
+        done = subprocess.run([KUZUSHIJI, *options], capture_output=True, text=True, check=True)
+        assert (done.stdout, done.stderr) == (f"report: {tmp_path / 'out' / 'report.html'}\n", "")
+        Page((tmp_path / "out" / "report.html").read_text())
     refused = subprocess.run([KUZUSHIJI, *asked[:-1], dataset], capture_output=True, text=True, check=False)
     assert refused.returncode == 2
     assert "--out must not be a finished dataset or model folder" in refused.stderr
