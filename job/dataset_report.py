@@ -43,7 +43,8 @@ def dataset_report(dataset: UPath) -> bytes:
 def report_beside(dataset: UPath, manifest: DatasetManifest, new: bool) -> list[str]:
     """Write the report of a sealed dataset beside it, and tell so, in a line at most. new: it was sealed just now."""
     target = report_file(dataset)
-    if not dataset.name or sum(shard.bytes for shard in manifest.shards) > MOST_BYTES:  # a whole bucket; very large
+    # Nothing is beside a whole bucket; and what is very large is not staged without being asked.
+    if not dataset.name or sum(shard.bytes for shard in manifest.shards) > MOST_BYTES:
         return ["no report beside it: `kuzushiji report` makes one"] if new else []
     if not new and is_file(target):
         return []

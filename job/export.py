@@ -80,7 +80,7 @@ def _as_tflite(model: Any, folder: Path) -> Predict:
 
     model.export(folder / TFLITE_FILE, format="litert", verbose=False)
     with warnings.catch_warnings():
-        # It names its successor, the package ai-edge-litert: needed once TensorFlow comes without it.
+        # Until TensorFlow comes without it and ai-edge-litert is needed (ai.google.dev/edge/litert/migration).
         warnings.filterwarnings("ignore", r"\s*Warning: tf\.lite\.Interpreter is deprecated", UserWarning)
         interpreter = tf.lite.Interpreter(str(folder / TFLITE_FILE))
 

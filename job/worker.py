@@ -134,7 +134,7 @@ class Training:
             variables = [*self.changing, *self.optimizer.variables]
             self.state, best = read_checkpoint(Path(folder), variables)
         self.best_weights = self._weights() if self.state.is_best else best
-        self._draw_curves()  # whoever was lost may not have come to it
+        self._write_curves()  # whoever was lost may not have come to it
         within = f" and {self.state.step} steps of the next" if self.state.step else ""
         self._say(f"goes on after epoch {self.state.epoch}{within}")
 
@@ -245,7 +245,7 @@ class Training:
             self.state.best_epoch, self.state.best_accuracy = row["epoch"], row["val_accuracy"]
             self.best_weights = self._weights()
         self._report(row)
-        self._draw_curves()
+        self._write_curves()
         self._say(
             f"epoch {row['epoch']} of {self.config.epochs}: loss {row['loss']:.4f}, accuracy {row['accuracy']:.4f}, "
             f"validation loss {row['val_loss']:.4f}, validation accuracy {row['val_accuracy']:.4f}, "
@@ -303,7 +303,7 @@ class Training:
 
     # --- what people see
 
-    def _draw_curves(self) -> None:
+    def _write_curves(self) -> None:
         """Of the last epoch."""
         if self.rank == 0 and self.curves and self.state.history:
             self.writing_curves = begin_to_write(self.curves, self.state.history[-1], self._say)

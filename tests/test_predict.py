@@ -209,6 +209,7 @@ def test_a_reader_that_is_killed_changes_nothing(read: Path, model: Path, shared
             readers = [one for one in workers if _title(one).startswith("ray::Map(read_group)")]
         for reader in readers:
             reader.kill()
+        assert not done.done()
         done.result()
     assert {p.name: p.read_bytes() for p in out.iterdir()} == {p.name: p.read_bytes() for p in read.iterdir()}
 

@@ -16,7 +16,7 @@ from conftest import KUZUSHIJI
 from cluster.errors import DamageError, OptionError
 from cluster.manifest import DatasetManifest, read_manifest
 from cluster.storage import place
-from job.dataset_report import dataset_report
+from job.dataset_report import dataset_report, report_beside
 from job.html_report import page, paragraph
 from job.model_report import model_report
 
@@ -193,6 +193,18 @@ def test_the_command_writes_the_report_where_it_is_asked_to_and_says_no_more(
     refused = subprocess.run([KUZUSHIJI, *asked[:-1], dataset], capture_output=True, text=True, check=False)
     assert refused.returncode == 2
     assert "--out must not be a finished dataset or model folder" in refused.stderr
+
+
+def test_a_very_large_dataset_and_a_whole_bucket_are_not_staged_for_a_report(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = read_manifest(place(dataset), DatasetManifest)
+    told = ["no report beside it: `kuzushiji report` makes one"]
+    assert report_beside(place("gs://bucket"), manifest, new=True) == told
+    monkeypatch.setattr("job.dataset_report.MOST_BYTES", sum(shard.bytes for shard in manifest.shards) - 1)
+    assert report_beside(place(tmp_path / "crops"), manifest, new=True) == told
+    assert report_beside(place(tmp_path / "crops"), manifest, new=False) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_prepare_writes_the_report_beside_the_dataset_and_makes_one_that_is_missing(
