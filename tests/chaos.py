@@ -129,6 +129,14 @@ class Attempt:
         return False
 
 
+def title(process: psutil.Process) -> str:
+    """Its command line, or what Ray wrote over it; empty once it is gone, which it may be at any moment."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
 class Chaos:
     """All that runs, was killed and was found."""
 
@@ -158,12 +166,7 @@ class Chaos:
 
     def writers(self) -> list[psutil.Process]:
         """Those that may still write something of ours."""
-        found = []
-        for process in self.processes():
-            with suppress(psutil.Error):
-                if not " ".join(process.cmdline()).startswith(BYSTANDERS):
-                    found.append(process)
-        return found
+        return [process for process in self.processes() if (line := title(process)) and not line.startswith(BYSTANDERS)]
 
     def start(self, command: Command) -> Attempt:
         number = len(self.started) + 1
@@ -280,10 +283,8 @@ class Chaos:
         while (left := self.writers()) and time.monotonic() < deadline:
             time.sleep(0.2)
         for process in left:
-            with suppress(psutil.Error):
-                self.differ(
-                    f"after {command.name} {len(self.started)}: still runs: {' '.join(process.cmdline())[:200]}"
-                )
+            if line := title(process):
+                self.differ(f"after {command.name} {len(self.started)}: still runs: {line[:200]}")
         self.kill_all()
         for folder in self.temporary.iterdir():
             shutil.rmtree(folder, ignore_errors=True)

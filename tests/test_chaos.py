@@ -1,8 +1,11 @@
 """A short round of chaos (see chaos.py; the long one is `make chaos`): nothing differs."""
 
+import os
+import subprocess
 from pathlib import Path
 
 import chaos
+import psutil
 
 
 def test_a_few_kills_at_random_change_no_byte_of_a_dataset_and_leave_no_process(tmp_path: Path) -> None:
@@ -11,3 +14,13 @@ def test_a_few_kills_at_random_change_no_byte_of_a_dataset_and_leave_no_process(
     assert found.killed.total() == 2
     assert found.processes() == []
     assert not found.temporary.exists()
+
+
+def test_a_process_that_ends_while_it_is_looked_at_has_no_title() -> None:
+    with subprocess.Popen(["sleep", "60"]) as process:
+        found = psutil.Process(process.pid)
+        assert chaos.title(found) == "sleep 60"
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert chaos.title(found) == ""  # ended, and not yet waited for
+    assert chaos.title(found) == ""

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import psutil
 import pytest
+from chaos import title
 from conftest import KUZUSHIJI
 from hypothesis import given
 from hypothesis import strategies as st
@@ -191,13 +192,6 @@ def test_the_same_command_makes_the_same_bytes_also_over_what_was_left_of_an_att
     assert {p.name: p.read_bytes() for p in out.iterdir()} == {p.name: p.read_bytes() for p in read.iterdir()}
 
 
-def _title(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.NoSuchProcess:
-        return ""
-
-
 def test_a_reader_that_is_killed_changes_nothing(read: Path, model: Path, shared: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with ThreadPoolExecutor() as pool:
@@ -206,7 +200,7 @@ def test_a_reader_that_is_killed_changes_nothing(read: Path, model: Path, shared
         while not readers:
             assert not done.done(), done.result()
             workers = psutil.Process().children(recursive=True)
-            readers = [one for one in workers if _title(one).startswith("ray::Map(read_group)")]
+            readers = [one for one in workers if title(one).startswith("ray::Map(read_group)")]
         for reader in readers:
             reader.kill()
         assert not done.done()
