@@ -26,7 +26,7 @@ SECONDS_BETWEEN_POSTS = 1.0
 
 class Board:
     """Events in the order in which they came. An event names its `architecture`, and has `step` while an epoch runs,
-    `text` for a log line, or `state` when a run starts or ends.
+    `text` for a log line, `doing` for what goes on between the steps, or `state` when a run starts or ends.
     """
 
     def __init__(self) -> None:
@@ -38,6 +38,34 @@ class Board:
     def take(self) -> list[dict[str, Any]]:
         events, self._events = self._events, []
         return events
+
+
+class Voice:
+    """A worker's. What rank 0 tells of stands for all."""
+
+    def __init__(self, board: Any, architecture: str, rank: int) -> None:
+        self._board, self._architecture, self._rank = board, architecture, rank
+        self._last = time.monotonic()
+
+    def post(self, text: str) -> Any:
+        """A log line, of any rank. Returns the Ray task."""
+        return self._board.post.remote({"architecture": self._architecture, "text": text})
+
+    def say(self, text: str) -> None:
+        if self._rank == 0:
+            self.post(text)
+
+    def due(self) -> bool:
+        """Whether it is time again to show how far the work is."""
+        now = time.monotonic()
+        if self._rank > 0 or now - self._last < SECONDS_BETWEEN_POSTS:
+            return False
+        self._last = now
+        return True
+
+    def show(self, **event: Any) -> None:
+        if self._rank == 0:
+            self._board.post.remote({"architecture": self._architecture} | event)
 
 
 class TellFailures(UserCallback):  # type: ignore[misc]  # Ray has no types
@@ -87,6 +115,8 @@ def _show(board: Any, architectures: Sequence[str], done: threading.Event) -> No
                     log.info("%s: %s", event["architecture"], event["text"])
                 elif "state" in event:
                     lines.state(event["architecture"], event["state"])
+                elif "doing" in event:
+                    lines.doing(event["architecture"], event["doing"])
                 else:
                     lines.step(event["architecture"], event)
             if last:
@@ -112,9 +142,12 @@ class _LogLines:
     def state(self, architecture: str, state: str) -> None: ...
 
     def step(self, architecture: str, event: dict[str, Any]) -> None:
+        self.doing(architecture, _describe(event))
+
+    def doing(self, architecture: str, text: str) -> None:
         if time.monotonic() - self._last[architecture] >= SECONDS_BETWEEN_LINES:
             self._last[architecture] = time.monotonic()
-            log.info("%s: %s", architecture, _describe(event))
+            log.info("%s: %s", architecture, text)
 
 
 class _Table:
@@ -150,3 +183,6 @@ class _Table:
         done = (event["epoch"] - 1) * event["steps"] + event["step"]
         total = event["epochs"] * event["steps"]
         self._bars.update(self._rows[architecture], state=_describe(event), completed=done, total=total)
+
+    def doing(self, architecture: str, text: str) -> None:
+        self._bars.update(self._rows[architecture], state=text)

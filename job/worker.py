@@ -26,7 +26,7 @@ from cluster.manifest import is_sealed
 from cluster.storage import place
 from job.architectures import ARCHITECTURES
 from job.beside import report_file, write_beside
-from job.board import SECONDS_BETWEEN_POSTS
+from job.board import Voice
 from job.checkpoint import (
     State,
     changing_variables,
@@ -98,7 +98,8 @@ class Training:
         """weights: file of what the model's base begins with; None: chance."""
         context = ray.train.get_context()
         self.rank, self.workers = context.get_world_rank(), context.get_world_size()
-        self.config, self.dataset, self.board = config, dataset, board
+        self.config, self.dataset = config, dataset
+        self.voice = Voice(board, config.architecture, self.rank)
         classes = len(dataset.class_names)
         # Built in one piece first: the same seed gives the same weights whatever the strategy.
         base = {"weights": weights, "unfreeze": config.unfreeze} if config.architecture in TRANSFER else {}
@@ -116,7 +117,7 @@ class Training:
         self.start_up: StartUp | None = None  # until it is told
         self.curves: UPath | None = None  # where TensorBoard finds them
         self.writing_curves: Thread | None = None
-        self.limit, self.preemption = StepLimit(config.step_limit, self._post), Preemption()
+        self.limit, self.preemption = StepLimit(config.step_limit, self.voice.post), Preemption()
 
     # --- checkpoints
 
@@ -136,7 +137,7 @@ class Training:
         self.best_weights = self._weights() if self.state.is_best else best
         self._write_curves()  # whoever was lost may not have come to it
         within = f" and {self.state.step} steps of the next" if self.state.step else ""
-        self._say(f"goes on after epoch {self.state.epoch}{within}")
+        self.voice.say(f"goes on after epoch {self.state.epoch}{within}")
 
     def _weights(self) -> list[NDArray[Any]]:
         return [variable.numpy() for variable in self.changing]
@@ -194,8 +195,7 @@ class Training:
         """The steps of an epoch that are left. Returns this worker's (2,) sums over all of the epoch."""
         state, size = self.state, self.config.global_batch_size
         sums: Any = tf.constant(state.sums_of(self.rank, self.workers))
-        last_post = time.perf_counter()
-        begin = last_post - state.seconds
+        begin = time.perf_counter() - state.seconds
         for step in range(state.step, steps):
             self.limit.begin()
             asked = time.perf_counter()
@@ -205,12 +205,13 @@ class Training:
             if self.start_up:
                 self._say_started(self.start_up, sums)
             state.step, state.seconds = step + 1, time.perf_counter() - begin
-            if self.rank == 0 and time.perf_counter() - last_post > SECONDS_BETWEEN_POSTS:
-                last_post = time.perf_counter()
-                self._post_step(state.epoch + 1, step + 1, steps, sums, (step + 1) * size / state.seconds)
+            if self.voice.due():
+                self._show_step(state.epoch + 1, step + 1, steps, sums, (step + 1) * size / state.seconds)
             to_go, every = self.preemption.is_new(), self.config.checkpoint_every
             if to_go:
-                self._say("a host is about to go: a checkpoint is saved, and all begin again from it once it is gone")
+                self.voice.say(
+                    "a host is about to go: a checkpoint is saved, and all begin again from it once it is gone"
+                )
             due = every is not None and (state.epoch * steps + step + 1) % every == 0
             # The epoch's own comes after the last step, unless it has to be quick.
             if to_go or (due and step + 1 < steps):
@@ -223,7 +224,7 @@ class Training:
     def _say_started(self, start_up: StartUp, sums: Any) -> None:
         sums.numpy()  # waits for the step
         start_up.ends("first step")
-        self._say(f"first step {start_up} after the worker was there")
+        self.voice.say(f"first step {start_up} after the worker was there")
         self.start_up = None
 
     def _save_within_epoch(self, sums: Any) -> None:
@@ -235,6 +236,8 @@ class Training:
         """This worker's crops of an epoch's first global batches."""
         for step in range(batches):
             self.limit.begin()
+            if self.voice.due():
+                self.voice.show(doing=f"batch norm's statistics, {step:,} of {batches:,} batches")
             yield self.rows_of(crops, order, step)[1]
 
     def _end_epoch(self, row: dict[str, Any]) -> None:
@@ -246,7 +249,7 @@ class Training:
             self.best_weights = self._weights()
         self._report(row)
         self._write_curves()
-        self._say(
+        self.voice.say(
             f"epoch {row['epoch']} of {self.config.epochs}: loss {row['loss']:.4f}, accuracy {row['accuracy']:.4f}, "
             f"validation loss {row['val_loss']:.4f}, validation accuracy {row['val_accuracy']:.4f}, "
             f"{row['seconds']:.1f} s, {row['crops_per_s']:,.0f} crops/s"
@@ -274,6 +277,8 @@ class Training:
         rows = self.workers * self.steps.predict_rows
         for begin in range(0, len(crops), rows):
             self.limit.begin()
+            if self.voice.due():
+                self.voice.show(doing=f"evaluates {split}, {begin:,} of {len(crops):,} crops")
             end = min(begin + rows, len(crops))
             first, last = (begin + row for row in share(end - begin, self.rank, self.workers))
             predictions[first:last] = self.steps.predict(crops.images[first:last], labels[first:last])
@@ -283,12 +288,13 @@ class Training:
 
     def write(self, folder: str, run: str) -> None:
         """Evaluate every split with the best epoch's weights; rank 0 writes and seals the model folder."""
-        self._say(f"evaluates the weights of epoch {self.state.best_epoch}")
+        self.voice.say(f"evaluates the weights of epoch {self.state.best_epoch}")
         for variable, best in zip(self.changing, self.best_weights, strict=True):
             variable.assign(best)
         predictions = {split: self._predict(split) for split in SPLITS}
         if self.rank > 0:
             return
+        self.voice.show(doing="writes the model and its report")
         wait_for_upload()  # one that fails would begin again what is sealed
         model = keras.Model.from_config(self.form)
         model.set_weights(self.model.get_weights())
@@ -296,8 +302,8 @@ class Training:
         texts = folder_texts(self.config, run, model, predictions, self.dataset, state.history, state.best_epoch)
         write_model(target, model, texts, self.dataset.manifest.sha256)
         report = report_file(target)
-        if write_beside(report, lambda: _report_of(target, texts, model, self.dataset), self._say):
-            self._say(f"report: {report}")
+        if write_beside(report, lambda: _report_of(target, texts, model, self.dataset), self.voice.say):
+            self.voice.say(f"report: {report}")
         if self.writing_curves:
             self.writing_curves.join(timeout=SECONDS_FOR_CURVES)
 
@@ -306,22 +312,14 @@ class Training:
     def _write_curves(self) -> None:
         """Of the last epoch."""
         if self.rank == 0 and self.curves and self.state.history:
-            self.writing_curves = begin_to_write(self.curves, self.state.history[-1], self._say)
+            self.writing_curves = begin_to_write(self.curves, self.state.history[-1], self.voice.say)
 
-    def _say(self, text: str) -> None:
-        if self.rank == 0:
-            self._post(text)
-
-    def _post(self, text: str) -> Any:
-        return self.board.post.remote({"architecture": self.config.architecture, "text": text})
-
-    def _post_step(self, epoch: int, step: int, steps: int, sums: Any, crops_per_s: float) -> None:
+    def _show_step(self, epoch: int, step: int, steps: int, sums: Any, crops_per_s: float) -> None:
         """Of rank 0's rows alone: the sum over workers waits for the end of the epoch."""
         first, end = share(self.config.global_batch_size, self.rank, self.workers)
         loss, accuracy = (sums.numpy() / (step * (end - first))).tolist()
-        position: dict[str, Any] = {"architecture": self.config.architecture, "epoch": epoch}
-        position |= {"epochs": self.config.epochs, "step": step, "steps": steps}
-        self.board.post.remote(position | {"loss": loss, "accuracy": accuracy, "crops_per_s": crops_per_s})
+        position = {"epoch": epoch, "epochs": self.config.epochs, "step": step, "steps": steps}
+        self.voice.show(**position, loss=loss, accuracy=accuracy, crops_per_s=crops_per_s)
 
 
 def _report_of(folder: UPath, texts: dict[str, str], model: keras.Model, dataset: StagedDataset) -> bytes:

@@ -1,0 +1,98 @@
+"""What people see at a terminal of 100 columns while they wait, and that they have it back at the end."""
+
+import os
+import re
+import subprocess
+import termios
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyte
+from conftest import KUZUSHIJI
+
+COLUMNS, LINES = 100, 30
+CTRL_C = b"\x03"
+BAR, SPINNER = "━", "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
+
+
+@dataclass(frozen=True)
+class Shown:
+    code: int
+    screens: list[list[str]]
+    """Each that was there, in order: its lines, without what is blank at their ends."""
+    cursor: bool
+    """Whether it can be seen at the end."""
+
+    def lines(self, pattern: str) -> list[str]:
+        """Those that were there at any time, and are so from their first to their last character."""
+        return [line for screen in self.screens for line in screen if re.fullmatch(pattern, line)]
+
+
+def shown(command: Sequence[str | Path], stop: Callable[[list[str]], bool] = lambda _: False) -> Shown:
+    """Run a command at a terminal of its own. stop: Ctrl-C is pressed, once, when this holds of the screen."""
+    screen = pyte.Screen(COLUMNS, LINES)
+    stream = pyte.ByteStream(screen)
+    ours, its = os.openpty()
+    termios.tcsetwinsize(its, (LINES, COLUMNS))
+    given = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES", "NO_COLOR")}
+    process = subprocess.Popen(
+        ["setsid", "--ctty", *command],  # its terminal, so that Ctrl-C reaches it
+        stdin=its,
+        stdout=its,
+        stderr=its,
+        env=given | {"TERM": "xterm-256color"},
+    )
+    os.close(its)
+    screens: list[list[str]] = []
+    stopped = False
+    try:
+        while data := _read(ours):
+            stream.feed(data)
+            screens.append([line.rstrip() for line in screen.display])
+            if not stopped and stop(screens[-1]):
+                stopped = True
+                os.write(ours, CTRL_C)
+        return Shown(process.wait(timeout=60), screens, not screen.cursor.hidden)
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
+
+
+def _read(terminal: int) -> bytes:
+    try:
+        return os.read(terminal, 1 << 16)
+    except OSError:  # nobody has its other end any more
+        return b""
+
+
+def test_a_training_shows_in_a_line_where_it_stands_from_its_first_step_to_its_report(
+    few: Path, tmp_path: Path
+) -> None:
+    models = ["--models", tmp_path / "models", "--architecture", "baseline", "--run", "seen"]
+    sizes = ["--epochs", "2", "--global-batch-size", "4", "--workers", "1"]
+    seen = shown([KUZUSHIJI, "train", "--dataset", few, *models, *sizes])
+    assert seen.code == 0, "\n".join(seen.screens[-1])
+    assert seen.lines(f"[{SPINNER}] Ray starts ...")
+    assert seen.lines(f"baseline {BAR}+  workers start")
+    steps = seen.lines(
+        rf"baseline [{BAR}╸╺]+ (-:--|\d:\d\d):\d\d epoch [12]/2, step \d+/\d+, loss \d+\.\d{{4}}, "
+        r"accuracy [01]\.\d{4}, [\d,]+ crops/s"
+    )
+    assert "epoch 1/2" in steps[0]
+    assert re.search(r" 0:\d\d:\d\d epoch", steps[-1])
+    assert seen.lines(f"baseline {BAR}+ 0:00:00 writes the model and its report")
+    assert not any(BAR in line for line in seen.screens[-1])
+    assert any(line.startswith("model: ") for line in seen.screens[-1])
+    assert seen.cursor
+
+
+def test_prepare_shows_rays_bar_and_ctrl_c_gives_the_terminal_back(pages: Path, tmp_path: Path) -> None:
+    source = ["--pages", pages / "train_images", "--labels", pages / "train.csv", "--dataset", tmp_path / "crops"]
+    bar = re.compile(rf"  \S Dataset \S+ running: +\d+% .*[{BAR}╸╺]+ \d+/\d+ .*")
+    seen = shown([KUZUSHIJI, "prepare", *source], stop=lambda screen: any(map(bar.fullmatch, screen)))
+    assert seen.lines(bar.pattern)
+    assert seen.code == 1, "\n".join(seen.screens[-1])
+    assert "kuzushiji: stopped" in "\n".join(seen.screens[-1])
+    assert seen.cursor
