@@ -16,7 +16,6 @@ from job import html_report as page
 from job import plots
 from job.beside import report_file, write_beside
 from job.staging import StagedDataset, staged
-from job.startup import load_tensorflow
 from preprocessing.labels import book_of, code_point_name
 from preprocessing.split import SPLITS
 
@@ -34,7 +33,6 @@ def dataset_report(dataset: UPath) -> bytes:
     Raises:
         InputError, DamageError: the dataset can't be used, or is not what its manifest says.
     """
-    load_tensorflow(gpus=False)  # which parses the records
     with staged(dataset, SPLITS) as data:
         crops = _table_of(data)
         return page.page(f"Dataset: {dataset.name}", _sections(data, crops))

@@ -29,7 +29,7 @@ from cluster.storage import fetch, is_local, list_files, writing_in
 from preprocessing.classes import LABELS_FILE, read_class_names
 from preprocessing.crop import SIDE
 from preprocessing.labels import parse_code_point, parse_id
-from preprocessing.records import FRAME_BYTES, read_frames
+from preprocessing.records import FRAME_BYTES, decode_example, read_frames
 
 PARSE_RECORDS = 1024
 LEAST_RECORD_BYTES = FRAME_BYTES + SIDE * SIDE
@@ -217,35 +217,22 @@ class _SplitWriter:
         Raises:
             ValueError: they are not what prepare writes, or more than there is room for.
         """
-        import tensorflow as tf
-
-        features = {
-            "image": tf.io.FixedLenFeature([], tf.string),
-            "label": tf.io.FixedLenFeature([], tf.int64),
-            "unicode": tf.io.FixedLenFeature([], tf.string),
-            "image_id": tf.io.FixedLenFeature([], tf.string),
-            "box": tf.io.FixedLenFeature([4], tf.int64),
-        }
         rows = slice(self.filled, self.filled + len(records))
         if rows.stop > len(self.labels):
             raise ValueError("more crops than the manifest says")
-        try:
-            with tf.device("CPU"):
-                parsed = tf.io.parse_example(tf.constant(records), features)
-        except tf.errors.InvalidArgumentError as error:
-            raise ValueError(" ".join(error.message.split())[:200]) from None
-        images, labels, boxes = (parsed[name].numpy() for name in ("image", "label", "box"))
+        images, labels, code_points, page_ids, boxes = zip(*map(decode_example, records), strict=True)
+        numbers = np.array(boxes, np.int64)
         if any(len(image) != SIDE * SIDE for image in images):
             raise ValueError(f"an image of other than {SIDE} x {SIDE} pixels")
-        if ((labels < 0) | (labels >= self.classes)).any():
+        if not 0 <= min(labels) <= max(labels) < self.classes:
             raise ValueError(f"a label that is none of the {self.classes} classes")
-        if ((boxes <= -MOST_PIXELS) | (boxes >= MOST_PIXELS)).any():
+        if ((numbers <= -MOST_PIXELS) | (numbers >= MOST_PIXELS)).any():
             raise ValueError("a box of over nine digits")
         self.images[rows] = np.frombuffer(b"".join(images), np.uint8).reshape(-1, SIDE, SIDE, 1)
         self.labels[rows] = labels
-        self.code_points[rows] = [parse_code_point(text.decode()) for text in parsed["unicode"].numpy()]
-        self.boxes[rows] = boxes
-        self.pages.writelines(parse_id(page_id.decode()) + "\n" for page_id in parsed["image_id"].numpy())
+        self.code_points[rows] = [parse_code_point(text.decode()) for text in code_points]
+        self.boxes[rows] = numbers
+        self.pages.writelines(parse_id(page_id.decode()) + "\n" for page_id in page_ids)
         self.filled = rows.stop
 
     def close(self) -> None:

@@ -10,10 +10,13 @@ tensorflow.org/tutorials/load_data/tfrecord.
 
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from mmap import mmap
+from typing import Any, NamedTuple
 
 import google_crc32c
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
+from google.protobuf.message import DecodeError
 
 from cluster.errors import DamageError
 
@@ -25,6 +28,39 @@ Value = bytes | Sequence[int]
 # Numbers of protobuf fields. The first of each message: Example.features, Features.feature, the key of its entries,
 # BytesList.value, Int64List.value. Then: the value of an entry, Feature.bytes_list, Feature.int64_list.
 FIELD, VALUE, BYTES_LIST, INT64_LIST = 1, 2, 1, 3
+
+# The same for protobuf's own reader: TensorFlow's description of it loads all of TensorFlow.
+_EXAMPLE = """
+name: "example.proto" package: "kuzushiji" syntax: "proto3"
+message_type { name: "BytesList" field { name: "value" number: 1 type: TYPE_BYTES label: LABEL_REPEATED } }
+message_type { name: "Int64List" field { name: "value" number: 1 type: TYPE_INT64 label: LABEL_REPEATED } }
+message_type {
+  name: "Feature"
+  oneof_decl { name: "kind" }
+  field { name: "bytes_list" number: 1 type: TYPE_MESSAGE type_name: "BytesList" oneof_index: 0 }
+  field { name: "int64_list" number: 3 type: TYPE_MESSAGE type_name: "Int64List" oneof_index: 0 }
+}
+message_type {
+  name: "Features"
+  nested_type {
+    name: "FeatureEntry" options { map_entry: true }
+    field { name: "key" number: 1 type: TYPE_STRING }
+    field { name: "value" number: 2 type: TYPE_MESSAGE type_name: "Feature" }
+  }
+  field { name: "feature" number: 1 type: TYPE_MESSAGE type_name: "FeatureEntry" label: LABEL_REPEATED }
+}
+message_type { name: "Example" field { name: "features" number: 1 type: TYPE_MESSAGE type_name: "Features" } }
+"""
+
+
+class Record(NamedTuple):
+    """What a record holds, as it came: nothing of it is checked but its kind."""
+
+    image: bytes
+    label: int
+    code_point: bytes
+    image_id: bytes
+    box: list[int]
 
 
 def encode_example(features: Mapping[str, Value]) -> bytes:
@@ -47,6 +83,32 @@ def _before(name: str, kind: int, length: int) -> bytes:
         after = _header(number, len(after) + length) + after
     key = _header(FIELD, len(name.encode())) + name.encode()
     return _header(FIELD, len(key) + len(after) + length) + key + after
+
+
+def decode_example(data: bytes) -> Record:
+    """Read a record.
+
+    Raises:
+        ValueError: it is no `tf.train.Example`, or one of its features is missing or of another kind.
+    """
+    try:
+        features = _example().FromString(data).features.feature
+        (image,) = features["image"].bytes_list.value
+        (label,) = features["label"].int64_list.value
+        (code_point,) = features["unicode"].bytes_list.value
+        (image_id,) = features["image_id"].bytes_list.value
+        x, y, width, height = features["box"].int64_list.value
+    except (DecodeError, ValueError):
+        raise ValueError("a record without image, label, unicode, image_id and box as they should be") from None
+    return Record(image, label, code_point, image_id, [x, y, width, height])
+
+
+@cache
+def _example() -> Any:
+    """The class of protobuf's messages. In a pool of its own: nothing of another package is in its way."""
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(text_format.Parse(_EXAMPLE, descriptor_pb2.FileDescriptorProto()))
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName("kuzushiji.Example"))
 
 
 def frame(data: bytes) -> bytes:

@@ -47,7 +47,7 @@ ROUND_SECONDS = 300  # a round takes some ten; this is for a machine that has ot
 # What a task that cuts pages may take, whatever the pages. The largest that is let in, of four colours and progressive,
 # is held by libjpeg as 2 bytes a pixel and colour, then as a byte a pixel and colour, then in gray.
 PAGES_MEGABYTES = 1500
-TENSORFLOW_MEGABYTES = 1500
+DATASETS_MEGABYTES = 300  # without TensorFlow
 BOMB_MEGABYTES = 512
 SIZES = (0, 1, 7, 8, 9, 255, 256, 1999, 9999, 30_000, 65_500, 65_535)
 MARKERS = (b"\xff\xc0", b"\xff\xc1", b"\xff\xc2", b"\xff\xc4", b"\xff\xda", b"\xff\xdb", b"\xff\xdd", b"\xff\xe1")
@@ -437,7 +437,7 @@ ROUNDS: dict[str, tuple[Callable[[random.Random, Path, int], Counter[str]], int,
     "names": (fuzz_names, 1_000_000, PAGES_MEGABYTES),
     "archives": (fuzz_archives, 1000, PAGES_MEGABYTES),
     "manifests": (fuzz_manifests, 500, PAGES_MEGABYTES),
-    "datasets": (fuzz_datasets, 100, TENSORFLOW_MEGABYTES),
+    "datasets": (fuzz_datasets, 100, DATASETS_MEGABYTES),
 }
 
 
