@@ -169,6 +169,17 @@ def test_two_hosts_train_one_model(cluster: Cluster, trained: str) -> None:
 
 
 @pytest.mark.smoke
+def test_reports_and_curves_are_on_the_bucket_beside_what_they_tell_of(cluster: Cluster, trained: str) -> None:
+    for report in ("crops.report.html", "models/baseline/undisturbed.report.html"):
+        assert cluster.read(report).startswith(b"<!DOCTYPE html>")
+    curves = "models/tensorboard/baseline/undisturbed/events.out.tfevents."
+    assert [name for name in cluster.cloud.bucket.names(BUCKET) if name.startswith(curves)] == [
+        f"{curves}00001",
+        f"{curves}00002",
+    ]
+
+
+@pytest.mark.smoke
 def test_the_model_comes_to_the_laptop_checked(cluster: Cluster, trained: str) -> None:
     pulled = cluster.laptop("kuzushiji", "pull", "--models", f"gs://{BUCKET}/models", "--to", "here").stdout
     assert "baseline/undisturbed" in pulled
