@@ -205,7 +205,7 @@ class Training:
             if self.start_up:
                 self._say_started(self.start_up, sums)
             state.step, state.seconds = step + 1, time.perf_counter() - begin
-            if self.voice.due():
+            if self.voice.due() or step + 1 == steps:
                 self._show_step(state.epoch + 1, step + 1, steps, sums, (step + 1) * size / state.seconds)
             to_go, every = self.preemption.is_new(), self.config.checkpoint_every
             if to_go:

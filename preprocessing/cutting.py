@@ -4,6 +4,7 @@ import itertools
 import json
 import logging
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -99,8 +100,14 @@ def run_groups(
             for row in groups.map(work, fn_kwargs=how, num_cpus=1).iter_rows():
                 reports[row["group"]] = json.loads(row["report"])
                 advance(len(rows[row["group"]]["image_id"]))
-        except Exception as error:
-            raise cause_of(error) from error  # which holds the traceback of the task, for --debug
+        except BaseException as error:
+            # Stopped while it makes its iterator, Ray Data goes on until nobody holds that, as the traceback does
+            # (later it ends at once: github.com/ray-project/ray/pull/62949). It must not outlive Ray: its thread would
+            # start another one, fail, and keep the cursor.
+            traceback.clear_frames(error.__traceback__)
+            if isinstance(error, Exception):
+                raise cause_of(error) from error  # which holds the traceback of the task, for --debug
+            raise
     assert len(reports) == len(rows), "each group is reported"
     return [reports[group] for group in sorted(reports)]
 

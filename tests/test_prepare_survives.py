@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -102,6 +103,25 @@ def test_two_prepares_of_one_folder_and_a_lost_worker_give_one_dataset_that_is_w
     for attempt in (first, second):
         assert attempt.process.returncode == 0, attempt.stderr.read_text()
     assert hashes_of_dataset(out) == hashes_of_dataset(undisturbed)
+
+
+def test_ctrl_c_as_the_first_pages_come_ends_ray_datas_thread_before_ray_ends(
+    ray_here: None, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else that would start another Ray, fail with a traceback, and keep the cursor."""
+
+    def stopped(*_: object, **__: object) -> None:
+        assert any(map(of_ray_data, threading.enumerate()))
+        raise KeyboardInterrupt
+
+    def of_ray_data(thread: threading.Thread) -> bool:
+        return thread.name.startswith("StreamingExecutor")
+
+    monkeypatch.setattr("ray.data.iterator.BatchIterator", stopped)
+    with pytest.raises(KeyboardInterrupt) as held:  # with its traceback, as when a command ends
+        prepare_here(source, tmp_path / "dataset")
+    assert held.tb is not None
+    assert not any(map(of_ray_data, threading.enumerate()))
 
 
 def test_a_prepare_that_was_overtaken_takes_what_the_other_sealed(

@@ -1,6 +1,8 @@
 """Records: our bytes are what TensorFlow writes and reads."""
 
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tensorflow as tf
@@ -8,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.errors import DamageError
-from preprocessing.records import encode_example, frame, read_frames
+from preprocessing.records import decode_example, encode_example, frame, read_frames
 
 INT64 = st.integers(-(2**63), 2**63 - 1)
 VALUES = st.one_of(st.binary(max_size=300), st.lists(INT64, max_size=5))
@@ -21,6 +23,39 @@ def test_an_example_is_read_by_tensorflow_as_it_was_given(features: dict[str, by
     for name, value in features.items():
         got = read[name].bytes_list.value[0] if isinstance(value, bytes) else list(read[name].int64_list.value)
         assert got == value
+
+
+CROPS = st.fixed_dictionaries(
+    {
+        "image": st.binary(max_size=300),
+        "label": st.lists(INT64, min_size=1, max_size=1),
+        "unicode": st.binary(max_size=10),
+        "image_id": st.binary(max_size=10),
+        "box": st.lists(INT64, min_size=4, max_size=4),
+    }
+)
+
+
+@given(CROPS)
+def test_a_crop_is_read_back_as_it_was_written(crop: dict[str, Any]) -> None:
+    read = decode_example(encode_example(crop))
+    assert (read.image, [read.label], read.box) == (crop["image"], crop["label"], crop["box"])
+    assert (read.code_point, read.image_id) == (crop["unicode"], crop["image_id"])
+
+
+@given(CROPS, st.data())
+def test_of_what_is_no_crop_no_more_is_said_than_that(crop: dict[str, Any], data: st.DataObject) -> None:
+    whole = encode_example(crop)
+    at = data.draw(st.integers(0, len(whole) - 1))
+    name = data.draw(st.sampled_from(sorted(crop)))
+    without = {key: value for key, value in crop.items() if key != name}
+    of_other_kind = crop | {name: [1] if isinstance(crop[name], bytes) else b"1"}
+    for other in (b"", encode_example(without), encode_example(of_other_kind), encode_example(crop | {"box": [1, 2]})):
+        with pytest.raises(ValueError, match="a record without image, label, unicode, image_id and box"):
+            decode_example(other)
+    for other in (whole[:at], whole[:at] + data.draw(st.binary(max_size=9)) + whole[at + 1 :]):
+        with suppress(ValueError):  # what happens to be one is taken
+            decode_example(other)
 
 
 @given(st.lists(st.binary(max_size=100), max_size=5))

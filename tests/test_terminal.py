@@ -2,8 +2,10 @@
 
 import os
 import re
+import select
 import subprocess
 import termios
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +14,7 @@ import pyte
 from conftest import KUZUSHIJI
 
 COLUMNS, LINES = 100, 30
+SECONDS = 300.0  # that a command may take, on a slow machine
 CTRL_C = b"\x03"
 BAR, SPINNER = "━", "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 
@@ -45,9 +48,9 @@ def shown(command: Sequence[str | Path], stop: Callable[[list[str]], bool] = lam
     )
     os.close(its)
     screens: list[list[str]] = []
-    stopped = False
+    stopped, deadline = False, time.monotonic() + SECONDS
     try:
-        while data := _read(ours):
+        while data := _read(ours, deadline):
             stream.feed(data)
             screens.append([line.rstrip() for line in screen.display])
             if not stopped and stop(screens[-1]):
@@ -60,7 +63,9 @@ def shown(command: Sequence[str | Path], stop: Callable[[list[str]], bool] = lam
         os.close(ours)
 
 
-def _read(terminal: int) -> bytes:
+def _read(terminal: int, deadline: float) -> bytes:
+    ready, _, _ = select.select([terminal], [], [], deadline - time.monotonic())
+    assert ready, f"a command must end within {SECONDS:g} s"
     try:
         return os.read(terminal, 1 << 16)
     except OSError:  # nobody has its other end any more
