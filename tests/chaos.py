@@ -130,7 +130,7 @@ class Attempt:
 
 
 def title(process: psutil.Process) -> str:
-    """Its command line, or what Ray wrote over it; empty once it is gone, which it may be at any moment."""
+    """Its command line, or what Ray wrote over it; empty as it begins, and once it is gone, at any moment."""
     try:
         return " ".join(process.cmdline())
     except psutil.Error:
@@ -166,7 +166,7 @@ class Chaos:
 
     def writers(self) -> list[psutil.Process]:
         """Those that may still write something of ours."""
-        return [process for process in self.processes() if (line := title(process)) and not line.startswith(BYSTANDERS)]
+        return [process for process in self.processes() if not title(process).startswith(BYSTANDERS)]
 
     def start(self, command: Command) -> Attempt:
         number = len(self.started) + 1

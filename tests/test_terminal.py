@@ -64,7 +64,7 @@ def shown(command: Sequence[str | Path], stop: Callable[[list[str]], bool] = lam
 
 
 def _read(terminal: int, deadline: float) -> bytes:
-    ready, _, _ = select.select([terminal], [], [], deadline - time.monotonic())
+    ready, _, _ = select.select([terminal], [], [], max(0.0, deadline - time.monotonic()))
     assert ready, f"a command must end within {SECONDS:g} s"
     try:
         return os.read(terminal, 1 << 16)
