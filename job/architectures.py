@@ -18,6 +18,10 @@ FCN_FILTERS = (32, 64, 128, 256, 512, 1028)
 
 Unfreeze = Literal["last", "all"]
 
+# Those that XLA is to compile on a GPU. It trains `baseline` 1.9 times as fast on an H100; for `fcn` it asks for 67 GB
+# to train on 8 crops; the others were not tried.
+XLA_COMPILES = ("baseline",)
+
 # Their names in `keras.applications`.
 BASES = {"xception": "Xception", "resnet152v2": "ResNet152V2", "inceptionresnetv2": "InceptionResNetV2"}
 

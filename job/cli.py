@@ -98,8 +98,10 @@ def prepare(pages: str, labels: str, dataset: str, classes: str | None, **option
 @click.option("--learning-rate", type=float, help="Of Adam; not scaled with the batch.  [default: the recipe's]")
 @click.option("--precision", type=click.Choice(["float32", "mixed_bfloat16"]), default="float32", show_default=True,
               help="What layers compute in.")  # fmt: skip
-@click.option("--class-weights", type=click.Choice(["none", "balanced"]), default="none", show_default=True,
-              help="balanced: each class counts the same in the loss.")  # fmt: skip
+@click.option("--deterministic/--fast", default=None,
+              help="The same bits each time, or as fast as can be.  [default: --fast on GPUs]")  # fmt: skip
+@click.option("--class-weights", type=click.Choice(["none", "balanced"]), metavar="none|balanced", default="none",
+              show_default=True, help="balanced: each class counts the same in the loss.")  # fmt: skip
 @click.option("--seed", default=42, show_default=True, type=int, help="Of weights, order and dropout.")
 @click.option("--patience", type=int, help="Stop after so many epochs that were no better.  [default: never]")
 @click.option("--checkpoint-every", type=int, metavar="STEPS",
@@ -175,14 +177,16 @@ def evaluate(model: str, dataset: str, split: str, out: str | None) -> Outcome:
 @click.option("--format", "form", type=click.Choice(["parquet", "csv"]), default="parquet", show_default=True,
               help="Of the tables.")  # fmt: skip
 @click.option("--annotate", metavar="PLACE", help="Draw each page with what was read into this folder.")
-def predict(model: str, pages: str, boxes: str, out: str, form: str, annotate: str | None) -> Outcome:
+@click.option("--gpus", default=0, show_default=True, type=click.IntRange(min=0),
+              help="Actors with a GPU each that read; 0: a task on each CPU.")  # fmt: skip
+def predict(model: str, pages: str, boxes: str, out: str, form: str, annotate: str | None, gpus: int) -> Outcome:
     """Read boxes on new pages: top 5 characters of each, and the text."""
     from cluster.storage import reachable_place
     from job.predict import predict as run
 
     model_place, pages_place, boxes_place, result_place = map(reachable_place, (model, pages, boxes, out))
     pictures = reachable_place(annotate) if annotate else None
-    manifest = run(model_place, pages_place, boxes_place, result_place, form, pictures)
+    manifest = run(model_place, pages_place, boxes_place, result_place, form, pictures, gpus)
     counts, accuracy, lost = manifest.counts, manifest.accuracy, len(manifest.losses)
     result = {"out": out} | counts | {"losses": lost, "clipped": len(manifest.clipped), "accuracy": accuracy}
     lines = [f"{counts['read']:,} of {counts['boxes']:,} boxes read, of {counts['pages']:,} pages: {out}"]

@@ -4,6 +4,7 @@ import keras
 import tensorflow as tf
 
 from job.config import TrainConfig
+from job.startup import take_devices
 
 
 def fix_what_bits_depend_on(config: TrainConfig) -> None:
@@ -11,13 +12,8 @@ def fix_what_bits_depend_on(config: TrainConfig) -> None:
     tf.config.threading.set_intra_op_parallelism_threads(config.cpus_per_worker)
     # One more, so that gradients travel while others are computed.
     tf.config.threading.set_inter_op_parallelism_threads(config.cpus_per_worker + 1)
-    if config.gpus_per_worker == 0:
-        tf.config.set_visible_devices([], "GPU")
-    for gpu in tf.config.get_visible_devices("GPU"):
-        tf.config.experimental.set_memory_growth(gpu, True)
-    # The gradient of Xception's depthwise convolutions has no deterministic kernel on GPUs, and would raise
-    # (github.com/tensorflow/tensorflow/issues/47174).
-    if config.gpus_per_worker == 0 or config.architecture != "xception":
+    take_devices(gpus=config.gpus_per_worker > 0)
+    if config.deterministic:
         tf.config.experimental.enable_op_determinism()
     keras.config.set_dtype_policy(config.precision)
     keras.utils.set_random_seed(config.seed)

@@ -4,7 +4,7 @@
 workers matters. Here a mask is a pure function of (seed, layer, step): nothing to be saved with a checkpoint either.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -23,31 +23,41 @@ class BatchRows:
     global_batch_size: int
 
 
-_rows: ContextVar[BatchRows | None] = ContextVar("rows", default=None)
+_masks: ContextVar[Mapping[str, Any] | None] = ContextVar("masks", default=None)
 
 
 @contextmanager
-def batch_rows(rows: BatchRows) -> Iterator[None]:
-    """Dropout is on within, for these rows. A context variable, since Keras hands nothing else through to a layer."""
-    token = _rows.set(rows)
+def dropout_masks(masks: Mapping[str, Any]) -> Iterator[None]:
+    """Dropout is on within: layer name to its mask. A context variable, since Keras hands nothing else through to a
+    layer.
+    """
+    token = _masks.set(masks)
     try:
         yield
     finally:
-        _rows.reset(token)
+        _masks.reset(token)
 
 
 class SharedDropout(keras.layers.Layer):  # type: ignore[misc]  # Keras has no types
-    """Stands in for `keras.layers.Dropout` while training; outside of `batch_rows` it passes its input on."""
+    """Stands in for `keras.layers.Dropout` while training; outside of `dropout_masks` it passes its input on."""
 
     def __init__(self, rate: float, seed: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.rate, self.seed = rate, seed
 
-    def call(self, inputs: Any, training: bool = False) -> Any:
-        rows = _rows.get()
-        if rows is None or not training:
-            return inputs
-        shape = (rows.global_batch_size, *inputs.shape[1:])
+    def build(self, input_shape: tuple[int | None, ...]) -> None:
+        self.features = input_shape[1:]
+
+    def mask(self, rows: BatchRows, count: Any) -> Any:
+        """(count, ...) bool, what is kept of each of the rows. Drawn outside of what XLA compiles, which would draw
+        other numbers.
+        """
+        shape = (rows.global_batch_size, *self.features)
         drawn = tf.random.stateless_uniform(shape, seed=tf.stack([tf.cast(self.seed, tf.int64), rows.step]))
-        mine = drawn[rows.first : rows.first + tf.shape(inputs)[0]]
-        return tf.where(mine >= self.rate, inputs / (1 - self.rate), tf.zeros_like(inputs))
+        return drawn[rows.first : rows.first + count] >= self.rate
+
+    def call(self, inputs: Any, training: bool = False) -> Any:
+        masks = _masks.get()
+        if masks is None or not training:
+            return inputs
+        return tf.where(masks[self.name], inputs / (1 - self.rate), tf.zeros_like(inputs))

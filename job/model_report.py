@@ -199,7 +199,7 @@ def _numbers(run: Trained) -> Iterator[str]:
     )
     yield page.paragraph(
         f"{history['crops_per_s'].median():,.0f} crops/s, {history['seconds'].median():,.1f} s an epoch; "
-        f"{history['data_wait'].median():.1%} of a step waited for data. The weights are those of epoch "
+        f"at most {history['data_wait'].median():.1%} of a step waited for data. The weights are those of epoch "
         f"{run.metrics['best_epoch']:.0f}."
     )
 

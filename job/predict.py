@@ -7,6 +7,7 @@ manifest.json                            what was lost, what was read with; writ
 
 import json
 import re
+import socket
 from functools import lru_cache
 from importlib.metadata import version
 from typing import Any
@@ -39,7 +40,7 @@ from cluster.storage import (
 from job.annotate import annotated
 from job.model_folder import load_model
 from job.reading import Read, accuracy
-from job.startup import without_chatter
+from job.startup import take_devices, without_chatter
 from preprocessing.cutting import cut_boxes, group_pages, run_groups
 from preprocessing.labels import read_labels
 from preprocessing.pages import fingerprint, list_pages, page_reader
@@ -52,12 +53,19 @@ VERSIONED = ("kuzushiji", "keras", "opencv-python-headless", "pandas", "pyarrow"
 
 
 def predict(
-    model: UPath, pages: UPath, boxes: UPath, out: UPath, form: str = "parquet", annotate: UPath | None = None
+    model: UPath,
+    pages: UPath,
+    boxes: UPath,
+    out: UPath,
+    form: str = "parquet",
+    annotate: UPath | None = None,
+    gpus: int = 0,
 ) -> PredictionsManifest:
     """Read the boxes of a file on their pages. form: `parquet` or `csv`. annotate: where pictures of the pages go.
+    gpus: so many actors with a GPU each read them; 0: a task a CPU does.
 
     Raises:
-        OptionError: `out` holds something else, or is where the pictures go.
+        OptionError: `out` holds something else, or is where the pictures go; or there are fewer GPUs on this machine.
         InputError: boxes or pages can't be used, or no box could be read.
         DamageError: the model is not what its manifest says, or the workers wrote into other folders.
     """
@@ -74,7 +82,7 @@ def predict(
         row |= {"predictions_file": f"predictions-{of}", "pages_file": f"pages-{of}"}
     places = {"model": str(folder), "pages": str(pages), "out": str(out), "annotate": str(annotate or "")}
     how = places | {"model_sha256": model_manifest.sha256}
-    reports = run_groups(rows, "pages read", read_group, how)
+    reports = run_groups(rows, "pages read", GpuReader if gpus else read_group, how, gpus)
     losses = [loss for report in reports for loss in report["losses"]]
     if len(losses) == len(labels.boxes):
         raise InputError(f"a box at least must be readable. Received: {len(losses)} lost, first: {losses[0]['what']}")
@@ -115,52 +123,83 @@ def _clear(out: UPath) -> None:
     remove_temporaries(out)
 
 
-def read_group(
-    row: dict[str, Any], model: str, model_sha256: str, pages: str, out: str, annotate: str
-) -> dict[str, Any]:
-    """What a worker does with a row. model_sha256: of the model's manifest. annotate: "" for no pictures.
+class Reader:
+    """Reads groups of pages with a model that it loads once."""
 
-    Returns {"group", "report": JSON}.
+    def __init__(self, model: str, model_sha256: str, pages: str, out: str, annotate: str, on_gpu: bool) -> None:
+        """model_sha256: of the model's manifest. annotate: "" for no pictures.
+
+        Raises:
+            KuzushijiError: TensorFlow can't use the GPU.
+            DamageError: the model is another one meanwhile.
+        """
+        with without_chatter():
+            import tensorflow as tf
+
+            # For one thread: Ray runs such a process on each core, and the same threads give the same bits.
+            tf.config.threading.set_intra_op_parallelism_threads(1)
+            tf.config.threading.set_inter_op_parallelism_threads(1)
+            tf.config.experimental.enable_op_determinism()
+            # Ray leaves the GPUs in sight of tasks that ask for none: each would take its memory.
+            take_devices(on_gpu)
+            from job.step import Steps
+        if on_gpu and not tf.config.list_logical_devices("GPU"):
+            raise KuzushijiError(
+                f"--gpus must be GPUs that TensorFlow can use. Received: none on {socket.gethostname()}. Look whether "
+                "requirements-gpu.lock is installed there, and a driver for CUDA 12"
+            )
+        if read_manifest(place(model), ModelManifest).sha256 != model_sha256:
+            raise DamageError(f"--model must stay as it is while it is used. Received: {model}, another one meanwhile")
+        loaded, self.names, _ = load_model(place(model))
+        self.steps = Steps(tf.distribute.get_strategy(), 1, loaded)
+        self.pages, self.out, self.annotate = place(pages), place(out), place(annotate) if annotate else None
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Read a row of `predict`. Returns {"group", "report": JSON}."""
+        read = Read.of(cut_boxes(row, self.pages), self.steps, self.names, np.array(row["unicode"], np.int32))
+        tables = {row["predictions_file"]: read.predictions(), row["pages_file"]: read.texts(row["image_id"])}
+        files = [write_listed(self.out / name, _encoded(table, name)) for name, table in tables.items()]
+        if self.annotate:
+            _draw(row, read, self.pages, self.annotate)
+        report = {
+            "files": [entry.model_dump() for entry in files],
+            "losses": read.losses(),
+            "clipped": [{"page": cut.page_id, "box": cut.box} for cut in read.cuts if cut.clipped],
+            "read": len(read.found),
+            "sums": read.sums(),
+        }
+        return {"group": row["group"], "report": json.dumps(report, ensure_ascii=False)}
+
+
+class GpuReader:
+    """An actor of Ray Data, on a GPU of its own. The model is loaded with the first row: Ray Data loses what a
+    constructor raises.
+    """
+
+    def __init__(self, **how: Any) -> None:
+        """how: what a `Reader` is made with."""
+        self.how = how
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        return read_group(row, on_gpu=True, **self.how)
+
+
+def read_group(row: dict[str, Any], on_gpu: bool = False, **how: Any) -> dict[str, Any]:
+    """A task of Ray Data, or a call of `GpuReader`. how: what a `Reader` is made with.
 
     Raises:
         KuzushijiError: whatever failed for reasons outside the code.
     """
     try:
-        steps, names = _loaded(model, model_sha256)
-        read = Read.of(cut_boxes(row, place(pages)), steps, names, np.array(row["unicode"], np.int32))
-        tables = {row["predictions_file"]: read.predictions(), row["pages_file"]: read.texts(row["image_id"])}
-        files = [write_listed(place(out) / name, _encoded(table, name)) for name, table in tables.items()]
-        if annotate:
-            _draw(row, read, place(pages), place(annotate))
+        return _reader(on_gpu=on_gpu, **how)(row)
     except OSError as error:  # Ray Data would put its own text where the path is
         raise explained(error) or KuzushijiError(one_line(error)) from error
-    report = {
-        "files": [entry.model_dump() for entry in files],
-        "losses": read.losses(),
-        "clipped": [{"page": cut.page_id, "box": cut.box} for cut in read.cuts if cut.clipped],
-        "read": len(read.found),
-        "sums": read.sums(),
-    }
-    return {"group": row["group"], "report": json.dumps(report, ensure_ascii=False)}
 
 
 @lru_cache(maxsize=1)
-def _loaded(model: str, model_sha256: str) -> tuple[Any, list[str]]:
-    """Once in each of Ray's processes, which do one task after the other.
-
-    For one thread: Ray runs such a process on each core, and the same threads give the same bits.
-    """
-    with without_chatter():
-        import tensorflow as tf
-
-        tf.config.threading.set_intra_op_parallelism_threads(1)
-        tf.config.threading.set_inter_op_parallelism_threads(1)
-        tf.config.experimental.enable_op_determinism()
-        from job.step import Steps
-    if read_manifest(place(model), ModelManifest).sha256 != model_sha256:
-        raise DamageError(f"--model must stay as it is while it is used. Received: {model}, another one meanwhile")
-    loaded, names, _ = load_model(place(model))
-    return Steps(tf.distribute.get_strategy(), 1, loaded), names
+def _reader(**how: Any) -> Reader:
+    """Once in each of Ray's processes, which do one task after the other."""
+    return Reader(**how)
 
 
 def _draw(row: dict[str, Any], read: Read, pages: UPath, folder: UPath) -> None:

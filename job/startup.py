@@ -50,6 +50,18 @@ def load_tensorflow(gpus: bool = True) -> None:
     with waiting("TensorFlow loads ..."), without_chatter():
         import tensorflow as tf
 
-        if not gpus:
-            tf.config.set_visible_devices([], "GPU")
+        take_devices(gpus)
+        # 10 bits of mantissa are enough to train, but what is measured and written shall be what a CPU computes.
+        tf.config.experimental.enable_tensor_float_32_execution(False)
         tf.config.list_logical_devices()
+
+
+def take_devices(gpus: bool) -> None:
+    """Before TensorFlow runs anything: the GPUs, and of their memory what is needed and not all; or none of them."""
+    import tensorflow as tf
+
+    if not gpus:
+        tf.config.set_visible_devices([], "GPU")
+    for gpu in tf.config.get_visible_devices("GPU"):
+        if not tf.config.experimental.get_memory_growth(gpu):  # once it has begun TensorFlow refuses to be told again
+            tf.config.experimental.set_memory_growth(gpu, True)

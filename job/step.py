@@ -16,7 +16,7 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from job.architectures import SIDE
-from job.dropout import BatchRows, SharedDropout, batch_rows
+from job.dropout import BatchRows, SharedDropout, dropout_masks
 from job.order import share
 
 IMAGES = tf.TensorSpec((None, SIDE, SIDE, 1), tf.uint8)
@@ -48,17 +48,19 @@ def make_strategy(workers: int) -> tf.distribute.Strategy:
     return tf.distribute.get_strategy()
 
 
-def training_form(model: keras.Model, seed: int, dropout: bool) -> keras.Model:
-    """The same model with synchronized batch norm, and dropout that does not depend on the number of workers.
+def training_form(model: keras.Model, seed: int, dropout: bool, synchronized: bool = True) -> keras.Model:
+    """The same model with batch norm that is synchronized over replicas, and dropout that does not depend on their
+    number.
 
-    The weights stay in the same order: `model.set_weights(trained.get_weights())` brings them back.
+    The weights stay in the same order: `model.set_weights(trained.get_weights())` brings them back. synchronized: off
+    for a single replica on a GPU, where it costs time and changes nothing but rounding.
     """
     drops: list[str] = []
 
     def swap(layer: keras.Layer) -> keras.Layer:
         config = layer.get_config()
         if isinstance(layer, keras.layers.BatchNormalization):
-            return layer.from_config(config | {"synchronized": True})
+            return layer.from_config(config | {"synchronized": synchronized})
         if isinstance(layer, keras.layers.Dropout):
             drops.append(layer.name)
             rate = config["rate"] if dropout else 0.0
@@ -82,9 +84,11 @@ class Steps:
         optimizer: Any = None,
         global_batch_size: int = 1,
         class_weights: NDArray[np.float32] | None = None,
+        xla: bool = False,
     ) -> None:
         """`model` and the built `optimizer` were made within `strategy.scope()`; without an optimizer, to predict
         only. class_weights: (K,) what a crop of each class counts in the loss that is minimised; None: 1.
+        xla: compile what a replica computes; for one replica alone.
         """
         self.strategy, self.model, self.optimizer, self.global_batch_size = (
             strategy,
@@ -92,10 +96,12 @@ class Steps:
             optimizer,
             global_batch_size,
         )
-        self.class_weights = class_weights
+        self.class_weights, self.xla = class_weights, xla
         self.predict_rows = PREDICT_ROWS if model.input_shape[1] else PREDICT_ROWS_OF_ANY_SIZE
         self.local_replicas = strategy.num_replicas_in_sync // workers
         self.train = tf.function(self._train, autograph=False, input_signature=[IMAGES, LABELS, ROW])
+        self._dropouts = [layer for layer in model._flatten_layers() if isinstance(layer, SharedDropout)]
+        self._update, self._read = self._compiled(self._descend), self._compiled(self._look)
         self._predict_step = tf.function(self._predict, autograph=False, input_signature=[IMAGES, LABELS])
         self._sum_step = tf.function(
             self._sum, autograph=False, input_signature=[tf.TensorSpec((None, None), tf.float32)]
@@ -112,23 +118,27 @@ class Steps:
 
         def replica() -> Any:
             first, end = self._my_rows(tf.shape(images)[0])
-            mine = BatchRows(
-                tf.cast(self.optimizer.iterations.value, tf.int64), first_row + first, self.global_batch_size
-            )
-            with batch_rows(mine), tf.GradientTape() as tape:
-                probabilities = self.model(images[first:end], training=True)
-                losses = keras.losses.sparse_categorical_crossentropy(labels[first:end], probabilities)
-                weighted = losses
-                if self.class_weights is not None:
-                    weighted *= tf.gather(self.class_weights, labels[first:end])
-                # Summed by `apply` over all replicas, so divided by B and not by the rows of this one.
-                loss = tf.reduce_sum(weighted) / self.global_batch_size
-            variables = self.model.trainable_variables
-            self.optimizer.apply(tape.gradient(loss, [v.value for v in variables]), variables)
-            correct = tf.argmax(probabilities, axis=-1) == labels[first:end]
-            return tf.stack([tf.reduce_sum(losses), tf.reduce_sum(tf.cast(correct, tf.float32))])
+            step = tf.cast(self.optimizer.iterations.value, tf.int64)
+            mine = BatchRows(step, first_row + first, self.global_batch_size)
+            masks = {layer.name: layer.mask(mine, end - first) for layer in self._dropouts}
+            return self._update(images[first:end], labels[first:end], masks)
 
         return tf.add_n(self.strategy.experimental_local_results(self.strategy.run(replica)))
+
+    def _descend(self, images: Any, labels: Any, masks: Any) -> Any:
+        """One step on a replica's rows; the sums of `_train` over them."""
+        with dropout_masks(masks), tf.GradientTape() as tape:
+            probabilities = self.model(images, training=True)
+            losses = keras.losses.sparse_categorical_crossentropy(labels, probabilities)
+            weighted = losses
+            if self.class_weights is not None:
+                weighted *= tf.gather(self.class_weights, labels)
+            # Summed by `apply` over all replicas, so divided by B and not by the rows of this one.
+            loss = tf.reduce_sum(weighted) / self.global_batch_size
+        variables = self.model.trainable_variables
+        self.optimizer.apply(tape.gradient(loss, [v.value for v in variables]), variables)
+        correct = tf.argmax(probabilities, axis=-1) == labels
+        return tf.stack([tf.reduce_sum(losses), tf.reduce_sum(tf.cast(correct, tf.float32))])
 
     def predict(
         self, images: NDArray[np.uint8], labels: NDArray[np.int64], advance: Callable[[int], None] = lambda _: None
@@ -146,19 +156,22 @@ class Steps:
     def _predict(self, images: Any, labels: Any) -> Any:
         def replica() -> Any:
             first, end = self._my_rows(tf.shape(images)[0])
-            mine = labels[first:end]
-            probabilities = self.model(images[first:end], training=False)
-            losses = keras.losses.sparse_categorical_crossentropy(mine, probabilities)
-            of_label = tf.gather(probabilities, mine, axis=1, batch_dims=1)[:, None]
-            # Among equals the first goes before, as in argmax: `fcn` gives many classes exactly the same.
-            earlier = tf.range(tf.shape(probabilities, tf.int64)[1])[None] < mine[:, None]
-            before = (probabilities > of_label) | ((probabilities == of_label) & earlier)
-            better = tf.reduce_sum(tf.cast(before, tf.float32), axis=1)
-            predicted = tf.cast(tf.argmax(probabilities, axis=1), tf.float32)
-            in_first_5 = tf.cast(better < 5, tf.float32)
-            return tf.stack([predicted, tf.reduce_max(probabilities, axis=1), in_first_5, losses], axis=1)
+            return self._read(images[first:end], labels[first:end])
 
         return tf.concat(self.strategy.experimental_local_results(self.strategy.run(replica)), axis=0)
+
+    def _look(self, images: Any, labels: Any) -> Any:
+        """The rows of `predict` of a replica's crops."""
+        probabilities = self.model(images, training=False)
+        losses = keras.losses.sparse_categorical_crossentropy(labels, probabilities)
+        of_label = tf.gather(probabilities, labels, axis=1, batch_dims=1)[:, None]
+        # Among equals the first goes before, as in argmax: `fcn` gives many classes exactly the same.
+        earlier = tf.range(tf.shape(probabilities, tf.int64)[1])[None] < labels[:, None]
+        before = (probabilities > of_label) | ((probabilities == of_label) & earlier)
+        better = tf.reduce_sum(tf.cast(before, tf.float32), axis=1)
+        predicted = tf.cast(tf.argmax(probabilities, axis=1), tf.float32)
+        in_first_5 = tf.cast(better < 5, tf.float32)
+        return tf.stack([predicted, tf.reduce_max(probabilities, axis=1), in_first_5, losses], axis=1)
 
     def top(self, images: NDArray[np.uint8], count: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """(N, count) of N crops, or as many as there are classes: the likeliest classes, and their probabilities.
@@ -218,10 +231,15 @@ class Steps:
     def _trace_statistics(self, norms: list[Any]) -> Callable[[Any], Any]:
         """A forward pass that leaves the batch's own statistics in the layers: momentum is read while tracing."""
 
-        def forward(images: Any) -> None:
+        def forward(crops: Any) -> None:
+            self.model(crops, training=True)  # outside of `dropout_masks`: without dropout
+
+        compiled = self._compiled(forward)
+
+        def all_replicas(images: Any) -> None:
             def replica() -> None:
                 first, end = self._my_rows(tf.shape(images)[0])
-                self.model(images[first:end], training=True)  # outside of `batch_rows`: without dropout
+                compiled(images[first:end])
 
             self.strategy.run(replica)
 
@@ -229,11 +247,15 @@ class Steps:
         for norm in norms:
             norm.momentum = 0.0
         traced: Callable[[Any], Any] = tf.function(
-            forward, autograph=False, input_signature=[IMAGES]
+            all_replicas, autograph=False, input_signature=[IMAGES]
         ).get_concrete_function()
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
         return traced
+
+    def _compiled(self, work: Callable[..., Any]) -> Callable[..., Any]:
+        """`work`, which a replica does on its own; compiled by XLA if that is asked for."""
+        return tf.function(work, autograph=False, jit_compile=True) if self.xla else work
 
     def _my_rows(self, rows: Any) -> tuple[Any, Any]:
         """First row and end of this replica's part of its worker's rows."""

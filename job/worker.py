@@ -21,10 +21,10 @@ import tensorflow as tf
 from numpy.typing import NDArray
 from upath import UPath
 
-from cluster.errors import KuzushijiError
+from cluster.errors import KuzushijiError, one_line
 from cluster.manifest import is_sealed
 from cluster.storage import place
-from job.architectures import ARCHITECTURES
+from job.architectures import ARCHITECTURES, XLA_COMPILES
 from job.beside import report_file, write_beside
 from job.board import Voice
 from job.checkpoint import (
@@ -80,6 +80,10 @@ def train_worker(job: dict[str, Any], start_up: StartUp) -> dict[str, str] | Non
                 training.run_epoch()
         except KuzushijiError as error:
             return {"what": str(error), "where": traceback.format_exc()}
+        except tf.errors.ResourceExhaustedError as error:  # the same for every worker, and each time
+            received = one_line(error).partition("[[")[0][-200:].strip()
+            what = f"a step must fit into memory. Received: {received} Lower --global-batch-size, or add --workers"
+            return {"what": what, "where": traceback.format_exc()}
         training.write(job["folder"], job["run"])
     return None
 
@@ -105,12 +109,16 @@ class Training:
         base = {"weights": weights, "unfreeze": config.unfreeze} if config.architecture in TRANSFER else {}
         plain = ARCHITECTURES[config.architecture](classes, **base)
         self.form = plain.get_config()
+        on_one_gpu = strategy.num_replicas_in_sync == 1 and config.gpus_per_worker > 0
+        # XLA compiles no collectives, and has no deterministic gradient of max pooling on GPUs.
+        xla = on_one_gpu and not config.deterministic and config.architecture in XLA_COMPILES
         with strategy.scope():
-            self.model = training_form(plain, config.seed, config.dropout)
+            self.model = training_form(plain, config.seed, config.dropout, synchronized=not on_one_gpu)
             self.optimizer = FusedAdam(config.learning_rate)
             self.optimizer.build(self.model.trainable_variables)
         of_classes = balanced_weights(self._labels("train"), classes) if config.class_weights == "balanced" else None
-        self.steps = Steps(strategy, self.workers, self.model, self.optimizer, config.global_batch_size, of_classes)
+        batch = config.global_batch_size
+        self.steps = Steps(strategy, self.workers, self.model, self.optimizer, batch, of_classes, xla)
         self.state = State()
         self.changing = changing_variables(self.model)
         self.best_weights: list[NDArray[Any]] = []

@@ -3,6 +3,7 @@
 import itertools
 import json
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from upath import UPath
 
-from cluster.errors import InputError
+from cluster.errors import InputError, OptionError
 from cluster.progress import on_terminal, progress
 from cluster.runtime import cause_of, ray_session
 from preprocessing.crop import MAX_PAGE_BYTES, PageFault, clip_box, crop, decode_page
@@ -72,15 +73,17 @@ def group_pages(labels: Labels, files: dict[str, tuple[str, int]], groups: int) 
 
 
 def run_groups(
-    rows: Sequence[dict[str, Any]], what: str, work: Callable[..., dict[str, Any]], how: dict[str, Any]
+    rows: Sequence[dict[str, Any]], what: str, work: Callable[..., Any], how: dict[str, Any], gpus: int = 0
 ) -> list[dict[str, Any]]:
     """Do something with each row with Ray Data, and show how far it has come; the reports, in the order of the rows.
 
     On a terminal Ray Data's own bar is shown, which counts the rows and tells which CPUs work.
 
-    work: called with a row and `how`, makes {"group", "report": JSON} of it.
+    work: called with a row and `how`, makes {"group", "report": JSON} of it. With `gpus` a class: so many actors of it,
+    each with a GPU, are made with `how` and called with a row.
 
     Raises:
+        OptionError: a local Ray has fewer GPUs; a cluster may yet get them.
         Exception: what the work raised.
     """
     reports: dict[int, dict[str, Any]] = {}
@@ -90,14 +93,22 @@ def run_groups(
     with ray_session(), ours as advance:
         import ray.data
 
+        has = int(ray.cluster_resources().get("GPU", 0))
+        if gpus > has and "RAY_ADDRESS" not in os.environ:
+            raise OptionError(f"--gpus must be at most the GPUs of this machine. Received: {gpus}, Ray found {has}")
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # else it warns of the bars that are off
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = context.enable_rich_progress_bars = rays_own
         context.use_ray_tqdm = context.enable_operator_progress_bars = False  # one bar, in rich, is enough
         context.raise_original_map_exception = True  # else the cause is lost on its way back
         groups = ray.data.from_items(list(rows), override_num_blocks=len(rows))
+        if gpus:
+            pool = ray.data.ActorPoolStrategy(size=gpus)
+            done = groups.map(work, fn_constructor_kwargs=how, num_cpus=1, num_gpus=1, compute=pool)
+        else:
+            done = groups.map(work, fn_kwargs=how, num_cpus=1)
         try:
-            for row in groups.map(work, fn_kwargs=how, num_cpus=1).iter_rows():
+            for row in done.iter_rows():
                 reports[row["group"]] = json.loads(row["report"])
                 advance(len(rows[row["group"]]["image_id"]))
         except BaseException as error:

@@ -28,10 +28,10 @@ SURFACE = {
     "train": {
         "--dataset", "--models", "--architecture", "--workers", "--gpus-per-worker", "--cpus-per-worker", "--epochs",
         "--global-batch-size", "--learning-rate", "--seed", "--patience", "--run", "--weights", "--unfreeze",
-        "--precision", "--class-weights", "--checkpoint-every", "--max-failures", "--step-limit",
+        "--precision", "--class-weights", "--checkpoint-every", "--max-failures", "--step-limit", "--deterministic",
     },
     "evaluate": {"--model", "--dataset", "--split", "--out"},
-    "predict": {"--model", "--pages", "--boxes", "--out", "--format", "--annotate"},
+    "predict": {"--model", "--pages", "--boxes", "--out", "--format", "--annotate", "--gpus"},
     "export": {"--model", "--format", "--out"},
     "report": {"--dataset", "--models", "--out"},
     "pull": {"--models", "--to", "names"},

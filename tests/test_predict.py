@@ -3,7 +3,9 @@
 import json
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -262,3 +264,29 @@ def test_columns_are_read_from_right_to_left_and_from_top_to_bottom() -> None:
 def test_every_box_has_its_place_in_the_order_of_reading(boxes: list[tuple[int, ...]]) -> None:
     found = columns(np.array(boxes, np.int64).reshape(-1, 4))
     assert sorted(i for column in found for i in column) == list(range(len(boxes)))
+
+
+# A Ray that says it has a GPU where there is none, as with the image for CPUs or a driver that does not fit.
+SAYS_IT_HAS_A_GPU = """
+import logging, sys
+import ray
+from cluster.runtime import _set_environment
+_set_environment()
+ray.init(address="local", num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False)
+from job.cli import main
+main()
+"""
+
+
+def test_gpus_that_are_not_there_are_refused_in_a_line(model: Path, shared: Path, tmp_path: Path) -> None:
+    given = ["--model", model, "--pages", shared / "pages", "--boxes", shared / "train.csv", "--out", tmp_path / "out"]
+    arguments = ["predict", *map(str, given), "--gpus", "1"]
+    with ThreadPoolExecutor() as both:
+        commands = [str(KUZUSHIJI)], [sys.executable, "-c", SAYS_IT_HAS_A_GPU]
+        run = partial(subprocess.run, capture_output=True, text=True, check=False)
+        no_gpu, no_driver = both.map(lambda command: run([*command, *arguments]), commands)
+    assert no_gpu.returncode == 2
+    assert "--gpus must be at most the GPUs of this machine. Received: 1, Ray found 0" in no_gpu.stderr
+    assert no_driver.returncode == 1
+    assert "--gpus must be GPUs that TensorFlow can use. Received: none on" in no_driver.stderr
+    assert "Traceback" not in no_gpu.stderr + no_driver.stderr

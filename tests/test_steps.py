@@ -43,6 +43,34 @@ def test_a_step_follows_the_weighted_loss_and_tells_the_plain_one(balanced: bool
     assert model.layers[-1].bias.numpy() == pytest.approx(-gradient, abs=1e-5)
 
 
+def test_what_xla_compiles_computes_the_same() -> None:
+    """As on one GPU, with the same dropout masks; here on the CPU."""
+    import keras
+    import tensorflow as tf
+
+    from job import architectures
+    from job.optimizer import FusedAdam
+    from job.step import Steps, training_form
+
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (16, 80, 80, 1), dtype=np.uint8), rng.integers(0, 10, 16)
+    found = []
+    for xla in (False, True):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(architectures, "BASELINE_HEAD", (32, 16))
+            keras.utils.set_random_seed(1)
+            model = training_form(architectures.baseline(10), 42, dropout=True, synchronized=not xla)
+        optimizer = FusedAdam(1e-5)  # Adam takes as large a step where a gradient is mere rounding
+        optimizer.build(model.trainable_variables)
+        weights = np.linspace(0.5, 1.5, 10, dtype=np.float32)
+        steps = Steps(tf.distribute.get_strategy(), 1, model, optimizer, 16, weights, xla)
+        losses = [float(steps.train(images, labels, 0)[0]) / 16 for _ in range(3)]
+        steps.estimate_statistics([images, images[:8]])
+        found.append(np.concatenate([losses, steps.predict(images, labels)[:, 1], steps.top(images, 2)[1].ravel()]))
+    assert found[0] == pytest.approx(found[1], rel=1e-3)
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)  # other masks would show here
+
+
 def test_among_equal_probabilities_the_first_classes_are_the_likelier() -> None:
     import keras
     import tensorflow as tf

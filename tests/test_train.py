@@ -17,7 +17,7 @@ from tensorboardX.proto.event_pb2 import Event
 from cluster.errors import DamageError, KuzushijiError, OptionError
 from cluster.manifest import ModelManifest, read_manifest, verify
 from cluster.storage import place
-from job.config import TrainConfig
+from job.config import MAY_DIFFER, TrainConfig, configs_of
 from job.train import train
 from preprocessing.prepare import PrepareConfig, prepare
 from preprocessing.records import read_frames
@@ -158,13 +158,15 @@ def test_two_devices_of_one_worker_give_the_losses_of_one(tmp_path: Path) -> Non
 def test_dropout_masks_of_rows_differ_and_each_worker_uses_its_rows_of_one_mask() -> None:
     import tensorflow as tf
 
-    from job.dropout import BatchRows, SharedDropout, batch_rows
+    from job.dropout import BatchRows, SharedDropout, dropout_masks
 
-    layer = SharedDropout(0.4, seed=7)
+    layer = SharedDropout(0.4, seed=7, name="drop")
+    layer.build((None, 1000))
     ones = tf.ones((6, 1000))
 
     def mask(first: int, rows: int, step: int) -> Any:
-        with batch_rows(BatchRows(tf.constant(step, tf.int64), first, 6)):
+        kept = layer.mask(BatchRows(tf.constant(step, tf.int64), first, 6), rows)
+        with dropout_masks({"drop": kept}):
             return layer(ones[:rows], training=True).numpy()
 
     whole = mask(0, 6, step=1)
@@ -274,6 +276,41 @@ def test_a_loss_that_the_last_step_made_infinite_seals_nothing_is_not_tried_agai
     assert "run_epoch" in "".join(traceback.format_exception(failure.value))
     assert "begin again" not in caplog.text
     assert not (tmp_path / "baseline").exists()
+
+
+def test_a_step_that_memory_cannot_hold_is_one_line_and_not_tried_again(
+    few: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work(job: dict[str, Any]) -> Any:
+        import tensorflow as tf
+
+        from job import architectures, run, step
+
+        def too_large(self: Any, images: Any, labels: Any, masks: Any) -> Any:
+            return tf.reduce_sum(tf.fill([tf.shape(labels, tf.int64)[0] * 2**44, 2], 1.0), axis=0)
+
+        architectures.BASELINE_HEAD, step.Steps._descend = (16, 8), too_large
+        return run._work(job)
+
+    monkeypatch.setattr("job.run._work", work)
+    caplog.set_level("INFO", "kuzushiji")
+    line = r"^a step must fit into memory\. Received: .*OOM when allocating .* Lower --global-batch-size, or add --work"
+    with pytest.raises(KuzushijiError, match=line) as failure:
+        train(place(few), place(tmp_path), [config(epochs=1, global_batch_size=4)], "large")
+    assert "ResourceExhaustedError" in "".join(traceback.format_exception(failure.value))
+    assert "begin again" not in caplog.text
+
+
+def test_bits_are_the_same_each_time_on_cpus_unless_asked_otherwise_and_on_gpus_if_asked() -> None:
+    def deterministic(**options: Any) -> bool:
+        return configs_of(["baseline"], None, None, **options)[0].deterministic
+
+    assert deterministic()
+    assert deterministic(gpus_per_worker=0)
+    assert not deterministic(gpus_per_worker=1)
+    assert deterministic(gpus_per_worker=1, deterministic=True)
+    assert not deterministic(deterministic=False)
+    assert "deterministic" in MAY_DIFFER  # as the number of workers: by rounding alone
 
 
 def test_the_real_pages_are_learned_by_heart_though_they_are_less_than_a_batch(
