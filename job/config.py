@@ -70,7 +70,7 @@ class TrainConfig(BaseModel):
     precision: Literal["float32", "mixed_bfloat16"] = "float32"
     """What layers compute in; weights, scaling and softmax are float32 in both."""
     deterministic: bool = True
-    """Only kernels that give the same bits each time. On an H100 `baseline` trains at half the speed with them."""
+    """Only kernels that give the same bits each time: on a GPU slower ones, and no XLA."""
     class_weights: Literal["none", "balanced"] = "none"
     """What a crop counts in the loss that is minimised: 1, or the less the more crops its class has."""
     seed: int = Field(42, ge=0, lt=2**31)

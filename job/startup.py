@@ -51,7 +51,7 @@ def load_tensorflow(gpus: bool = True) -> None:
         import tensorflow as tf
 
         take_devices(gpus)
-        # 10 bits of mantissa are enough to train, but what is measured and written shall be what a CPU computes.
+        # 10 bits of mantissa are enough to train, but what a finished model gives shall be what it gives on a CPU.
         tf.config.experimental.enable_tensor_float_32_execution(False)
         tf.config.list_logical_devices()
 
@@ -63,5 +63,4 @@ def take_devices(gpus: bool) -> None:
     if not gpus:
         tf.config.set_visible_devices([], "GPU")
     for gpu in tf.config.get_visible_devices("GPU"):
-        if not tf.config.experimental.get_memory_growth(gpu):  # once it has begun TensorFlow refuses to be told again
-            tf.config.experimental.set_memory_growth(gpu, True)
+        tf.config.experimental.set_memory_growth(gpu, True)

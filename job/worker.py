@@ -6,6 +6,7 @@ its part of it.
 """
 
 import math
+import re
 import time
 import traceback
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ import tensorflow as tf
 from numpy.typing import NDArray
 from upath import UPath
 
-from cluster.errors import KuzushijiError, one_line
+from cluster.errors import KuzushijiError
 from cluster.manifest import is_sealed
 from cluster.storage import place
 from job.architectures import ARCHITECTURES, XLA_COMPILES
@@ -80,12 +81,20 @@ def train_worker(job: dict[str, Any], start_up: StartUp) -> dict[str, str] | Non
                 training.run_epoch()
         except KuzushijiError as error:
             return {"what": str(error), "where": traceback.format_exc()}
-        except tf.errors.ResourceExhaustedError as error:  # the same for every worker, and each time
-            received = one_line(error).partition("[[")[0][-200:].strip()
-            what = f"a step must fit into memory. Received: {received} Lower --global-batch-size, or add --workers"
-            return {"what": what, "where": traceback.format_exc()}
+        except tf.errors.ResourceExhaustedError as error:
+            if training.workers > 1:  # the others wait for this process in a collective, until it ends
+                raise
+            return {"what": _too_large(error), "where": traceback.format_exc()}
         training.write(job["folder"], job["run"])
     return None
+
+
+def _too_large(error: Exception) -> str:
+    """In a line, of some thousand characters: what was to be allocated."""
+    text = " ".join(str(error).split())
+    found = re.search(r"(OOM when|Out of memory while)[^\[]*(\[[^\[\]]+\])?", text)
+    received = found[0].strip() if found else text[:200]
+    return f"a step must fit into memory. Received: {received}. Lower --global-batch-size, or use more --workers"
 
 
 class Training:
@@ -109,7 +118,7 @@ class Training:
         base = {"weights": weights, "unfreeze": config.unfreeze} if config.architecture in TRANSFER else {}
         plain = ARCHITECTURES[config.architecture](classes, **base)
         self.form = plain.get_config()
-        on_one_gpu = strategy.num_replicas_in_sync == 1 and config.gpus_per_worker > 0
+        on_one_gpu = strategy.num_replicas_in_sync == 1 and bool(tf.config.list_logical_devices("GPU"))
         # XLA compiles no collectives, and has no deterministic gradient of max pooling on GPUs.
         xla = on_one_gpu and not config.deterministic and config.architecture in XLA_COMPILES
         with strategy.scope():
