@@ -81,13 +81,14 @@ demo: .venv/.installed
 	@echo 'Reports:             demo/dataset.report.html, demo/models/baseline/demo.report.html'
 	@echo 'New pages, read:     demo/pictures/, demo/read/'
 
-# After a change of pyproject.toml. The lock files hold no address: the one in force where they are used is asked.
+# After a change of pyproject.toml. One set for Python 3.11 and later: --universal. The lock files hold no address: the one in
+# force where they are used is asked.
 lock:
-	uv pip compile --quiet --no-header --no-annotate --python-version 3.11 --generate-hashes \
+	uv pip compile --quiet --no-header --no-annotate --universal --python-version 3.11 --generate-hashes \
 	  --output-file requirements.lock pyproject.toml
-	uv pip compile --quiet --no-header --no-annotate --python-version 3.11 --generate-hashes --group dev \
+	uv pip compile --quiet --no-header --no-annotate --universal --python-version 3.11 --generate-hashes --group dev \
 	  --constraints requirements.lock --output-file requirements-dev.lock pyproject.toml
-	uv pip compile --quiet --no-header --no-annotate --python-version 3.11 --generate-hashes --extra gpu \
+	uv pip compile --quiet --no-header --no-annotate --universal --python-version 3.11 --generate-hashes --extra gpu \
 	  --constraints requirements.lock --output-file requirements-gpu.lock pyproject.toml
 
 clean:
