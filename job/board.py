@@ -151,7 +151,10 @@ class _LogLines:
 
 
 class _Table:
-    """For terminals: a row an architecture, with a bar over all steps of its training."""
+    """For terminals: a row an architecture, with a bar over all steps of its training.
+
+    Drawn with each event, too: of those that come at once the screen would show the last alone.
+    """
 
     def __init__(self, architectures: Sequence[str]) -> None:
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -177,12 +180,13 @@ class _Table:
             self._bars.start_task(row)
         else:
             self._bars.stop_task(row)
-        self._bars.update(row, state=state)
+        self._bars.update(row, state=state, refresh=True)
 
     def step(self, architecture: str, event: dict[str, Any]) -> None:
         done = (event["epoch"] - 1) * event["steps"] + event["step"]
         total = event["epochs"] * event["steps"]
-        self._bars.update(self._rows[architecture], state=_describe(event), completed=done, total=total)
+        row = self._rows[architecture]
+        self._bars.update(row, state=_describe(event), completed=done, total=total, refresh=True)
 
     def doing(self, architecture: str, text: str) -> None:
-        self._bars.update(self._rows[architecture], state=text)
+        self._bars.update(self._rows[architecture], state=text, refresh=True)

@@ -16,6 +16,7 @@ from conftest import KUZUSHIJI
 COLUMNS, LINES = 100, 30
 SECONDS = 300.0  # that a command may take, on a slow machine
 CTRL_C = b"\x03"
+REDRAWS = re.compile(rb"(?=\r\x1b\[2K)")  # rich begins a line anew
 BAR, SPINNER = "━", "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 
 
@@ -51,8 +52,9 @@ def shown(command: Sequence[str | Path], stop: Callable[[list[str]], bool] = lam
     stopped, deadline = False, time.monotonic() + SECONDS
     try:
         while data := _read(ours, deadline):
-            stream.feed(data)
-            screens.append([line.rstrip() for line in screen.display])
+            for part in REDRAWS.split(data):  # on a busy machine several come in one piece
+                stream.feed(part)
+                screens.append([line.rstrip() for line in screen.display])
             if not stopped and stop(screens[-1]):
                 stopped = True
                 os.write(ours, CTRL_C)
