@@ -19,7 +19,7 @@ FCN_FILTERS = (32, 64, 128, 256, 512, 1028)
 Unfreeze = Literal["last", "all"]
 
 # Those that XLA is to compile on a GPU. On an H100 `baseline` trains 1.9 times as fast with it, and with batch norm
-# that is not synchronized, as without both. For `fcn` XLA asks for 67 GB to train on 8 crops. Others were not tried.
+# that is not synchronized, as without both. For `fcn` XLA asks for 66.6 GiB to train on 8 crops. Others were not tried.
 XLA_COMPILES = ("baseline",)
 
 # Their names in `keras.applications`.

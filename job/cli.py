@@ -99,7 +99,7 @@ def prepare(pages: str, labels: str, dataset: str, classes: str | None, **option
 @click.option("--precision", type=click.Choice(["float32", "mixed_bfloat16"]), default="float32", show_default=True,
               help="What layers compute in.")  # fmt: skip
 @click.option("--deterministic/--fast", default=None,
-              help="The same bits each time, or as fast as can be.  [default: --fast on GPUs]")  # fmt: skip
+              help="Bit-identical results, or faster kernels.  [default: --fast on GPUs]")  # fmt: skip
 @click.option("--class-weights", type=click.Choice(["none", "balanced"]), metavar="none|balanced", default="none",
               show_default=True, help="balanced: each class counts the same in the loss.")  # fmt: skip
 @click.option("--seed", default=42, show_default=True, type=int, help="Of weights, order and dropout.")

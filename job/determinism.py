@@ -4,7 +4,7 @@ import keras
 import tensorflow as tf
 
 from job.config import TrainConfig
-from job.startup import take_devices
+from job.startup import configure_gpus
 
 
 def fix_what_bits_depend_on(config: TrainConfig) -> None:
@@ -12,7 +12,7 @@ def fix_what_bits_depend_on(config: TrainConfig) -> None:
     tf.config.threading.set_intra_op_parallelism_threads(config.cpus_per_worker)
     # One more, so that gradients travel while others are computed.
     tf.config.threading.set_inter_op_parallelism_threads(config.cpus_per_worker + 1)
-    take_devices(gpus=config.gpus_per_worker > 0)
+    configure_gpus(gpus=config.gpus_per_worker > 0)
     if config.deterministic:
         tf.config.experimental.enable_op_determinism()
     keras.config.set_dtype_policy(config.precision)

@@ -40,7 +40,7 @@ from cluster.storage import (
 from job.annotate import annotated
 from job.model_folder import load_model
 from job.reading import Read, accuracy
-from job.startup import take_devices, without_chatter
+from job.startup import configure_gpus, without_chatter
 from preprocessing.cutting import cut_boxes, group_pages, run_groups
 from preprocessing.labels import read_labels
 from preprocessing.pages import fingerprint, list_pages, page_reader
@@ -141,7 +141,7 @@ class Reader:
             tf.config.threading.set_inter_op_parallelism_threads(1)
             tf.config.experimental.enable_op_determinism()
             # Ray leaves the GPUs in sight of tasks that ask for none: each would take its memory.
-            take_devices(on_gpu)
+            configure_gpus(on_gpu)
             from job.step import Steps
         if on_gpu and not tf.config.list_logical_devices("GPU"):
             raise KuzushijiError(

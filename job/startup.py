@@ -50,14 +50,14 @@ def load_tensorflow(gpus: bool = True) -> None:
     with waiting("TensorFlow loads ..."), without_chatter():
         import tensorflow as tf
 
-        take_devices(gpus)
+        configure_gpus(gpus)
         # 10 bits of mantissa are enough to train, but what a finished model gives shall be what it gives on a CPU.
         tf.config.experimental.enable_tensor_float_32_execution(False)
         tf.config.list_logical_devices()
 
 
-def take_devices(gpus: bool) -> None:
-    """Before TensorFlow runs anything: the GPUs, and of their memory what is needed and not all; or none of them."""
+def configure_gpus(gpus: bool) -> None:
+    """Before TensorFlow runs anything: let GPU memory grow as needed, or, without `gpus`, hide the GPUs."""
     import tensorflow as tf
 
     if not gpus:

@@ -101,7 +101,10 @@ class Steps:
         self.local_replicas = strategy.num_replicas_in_sync // workers
         self.train = tf.function(self._train, autograph=False, input_signature=[IMAGES, LABELS, ROW])
         self._dropouts = [layer for layer in model._flatten_layers() if isinstance(layer, SharedDropout)]
-        self._update, self._read = self._compiled(self._descend), self._compiled(self._look)
+        self._compiled_train, self._compiled_predict = (
+            self._compile(self._train_replica),
+            self._compile(self._predict_replica),
+        )
         self._predict_step = tf.function(self._predict, autograph=False, input_signature=[IMAGES, LABELS])
         self._sum_step = tf.function(
             self._sum, autograph=False, input_signature=[tf.TensorSpec((None, None), tf.float32)]
@@ -121,11 +124,11 @@ class Steps:
             step = tf.cast(self.optimizer.iterations.value, tf.int64)
             mine = BatchRows(step, first_row + first, self.global_batch_size)
             masks = {layer.name: layer.mask(mine, end - first) for layer in self._dropouts}
-            return self._update(images[first:end], labels[first:end], masks)
+            return self._compiled_train(images[first:end], labels[first:end], masks)
 
         return tf.add_n(self.strategy.experimental_local_results(self.strategy.run(replica)))
 
-    def _descend(self, images: Any, labels: Any, masks: Any) -> Any:
+    def _train_replica(self, images: Any, labels: Any, masks: Any) -> Any:
         """One step on a replica's rows; the sums of `_train` over them."""
         with dropout_masks(masks), tf.GradientTape() as tape:
             probabilities = self.model(images, training=True)
@@ -156,11 +159,11 @@ class Steps:
     def _predict(self, images: Any, labels: Any) -> Any:
         def replica() -> Any:
             first, end = self._my_rows(tf.shape(images)[0])
-            return self._read(images[first:end], labels[first:end])
+            return self._compiled_predict(images[first:end], labels[first:end])
 
         return tf.concat(self.strategy.experimental_local_results(self.strategy.run(replica)), axis=0)
 
-    def _look(self, images: Any, labels: Any) -> Any:
+    def _predict_replica(self, images: Any, labels: Any) -> Any:
         """The rows of `predict` of a replica's crops."""
         probabilities = self.model(images, training=False)
         losses = keras.losses.sparse_categorical_crossentropy(labels, probabilities)
@@ -234,7 +237,7 @@ class Steps:
         def forward(crops: Any) -> None:
             self.model(crops, training=True)  # outside of `dropout_masks`: without dropout
 
-        compiled = self._compiled(forward)
+        compiled = self._compile(forward)
 
         def all_replicas(images: Any) -> None:
             def replica() -> None:
@@ -253,7 +256,7 @@ class Steps:
             norm.momentum = momentum
         return traced
 
-    def _compiled(self, work: Callable[..., Any]) -> Callable[..., Any]:
+    def _compile(self, work: Callable[..., Any]) -> Callable[..., Any]:
         """`work`, which a replica does on its own; compiled by XLA if that is asked for."""
         return tf.function(work, autograph=False, jit_compile=True) if self.xla else work
 

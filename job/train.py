@@ -95,7 +95,7 @@ def train(
         except Exception as error:
             outcomes[one] = _failed(one, error, alone)
     if ready:
-        _say_what_determinism_costs(configs[0])
+        _log_determinism(configs[0])
         with ray_session(at_least_cpus=configs[0].workers * configs[0].cpus_per_worker), _said_how_to_go_on(run):
             for one, failure in _side_by_side(ready, began):
                 try:
@@ -107,11 +107,11 @@ def train(
     return [outcomes[one] for one in runs]
 
 
-def _say_what_determinism_costs(config: TrainConfig) -> None:
+def _log_determinism(config: TrainConfig) -> None:
     if not config.deterministic:
-        log.info("the same training ends with slightly other weights each time; --deterministic makes them the same")
+        log.info("weights are not bit-identical from run to run; --deterministic makes them so, with slower kernels")
     elif config.gpus_per_worker:
-        log.info("--deterministic: the GPUs train without XLA and with slower kernels; --fast allows both")
+        log.info("--deterministic on GPUs: without XLA, and with slower kernels; --fast uses XLA and faster kernels")
 
 
 @contextmanager

@@ -84,13 +84,13 @@ def train_worker(job: dict[str, Any], start_up: StartUp) -> dict[str, str] | Non
         except tf.errors.ResourceExhaustedError as error:
             if training.workers > 1:  # the others wait for this process in a collective, until it ends
                 raise
-            return {"what": _too_large(error), "where": traceback.format_exc()}
+            return {"what": _out_of_memory_line(error), "where": traceback.format_exc()}
         training.write(job["folder"], job["run"])
     return None
 
 
-def _too_large(error: Exception) -> str:
-    """In a line, of some thousand characters: what was to be allocated."""
+def _out_of_memory_line(error: Exception) -> str:
+    """One line with what could not be allocated, out of TensorFlow's long message."""
     text = " ".join(str(error).split())
     found = re.search(r"(OOM when|Out of memory while)[^\[]*(\[[^\[\]]+\])?", text)
     received = found[0].strip() if found else text[:200]

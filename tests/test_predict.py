@@ -268,7 +268,6 @@ def test_every_box_has_its_place_in_the_order_of_reading(boxes: list[tuple[int, 
 
 # A Ray that says it has a GPU where there is none, as with the image for CPUs or a driver that does not fit.
 SAYS_IT_HAS_A_GPU = """
-import logging, sys
 import ray
 from cluster.runtime import _set_environment
 _set_environment()

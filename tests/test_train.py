@@ -289,7 +289,7 @@ def test_a_step_that_memory_cannot_hold_is_one_line_and_not_tried_again(
         def too_large(self: Any, images: Any, labels: Any, masks: Any) -> Any:
             return tf.reduce_sum(tf.fill([tf.shape(labels, tf.int64)[0] * 2**44, 2], 1.0), axis=0)
 
-        architectures.BASELINE_HEAD, step.Steps._descend = (16, 8), too_large
+        architectures.BASELINE_HEAD, step.Steps._train_replica = (16, 8), too_large
         return run._work(job)
 
     monkeypatch.setattr("job.run._work", work)

@@ -26,16 +26,16 @@ from cluster.storage import place
 from job.config import NAMES, RECIPES, TrainConfig
 
 PRECISIONS = ("float32", "mixed_bfloat16")
-HOWS = ("train", "fit", "train-without-xla", "train-deterministic")
+MODES = ("train", "fit", "train-without-xla", "train-deterministic")
 KERNELS_SHOWN = 12
 STEPS_BY_KERNEL = 10
 
 
 class Bench:
-    """A training in this process, as a worker of `train` has it."""
+    """The training step of a `train` worker, in this process."""
 
-    def __init__(self, dataset: str, architecture: Any, precision: Any, size: int, how: str) -> None:
-        """how: one of `HOWS`; `fit` leaves every setting at TensorFlow's default."""
+    def __init__(self, dataset: str, architecture: Any, precision: Any, size: int, mode: str) -> None:
+        """mode: one of `MODES`; `fit` leaves every setting at TensorFlow's default."""
         import keras
         import tensorflow as tf
 
@@ -43,17 +43,17 @@ class Bench:
         from job.determinism import fix_what_bits_depend_on
         from job.optimizer import FusedAdam
         from job.staging import staged
-        from job.startup import take_devices
+        from job.startup import configure_gpus
         from job.step import Steps, make_strategy, training_form
 
         gpus = len(tf.config.list_physical_devices("GPU"))
         self.config = TrainConfig(
             architecture=architecture, precision=precision, global_batch_size=size, gpus_per_worker=gpus, epochs=1,
-            learning_rate=RECIPES[architecture].learning_rate, deterministic=how == "train-deterministic",
+            learning_rate=RECIPES[architecture].learning_rate, deterministic=mode == "train-deterministic",
             cpus_per_worker=8,
         )  # fmt: skip
-        if how == "fit":
-            take_devices(gpus > 0)
+        if mode == "fit":
+            configure_gpus(gpus > 0)
             keras.config.set_dtype_policy(precision)
             keras.utils.set_random_seed(self.config.seed)
         else:
@@ -62,7 +62,7 @@ class Bench:
             crops = data.splits["train"]
             self.images, self.labels = np.array(crops.images), np.array(crops.labels)
             self.plain = ARCHITECTURES[architecture](len(data.class_names))
-        if how == "fit":
+        if mode == "fit":
             self.plain.compile(
                 keras.optimizers.Adam(self.config.learning_rate),
                 "sparse_categorical_crossentropy",
@@ -72,7 +72,7 @@ class Bench:
         model = training_form(self.plain, self.config.seed, dropout=True, synchronized=not gpus)
         optimizer = FusedAdam(self.config.learning_rate)
         optimizer.build(model.trainable_variables)
-        xla = how == "train" and gpus > 0 and architecture in XLA_COMPILES
+        xla = mode == "train" and gpus > 0 and architecture in XLA_COMPILES
         self.steps = Steps(make_strategy(1), 1, model, optimizer, size, xla=xla)
 
     def batches(self, steps: int) -> Iterator[tuple[Any, Any]]:
@@ -92,10 +92,10 @@ class Bench:
         return [float(self.steps.train(*batch, 0)[0]) / len(batch[1]) for batch in self.batches(steps)]
 
 
-def rate(bench: Bench, how: str, steps: int, repeats: int) -> str:
+def rate(bench: Bench, mode: str, steps: int, repeats: int) -> str:
     """A line: crops/s, the first round, which compiles, left out."""
     seconds: list[float] = []
-    if how == "fit":
+    if mode == "fit":
         import keras
 
         class Clock(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has no types
@@ -146,10 +146,10 @@ def kernels(bench: Bench) -> Iterator[str]:
 
 
 def one_rate(given: argparse.Namespace) -> None:
-    how, precision = given.one.split(":")
-    bench = Bench(given.dataset, given.architecture, precision, given.size, how)
-    click.echo(f"{given.architecture} {how} {precision}: {rate(bench, how, given.steps, given.repeats)}")
-    if how != "fit":
+    mode, precision = given.one.split(":")
+    bench = Bench(given.dataset, given.architecture, precision, given.size, mode)
+    click.echo(f"{given.architecture} {mode} {precision}: {rate(bench, mode, given.steps, given.repeats)}")
+    if mode != "fit":
         click.echo("\n".join(kernels(bench)))
 
 
@@ -180,7 +180,7 @@ def main() -> None:
     if given.one:
         (one_rate if given.what == "rates" else one_loss)(given)
         return
-    names = HOWS if given.what == "rates" else NAMES
+    names = MODES if given.what == "rates" else NAMES
     for one in (f"{name}:{precision}" for precision in PRECISIONS for name in names):
         command = [sys.executable, "-m", "benchmarks.gpu", *sys.argv[1:], "--one", one]
         try:
