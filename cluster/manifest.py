@@ -138,7 +138,7 @@ class DatasetManifest(Manifest):
 
 
 class ModelManifest(Manifest):
-    """Of a model folder; `job.model_folder` writes it."""
+    """Of a model folder; `job.model.folder` writes it."""
 
     kind: Literal["model"] = "model"
     dataset_manifest_sha256: str
@@ -146,7 +146,7 @@ class ModelManifest(Manifest):
 
 
 class PredictionsManifest(Manifest):
-    """Of a folder of what was read; `job.predict` writes it."""
+    """Of a folder of what was read; `job.predict.predict` writes it."""
 
     kind: Literal["predictions"] = "predictions"
     counts: Annotated[dict[str, Count], FailFast()]

@@ -28,7 +28,7 @@ log = logging.getLogger("kuzushiji")
 def sample(out: str, num_pages: int, seed: int, scale: float, layouts: str | None) -> Outcome:
     """Draw pages in Kaggle's format, for trials without data."""
     from cluster.storage import local_path
-    from preprocessing.sample import sample as draw
+    from preprocessing.sample.pages import sample as draw
 
     layouts_file = local_path(layouts, "--layouts") if layouts else None
     summary = draw(local_path(out, "--out"), num_pages, seed, scale, layouts_file)
@@ -53,7 +53,7 @@ def sample(out: str, num_pages: int, seed: int, scale: float, layouts: str | Non
 def prepare(pages: str, labels: str, dataset: str, classes: str | None, **options: Any) -> Outcome:
     """Cut labelled pages into crops: a dataset of TFRecords."""
     from cluster.storage import reachable_place
-    from job.dataset_report import report_beside
+    from job.report.dataset import report_beside
     from preprocessing.classes import read_class_names
     from preprocessing.prepare import PrepareConfig
     from preprocessing.prepare import prepare as run
@@ -115,10 +115,10 @@ def train(
     """Train classifiers with Ray Train, evaluate them, write their folders."""
     from cluster.storage import reachable_place
     from job.config import configs_of
-    from job.report import outcome_lines, outcome_result
-    from job.train import default_cpus_per_worker, new_run_name
-    from job.train import train as start
-    from job.weights import handed_over
+    from job.model.pretrained import handed_over
+    from job.tables import outcome_lines, outcome_result
+    from job.train.driver import default_cpus_per_worker, new_run_name
+    from job.train.driver import train as start
 
     if options["cpus_per_worker"] is None:
         options["cpus_per_worker"] = default_cpus_per_worker(max(1, options["workers"]))
@@ -140,7 +140,7 @@ def evaluate(model: str, dataset: str, split: str, out: str | None) -> Outcome:
     from cluster.storage import reachable_place
     from job.evaluate import evaluate as run
     from job.evaluate import write_evaluation
-    from job.report import splits_table
+    from job.tables import splits_table
 
     result = reachable_place(out) if out else None
     evaluation = run(reachable_place(model), reachable_place(dataset), split, result)
@@ -182,7 +182,7 @@ def evaluate(model: str, dataset: str, split: str, out: str | None) -> Outcome:
 def predict(model: str, pages: str, boxes: str, out: str, form: str, annotate: str | None, gpus: int) -> Outcome:
     """Read boxes on new pages: top 5 characters of each, and the text."""
     from cluster.storage import reachable_place
-    from job.predict import predict as run
+    from job.predict.predict import predict as run
 
     model_place, pages_place, boxes_place, result_place = map(reachable_place, (model, pages, boxes, out))
     pictures = reachable_place(annotate) if annotate else None
@@ -222,9 +222,9 @@ def export(model: str, form: str, out: str) -> Outcome:
 def report(dataset: str | None, models: str | None, out: str) -> Outcome:
     """Show a dataset, or models, on a page of HTML that needs no network."""
     from cluster.storage import reachable_place, write_bytes
-    from job.dataset_report import dataset_report
     from job.evaluate import check_out
-    from job.model_report import model_report
+    from job.report.dataset import dataset_report
+    from job.report.models import model_report
 
     if not (dataset or models):
         raise OptionError("--dataset or --models must be given. Received: neither")

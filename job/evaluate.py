@@ -14,9 +14,9 @@ from cluster.errors import OptionError
 from cluster.manifest import is_sealed
 from cluster.progress import progress
 from cluster.storage import is_local, write_bytes, writing_in
-from job.evaluation import confusions, metrics, misclassified, per_class
-from job.model_folder import load_model
-from job.staging import staged
+from job.data.staging import staged
+from job.metrics import confusions, metrics, misclassified, per_class
+from job.model.folder import load_model
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def evaluate(model_place: UPath, dataset_place: UPath, split: str, out: UPath | 
             )
         import tensorflow as tf
 
-        from job.step import Steps
+        from job.train.step import Steps
 
         crops = dataset.splits[split]
         with progress(f"{split} crops read", len(crops), "crops") as advance:

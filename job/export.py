@@ -14,7 +14,7 @@ from upath import UPath
 
 from cluster.errors import KuzushijiError, OptionError
 from cluster.storage import list_files, list_folders, new_file, writing_in
-from job.model_folder import LABELS_FILE, load_model
+from job.model.folder import LABELS_FILE, load_model
 
 log = logging.getLogger("kuzushiji")
 

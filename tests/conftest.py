@@ -21,7 +21,7 @@ os.environ.pop("RAY_ADDRESS", None)
 from cluster.runtime import ray_session  # noqa: E402
 from cluster.storage import place  # noqa: E402
 from preprocessing.prepare import PrepareConfig, prepare  # noqa: E402
-from preprocessing.sample import sample  # noqa: E402
+from preprocessing.sample.pages import sample  # noqa: E402
 
 SHARED = Path(__file__).parents[2] / "shared" / "kuzushiji"
 KUZUSHIJI = Path(sys.executable).with_name("kuzushiji")
@@ -85,7 +85,8 @@ def with_small_head() -> Any:
     """What the workers are to do, with steps that take no time. A closure: Ray would import a function of this file."""
 
     def work(job: dict[str, Any]) -> Any:
-        from job import architectures, run
+        from job.model import architectures
+        from job.train import run
 
         architectures.BASELINE_HEAD = (16, 8)
         return run._work(job)
@@ -96,17 +97,18 @@ def with_small_head() -> Any:
 # The command line with such workers: to be followed by its arguments.
 KUZUSHIJI_WITH_SMALL_HEAD = [sys.executable, "-c", """
 import atexit, sys
-import job.run
+import job.train.run
 
 atexit.register(lambda: print("TensorFlow was loaded here:", "tensorflow" in sys.modules, file=sys.stderr))
 
 def work(job):
-    from job import architectures, run
+    from job.model import architectures
+    from job.train import run
 
     architectures.BASELINE_HEAD = (16, 8)
     return run._work(job)
 
-job.run._work = work
+job.train.run._work = work
 from job.cli import main
 main()
 """]  # fmt: skip
@@ -116,11 +118,11 @@ main()
 def trained(few: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder, trained by two workers whom nobody disturbed."""
     from job.config import TrainConfig
-    from job.train import train
+    from job.train.driver import train
 
     models = tmp_path_factory.mktemp("models")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("job.run._work", with_small_head())
+        patch.setattr("job.train.run._work", with_small_head())
         (outcome,) = train(place(few), place(models), [TrainConfig.model_validate(GIVEN)], "first")
     assert outcome.trained
     return Path(outcome.folder.path)
@@ -128,7 +130,7 @@ def trained(few: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def save_test_crops(dataset: Path, images: Path) -> np.ndarray:
     """Write the crops of the test split as one array; returns their labels."""
-    from job.staging import staged
+    from job.data.staging import staged
 
     with staged(place(dataset), ["test"]) as data:
         crops = data.splits["test"]

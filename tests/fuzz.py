@@ -400,7 +400,7 @@ def example(**other: Any) -> bytes:
 
 def fuzz_datasets(rng: random.Random, folder: Path, count: int) -> Counter[str]:
     """Datasets with records that are no crops: staged as they are, or refused in one line."""
-    from job.staging import staged
+    from job.data.staging import staged
 
     os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
     values: list[Any] = [None, b"", b"x", bytes(6400), b"U+FFFF", b"a\nb", [], [0], [2], [-1], [1 << 40] * 4, [0] * 4]

@@ -39,7 +39,7 @@ def memory() -> Iterator[None]:
 @pytest.fixture
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Real bases under small heads."""
-    monkeypatch.setattr("job.architectures.HEAD", (16, 8))
+    monkeypatch.setattr("job.model.architectures.HEAD", (16, 8))
 
 
 def trainable(model: Any) -> int:
@@ -49,7 +49,7 @@ def trainable(model: Any) -> int:
 @pytest.mark.usefixtures("memory")
 @pytest.mark.parametrize("name", NAMES)
 def test_parameters_are_those_of_the_study(name: str) -> None:
-    from job.architectures import ARCHITECTURES
+    from job.model.architectures import ARCHITECTURES
 
     assert set(ARCHITECTURES) == set(NAMES) == set(RECIPES)
     model = ARCHITECTURES[name](514)
@@ -65,7 +65,7 @@ def test_a_base_gets_the_input_that_it_was_trained_with_and_frozen_norms_keep_th
 ) -> None:
     import keras
 
-    from job.architectures import ARCHITECTURES
+    from job.model.architectures import ARCHITECTURES
 
     model = ARCHITECTURES[name](5, unfreeze="last")
     crops = np.random.default_rng(0).integers(0, 256, (2, 80, 80, 1)).astype(np.float32)
@@ -159,8 +159,8 @@ def trained(few: Path, xception_weights: Path, tmp_path_factory: pytest.TempPath
     from ray.train import RunConfig, ScalingConfig
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-    from job.board import Board
-    from job.rendezvous import Rendezvous
+    from job.train.display import Board
+    from job.train.rendezvous import Rendezvous
 
     def work(job: dict[str, Any]) -> None:
         import keras
@@ -172,11 +172,11 @@ def trained(few: Path, xception_weights: Path, tmp_path_factory: pytest.TempPath
 
             return base
 
-        from job import architectures
-        from job.determinism import fix_what_bits_depend_on
-        from job.staging import staged
-        from job.step import make_strategy
-        from job.worker import Training
+        from job.data.staging import staged
+        from job.model import architectures
+        from job.train.step import make_strategy
+        from job.train.strategy import fix_what_bits_depend_on
+        from job.train.worker import Training
 
         architectures.HEAD, architectures.FCN_FILTERS = (64, 32), (4, 8, 8)
         keras.applications.ResNet152V2 = cut_off(keras.applications.ResNet50V2, "conv2_block3_out")

@@ -48,8 +48,8 @@ from cluster.storage import (
     sha256_of,
     write_bytes,
 )
-from job.model_folder import load_model, write_model
-from job.staging import staged
+from job.data.staging import staged
+from job.model.folder import load_model, write_model
 from preprocessing.pages import list_pages, page_reader
 
 # aiohttp, under gcsfs; google-cloud-storage leaves the connection of a download that was refused to the collector.

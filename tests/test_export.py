@@ -10,12 +10,12 @@ from upath import UPath
 from cluster.errors import KuzushijiError, OptionError
 from cluster.storage import new_file, place
 from job.export import export
-from job.model_folder import load_model
+from job.model.folder import load_model
 
 
 @pytest.fixture(scope="module")
 def crops(few: Path) -> np.ndarray:
-    from job.staging import staged
+    from job.data.staging import staged
 
     with staged(place(few), ["test"]) as data:
         return np.array(data.splits["test"].images, np.float32)

@@ -281,7 +281,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_records_that_are_no_crops_are_damage_in_one_line_and_nothing_is_left_staged(
     records: list[bytes], examples: int, says: str, tmp_path: Path, cache: Path
 ) -> None:
-    from job.staging import staged
+    from job.data.staging import staged
 
     dataset = write_dataset(tmp_path / "dataset", b"".join(map(frame, records)), examples)
     with pytest.raises(DamageError, match=says) as caught, staged(place(dataset), ["test"]):
@@ -291,7 +291,7 @@ def test_records_that_are_no_crops_are_damage_in_one_line_and_nothing_is_left_st
 
 
 def test_a_shard_that_ends_within_a_record_is_named(tmp_path: Path, cache: Path) -> None:
-    from job.staging import staged
+    from job.data.staging import staged
 
     shard = frame(example()) + frame(example())
     dataset = write_dataset(tmp_path / "dataset", shard[:-5], 1)
@@ -308,7 +308,7 @@ def test_datasets_of_mutated_records_are_staged_as_they_are_or_refused_in_one_li
 
 
 def test_what_a_training_wrote_is_read_or_damage_in_one_line(tmp_path: Path) -> None:
-    from job.model_folder import read_json
+    from job.model.folder import read_json
 
     for content in (b"[" * 100_000, b"\xff", b"[]", b"9" * 5000):
         (tmp_path / "config.json").write_bytes(content)
@@ -445,7 +445,7 @@ def test_an_attackers_model_is_refused_in_one_line_and_nothing_is_run_or_written
     what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from job.evaluate import evaluate
-    from job.model_folder import load_model
+    from job.model.folder import load_model
 
     make, says = MODELS[what]
     (tmp_path / "attacker").mkdir()
@@ -462,7 +462,7 @@ def test_an_attackers_model_is_refused_in_one_line_and_nothing_is_run_or_written
 
 
 def test_a_model_of_ours_is_loaded(tmp_path: Path) -> None:
-    from job.model_folder import load_model
+    from job.model.folder import load_model
 
     folder = sealed_model(place(tmp_path / "run"), packed(saved(small_model(), tmp_path)))
     model, names, _ = load_model(folder)
@@ -479,7 +479,7 @@ def test_without_safe_mode_the_lambda_would_run(tmp_path: Path) -> None:
 
 
 def test_the_checksum_of_a_model_comes_before_loading(tmp_path: Path) -> None:
-    from job.model_folder import load_model
+    from job.model.folder import load_model
 
     archive = _lambda(tmp_path)
     folder = sealed_model(place(tmp_path / "run"), archive[:-1] + bytes([archive[-1] ^ 1]))

@@ -22,8 +22,8 @@ from PIL import Image
 from cluster.errors import InputError, OptionError
 from cluster.manifest import PredictionsManifest, verify
 from cluster.storage import place
-from job.predict import predict
-from job.reading_order import columns
+from job.predict.columns import columns
+from job.predict.predict import predict
 from preprocessing.cutting import cut_boxes, group_pages
 from preprocessing.labels import read_labels
 from preprocessing.pages import list_pages
@@ -35,7 +35,7 @@ def model(real_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder of the real pages' classes. Its answers depend on every pixel, and are mostly wrong."""
     import keras
 
-    from job.model_folder import write_model
+    from job.model.folder import write_model
 
     labels = (real_dataset / "label.labels.txt").read_text()
     keras.utils.set_random_seed(1)
@@ -79,8 +79,8 @@ def without_characters(labels: Path, to: Path) -> Path:
 def test_what_is_read_are_the_very_crops_of_the_dataset(
     real_dataset: Path, shared: Path, read: Path, model: Path
 ) -> None:
-    from job.model_folder import load_model
-    from job.staging import staged
+    from job.data.staging import staged
+    from job.model.folder import load_model
 
     labels = read_labels(place(shared / "train.csv"))
     rows = group_pages(labels, list_pages(place(shared / "pages")), 2)

@@ -23,13 +23,13 @@ def imports_of(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_imports_go_one_way(package: str) -> None:
-    for path in (ROOT / package).glob("*.py"):
+    for path in (ROOT / package).rglob("*.py"):
         ours = {name.split(".")[0] for name in imports_of(path)} & set(PACKAGES)
         assert ours <= PACKAGES[package] | {package}, path
 
 
 def test_keras_is_never_reached_through_tensorflow() -> None:
-    for path in ROOT.glob("[cjpt]*/*.py"):
+    for path in ROOT.glob("[cjpt]*/**/*.py"):
         assert not any(name.startswith("tensorflow.keras") for name in imports_of(path)), path
         assert not re.search(r"\btf\.keras\b", path.read_text().replace("never `tf.keras`", "")) or path == Path(
             __file__
@@ -37,7 +37,7 @@ def test_keras_is_never_reached_through_tensorflow() -> None:
 
 
 def test_architectures_import_keras_only() -> None:
-    outside = {name.split(".")[0] for name in imports_of(ROOT / "job" / "architectures.py")}
+    outside = {name.split(".")[0] for name in imports_of(ROOT / "job" / "model" / "architectures.py")}
     assert outside - {"collections", "typing"} == {"keras"}
 
 
@@ -76,5 +76,5 @@ def test_the_readme_names_every_command_option_and_file() -> None:
             for option in parameter.opts:
                 assert option in readme or not option.startswith("--"), f"{name} {option}"
     for package in PACKAGES:
-        for path in (ROOT / package).glob("*.py"):
+        for path in (ROOT / package).rglob("*.py"):
             assert path.name in readme or path.name == "__init__.py", path

@@ -176,7 +176,7 @@ def test_verify_names_what_is_wrong_and_what_is_not_listed(models: UPath) -> Non
 def test_a_disk_that_is_full_while_staging_is_an_error_that_leaves_nothing(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from job.staging import staged
+    from job.data.staging import staged
 
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", tmp_path], check=False).returncode:
         pytest.skip("making a small disk takes the right to mount")
@@ -193,7 +193,7 @@ def test_a_disk_that_is_full_while_staging_is_an_error_that_leaves_nothing(
 def test_a_dataset_at_an_address_is_staged_as_from_a_path_and_gone_after_its_last_user(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from job.staging import staged
+    from job.data.staging import staged
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     at_address = place(f"memory://{tmp_path.name}/dataset")
@@ -215,7 +215,7 @@ def test_a_dataset_at_an_address_is_staged_as_from_a_path_and_gone_after_its_las
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "delete", "rename"])
 def test_a_damaged_shard_is_named_before_anything_is_read_from_it(damage: str, dataset: Path, tmp_path: Path) -> None:
-    from job.staging import staged
+    from job.data.staging import staged
 
     copy = tmp_path / "copy"
     shutil.copytree(dataset, copy)

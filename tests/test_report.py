@@ -16,9 +16,9 @@ from conftest import KUZUSHIJI, KUZUSHIJI_WITH_SMALL_HEAD
 from cluster.errors import DamageError, OptionError
 from cluster.manifest import DatasetManifest, read_manifest
 from cluster.storage import place
-from job.dataset_report import dataset_report, report_beside
-from job.html_report import page, paragraph
-from job.model_report import model_report
+from job.report.dataset import dataset_report, report_beside
+from job.report.html import page, paragraph
+from job.report.models import model_report
 
 
 class Page(HTMLParser):
@@ -201,7 +201,7 @@ def test_a_very_large_dataset_and_a_whole_bucket_are_not_staged_for_a_report(
     manifest = read_manifest(place(dataset), DatasetManifest)
     told = ["no report beside it: `kuzushiji report` makes one"]
     assert report_beside(place("gs://bucket"), manifest, new=True) == told
-    monkeypatch.setattr("job.dataset_report.MOST_BYTES", sum(shard.bytes for shard in manifest.shards) - 1)
+    monkeypatch.setattr("job.report.dataset.MOST_BYTES", sum(shard.bytes for shard in manifest.shards) - 1)
     assert report_beside(place(tmp_path / "crops"), manifest, new=True) == told
     assert report_beside(place(tmp_path / "crops"), manifest, new=False) == []
     assert list(tmp_path.iterdir()) == []

@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cluster.errors import InputError, OptionError
-from preprocessing import sample as sampling
-from preprocessing.hand import Hand, draw_glyph, find_fonts, fit, new_hand, packaged_font
-from preprocessing.sample import book_of, inventory, sample
+from preprocessing.labels import book_of
+from preprocessing.sample import pages as sampling
+from preprocessing.sample.hand import Hand, draw_glyph, find_fonts, fit, new_hand, packaged_font
+from preprocessing.sample.pages import inventory, sample
 
 LAYOUTS = Path(__file__).parents[2] / "shared" / "kuzushiji" / "layouts.csv"
 NO_FONT_HAS = (0xE000, 0xE001)  # private use

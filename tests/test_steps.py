@@ -8,7 +8,7 @@ import pytest
 
 
 def test_balanced_classes_count_the_same_and_a_crop_1_on_average() -> None:
-    from job.step import balanced_weights
+    from job.train.step import balanced_weights
 
     labels = np.array([0] * 6 + [2] * 3 + [3])
     weights = balanced_weights(labels, 4)
@@ -23,7 +23,7 @@ def test_a_step_follows_the_weighted_loss_and_tells_the_plain_one(balanced: bool
     import keras
     import tensorflow as tf
 
-    from job.step import Steps, balanced_weights
+    from job.train.step import Steps, balanced_weights
 
     images = np.random.default_rng(0).integers(0, 255, (8, 80, 80, 1), dtype=np.uint8)
     labels = np.array([0, 0, 0, 0, 0, 1, 1, 2])
@@ -48,9 +48,9 @@ def test_what_xla_compiles_computes_the_same() -> None:
     import keras
     import tensorflow as tf
 
-    from job import architectures
-    from job.optimizer import FusedAdam
-    from job.step import Steps, training_form
+    from job.model import architectures
+    from job.train.optimizer import FusedAdam
+    from job.train.step import Steps, training_form
 
     rng = np.random.default_rng(0)
     images, labels = rng.integers(0, 256, (16, 80, 80, 1), dtype=np.uint8), rng.integers(0, 10, 16)
@@ -75,7 +75,7 @@ def test_among_equal_probabilities_the_first_classes_are_the_likelier() -> None:
     import keras
     import tensorflow as tf
 
-    from job.step import Steps
+    from job.train.step import Steps
 
     crops = keras.Input((80, 80, 1))
     x = keras.layers.GlobalMaxPooling2D()(crops)
@@ -91,11 +91,11 @@ def test_a_checkpoint_holds_what_training_changes_once_and_gives_it_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
 
-    from job.architectures import ARCHITECTURES
-    from job.checkpoint import State, changing_variables, read_checkpoint, write_checkpoint
-    from job.optimizer import FusedAdam
+    from job.model.architectures import ARCHITECTURES
+    from job.train.checkpoint import State, changing_variables, read_checkpoint, write_checkpoint
+    from job.train.optimizer import FusedAdam
 
-    monkeypatch.setattr("job.architectures.HEAD", (16, 8))
+    monkeypatch.setattr("job.model.architectures.HEAD", (16, 8))
     model = ARCHITECTURES["xception"](5, unfreeze="last")
     optimizer = FusedAdam(1e-3)
     optimizer.build(model.trainable_variables)

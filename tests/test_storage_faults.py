@@ -28,10 +28,10 @@ from cluster.pull import pull
 from cluster.storage import list_files, place, write_bytes
 from job.cli import main
 from job.config import TrainConfig
+from job.data.staging import staged
 from job.evaluate import evaluate
-from job.model_folder import load_model, write_model
-from job.staging import staged
-from job.train import train
+from job.model.folder import load_model, write_model
+from job.train.driver import train
 from preprocessing.prepare import PrepareConfig, make_plan, prepare
 from preprocessing.shards import write_group
 
@@ -161,7 +161,7 @@ def test_a_full_disk_is_one_line_and_with_room_the_same_command_gives_the_same_b
 def test_a_training_on_a_full_disk_is_one_line_and_with_room_the_same_command_ends_it(
     commands: dict[str, list[object]], kuzushiji: Kuzushiji, disk: Disk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("job.run._work", with_small_head())
+    monkeypatch.setattr("job.train.run._work", with_small_head())
     out = disk.folder / "out"
     disk.become("size=128k")
     told = kuzushiji(*commands["train"], out, "--run", "full", "--max-failures", "1")

@@ -17,8 +17,8 @@ from conftest import GIVEN, KUZUSHIJI, KUZUSHIJI_WITH_SMALL_HEAD, with_small_hea
 from cluster.errors import OptionError
 from cluster.storage import place
 from job.config import TrainConfig
-from job.run import Run
-from job.train import train
+from job.train.driver import train
+from job.train.run import Run
 
 pytestmark = pytest.mark.usefixtures("ray_here")
 
@@ -47,7 +47,8 @@ def test_a_killed_and_a_silent_worker_change_no_bit_and_leave_no_checkpoint_behi
         import time
         from pathlib import Path
 
-        from job import architectures, run, worker
+        from job.model import architectures
+        from job.train import run, worker
 
         rows_of, resume = worker.Training.rows_of, worker.Training.resume
 
@@ -74,7 +75,7 @@ def test_a_killed_and_a_silent_worker_change_no_bit_and_leave_no_checkpoint_behi
         architectures.BASELINE_HEAD = (16, 8)
         return run._work(job)
 
-    monkeypatch.setattr("job.run._work", work)
+    monkeypatch.setattr("job.train.run._work", work)
     caplog.set_level("INFO", "kuzushiji")
     given = TrainConfig.model_validate(GIVEN | {"checkpoint_every": 2, "step_limit": 15})
     folder = train(place(few), place(tmp_path), [given], "disturbed")[0].folder
@@ -99,7 +100,7 @@ def test_a_run_whose_driver_is_killed_goes_on_within_the_epoch_also_on_another_n
             time.sleep(0.05)
         driver.kill()
     shutil.copytree(tmp_path / "two", tmp_path / "one")
-    monkeypatch.setattr("job.run._work", with_small_head())
+    monkeypatch.setattr("job.train.run._work", with_small_head())
     caplog.set_level("INFO", "kuzushiji")
 
     def again(models: str, **changes: Any) -> Path:
@@ -141,7 +142,7 @@ def test_a_torn_list_of_checkpoints_is_said_and_the_run_begins_anew(tmp_path: Pa
 def test_why_workers_were_lost_is_told_once_however_often_ray_tells_it() -> None:
     import ray
 
-    from job.board import Board, TellFailures
+    from job.train.display import Board, TellFailures
 
     board: Any = ray.remote(num_cpus=0)(Board).remote()
     tell = TellFailures(board, "baseline")
@@ -165,16 +166,19 @@ for _ in range(3):
 os.environ["RAY_ADDRESS"] = cluster.address
 try:
     import ray
-    import job.run
+    import job.train.run
     from cluster.progress import log_to_stderr
     from cluster.storage import place
     from job.config import TrainConfig
-    from job.train import train
+    from job.train.driver import train
 
     def work(job):
         import time
         from pathlib import Path
-        from job import architectures, interruption, run, worker
+        from job.model import architectures
+        from job.train import watchdog as interruption
+        from job.train import run
+        from job.train import worker
 
         architectures.BASELINE_HEAD = (16, 8)
         interruption.SECONDS_BETWEEN_LOOKS = 0
@@ -207,7 +211,7 @@ try:
         (models / "baseline").mkdir()
         (models / "baseline" / "told").touch()
 
-    job.run._work = work
+    job.train.run._work = work
     log_to_stderr(False)
     models = place(models)
     threading.Thread(target=drain, daemon=True).start()

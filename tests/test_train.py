@@ -18,7 +18,7 @@ from cluster.errors import DamageError, KuzushijiError, OptionError
 from cluster.manifest import ModelManifest, read_manifest, verify
 from cluster.storage import place
 from job.config import MAY_DIFFER, TrainConfig, configs_of
-from job.train import train
+from job.train.driver import train
 from preprocessing.prepare import PrepareConfig, prepare
 from preprocessing.records import read_frames
 
@@ -49,17 +49,17 @@ def first_losses(dataset: Path, out: Path, workers: int) -> list[dict[str, np.nd
     from ray.train import RunConfig, ScalingConfig
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-    from job.rendezvous import Rendezvous
+    from job.train.rendezvous import Rendezvous
 
     def work(job: dict[str, Any]) -> None:
         import keras
 
-        from job import architectures
-        from job.determinism import fix_what_bits_depend_on
-        from job.order import permutation
-        from job.staging import staged
-        from job.step import make_strategy
-        from job.worker import Training
+        from job.data.order import permutation
+        from job.data.staging import staged
+        from job.model import architectures
+        from job.train.step import make_strategy
+        from job.train.strategy import fix_what_bits_depend_on
+        from job.train.worker import Training
 
         architectures.BASELINE_HEAD = (1000, 200)  # 15 % of the gradients to send
         config = TrainConfig.model_validate(job["config"])
@@ -124,9 +124,9 @@ devices = int(sys.argv[1])
 tf.config.threading.set_intra_op_parallelism_threads(1)
 cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * devices)
-from job import architectures
-from job.optimizer import FusedAdam
-from job.step import Steps, make_strategy, training_form
+from job.model import architectures
+from job.train.optimizer import FusedAdam
+from job.train.step import Steps, make_strategy, training_form
 architectures.BASELINE_HEAD = (500, 100)
 strategy = make_strategy(1)
 assert strategy.num_replicas_in_sync == devices
@@ -158,7 +158,7 @@ def test_two_devices_of_one_worker_give_the_losses_of_one(tmp_path: Path) -> Non
 def test_dropout_masks_of_rows_differ_and_each_worker_uses_its_rows_of_one_mask() -> None:
     import tensorflow as tf
 
-    from job.dropout import BatchRows, SharedDropout, dropout_masks
+    from job.train.dropout import BatchRows, SharedDropout, dropout_masks
 
     layer = SharedDropout(0.4, seed=7, name="drop")
     layer.build((None, 1000))
@@ -268,7 +268,7 @@ def test_what_cannot_be_trained_is_refused_before_ray_train_starts(dataset: Path
 def test_a_loss_that_the_last_step_made_infinite_seals_nothing_is_not_tried_again_and_debug_can_show_where(
     real_dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("job.run._work", with_small_head())
+    monkeypatch.setattr("job.train.run._work", with_small_head())
     caplog.set_level("INFO", "kuzushiji")
     given = config(epochs=1, global_batch_size=100, learning_rate=1e30)  # one step: its own loss is of before
     with pytest.raises(KuzushijiError, match=r"the loss must stay finite\..*in validation, epoch 1") as failure:
@@ -284,7 +284,8 @@ def test_a_step_that_memory_cannot_hold_is_one_line_and_not_tried_again(
     def work(job: dict[str, Any]) -> Any:
         import tensorflow as tf
 
-        from job import architectures, run, step
+        from job.model import architectures
+        from job.train import run, step
 
         def too_large(self: Any, images: Any, labels: Any, masks: Any) -> Any:
             return tf.reduce_sum(tf.fill([tf.shape(labels, tf.int64)[0] * 2**44, 2], 1.0), axis=0)
@@ -292,7 +293,7 @@ def test_a_step_that_memory_cannot_hold_is_one_line_and_not_tried_again(
         architectures.BASELINE_HEAD, step.Steps._train_replica = (16, 8), too_large
         return run._work(job)
 
-    monkeypatch.setattr("job.run._work", work)
+    monkeypatch.setattr("job.train.run._work", work)
     caplog.set_level("INFO", "kuzushiji")
     line = r"^a step must fit into memory\. Received: OOM when allocating tensor with shape\[\d+,2\]\. Lower --global-"
     with pytest.raises(KuzushijiError, match=line) as failure:

@@ -21,8 +21,8 @@ from cluster.errors import DamageError, InputError, OptionError
 from cluster.manifest import verify
 from cluster.storage import place
 from job.config import TRANSFER, configs_of
-from job.train import train
-from job.weights import IMAGENET, handed_over, local_copy, obtain
+from job.model.pretrained import IMAGENET, handed_over, local_copy, obtain
+from job.train.driver import train
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("job.architectures.HEAD", (16, 8))
+    monkeypatch.setattr("job.model.architectures.HEAD", (16, 8))
 
 
 @pytest.mark.usefixtures("narrow")
@@ -52,7 +52,7 @@ def test_a_file_that_is_handed_over_is_shared_by_its_hash_and_read_in_both_forms
 ) -> None:
     import keras
 
-    from job.architectures import ARCHITECTURES
+    from job.model.architectures import ARCHITECTURES
 
     handed = handed_over(str(made[form]))
     assert handed is not None
@@ -117,7 +117,7 @@ FETCH = """
 import sys
 from cluster.errors import InputError
 from cluster.storage import place
-from job import weights
+from job.model import pretrained as weights
 from job.config import configs_of
 for url, md5, models in zip(*[iter(sys.argv[1:])] * 3):
     weights.IMAGENET["xception"] = weights.Published(url, md5)
@@ -233,7 +233,8 @@ def test_a_lost_worker_repeats_one_saved_epoch_at_most_and_frozen_layers_stay_as
 
         from ray.train.v2._internal.execution.storage import StorageContext
 
-        from job import architectures, run, worker
+        from job.model import architectures
+        from job.train import run, worker
 
         upload, report = StorageContext.persist_current_checkpoint, worker.Training._report
 
@@ -254,8 +255,8 @@ def test_a_lost_worker_repeats_one_saved_epoch_at_most_and_frozen_layers_stay_as
         architectures.HEAD = (16, 8)
         run._work(job)
 
-    monkeypatch.setattr("job.run._work", work)
-    monkeypatch.setattr("job.architectures.HEAD", (16, 8))
+    monkeypatch.setattr("job.train.run._work", work)
+    monkeypatch.setattr("job.model.architectures.HEAD", (16, 8))
     caplog.set_level("INFO", "kuzushiji")
     handed = handed_over(str(made["new"]))
     assert handed is not None

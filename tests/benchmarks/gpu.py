@@ -39,12 +39,12 @@ class Bench:
         import keras
         import tensorflow as tf
 
-        from job.architectures import ARCHITECTURES, XLA_COMPILES
-        from job.determinism import fix_what_bits_depend_on
-        from job.optimizer import FusedAdam
-        from job.staging import staged
-        from job.startup import configure_gpus
-        from job.step import Steps, make_strategy, training_form
+        from job.data.staging import staged
+        from job.model.architectures import ARCHITECTURES, XLA_COMPILES
+        from job.model.load_tensorflow import configure_gpus
+        from job.train.optimizer import FusedAdam
+        from job.train.step import Steps, make_strategy, training_form
+        from job.train.strategy import fix_what_bits_depend_on
 
         gpus = len(tf.config.list_physical_devices("GPU"))
         self.config = TrainConfig(

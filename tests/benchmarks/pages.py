@@ -22,7 +22,7 @@ from cluster.storage import place
 from preprocessing.crop import clip_box, crop, decode_page
 from preprocessing.labels import read_labels
 from preprocessing.prepare import PrepareConfig, prepare
-from preprocessing.sample import sample
+from preprocessing.sample.pages import sample
 
 REAL = Path(__file__).parents[3] / "shared" / "kuzushiji"
 

@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.pairs import Ratio, compare
 from cluster.storage import place
 from job.config import TrainConfig
-from job.startup import without_chatter
+from job.model.load_tensorflow import without_chatter
 
 Ask = Callable[[str, int], float]
 """Name of a measure, and how much of it; a rate."""
@@ -58,11 +58,11 @@ def _serve(there: Connection, dataset: Path, config: TrainConfig) -> None:
     with without_chatter():
         import keras
 
-        from job.architectures import ARCHITECTURES
-        from job.determinism import fix_what_bits_depend_on
-        from job.optimizer import FusedAdam
-        from job.staging import staged
-        from job.step import Steps, make_strategy, training_form
+        from job.data.staging import staged
+        from job.model.architectures import ARCHITECTURES
+        from job.train.optimizer import FusedAdam
+        from job.train.step import Steps, make_strategy, training_form
+        from job.train.strategy import fix_what_bits_depend_on
 
         fix_what_bits_depend_on(config)
         strategy = make_strategy(1)
@@ -95,7 +95,7 @@ class Measures:
     plain: Any
 
     def __init__(self, config: TrainConfig, crops: Any, class_names: list[str]) -> None:
-        from job.order import permutation
+        from job.data.order import permutation
 
         self.size, self.crops, self.class_names = config.global_batch_size, crops, class_names
         self.images, self.labels = crops.images[:], crops.labels[:]  # in memory
@@ -151,7 +151,7 @@ class Measures:
         return amount * self.size / (clock.end - clock.begin)
 
     def evaluate(self, amount: int) -> float:
-        from job.evaluation import metrics
+        from job.metrics import metrics
 
         rows = slice(amount * self.size)
         begin = time.perf_counter()

@@ -34,17 +34,17 @@ class Gate:
 
 
 def _serve(job: dict[str, Any]) -> None:
-    """What `job.worker.train_worker` does, but for how many steps it is asked to do."""
+    """What `job.train.worker.train_worker` does, but for how many steps it is asked to do."""
     import time
 
     import ray.train
 
     from cluster.storage import place
-    from job.determinism import fix_what_bits_depend_on
-    from job.order import permutation
-    from job.staging import staged
-    from job.step import make_strategy
-    from job.worker import Training
+    from job.data.order import permutation
+    from job.data.staging import staged
+    from job.train.step import make_strategy
+    from job.train.strategy import fix_what_bits_depend_on
+    from job.train.worker import Training
     from preprocessing.split import SPLITS
 
     config = TrainConfig.model_validate(job["config"])
@@ -68,8 +68,8 @@ def ray_train(dataset: Path, folder: Path, config: TrainConfig) -> Iterator[Call
     from ray.train import RunConfig, ScalingConfig
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-    from job.board import Board
-    from job.rendezvous import Rendezvous
+    from job.train.display import Board
+    from job.train.rendezvous import Rendezvous
 
     gate: Any = ray.remote(num_cpus=0)(Gate).remote(config.workers)
     board: Any = ray.remote(num_cpus=0)(Board).remote()

@@ -16,12 +16,12 @@ from cluster.errors import DamageError, InputError, OptionError, one_line
 from cluster.manifest import ModelManifest, read_manifest
 from cluster.models import read_latest
 from cluster.storage import list_folders, read_bytes
-from job import html_report as page
-from job import plots
-from job.evaluation import confusions, shown
-from job.model_folder import METRICS_FILE, load_model
-from job.staging import Crops, StagedDataset, staged
-from job.startup import load_tensorflow
+from job.data.staging import Crops, StagedDataset, staged
+from job.metrics import confusions, shown
+from job.model.folder import METRICS_FILE, load_model
+from job.model.load_tensorflow import load_tensorflow
+from job.report import html as page
+from job.report import plots
 from preprocessing.labels import book_of
 from preprocessing.split import SPLITS
 

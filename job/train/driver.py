@@ -22,10 +22,10 @@ from cluster.errors import DamageError, InputError, OptionError, one_line
 from cluster.manifest import DatasetManifest, read_manifest, verify
 from cluster.runtime import ray_session
 from cluster.storage import is_local, plain_name
-from job.beside import REPORT_SUFFIX
 from job.config import RECIPES, TrainConfig
-from job.run import Run
-from job.weights import WeightsFile, obtain
+from job.model.pretrained import WeightsFile, obtain
+from job.report.side_files import REPORT_SUFFIX
+from job.train.run import Run
 from preprocessing.split import SPLITS
 
 log = logging.getLogger("kuzushiji")
@@ -136,7 +136,7 @@ def _side_by_side(ready: Mapping[Run, WeightsFile | None], began: float) -> Iter
     """Start the next run whenever the hosts hold one more, until all have ended. Yields each as it ends, with what it
     failed of. began: `time.monotonic()` of the command.
     """
-    from job.board import watched
+    from job.train.display import watched
 
     importlib.import_module("ray.train.v2.api.data_parallel_trainer")  # seconds; before there are threads
     ended: queue.SimpleQueue[tuple[Run, Exception | None]] = queue.SimpleQueue()

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cluster.errors import one_line
-from job.train import Outcome
+from job.train.driver import Outcome
 from preprocessing.split import SPLITS
 
 

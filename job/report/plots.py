@@ -13,7 +13,7 @@ from matplotlib.font_manager import fontManager
 from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 from numpy.typing import NDArray
 
-from preprocessing.hand import packaged_font
+from preprocessing.sample.hand import packaged_font
 
 INK = "#010203"  # becomes the colour of the page's text
 # Okabe and Ito's colours, which colour-blind people tell apart (jfly.uni-koeln.de/color).

@@ -25,10 +25,10 @@ from cluster.storage import (
     writing_in,
 )
 from job.config import MAY_DIFFER, TrainConfig
-from job.model_folder import METRICS_FILE, finished_config, read_json
-from job.startup import StartUp
-from job.tensorboard import curves_folder
-from job.weights import WeightsFile
+from job.model.folder import METRICS_FILE, finished_config, read_json
+from job.model.load_tensorflow import StartUp
+from job.model.pretrained import WeightsFile
+from job.train.tensorboard import curves_folder
 
 log = logging.getLogger("kuzushiji")
 
@@ -111,8 +111,8 @@ class Run:
         from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
         from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-        from job.board import TellFailures
-        from job.rendezvous import Rendezvous
+        from job.train.display import TellFailures
+        from job.train.rendezvous import Rendezvous
 
         self._drop_torn_list()
         write_bytes(self._begun_with, (json.dumps(self._options(), indent=2) + "\n").encode())
@@ -189,7 +189,7 @@ def _work(job: dict[str, Any]) -> dict[str, str] | None:
     if ray.train.get_context().get_world_rank() == 0:
         text = "the workers are there; TensorFlow takes a while to load"
         job["board"].post.remote({"architecture": job["config"]["architecture"], "text": text})
-    from job.worker import train_worker
+    from job.train.worker import train_worker
 
     start_up.ends("loading TensorFlow")
     return train_worker(job, start_up)

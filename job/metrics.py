@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from job.staging import Crops
+from job.data.staging import Crops
 from preprocessing.classes import RARE
 from preprocessing.labels import code_point_name, parse_code_point
 

@@ -15,9 +15,9 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from job.architectures import SIDE
-from job.dropout import BatchRows, SharedDropout, dropout_masks
-from job.order import share
+from job.data.order import share
+from job.model.architectures import SIDE
+from job.train.dropout import BatchRows, SharedDropout, dropout_masks
 
 IMAGES = tf.TensorSpec((None, SIDE, SIDE, 1), tf.uint8)
 LABELS = tf.TensorSpec((None,), tf.int64)

@@ -7,7 +7,7 @@ from typing import Any
 
 from upath import UPath
 
-from job.beside import write_beside
+from job.report.side_files import write_beside
 from preprocessing.records import frame
 
 TAGS = {

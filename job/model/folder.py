@@ -32,9 +32,9 @@ from cluster.manifest import (
 from cluster.models import point_to_latest, resolve_model
 from cluster.storage import fetch, list_files, new_file, read_bytes, sha256_of, writing_in
 from job.config import TRANSFER, TrainConfig
-from job.evaluation import metrics, misclassified, per_class
-from job.staging import StagedDataset
-from job.startup import load_tensorflow
+from job.data.staging import StagedDataset
+from job.metrics import metrics, misclassified, per_class
+from job.model.load_tensorflow import load_tensorflow
 from preprocessing.classes import read_class_names
 from preprocessing.split import SPLITS
 

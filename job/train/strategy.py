@@ -4,7 +4,7 @@ import keras
 import tensorflow as tf
 
 from job.config import TrainConfig
-from job.startup import configure_gpus
+from job.model.load_tensorflow import configure_gpus
 
 
 def fix_what_bits_depend_on(config: TrainConfig) -> None:

@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from job.evaluation import RARE_SHOWN, shown
-from job.reading_order import columns
+from job.metrics import RARE_SHOWN, shown
+from job.predict.columns import columns
 from preprocessing.classes import class_indices
 from preprocessing.cutting import Cut
 from preprocessing.labels import UNKNOWN, code_point_name

@@ -25,10 +25,16 @@ from upath import UPath
 from cluster.errors import KuzushijiError
 from cluster.manifest import is_sealed
 from cluster.storage import place
-from job.architectures import ARCHITECTURES, XLA_COMPILES
-from job.beside import report_file, write_beside
-from job.board import Voice
-from job.checkpoint import (
+from job.config import TRANSFER, TrainConfig
+from job.data.order import permutation, share
+from job.data.staging import Crops, StagedDataset, staged
+from job.metrics import metrics
+from job.model.architectures import ARCHITECTURES, XLA_COMPILES
+from job.model.folder import folder_texts, write_model
+from job.model.load_tensorflow import StartUp
+from job.model.pretrained import WeightsFile, local_copy
+from job.report.side_files import report_file, write_beside
+from job.train.checkpoint import (
     State,
     changing_variables,
     read_checkpoint,
@@ -36,18 +42,12 @@ from job.checkpoint import (
     upload_checkpoint,
     wait_for_upload,
 )
-from job.config import TRANSFER, TrainConfig
-from job.determinism import fix_what_bits_depend_on
-from job.evaluation import metrics
-from job.interruption import Preemption, StepLimit
-from job.model_folder import folder_texts, write_model
-from job.optimizer import FusedAdam
-from job.order import permutation, share
-from job.staging import Crops, StagedDataset, staged
-from job.startup import StartUp
-from job.step import Steps, balanced_weights, make_strategy, training_form
-from job.tensorboard import begin_to_write
-from job.weights import WeightsFile, local_copy
+from job.train.display import Voice
+from job.train.optimizer import FusedAdam
+from job.train.step import Steps, balanced_weights, make_strategy, training_form
+from job.train.strategy import fix_what_bits_depend_on
+from job.train.tensorboard import begin_to_write
+from job.train.watchdog import Preemption, StepLimit
 from preprocessing.split import SPLITS
 
 # Over how much batch norm's statistics are averaged before a validation: a quarter of an epoch, within these bounds.
@@ -340,6 +340,6 @@ class Training:
 
 
 def _report_of(folder: UPath, texts: dict[str, str], model: keras.Model, dataset: StagedDataset) -> bytes:
-    from job.model_report import run_report  # plots: not before the first step
+    from job.report.models import run_report  # plots: not before the first step
 
     return run_report(folder, texts, model, dataset)

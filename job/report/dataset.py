@@ -12,10 +12,10 @@ from upath import UPath
 
 from cluster.manifest import DatasetManifest
 from cluster.storage import is_file
-from job import html_report as page
-from job import plots
-from job.beside import report_file, write_beside
-from job.staging import StagedDataset, staged
+from job.data.staging import StagedDataset, staged
+from job.report import html as page
+from job.report import plots
+from job.report.side_files import report_file, write_beside
 from preprocessing.labels import book_of, code_point_name
 from preprocessing.split import SPLITS
 

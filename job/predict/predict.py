@@ -37,10 +37,10 @@ from cluster.storage import (
     remove_temporaries,
     write_bytes,
 )
-from job.annotate import annotated
-from job.model_folder import load_model
-from job.reading import Read, accuracy
-from job.startup import configure_gpus, without_chatter
+from job.model.folder import load_model
+from job.model.load_tensorflow import configure_gpus, without_chatter
+from job.predict.annotate import annotated
+from job.predict.readings import Read, accuracy
 from preprocessing.cutting import cut_boxes, group_pages, run_groups
 from preprocessing.labels import read_labels
 from preprocessing.pages import fingerprint, list_pages, page_reader
@@ -142,7 +142,7 @@ class Reader:
             tf.config.experimental.enable_op_determinism()
             # Ray leaves the GPUs in sight of tasks that ask for none: each would take its memory.
             configure_gpus(on_gpu)
-            from job.step import Steps
+            from job.train.step import Steps
         if on_gpu and not tf.config.list_logical_devices("GPU"):
             raise KuzushijiError(
                 f"--gpus must be GPUs that TensorFlow can use. Received: none on {socket.gethostname()}. Look whether "

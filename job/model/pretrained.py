@@ -18,7 +18,7 @@ from upath import UPath
 from cluster.errors import DamageError, InputError, OptionError
 from cluster.storage import fetch, is_file, md5_of, new_file, place, sha256_of
 from job.config import TrainConfig
-from job.startup import load_tensorflow
+from job.model.load_tensorflow import load_tensorflow
 
 log = logging.getLogger("kuzushiji")
 
@@ -148,7 +148,7 @@ def _copy(source: UPath, target: UPath) -> None:
 def _check_fit(architecture: str, file: WeightsFile) -> None:
     """Load it here once: on the workers, Ray Train would try a file that does not fit again and again."""
     load_tensorflow(gpus=False)
-    from job.architectures import base
+    from job.model.architectures import base
 
     with local_copy(file) as local, warnings.catch_warnings():
         # Keras only warns of layers that a file does not hold.

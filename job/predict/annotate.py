@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from preprocessing.crop import clip_box
-from preprocessing.hand import coverage, packaged_font
 from preprocessing.labels import code_point_name
+from preprocessing.sample.hand import coverage, packaged_font
 
 MOST_PIXELS = 2400  # of the longer side of the page
 SURE = 0.5  # at least so probable

@@ -1,0 +1,1 @@
+"""The classifiers: architectures, pretrained weights, the model folder, and inference."""

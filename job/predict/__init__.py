@@ -1,0 +1,1 @@
+"""Reading new pages with a trained model: tables, text, and annotated pictures."""

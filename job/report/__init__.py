@@ -1,0 +1,1 @@
+"""Reports in HTML of datasets and models."""

@@ -1,0 +1,1 @@
+"""Training with Ray Train. Read in this order: driver, run, worker, step; then what they use."""

@@ -1,0 +1,1 @@
+"""Drawn pages in the format of Kaggle, for trials without data."""
