@@ -1,23 +1,22 @@
-"""`manifest.json`: written last, it seals a folder; without it the dataset or model is not there.
+"""`manifest.json`: written last, it seals a folder. A folder without a manifest is not finished.
 
     {"format": 1, "kind": "dataset" | "model" | "predictions", "files": [{"name", "bytes", "sha256"}], ...}
 
-A dataset has `shards` besides: files with the number of their `examples`.
+Each kind of folder has a subclass of `Manifest`, which stands in the module that writes the folder.
 """
 
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
-    AwareDatetime,
     BaseModel,
     ConfigDict,
     FailFast,
     Field,
     PrivateAttr,
     ValidationError,
-    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -88,82 +87,6 @@ class Manifest(BaseModel):
         return self
 
 
-class Shard(FileEntry):
-    """A TFRecord file, with the number of its crops."""
-
-    examples: Count
-
-
-class DatasetManifest(Manifest):
-    """Of a dataset folder; `preprocessing.prepare` writes it and tells what the fields hold."""
-
-    kind: Literal["dataset"] = "dataset"
-    shards: Annotated[list[Shard], FailFast()]
-    counts: Annotated[dict[str, Annotated[dict[str, Count], FailFast()]], FailFast()]
-    """Per split: `boxes` planned, `examples` written, `pages` and `books` that the boxes are of."""
-    losses: Lines
-    """Boxes without a crop: `page`, `box`, `unicode`, `what` happened."""
-    clipped: Lines
-    """Boxes partly off their page: `page`, `box`. The rest of them is a crop."""
-    unlabelled: Annotated[list[str], FailFast()]
-    """Ids of pages with a file and no row in the labels."""
-    seed: int
-    config: dict[str, Any]
-    versions: Annotated[dict[str, str], FailFast()]
-    fingerprint: str
-    """Of the labels' bytes and the pages' names and sizes."""
-
-    @property
-    def entries(self) -> list[FileEntry]:
-        return [*self.shards, *self.files]
-
-    @field_validator("losses", "clipped")
-    @classmethod
-    def _names_pages(cls, lines: Lines, field: ValidationInfo) -> Lines:
-        told = ("page", "what") if field.field_name == "losses" else ("page",)
-        if not all(isinstance(line.get(key), str) for line in lines for key in told):
-            raise ValueError(f"each must tell its {' and '.join(told)}")
-        return lines
-
-    @model_validator(mode="after")
-    def _counts_its_splits(self) -> Self:
-        splits = {shard.name.partition(".tfrecord-")[0].rpartition("-")[2] for shard in self.shards}
-        if not all("examples" in self.counts.get(split, {}) for split in splits):
-            raise ValueError("each shard must be of a split whose examples are counted")
-        return self
-
-    def shards_of(self, split: str) -> list[Shard]:
-        """In the order of their pages."""
-        return [shard for shard in self.shards if f"-{split}.tfrecord-" in shard.name]
-
-
-class ModelManifest(Manifest):
-    """Of a model folder; `job.model.folder` writes it."""
-
-    kind: Literal["model"] = "model"
-    dataset_manifest_sha256: str
-    finished_at: AwareDatetime
-
-
-class PredictionsManifest(Manifest):
-    """Of a folder of what was read; `job.predict.predict` writes it."""
-
-    kind: Literal["predictions"] = "predictions"
-    counts: Annotated[dict[str, Count], FailFast()]
-    """`boxes` asked for, `read`, and the `pages` that they are of."""
-    accuracy: Annotated[dict[str, int | float | None], FailFast()]
-    """Over the boxes whose characters were told; empty without any."""
-    losses: Lines
-    """Boxes that were not read: `page`, `box`, `unicode`, `what` happened."""
-    clipped: Lines
-    """Boxes partly off their page: `page`, `box`. The rest of them was read."""
-    model_manifest_sha256: str
-    fingerprint: str
-    """Of the file of boxes and the pages' names and sizes."""
-    versions: Annotated[dict[str, str], FailFast()]
-
-
-AnyManifest = DatasetManifest | ModelManifest | PredictionsManifest
 ManifestT = TypeVar("ManifestT", bound=Manifest)
 
 
@@ -207,11 +130,16 @@ def is_sealed(folder: UPath) -> bool:
     return is_file(folder / MANIFEST_FILE)
 
 
-def read_any_manifest(folder: UPath) -> AnyManifest:
-    """The manifest of a folder, whichever kind it is."""
+def read_any_manifest(folder: UPath, kinds: Sequence[type[Manifest]]) -> Manifest:
+    """The manifest of a folder, of whichever of the `kinds` it is. One that names no kind is of the first.
+
+    Raises:
+        InputError: the folder has no manifest.
+        DamageError: it is not a manifest of this format and of one of the kinds, or names files outside its folder.
+    """
     raw, content = _read(folder)
-    kinds: dict[str, type[AnyManifest]] = {"model": ModelManifest, "predictions": PredictionsManifest}
-    return _parse(folder, raw, content, kinds.get(str(content.get("kind")), DatasetManifest))
+    of_kind = {kind.model_fields["kind"].default: kind for kind in kinds}
+    return _parse(folder, raw, content, of_kind.get(str(content.get("kind")), kinds[0]))
 
 
 def read_manifest(folder: UPath, form: type[ManifestT]) -> ManifestT:
@@ -282,12 +210,12 @@ def fault_of(folder: UPath, entry: FileEntry, there: dict[str, int]) -> str | No
     return None
 
 
-def verify(folder: UPath) -> tuple[AnyManifest, list[str], list[str]]:
-    """Check every file of a sealed folder.
+def verify(folder: UPath, kinds: Sequence[type[Manifest]]) -> tuple[Manifest, list[str], list[str]]:
+    """Check every file of a sealed folder of one of the `kinds`.
 
-    Returns its manifest, what is wrong (a line a file), and the names of files that the manifest does not list.
+    Returns its manifest, the faults (one line a file), and the names of files that the manifest does not list.
     """
-    manifest = read_any_manifest(folder)
+    manifest = read_any_manifest(folder, kinds)
     there = list_files(folder)
     faults = []
     with progress("bytes checked", sum(entry.bytes for entry in manifest.entries), "bytes") as advance:

@@ -1,14 +1,25 @@
 """The models place: `<models>/<architecture>/<run>/`, and `<models>/<architecture>/latest.json`, which names a run."""
 
+from typing import Literal
+
 from pydantic import AwareDatetime, BaseModel, ValidationError, field_validator
 from upath import UPath
 
 from cluster.errors import DamageError, InputError
-from cluster.manifest import MANIFEST_FILE, ModelManifest, complaint, is_sealed
+from cluster.manifest import MANIFEST_FILE, Manifest, complaint, is_sealed
 from cluster.storage import change_bytes, is_file, plain_name, read_bytes
 
 LATEST_FILE = "latest.json"
 MAX_LATEST_BYTES = 10_000
+
+
+class ModelManifest(Manifest):
+    """The manifest of a model folder, which `job.model.folder` writes."""
+
+    kind: Literal["model"] = "model"
+    dataset_manifest_sha256: str
+    """SHA-256 of the manifest of the dataset that the model was trained on."""
+    finished_at: AwareDatetime
 
 
 class Latest(BaseModel):

@@ -11,8 +11,8 @@ from pathlib import Path
 from upath import UPath
 
 from cluster.errors import DamageError, InputError, KuzushijiError, OptionError
-from cluster.manifest import MANIFEST_FILE, FileEntry, ModelManifest, fault_of, read_manifest
-from cluster.models import LATEST_FILE, point_to_latest, read_latest
+from cluster.manifest import MANIFEST_FILE, FileEntry, fault_of, read_manifest
+from cluster.models import LATEST_FILE, ModelManifest, point_to_latest, read_latest
 from cluster.progress import progress
 from cluster.storage import (
     is_file,

@@ -1,15 +1,24 @@
-"""Ray: the one of the cluster where RAY_ADDRESS names it, else a local one for the time of a command."""
+"""Ray: the cluster that RAY_ADDRESS names, else a local Ray that ends with the command. Tasks mapped with Ray Data."""
 
 import logging
 import os
 import secrets
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from cluster.bucket import explained
-from cluster.errors import KuzushijiError
-from cluster.progress import waiting
+from cluster.errors import KuzushijiError, OptionError, one_line
+from cluster.progress import on_terminal, progress, waiting
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+    from ray.data import Dataset
+
+TaskT = TypeVar("TaskT")
+ReportT = TypeVar("ReportT", bound="BaseModel")
 
 log = logging.getLogger("kuzushiji")
 
@@ -77,6 +86,123 @@ def _set_environment() -> None:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         if "RAY_AUTH_TOKEN_PATH" not in os.environ:
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+
+def map_tasks(
+    tasks: Sequence[TaskT],
+    work: Callable[[TaskT], ReportT],
+    report: type[ReportT],
+    *,
+    what: str,
+    unit: str,
+    sizes: Sequence[int],
+    keep: bool = False,
+    gpus: int = 0,
+) -> list[ReportT]:
+    """Run `work` on each task with Ray Data and show the progress. Returns the reports in the order of the tasks.
+
+    tasks: dataclass instances whose fields are numbers, strings, and lists of them. report: the pydantic model that
+    `work` returns. what, unit, sizes: for the progress, "pages cut", "pages", and the number of them in each task.
+    keep: `work` keeps something large, such as a model: each process gets its own copy once, not one for each task.
+    gpus: that many processes with one GPU each; 0: a process for each CPU.
+
+    On a terminal Ray Data draws its own progress bar, which counts tasks and shows the use of CPUs.
+
+    Raises:
+        OptionError: a local Ray has fewer GPUs. A cluster may still add them.
+        Exception: whatever `work` raised. An OSError becomes a KuzushijiError.
+    """
+    reports: dict[int, ReportT] = {}
+    rays_own_bar = on_terminal() and sys.stdout.isatty()  # Ray Data draws its bar there only
+    bar = nullcontext(lambda _: None) if rays_own_bar else progress(what, sum(sizes), unit)
+    if keep:  # Ray logs an error, which is none, for each actor (github.com/ray-project/ray/issues/53727)
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    with ray_session(), bar as advance:
+        import ray
+
+        gpus_here = int(ray.cluster_resources().get("GPU", 0))
+        if gpus > gpus_here and "RAY_ADDRESS" not in os.environ:
+            raise OptionError(
+                f"--gpus must be at most the GPUs of this machine. Received: {gpus}, Ray found {gpus_here}"
+            )
+        try:
+            for row in _mapped(tasks, work, rays_own_bar, keep or gpus > 0, gpus).iter_rows():
+                reports[row["index"]] = report.model_validate_json(row["report"])
+                advance(sizes[row["index"]])
+        except BaseException as error:
+            # An interrupt while Ray Data makes its iterator leaves its thread running as long as the traceback holds
+            # the iterator (later versions end it: github.com/ray-project/ray/pull/62949). The thread must not outlive
+            # Ray: it would start another Ray, fail, and leave the terminal without a cursor.
+            traceback.clear_frames(error.__traceback__)
+            if isinstance(error, Exception):
+                raise cause_of(error) from error  # `error` holds the traceback of the task, for --debug
+            raise
+    assert len(reports) == len(tasks), "each task has a report"
+    return [reports[index] for index in range(len(tasks))]
+
+
+def _mapped(
+    tasks: Sequence[TaskT], work: Callable[[TaskT], ReportT], show_bar: bool, keep: bool, gpus: int
+) -> "Dataset":
+    """A dataset with one row for each task: its `index` and its `report` as JSON."""
+    import ray.data
+
+    # After the import, which sets it. Ray Data warns when its bars are off.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = context.enable_rich_progress_bars = show_bar
+    context.use_ray_tqdm = context.enable_operator_progress_bars = False  # one bar is enough
+    context.raise_original_map_exception = True  # else the cause is lost between the processes
+    rows = [{"index": index, **vars(task)} for index, task in enumerate(tasks)]
+    dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
+    call = _Call(type(tasks[0]), work)
+    if not keep:
+        return dataset.map(call.function(), num_cpus=1)
+    processes = gpus or min(len(rows), max(1, int(ray.cluster_resources().get("CPU", 1))))
+    pool = ray.data.ActorPoolStrategy(
+        min_size=gpus or 1, max_size=gpus or len(rows), initial_size=processes, max_tasks_in_flight_per_actor=1
+    )
+    return dataset.map(
+        call.actor(), fn_constructor_kwargs={"call": call}, num_cpus=1, num_gpus=1 if gpus else 0, compute=pool
+    )
+
+
+class _Call(Generic[TaskT, ReportT]):
+    """`work` as Ray Data calls it: with a row, for a row."""
+
+    def __init__(self, task: type[TaskT], work: Callable[[TaskT], ReportT]) -> None:
+        self.task, self.work = task, work
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        index = row.pop("index")
+        try:
+            return {"index": index, "report": self.work(self.task(**row)).model_dump_json()}
+        except OSError as error:  # Ray Data would put its own text in the place of the file name
+            raise explained(error) or KuzushijiError(one_line(error)) from error
+
+    @property
+    def name(self) -> str:
+        """What Ray shows as the name of the task."""
+        return type(self.work).__name__
+
+    def function(self) -> Callable[[dict[str, Any]], dict[str, Any]]:
+        def task(row: dict[str, Any]) -> dict[str, Any]:
+            return self(row)
+
+        task.__name__ = task.__qualname__ = self.name
+        return task
+
+    def actor(self) -> type:
+        """A class for Ray Data, whose instance lives as long as its process."""
+        return type(self.name, (_Actor,), {})
+
+
+class _Actor:
+    def __init__(self, call: "_Call[Any, Any]") -> None:
+        self.call = call
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        return self.call(row)
 
 
 def cause_of(error: BaseException) -> BaseException:

@@ -55,7 +55,7 @@ def prepare(pages: str, labels: str, dataset: str, classes: str | None, **option
     from cluster.storage import reachable_place
     from job.report.dataset import report_beside
     from preprocessing.classes import read_class_names
-    from preprocessing.prepare import PrepareConfig
+    from preprocessing.config import PrepareConfig
     from preprocessing.prepare import prepare as run
 
     names = read_class_names(reachable_place(classes)) if classes else None
@@ -258,9 +258,9 @@ def pull(models: str, to: str, names: tuple[str, ...]) -> Outcome:
 def verify(folder: str) -> Outcome:
     """Check a dataset, model or predictions folder against its manifest, or a cluster file (.yaml) before `ray up`."""
     from cluster.cluster_file import SUFFIXES, faults_of_cluster_file
-    from cluster.manifest import verify as check
     from cluster.models import resolve_model
     from cluster.storage import local_path, reachable_place
+    from job.verify import verify as check
 
     if folder.endswith(SUFFIXES):
         faults = faults_of_cluster_file(local_path(folder, "a cluster file"))

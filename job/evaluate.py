@@ -49,13 +49,11 @@ def evaluate(model_place: UPath, dataset_place: UPath, split: str, out: UPath | 
                 f"the classes of --dataset must be the model's. Received: {len(dataset.class_names)} and "
                 f"{len(class_names)} classes, not the same. Prepare the dataset with --classes {folder / 'labels.txt'}"
             )
-        import tensorflow as tf
-
-        from job.train.step import Steps
+        from job.model.inference import Inference
 
         crops = dataset.splits[split]
         with progress(f"{split} crops read", len(crops), "crops") as advance:
-            predictions = Steps(tf.distribute.get_strategy(), 1, model).predict(crops.images, crops.labels, advance)
+            predictions = Inference(model).predict(crops.images, crops.labels, advance)
         numbers = metrics(predictions, crops.labels, class_names)
         table = per_class(predictions, crops.labels, class_names)
         return Evaluation(numbers, table, misclassified(predictions, crops, class_names))

@@ -23,7 +23,7 @@ def metrics(predictions: NDArray[np.float32], labels: NDArray[np.int64], class_n
     """Of one split: `accuracy`, `accuracy_without_rare` (None where all are rare), `top5`, `macro_f1`, `loss`,
     `examples`.
 
-    predictions: (N, 4) as `Steps.predict` gives them. macro_f1 is the mean over the classes present in the split.
+    predictions: (N, 4) as `inference.predictions_of`. macro_f1 is the mean over the classes present in the split.
     """
     correct = predictions[:, 0] == labels
     not_rare = labels != len(class_names) - 1

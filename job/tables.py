@@ -1,14 +1,16 @@
-"""What the command line tells of finished models."""
+"""Numbers of finished models as text for the terminal."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.errors import one_line
-from job.train.driver import Outcome
-from preprocessing.split import SPLITS
+from preprocessing.config import SPLITS
+
+if TYPE_CHECKING:
+    from job.train.driver import Outcome
 
 
-def outcome_result(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+def outcome_result(outcomes: "Sequence[Outcome]") -> dict[str, Any]:
     """For scripts: `models`, those that are finished; `faults`, a line for each of the others."""
     finished = [outcome for outcome in outcomes if outcome.error is None]
     return {
@@ -25,7 +27,7 @@ def outcome_result(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     }
 
 
-def outcome_lines(outcomes: Sequence[Outcome]) -> list[str]:
+def outcome_lines(outcomes: "Sequence[Outcome]") -> list[str]:
     """For people: every split of one model, or a table of the tests of several."""
     if len(outcomes) > 1:
         return _table(outcomes)
@@ -34,7 +36,7 @@ def outcome_lines(outcomes: Sequence[Outcome]) -> list[str]:
     return [*head, *splits_table({split: numbers[split] for split in SPLITS}), f"model: {outcome.folder}"]
 
 
-def _table(outcomes: Sequence[Outcome]) -> list[str]:
+def _table(outcomes: "Sequence[Outcome]") -> list[str]:
     form = "{:<18} {:>8} {:>12} {:>7} {:>8} {:>12} {:>8}  {}"
     lines = [form.format("test", "accuracy", "without rare", "top 5", "macro F1", "parameters", "minutes", "model")]
     for outcome in outcomes:
@@ -43,7 +45,7 @@ def _table(outcomes: Sequence[Outcome]) -> list[str]:
             continue
         numbers = outcome.metrics
         test, parameters = numbers["test"], f"{numbers['parameters']:,}"
-        scores = [_optional(test[key]) for key in ("accuracy", "accuracy_without_rare", "top5", "macro_f1")]
+        scores = [optional(test[key]) for key in ("accuracy", "accuracy_without_rare", "top5", "macro_f1")]
         minutes = f"{numbers['seconds'] / 60:.1f}"
         lines.append(form.format(outcome.architecture, *scores, parameters, minutes, outcome.folder))
     return lines
@@ -55,9 +57,9 @@ def splits_table(of_splits: Mapping[str, Mapping[str, Any]]) -> list[str]:
     lines = [form.format("split", "crops", "accuracy", "without rare", "top 5", "macro F1", "loss")]
     for split, numbers in of_splits.items():
         keys = ("accuracy", "accuracy_without_rare", "top5", "macro_f1", "loss")
-        lines.append(form.format(split, f"{numbers['examples']:,}", *(_optional(numbers[key]) for key in keys)))
+        lines.append(form.format(split, f"{numbers['examples']:,}", *(optional(numbers[key]) for key in keys)))
     return lines
 
 
-def _optional(value: float | None) -> str:
+def optional(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"

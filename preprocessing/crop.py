@@ -10,7 +10,8 @@ import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 
-SIDE = 80
+from preprocessing.records import SIDE
+
 # The scans have 9 megapixels. A page past these bounds is refused from its header, before memory is taken for it.
 # Within them a task takes 300 MB of memory, and of progressive pages 500 in gray, 900 in three colours, 1400 in four.
 MAX_PAGE_PIXELS = 100_000_000
@@ -21,8 +22,6 @@ SCAN = b"\xff\xda"  # the marker that stands before each scan, and within none
 SEQUENTIAL = (b"\xff\xc0", b"\xff\xc1")  # markers that say how all that follows is coded
 # Tables, restarts, applications' own, comments.
 BEFORE_CODING = {bytes([0xFF, marker]) for marker in (0xC4, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE)}
-
-cv2.setNumThreads(1)  # Ray runs a task on each core
 
 
 class PageFault(Exception):  # noqa: N818 - a loss to be listed, not an error

@@ -1,4 +1,7 @@
-"""The files that make a dataset folder readable from outside: TFDS metadata and a dataset card.
+"""Contract with everyone who reads a dataset: a folder of TFRecord shards, sealed by its manifest.
+
+kuzushiji-train.tfrecord-00000-of-00064 ...  dataset_info.json  features.json  label.labels.txt  README.md
+manifest.json
 
 `tfds.builder_from_directory(folder)` reads the folder as it is; the forms of the two JSON files are those that
 `tfds.folder_dataset.write_metadata` writes (64-bit numbers are strings in protobuf's JSON).
@@ -6,17 +9,88 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any, Literal, Self
 
-from cluster.manifest import Shard
+from pydantic import FailFast, model_validator
+from typing_extensions import TypedDict  # pydantic needs this one below Python 3.12
+
+from cluster.manifest import Count, FileEntry, Manifest
 from preprocessing.classes import LABELS_FILE, RARE
-from preprocessing.crop import SIDE
-from preprocessing.shards import DATASET_NAME
-from preprocessing.split import SPLITS
+from preprocessing.config import SPLITS
+from preprocessing.records import SIDE
 
+DATASET_NAME = "kuzushiji"
 VERSION = "1.0.0"
 DESCRIPTION = "Characters cut from scans of old Japanese pages: 80 x 80 grayscale crops with their classes."
 _FEATURE = "tensorflow_datasets.core.features."
+
+
+class Loss(TypedDict):
+    """A box without a crop."""
+
+    box: list[int]
+    """x, y, width, height, as in the labels."""
+    page: str
+    unicode: str | None
+    """`U+306F`; None where a file of boxes to read has no character."""
+    what: str
+    """The reason."""
+
+
+class Clipped(TypedDict):
+    """A box that is partly off its page; the crop is of the rest."""
+
+    box: list[int]
+    page: str
+
+
+# FailFast: without it pydantic makes a complaint for each of a million entries, of which one is shown.
+Losses = Annotated[list[Loss], FailFast()]
+ClippedBoxes = Annotated[list[Clipped], FailFast()]
+
+
+class Shard(FileEntry):
+    """A TFRecord file, with the number of its crops."""
+
+    examples: Count
+
+
+class DatasetManifest(Manifest):
+    """The manifest of a dataset folder."""
+
+    kind: Literal["dataset"] = "dataset"
+    shards: Annotated[list[Shard], FailFast()]
+    counts: Annotated[dict[str, Annotated[dict[str, Count], FailFast()]], FailFast()]
+    """Per split: `boxes` planned, `examples` written, and the number of `pages` and `books` of these boxes."""
+    losses: Losses
+    clipped: ClippedBoxes
+    unlabelled: Annotated[list[str], FailFast()]
+    """Ids of pages that have a file and no row in the labels."""
+    seed: int
+    config: dict[str, Any]
+    """`PrepareConfig`, as JSON."""
+    versions: Annotated[dict[str, str], FailFast()]
+    fingerprint: str
+    """Hash of the bytes of the labels and of the names and sizes of the pages."""
+
+    @property
+    def entries(self) -> list[FileEntry]:
+        return [*self.shards, *self.files]
+
+    @model_validator(mode="after")
+    def _counts_its_splits(self) -> Self:
+        splits = {shard.name.partition(".tfrecord-")[0].rpartition("-")[2] for shard in self.shards}
+        if not all("examples" in self.counts.get(split, {}) for split in splits):
+            raise ValueError("each shard must be of a split whose examples are counted")
+        return self
+
+    def shards_of(self, split: str) -> list[Shard]:
+        """In the order of their pages."""
+        return [shard for shard in self.shards if f"-{split}.tfrecord-" in shard.name]
+
+
+def shard_name(split: str, index: int, count: int) -> str:
+    return f"{DATASET_NAME}-{split}.tfrecord-{index:05d}-of-{count:05d}"
 
 
 def dataset_files(class_names: Sequence[str], shards: Mapping[str, Sequence[Shard]], card: str) -> dict[str, str]:

@@ -1,71 +1,24 @@
-"""The Ray Data job: page scans and labels in, a sealed dataset folder out."""
+"""`prepare`: page scans and labels in, a sealed dataset folder out."""
 
 import json
 import logging
-import os
-import platform
-from dataclasses import dataclass
-from importlib.metadata import version
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from upath import UPath
 
 from cluster.errors import DamageError, InputError, OptionError
-from cluster.manifest import (
-    MANIFEST_FILE,
-    DatasetManifest,
-    Shard,
-    fault_of,
-    is_sealed,
-    read_manifest,
-    seal,
-    write_listed,
-)
+from cluster.manifest import MANIFEST_FILE, fault_of, is_sealed, read_manifest, seal, write_listed
+from cluster.runtime import map_tasks
 from cluster.storage import change_bytes, is_file, list_files, remove_folder, remove_temporaries, write_bytes
-from preprocessing.classes import class_indices, class_names
-from preprocessing.cutting import run_groups
-from preprocessing.dataset import dataset_card, dataset_files
-from preprocessing.labels import Labels, book_of, read_labels
-from preprocessing.pages import fingerprint, list_pages
-from preprocessing.shards import PLAN_FILE, PROGRESS_FOLDER, plan_groups, report_path, write_group
-from preprocessing.split import SPLITS, split_of_boxes
+from preprocessing.config import SPLITS, PrepareConfig
+from preprocessing.dataset import DatasetManifest, Loss, Shard, dataset_card, dataset_files
+from preprocessing.labels import book_of
+from preprocessing.plan import Plan, make_plan
+from preprocessing.shards import PLAN_FILE, PROGRESS_FOLDER, CutGroup, GroupReport, report_path
 
 log = logging.getLogger("kuzushiji")
-
-# The libraries that decide the crops' bytes.
-VERSIONED = ("kuzushiji", "numpy", "opencv-python-headless", "ray", "simplejpeg")
-
-
-class PrepareConfig(BaseModel):
-    """What decides the dataset's bytes, besides the input; recorded in its manifest."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    split: Literal["random", "page", "book"] = "random"
-    seed: int = Field(42, ge=0)
-    val_fraction: float = Field(0.15, gt=0, lt=1)
-    test_fraction: float = Field(0.15, gt=0, lt=1)
-    coverage: float = Field(0.9, ge=0, le=1)
-    classes: list[str] | None = None
-    """Names of an earlier dataset's classes; None: by `coverage`."""
-    shards: PositiveInt | None = None
-    max_bad_fraction: float = Field(0.01, ge=0, le=1)
-    """Decides only whether the dataset is sealed: it may differ when a job is run again."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """All that is known before any page is read. N boxes."""
-
-    labels: Labels
-    names: list[str]
-    splits: NDArray[np.int8]  # (N,) index into SPLITS
-    rows: list[dict[str, Any]]  # one a group, see shards.plan_groups
-    unlabelled: list[str]  # ids of pages with a file and no row in the labels
-    identity: dict[str, Any]  # equal for two jobs that make the same bytes
 
 
 def prepare(pages: UPath, labels: UPath, dataset: UPath, config: PrepareConfig) -> tuple[DatasetManifest, bool]:
@@ -100,20 +53,26 @@ def prepare(pages: UPath, labels: UPath, dataset: UPath, config: PrepareConfig) 
 
 
 def _make(plan: Plan, pages: UPath, dataset: UPath, config: PrepareConfig) -> DatasetManifest:
-    places = {"pages": str(pages), "dataset": str(dataset)}
-    reports = run_groups(plan.rows, "pages cut", write_group, places)
-    losses = [loss for report in reports for loss in report["losses"]]
+    reports = map_tasks(
+        plan.groups,
+        CutGroup(str(pages), str(dataset)),
+        GroupReport,
+        what="pages cut",
+        unit="pages",
+        sizes=[len(group.page_ids) for group in plan.groups],
+    )
+    losses = [loss for report in reports for loss in report.losses]
     try:
         _check_losses(losses, plan, config, dataset)
     except InputError:
-        for group, report in enumerate(reports):  # cut again next time, when the pages may be readable
-            if report["losses"]:
-                report_path(dataset, group).unlink(missing_ok=True)
+        for group, report in zip(plan.groups, reports, strict=True):
+            if report.losses:  # the next attempt cuts it again: the pages may be readable then
+                report_path(dataset, group.number).unlink(missing_ok=True)
         raise
-    return _finish(plan, dataset, config, reports, losses)
+    return _finish(plan, dataset, config, reports)
 
 
-def _check_losses(losses: list[dict[str, Any]], plan: Plan, config: PrepareConfig, dataset: UPath) -> None:
+def _check_losses(losses: Sequence[Loss], plan: Plan, config: PrepareConfig, dataset: UPath) -> None:
     boxes = len(plan.labels.boxes)
     if len(losses) > config.max_bad_fraction * boxes:
         raise InputError(
@@ -121,19 +80,6 @@ def _check_losses(losses: list[dict[str, Any]], plan: Plan, config: PrepareConfi
             f"Received: {len(losses)} of {boxes}, first page {losses[0]['page']}: {losses[0]['what']}. "
             f"Allow more and run again, or mend the input and remove {dataset}"
         )
-
-
-def make_plan(pages: UPath, labels_path: UPath, config: PrepareConfig) -> Plan:
-    """Read the labels, list the pages, and decide classes, splits and files."""
-    labels = read_labels(labels_path)
-    listing = list_pages(pages)
-    splits = split_of_boxes(labels, config.split, config.seed, config.val_fraction, config.test_fraction)
-    names = config.classes or class_names(labels.code_points, config.coverage)
-    rows = plan_groups(labels, class_indices(names, labels.code_points), splits, listing, config.shards)
-    identity = config.model_dump(exclude={"max_bad_fraction"})
-    identity |= {"input": fingerprint(labels.sha256, listing), "versions": _versions()}
-    unlabelled = sorted(os.fsencode(p).decode(errors="replace") for p in set(listing) - set(labels.page_ids))
-    return Plan(labels, names, splits, rows, unlabelled, identity)
 
 
 def _earlier_attempt(dataset: UPath, plan: Plan) -> DatasetManifest | None:
@@ -179,7 +125,9 @@ def _sealed(dataset: UPath, plan: Plan) -> tuple[DatasetManifest, list[str]]:
     """
     manifest = read_manifest(dataset, DatasetManifest)
     _refuse_other(dataset, plan, _made_as(manifest) | {"versions": plan.identity["versions"]})
-    if {shard.name for shard in manifest.shards} != {name for row in plan.rows for name in row["files"] if name}:
+    if {shard.name for shard in manifest.shards} != {
+        name for group in plan.groups for name in group.shard_names if name
+    }:
         raise DamageError(
             f"{dataset / MANIFEST_FILE} must list the planned shards. Remove the folder and prepare again"
         )
@@ -196,10 +144,6 @@ def _remove_traces(dataset: UPath) -> None:
     for _ in range(2):  # a task that was left behind may add to what is being removed
         remove_folder(dataset / PROGRESS_FOLDER)
     remove_temporaries(dataset)
-
-
-def _versions() -> dict[str, str]:
-    return {"python": platform.python_version()} | {package: version(package) for package in VERSIONED}
 
 
 def _parse_plan(path: UPath, content: bytes) -> dict[str, Any]:
@@ -221,41 +165,38 @@ def _refuse_other(dataset: UPath, plan: Plan, earlier: dict[str, Any]) -> None:
 
 def _write_reports(dataset: UPath, plan: Plan, manifest: DatasetManifest) -> None:
     """Turn a manifest back into the reports of its groups, so that only damaged groups are made again."""
-    shards = {shard.name: shard.model_dump() for shard in manifest.shards}
-    for row in plan.rows:
-        ids = set(row["image_id"])
-        report = {
-            "shards": {split: shards[name] for split, name in zip(SPLITS, row["files"], strict=True) if name},
-            "losses": [loss for loss in manifest.losses if loss["page"] in ids],
-            "clipped": [entry for entry in manifest.clipped if entry["page"] in ids],
-        }
-        write_bytes(report_path(dataset, row["group"]), json.dumps(report).encode())
+    shards = {shard.name: shard for shard in manifest.shards}
+    for group in plan.groups:
+        ids = set(group.page_ids)
+        report = GroupReport(
+            shards={split: shards[name] for split, name in zip(SPLITS, group.shard_names, strict=True) if name},
+            losses=[loss for loss in manifest.losses if loss["page"] in ids],
+            clipped=[box for box in manifest.clipped if box["page"] in ids],
+        )
+        write_bytes(report_path(dataset, group.number), report.model_dump_json().encode())
 
 
-def _finish(
-    plan: Plan, dataset: UPath, config: PrepareConfig, reports: list[dict[str, Any]], losses: list[dict[str, Any]]
-) -> DatasetManifest:
-    """Check the count, write what stands beside the shards, seal, clean up."""
-    shards = {
-        split: [Shard.model_validate(r["shards"][split]) for r in reports if split in r["shards"]] for split in SPLITS
-    }
-    written = sum(shard.examples for of_split in shards.values() for shard in of_split)
+def _finish(plan: Plan, dataset: UPath, config: PrepareConfig, reports: Sequence[GroupReport]) -> DatasetManifest:
+    """Check the counts, write the files beside the shards, seal the folder, clean up."""
+    shards = {split: [report.shards[split] for report in reports if split in report.shards] for split in SPLITS}
+    all_shards = [shard for of_split in shards.values() for shard in of_split]
+    losses = [loss for report in reports for loss in report.losses]
+    clipped = [box for report in reports for box in report.clipped]
+    written = sum(shard.examples for shard in all_shards)
     assert written + len(losses) == len(plan.labels.boxes), "boxes in the labels = crops + listed losses"
-    clipped = [entry for report in reports for entry in report["clipped"]]
-    counts = _counts(plan, shards)
-    recorded = config.model_dump()
-    card = dataset_card(plan.names, counts, recorded, len(losses), len(clipped))
     there = list_files(dataset)
-    for shard in (shard for of_split in shards.values() for shard in of_split):
-        if there.get(shard.name) != shard.bytes:  # not one place for all hosts, or another prepare's doing
+    for shard in all_shards:
+        if there.get(shard.name) != shard.bytes:  # hosts that do not share the folder, or another prepare's doing
             raise DamageError(
                 f"--dataset must be one folder for all workers. Received: {dataset}, without {shard.name}"
             )
-    texts = dataset_files(plan.names, shards, card)
-    files = [write_listed(dataset / name, texts[name].encode()) for name in sorted(texts)]
+    counts = _counts(plan, shards)
+    recorded = config.model_dump()
+    card = dataset_card(plan.class_names, counts, recorded, len(losses), len(clipped))
+    texts = dataset_files(plan.class_names, shards, card)
     manifest = DatasetManifest(
-        shards=[shard for of_split in shards.values() for shard in of_split],
-        files=files,
+        shards=all_shards,
+        files=[write_listed(dataset / name, texts[name].encode()) for name in sorted(texts)],
         counts=counts,
         losses=losses,
         clipped=clipped,
@@ -268,7 +209,7 @@ def _finish(
     for folder in (dataset, dataset / PROGRESS_FOLDER):  # of attempts that were killed
         remove_temporaries(folder)
     seal(dataset, manifest)
-    _remove_traces(dataset)  # after it: a folder without a plan and a manifest is nobody's
+    _remove_traces(dataset)  # after sealing: a folder without a plan and a manifest belongs to no job
     return manifest
 
 

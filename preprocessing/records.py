@@ -20,6 +20,7 @@ from google.protobuf.message import DecodeError
 
 from cluster.errors import DamageError
 
+SIDE = 80  # pixels, of a crop
 FRAME_BYTES = 16  # length, its checksum, the checksum of the data
 MOST_RECORD_BYTES = 8192  # a crop, and what is told of it; no more memory is taken for a record, whatever it claims
 

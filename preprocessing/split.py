@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cluster.errors import OptionError
+from preprocessing.config import SPLITS
 from preprocessing.labels import Labels, book_of
 
-SPLITS = ("train", "validation", "test")
 TRAIN, VALIDATION, TEST = range(3)
 
 # Units that are held back to fill what is missing exactly; with no more units than this the filling is the best

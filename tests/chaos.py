@@ -28,9 +28,9 @@ from pathlib import Path
 
 import psutil
 
-from cluster.manifest import verify
 from cluster.runtime import START_TIMED_OUT
 from cluster.storage import TEMPORARY_PREFIX, place
+from job.verify import verify
 
 KUZUSHIJI = Path(sys.executable).with_name("kuzushiji")
 TAG = "KUZUSHIJI_CHAOS"
@@ -45,7 +45,7 @@ ALL = tuple(VICTIMS)
 NAMES = ("prepare", "train")
 KILLS = {"prepare": (12, 20), "train": (6, 10)}  # in a round
 # By the titles that Ray gives its processes: what cuts pages, what trains.
-AT_WORK = ("ray::Map(write_group)", "ray::RayTrainWorker")
+AT_WORK = ("ray::Map(CutGroup)", "ray::RayTrainWorker")
 # They touch nothing of ours, and find out only after a minute that their raylet was killed.
 BYSTANDERS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 MOST_ORPHAN_SECONDS = 30.0

@@ -20,7 +20,8 @@ os.environ.pop("RAY_ADDRESS", None)
 
 from cluster.runtime import ray_session  # noqa: E402
 from cluster.storage import place  # noqa: E402
-from preprocessing.prepare import PrepareConfig, prepare  # noqa: E402
+from preprocessing.config import PrepareConfig  # noqa: E402
+from preprocessing.prepare import prepare  # noqa: E402
 from preprocessing.sample.pages import sample  # noqa: E402
 
 SHARED = Path(__file__).parents[2] / "shared" / "kuzushiji"
@@ -79,6 +80,14 @@ def real_dataset(ray_here: None, shared: Path, tmp_path_factory: pytest.TempPath
     out = tmp_path_factory.mktemp("real") / "crops"
     prepare(place(shared / "pages"), place(shared / "train.csv"), place(out), PrepareConfig())
     return out
+
+
+def job_of(config: Any, **fields: Any) -> Any:
+    """A `TrainJob` for a `Training` that is made without `train`."""
+    from job.train.run import TrainJob
+
+    nowhere = dict.fromkeys(("dataset", "folder", "checkpoints", "curves"), "/nowhere")
+    return TrainJob(**{"config": config, "weights": None, "run": "test", "board": None} | nowhere | fields)
 
 
 def with_small_head() -> Any:

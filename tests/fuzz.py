@@ -32,15 +32,18 @@ import numpy as np
 from PIL import Image
 
 from cluster.errors import DamageError, InputError, KuzushijiError
-from cluster.manifest import DatasetManifest, ModelManifest, read_any_manifest, read_manifest, verify
-from cluster.models import read_latest, resolve_model
+from cluster.manifest import read_any_manifest, read_manifest
+from cluster.models import ModelManifest, read_latest, resolve_model
 from cluster.storage import place, write_bytes
+from job.verify import KINDS, verify
 from preprocessing.classes import read_class_names
 from preprocessing.crop import MAX_PAGE_BYTES, PageFault
+from preprocessing.dataset import DatasetManifest
 from preprocessing.labels import read_labels
 from preprocessing.pages import list_pages, page_reader
+from preprocessing.plan import plan_groups
 from preprocessing.records import encode_example, frame, read_frames
-from preprocessing.shards import PLAN_FILE, PROGRESS_FOLDER, plan_groups, write_group
+from preprocessing.shards import PLAN_FILE, PROGRESS_FOLDER, CutGroup
 
 MEGABYTE = 1 << 20
 ROUND_SECONDS = 300  # a round takes some ten; this is for a machine that has other things to do
@@ -243,22 +246,22 @@ def cut(ids: list[str], pages: Path, folder: Path) -> Counter[str]:
     labels = read_labels(place(folder / "train.csv"))
     total = len(labels.boxes)
     splits = (np.arange(total) % 3).astype(np.int8)
-    (row,) = plan_groups(labels, np.zeros(total, np.int64), splits, list_pages(place(pages)), 1)
+    (group,) = plan_groups(labels, np.zeros(total, np.int64), splits, list_pages(place(pages)), 1)
     write_bytes(place(folder / "crops" / PROGRESS_FOLDER / PLAN_FILE), b"{}")
-    report = json.loads(write_group(row, str(pages), str(folder / "crops"))["report"])
+    report = CutGroup(str(pages), str(folder / "crops"))(group)
     found: Counter[str] = Counter()
-    for shard in report["shards"].values():
-        data = (folder / "crops" / shard["name"]).read_bytes()
+    for shard in report.shards.values():
+        data = (folder / "crops" / shard.name).read_bytes()
         records = list(read_frames(data))
-        assert (len(data), hashlib.sha256(data).hexdigest()) == (shard["bytes"], shard["sha256"])
-        assert len(records) == shard["examples"]
+        assert (len(data), hashlib.sha256(data).hexdigest()) == (shard.bytes, shard.sha256)
+        assert len(records) == shard.examples
         found.update(re.findall(rb"[a-z]+_[0-9]{5}", record)[-1].decode() for record in records)
     crops = found.copy()
-    for loss in report["losses"]:
+    for loss in report.losses:
         assert loss["what"].isprintable(), loss
         found[loss["page"]] += 1
     assert found == dict.fromkeys(ids, 4), "boxes in = crops out + listed losses, of each page"
-    reasons = Counter(re.sub("[0-9]+", "N", loss["what"])[:60] for loss in report["losses"])
+    reasons = Counter(re.sub("[0-9]+", "N", loss["what"])[:60] for loss in report.losses)
     return Counter({"pages": len(ids), "pages read": len(crops), "crops": crops.total()}) + reasons
 
 
@@ -360,7 +363,7 @@ def fuzz_manifests(rng: random.Random, folder: Path, count: int) -> Counter[str]
     here = place(folder)
     (folder / "label.labels.txt").write_bytes(b"U+306F\nrare\n")
     asked: list[Callable[[], object]] = [
-        lambda: read_any_manifest(here), lambda: verify(here), lambda: read_manifest(here, DatasetManifest),
+        lambda: read_any_manifest(here, KINDS), lambda: verify(here), lambda: read_manifest(here, DatasetManifest),
         lambda: read_manifest(here, ModelManifest), lambda: read_latest(here), lambda: resolve_model(here),
         lambda: read_class_names(here / "classes.txt"),
     ]  # fmt: skip

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import in_fresh_process, save_test_crops
+from conftest import in_fresh_process, job_of, save_test_crops
 
 from cluster.errors import OptionError
-from cluster.manifest import verify
 from cluster.storage import place
 from job.config import NAMES, RECIPES, TRANSFER, TrainConfig, configs_of
+from job.verify import verify
 
 # At 514 classes: all, as the study counts them, and those that the study trained.
 PARAMETERS = {
@@ -162,7 +162,7 @@ def trained(few: Path, xception_weights: Path, tmp_path_factory: pytest.TempPath
     from job.train.display import Board
     from job.train.rendezvous import Rendezvous
 
-    def work(job: dict[str, Any]) -> None:
+    def work(given: dict[str, Any]) -> None:
         import keras
 
         def cut_off(whole: Any, last: str) -> Any:
@@ -174,34 +174,41 @@ def trained(few: Path, xception_weights: Path, tmp_path_factory: pytest.TempPath
 
         from job.data.staging import staged
         from job.model import architectures
-        from job.train.step import make_strategy
-        from job.train.strategy import fix_what_bits_depend_on
+        from job.train.display import StartUp
+        from job.train.strategy import configure_tensorflow, make_strategy
         from job.train.worker import Training
 
         architectures.HEAD, architectures.FCN_FILTERS = (64, 32), (4, 8, 8)
         keras.applications.ResNet152V2 = cut_off(keras.applications.ResNet50V2, "conv2_block3_out")
         keras.applications.InceptionResNetV2 = cut_off(keras.applications.InceptionResNetV2, "block35_1_ac")
-        configs = [TrainConfig.model_validate(config) for config in job["configs"]]
-        fix_what_bits_depend_on(configs[0])
+        jobs = given["jobs"]
+        configure_tensorflow(jobs[0].config)
         strategy = make_strategy(2)
-        with staged(place(job["dataset"]), ("train", "validation", "test")) as data:
-            for config in configs:
+        with staged(place(jobs[0].dataset), ("train", "validation", "test")) as data:
+            for job in jobs:
+                config = job.config
                 keras.config.set_dtype_policy(config.precision)
                 keras.utils.set_random_seed(config.seed)
-                weights = job["weights"] if config.architecture == "xception" else None
-                training = Training(config, strategy, data, job["board"], weights)
+                weights = given["weights"] if config.architecture == "xception" else None
+                training = Training(job, strategy, data, StartUp(), weights)
                 training.run_epoch()
-                training.write(f"{job['models']}/{config.architecture}/narrow", "narrow")
+                training.write()
                 keras.utils.clear_session()
 
     models = tmp_path_factory.mktemp("narrow")
     configs = [{"architecture": name, "learning_rate": 1e-3} | TWO_STEPS | more for name, more in CONFIGS.items()]
     board = ray.remote(num_cpus=0)(Board).remote()
-    job = {"configs": configs, "dataset": str(few), "models": str(models), "weights": str(xception_weights)}
+    jobs = [
+        job_of(
+            TrainConfig.model_validate(one), dataset=str(few), folder=str(models / one["architecture"] / "narrow"),
+            curves=str(models / "tensorboard" / one["architecture"]), run="narrow", board=board,
+        )
+        for one in configs
+    ]  # fmt: skip
     DataParallelTrainer(
         work,
         backend_config=Rendezvous(),
-        train_loop_config=job | {"board": board},
+        train_loop_config={"jobs": jobs, "weights": str(xception_weights)},
         scaling_config=ScalingConfig(num_workers=2),
         run_config=RunConfig(name="narrow", storage_path=str(models / ".runs")),
     ).fit()

@@ -24,17 +24,8 @@ from upath import UPath
 from cluster import bucket
 from cluster.bucket import RANGE_BYTES, explained
 from cluster.errors import DamageError, KuzushijiError
-from cluster.manifest import (
-    MANIFEST_FILE,
-    ModelManifest,
-    is_sealed,
-    read_any_manifest,
-    read_manifest,
-    seal,
-    verify,
-    write_listed,
-)
-from cluster.models import Latest, point_to_latest, read_latest, resolve_model
+from cluster.manifest import MANIFEST_FILE, is_sealed, read_manifest, seal, write_listed
+from cluster.models import Latest, ModelManifest, point_to_latest, read_latest, resolve_model
 from cluster.pull import pull
 from cluster.storage import (
     fetch,
@@ -50,6 +41,7 @@ from cluster.storage import (
 )
 from job.data.staging import staged
 from job.model.folder import load_model, write_model
+from job.verify import verify
 from preprocessing.pages import list_pages, page_reader
 
 # aiohttp, under gcsfs; google-cloud-storage leaves the connection of a download that was refused to the collector.
@@ -193,7 +185,7 @@ RACE = """
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
-from cluster.manifest import ModelManifest
+from cluster.models import ModelManifest
 from cluster.models import point_to_latest
 from cluster.storage import place
 
@@ -394,7 +386,7 @@ def test_a_bucket_that_refuses_later_is_not_taken_for_an_empty_one(
 ) -> None:
     write_run(folder, "one")
     strict.faults.inject(kind, times=100)
-    for ask in (is_sealed, read_any_manifest, resolve_model, read_latest):
+    for ask in (is_sealed, verify, resolve_model, read_latest):
         with pytest.raises(KuzushijiError, match=says):
             ask(folder / "baseline")
 

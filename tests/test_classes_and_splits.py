@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from cluster.errors import InputError, OptionError
 from preprocessing.classes import class_indices, class_names, parse_class_names
+from preprocessing.config import SPLITS
 from preprocessing.labels import Labels, book_of
-from preprocessing.split import SPLITS, _fill, split_of_boxes
+from preprocessing.split import _fill, split_of_boxes
 
 
 def labels_of(boxes_of_page: dict[str, int]) -> Labels:

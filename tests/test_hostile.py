@@ -21,9 +21,10 @@ from fuzz import ODD_VALUES, example, progressive, run_round, segment, write_dat
 from upath import UPath
 
 from cluster.errors import DamageError, InputError, KuzushijiError
-from cluster.manifest import MAX_MANIFEST_VALUES, ModelManifest, is_sealed, read_any_manifest, seal, write_listed
-from cluster.models import read_latest
+from cluster.manifest import MAX_MANIFEST_VALUES, is_sealed, read_any_manifest, seal, write_listed
+from cluster.models import ModelManifest, read_latest
 from cluster.storage import place
+from job.verify import KINDS
 from preprocessing.classes import read_class_names
 from preprocessing.crop import MAX_PAGE_SCANS, PageFault, decode_page
 from preprocessing.pages import list_pages, page_reader
@@ -191,16 +192,16 @@ def test_of_a_wrong_manifest_the_first_fault_is_told(change: dict[str, Any], say
     content = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(content | change))
     if says == "read":
-        read_any_manifest(place(folder))
+        read_any_manifest(place(folder), KINDS)
         return
     with pytest.raises(DamageError, match=says) as caught:
-        read_any_manifest(place(folder))
+        read_any_manifest(place(folder), KINDS)
     one_line(caught)
 
 
 def test_a_manifest_that_nobody_could_read_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = place(write_dataset(tmp_path / "dataset", b"", 0))
-    manifest = read_any_manifest(folder)
+    manifest = read_any_manifest(folder, KINDS)
     (folder / "manifest.json").unlink()
     monkeypatch.setattr("cluster.manifest.MAX_MANIFEST_VALUES", 10)
     with pytest.raises(InputError, match="at most .* and 10 values. Received: .* Mend the input") as caught:
@@ -214,7 +215,7 @@ def test_a_manifest_that_lists_a_file_twice_is_damage(tmp_path: Path) -> None:
     content = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(content | {"shards": content["shards"] * 2}))
     with pytest.raises(DamageError, match="a file must be listed once"):
-        read_any_manifest(place(folder))
+        read_any_manifest(place(folder), KINDS)
 
 
 NO_RUNS = [value for value in ODD_VALUES if value not in ("x", "manifest.json", "x" * 3000)]

@@ -20,14 +20,16 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cluster.errors import InputError, OptionError
-from cluster.manifest import PredictionsManifest, verify
 from cluster.storage import place
 from job.predict.columns import columns
+from job.predict.folder import PredictionsManifest
 from job.predict.predict import predict
-from preprocessing.cutting import cut_boxes, group_pages
+from job.verify import verify
+from preprocessing.config import SPLITS
+from preprocessing.cutting import cut_boxes
 from preprocessing.labels import read_labels
 from preprocessing.pages import list_pages
-from preprocessing.split import SPLITS
+from preprocessing.plan import group_pages
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +85,8 @@ def test_what_is_read_are_the_very_crops_of_the_dataset(
     from job.model.folder import load_model
 
     labels = read_labels(place(shared / "train.csv"))
-    rows = group_pages(labels, list_pages(place(shared / "pages")), 2)
-    cuts = {(cut.page_id, *cut.box): cut.crop for row in rows for cut in cut_boxes(row, place(shared / "pages"))}
+    groups = group_pages(labels, list_pages(place(shared / "pages")), 2)
+    cuts = {(cut.page_id, *cut.box): cut.crop for group in groups for cut in cut_boxes(group, place(shared / "pages"))}
     loaded, names, _ = load_model(place(model))
     found = table(read).set_index(["image_id", "x", "y", "width", "height"])
     with staged(place(real_dataset), SPLITS) as dataset:
@@ -202,7 +204,9 @@ def test_a_reader_that_is_killed_changes_nothing(read: Path, model: Path, shared
         while not readers:
             assert not done.done(), done.result()
             workers = psutil.Process().children(recursive=True)
-            readers = [one for one in workers if title(one).startswith("ray::Map(read_group)")]
+            readers = [
+                one for one in workers if title(one).startswith("ray::ReadGroup") or "Map(ReadGroup)" in title(one)
+            ]
         for reader in readers:
             reader.kill()
         assert not done.done()

@@ -15,12 +15,16 @@ import tensorflow as tf
 from PIL import Image
 
 from cluster.errors import DamageError, InputError, OptionError
-from cluster.manifest import DatasetManifest, read_manifest, verify
+from cluster.manifest import read_manifest
 from cluster.storage import place, write_bytes
+from job.verify import verify
+from preprocessing.config import PrepareConfig
 from preprocessing.crop import MAX_PAGE_BYTES
+from preprocessing.dataset import DatasetManifest
 from preprocessing.labels import read_labels
-from preprocessing.prepare import PrepareConfig, make_plan, prepare
-from preprocessing.shards import write_group
+from preprocessing.plan import make_plan
+from preprocessing.prepare import prepare
+from preprocessing.shards import CutGroup
 
 pytestmark = pytest.mark.usefixtures("ray_here")
 
@@ -363,7 +367,7 @@ def test_a_page_that_changes_under_prepare_is_no_loss_but_one_line(source: str, 
     files = tmp_path / "train_images"
     shutil.make_archive(str(tmp_path / "pages"), "zip", files)
     places = place(tmp_path / source), place(tmp_path / "train.csv")
-    (row,) = make_plan(*places, PrepareConfig()).rows
+    (group,) = make_plan(*places, PrepareConfig()).groups
     write_bytes(place(tmp_path / "out" / ".prepare" / "plan.json"), b"{}")
     if change == "gone":
         (files / "a_1.jpg").rename(files / "a_2.jpg")
@@ -371,5 +375,5 @@ def test_a_page_that_changes_under_prepare_is_no_loss_but_one_line(source: str, 
         (files / "a_1.jpg").write_bytes(page(150) if change == "longer" else bytes(MAX_PAGE_BYTES + 2))
     shutil.make_archive(str(tmp_path / "pages"), "zip", files)
     with pytest.raises(InputError, match=r"--pages must stay as they are .* Received: [^\n]*a_1\.jpg"):
-        write_group(row, str(places[0]), str(tmp_path / "out"))
+        CutGroup(str(places[0]), str(tmp_path / "out"))(group)
     assert not list(tmp_path.glob("out/*.tfrecord-*"))

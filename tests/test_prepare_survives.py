@@ -14,10 +14,13 @@ import pytest
 from chaos import AT_WORK, Chaos, draw_pages, hashes_of_dataset, prepare_command, title
 
 from cluster.errors import KuzushijiError
-from cluster.manifest import is_sealed, verify
+from cluster.manifest import is_sealed
 from cluster.storage import place
-from preprocessing.prepare import PrepareConfig, make_plan, prepare
-from preprocessing.shards import write_group
+from job.verify import verify
+from preprocessing.config import PrepareConfig
+from preprocessing.plan import make_plan
+from preprocessing.prepare import prepare
+from preprocessing.shards import CutGroup
 
 CONFIG = PrepareConfig(coverage=0.2, val_fraction=0.35, test_fraction=0.35)
 
@@ -135,7 +138,7 @@ def test_a_prepare_that_was_overtaken_takes_what_the_other_sealed(
         (out / ".prepare").mkdir()  # by a task of ours, which now finds its temporary file gone
         raise FileNotFoundError(out / ".tmp-0123")
 
-    monkeypatch.setattr("preprocessing.prepare.run_groups", overtaken)
+    monkeypatch.setattr("preprocessing.prepare.map_tasks", overtaken)
     assert not prepare_here(source, out)
     assert hashes_of_dataset(out) == hashes_of_dataset(undisturbed)
 
@@ -176,5 +179,5 @@ def test_a_task_that_outlives_its_prepare_adds_nothing_to_a_sealed_dataset(
     monkeypatch.setattr("preprocessing.cutting._read_page", slow)
     pages, labels = place(source / "pages" / "train_images"), place(source / "pages" / "train.csv")
     with pytest.raises(KuzushijiError, match=r"\.prepare"):
-        write_group(make_plan(pages, labels, CONFIG).rows[0], str(pages), str(out))
+        CutGroup(str(pages), str(out))(make_plan(pages, labels, CONFIG).groups[0])
     assert {path.name: path.stat().st_ino for path in out.iterdir()} == before

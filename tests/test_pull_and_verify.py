@@ -11,10 +11,11 @@ import pytest
 from upath import UPath
 
 from cluster.errors import DamageError, InputError, KuzushijiError, OptionError
-from cluster.manifest import MANIFEST_FILE, ModelManifest, seal, verify, write_listed
-from cluster.models import point_to_latest, read_latest, resolve_model
+from cluster.manifest import MANIFEST_FILE, seal, write_listed
+from cluster.models import ModelManifest, point_to_latest, read_latest, resolve_model
 from cluster.pull import pull
 from cluster.storage import place, write_bytes
+from job.verify import verify
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
 FILES = {"model.keras": bytes(range(256)) * 9000, "labels.txt": b"U+306F\nrare\n", "config.json": b"{}"}

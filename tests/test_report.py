@@ -14,11 +14,12 @@ from browser import CHROMIUM, look_at
 from conftest import KUZUSHIJI, KUZUSHIJI_WITH_SMALL_HEAD
 
 from cluster.errors import DamageError, OptionError
-from cluster.manifest import DatasetManifest, read_manifest
+from cluster.manifest import read_manifest
 from cluster.storage import place
 from job.report.dataset import dataset_report, report_beside
 from job.report.html import page, paragraph
 from job.report.models import model_report
+from preprocessing.dataset import DatasetManifest
 
 
 class Page(HTMLParser):

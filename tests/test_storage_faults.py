@@ -21,7 +21,7 @@ from click.testing import CliRunner
 from conftest import KUZUSHIJI, with_small_head
 
 from cluster.errors import DamageError, InputError, KuzushijiError, OptionError
-from cluster.manifest import MANIFEST_FILE, DatasetManifest, read_manifest, seal, verify
+from cluster.manifest import MANIFEST_FILE, read_manifest, seal
 from cluster.models import resolve_model
 from cluster.progress import log
 from cluster.pull import pull
@@ -32,8 +32,12 @@ from job.data.staging import staged
 from job.evaluate import evaluate
 from job.model.folder import load_model, write_model
 from job.train.driver import train
-from preprocessing.prepare import PrepareConfig, make_plan, prepare
-from preprocessing.shards import write_group
+from job.verify import verify
+from preprocessing.config import PrepareConfig
+from preprocessing.dataset import DatasetManifest
+from preprocessing.plan import make_plan
+from preprocessing.prepare import prepare
+from preprocessing.shards import CutGroup
 
 pytestmark = pytest.mark.usefixtures("ray_here")
 
@@ -254,12 +258,12 @@ def become_a_file(folder: Path) -> None:
 def test_a_dataset_folder_that_becomes_a_file_in_the_middle_is_one_line(pages: Path, tmp_path: Path) -> None:
     first, second = make_plan(
         place(pages / "train_images"), place(pages / "train.csv"), PrepareConfig(coverage=0.5)
-    ).rows[:2]
+    ).groups[:2]
     write_bytes(place(tmp_path / "out" / ".prepare" / "plan.json"), b"{}")
-    write_group(first, str(pages / "train_images"), str(tmp_path / "out"))
+    CutGroup(str(pages / "train_images"), str(tmp_path / "out"))(first)
     become_a_file(tmp_path / "out")
     with pytest.raises(KuzushijiError, match=f"Received: {tmp_path}/out"):
-        write_group(second, str(pages / "train_images"), str(tmp_path / "out"))
+        CutGroup(str(pages / "train_images"), str(tmp_path / "out"))(second)
 
 
 @contextmanager
@@ -463,7 +467,7 @@ def test_a_pointer_to_a_run_that_is_gone_names_it(
 def test_a_dataset_folder_that_is_gone_in_the_middle_is_not_made_anew(pages: Path, tmp_path: Path) -> None:
     """It would hold a part, which no later prepare took for its own."""
     places = place(pages / "train_images"), place(pages / "train.csv")
-    row = make_plan(*places, PrepareConfig(coverage=0.5)).rows[0]
+    group = make_plan(*places, PrepareConfig(coverage=0.5)).groups[0]
     with pytest.raises(DamageError, match=f"--dataset must stay .* Received: {tmp_path}/out, without its plan"):
-        write_group(row, str(places[0]), str(tmp_path / "out"))
+        CutGroup(str(places[0]), str(tmp_path / "out"))(group)
     assert not (tmp_path / "out").exists()

@@ -41,7 +41,7 @@ def test_a_killed_and_a_silent_worker_change_no_bit_and_leave_no_checkpoint_behi
     """Within epochs: worker 1 is killed after 7 steps; begun again, it says no word any more after 13."""
     marker = str(tmp_path / "happened")
 
-    def work(job: dict[str, Any]) -> Any:
+    def work(given: dict[str, Any]) -> Any:
         import os
         import signal
         import time
@@ -73,7 +73,7 @@ def test_a_killed_and_a_silent_worker_change_no_bit_and_leave_no_checkpoint_behi
 
         worker.Training.rows_of, worker.Training.resume = disturbed, seen
         architectures.BASELINE_HEAD = (16, 8)
-        return run._work(job)
+        return run._work(given)
 
     monkeypatch.setattr("job.train.run._work", work)
     caplog.set_level("INFO", "kuzushiji")
@@ -142,13 +142,13 @@ def test_a_torn_list_of_checkpoints_is_said_and_the_run_begins_anew(tmp_path: Pa
 def test_why_workers_were_lost_is_told_once_however_often_ray_tells_it() -> None:
     import ray
 
-    from job.train.display import Board, TellFailures
+    from job.train.display import Board, LogFailures
 
     board: Any = ray.remote(num_cpus=0)(Board).remote()
-    tell = TellFailures(board, "baseline")
+    tell = LogFailures(board, "baseline")
     for failed in ({1: OSError("gone")}, {1: OSError("gone")}, {0: OSError("gone too"), 1: OSError("gone")}):
         tell.after_exception(None, failed)
-    told = [event["text"].rpartition(": ") for event in ray.get(board.take.remote())]
+    told = [event.text.rpartition(": ") for event in ray.get(board.take.remote())]
     assert [(before.split(" failed")[0], cause) for before, _, cause in told] == [
         ("worker 1", "gone"), ("worker 0", "gone too"),
     ]  # fmt: skip
@@ -172,7 +172,7 @@ try:
     from job.config import TrainConfig
     from job.train.driver import train
 
-    def work(job):
+    def work(given):
         import time
         from pathlib import Path
         from job.model import architectures
@@ -187,7 +187,7 @@ try:
         def in_time(training, *arguments):
             done = int(training.optimizer.iterations.numpy())
             if done == 7:  # until Ray knows
-                while not Path(job["folder"]).with_name("told").exists():
+                while not Path(given["job"].folder).with_name("told").exists():
                     time.sleep(0.1)
                 time.sleep(4)
             elif done > 7 and training.resumed_at < 7:  # until the node is gone
@@ -199,7 +199,7 @@ try:
             training.resumed_at = int(training.optimizer.iterations.numpy())
 
         worker.Training.rows_of, worker.Training.resume = in_time, resume
-        return run._work(job)
+        return run._work(given)
 
     def drain():
         while not any((models / ".runs").glob("*/checkpoint_manager_snapshot.json")):  # the first epoch's

@@ -5,21 +5,25 @@ import re
 import shutil
 import traceback
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import GIVEN, in_fresh_process, save_test_crops, with_small_head
+from conftest import GIVEN, in_fresh_process, job_of, save_test_crops, with_small_head
 from tensorboardX.proto.event_pb2 import Event
 
 from cluster.errors import DamageError, KuzushijiError, OptionError
-from cluster.manifest import ModelManifest, read_manifest, verify
+from cluster.manifest import read_manifest
+from cluster.models import ModelManifest
 from cluster.storage import place
 from job.config import MAY_DIFFER, TrainConfig, configs_of
 from job.train.driver import train
-from preprocessing.prepare import PrepareConfig, prepare
+from job.verify import verify
+from preprocessing.config import PrepareConfig
+from preprocessing.prepare import prepare
 from preprocessing.records import read_frames
 
 pytestmark = pytest.mark.usefixtures("ray_here")
@@ -51,27 +55,29 @@ def first_losses(dataset: Path, out: Path, workers: int) -> list[dict[str, np.nd
 
     from job.train.rendezvous import Rendezvous
 
-    def work(job: dict[str, Any]) -> None:
+    def work(given: dict[str, Any]) -> None:
         import keras
 
         from job.data.order import permutation
         from job.data.staging import staged
         from job.model import architectures
-        from job.train.step import make_strategy
-        from job.train.strategy import fix_what_bits_depend_on
+        from job.train.display import StartUp
+        from job.train.strategy import configure_tensorflow, make_strategy
         from job.train.worker import Training
 
         architectures.BASELINE_HEAD = (1000, 200)  # 15 % of the gradients to send
-        config = TrainConfig.model_validate(job["config"])
-        fix_what_bits_depend_on(config)
+        job = given["job"]
+        config = job.config
+        configure_tensorflow(config)
         strategy = make_strategy(config.workers)
         losses: dict[bool, list[float]] = {False: [], True: []}
-        with staged(place(job["dataset"]), ("train", "validation", "test")) as data:
+        with staged(place(job.dataset), ("train", "validation", "test")) as data:
             crops = data.splits["train"]
             order = permutation(len(crops), config.seed, 1)
             for dropout, steps in ((True, 2), (False, 20)):
                 keras.utils.set_random_seed(config.seed)
-                training = Training(config.model_copy(update={"dropout": dropout}), strategy, data, board=None)
+                as_told = replace(job, config=config.model_copy(update={"dropout": dropout}))
+                training = Training(as_told, strategy, data, StartUp())
                 first, images, labels = training.rows_of(crops, order, 0)
                 for _ in range(steps):
                     sums = training.steps.train(images, labels, first).numpy()
@@ -80,15 +86,14 @@ def first_losses(dataset: Path, out: Path, workers: int) -> list[dict[str, np.nd
             norms = [layer for layer in training.model.layers if isinstance(layer, keras.layers.BatchNormalization)]
             moving = np.concatenate([np.asarray(norm.moving_variance) for norm in norms])
             found = {"losses": losses[False], "with_dropout": losses[True], "statistics": moving}
-            np.savez(Path(job["out"]) / f"rank-{training.rank}.npz", **found)
+            np.savez(Path(given["out"]) / f"rank-{training.rank}.npz", **found)
 
     DataParallelTrainer(
         work,
         backend_config=Rendezvous(),
         # Of a size that no number of workers but 1 divides.
         train_loop_config={
-            "config": config(workers=workers, global_batch_size=25).model_dump(),
-            "dataset": str(dataset),
+            "job": job_of(config(workers=workers, global_batch_size=25), dataset=str(dataset)),
             "out": str(out),
         },
         scaling_config=ScalingConfig(num_workers=workers),
@@ -119,14 +124,15 @@ def test_any_number_of_workers_gives_the_same_losses(
 
 LOGICAL_DEVICES = """
 import sys, json
-import job, keras, numpy as np, tensorflow as tf
+import keras, numpy as np, tensorflow as tf
 devices = int(sys.argv[1])
 tf.config.threading.set_intra_op_parallelism_threads(1)
 cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * devices)
 from job.model import architectures
 from job.train.optimizer import FusedAdam
-from job.train.step import Steps, make_strategy, training_form
+from job.train.step import Steps, training_form
+from job.train.strategy import make_strategy
 architectures.BASELINE_HEAD = (500, 100)
 strategy = make_strategy(1)
 assert strategy.num_replicas_in_sync == devices
@@ -274,7 +280,7 @@ def test_a_loss_that_the_last_step_made_infinite_seals_nothing_is_not_tried_agai
     with pytest.raises(KuzushijiError, match=r"the loss must stay finite\..*in validation, epoch 1") as failure:
         train(place(real_dataset), place(tmp_path), [given], "nan")
     assert "run_epoch" in "".join(traceback.format_exception(failure.value))
-    assert "begin again" not in caplog.text
+    assert "restart" not in caplog.text
     assert not (tmp_path / "baseline").exists()
 
 
@@ -299,7 +305,7 @@ def test_a_step_that_memory_cannot_hold_is_one_line_and_not_tried_again(
     with pytest.raises(KuzushijiError, match=line) as failure:
         train(place(few), place(tmp_path), [config(epochs=1, global_batch_size=4)], "large")
     assert "ResourceExhaustedError" in "".join(traceback.format_exception(failure.value))
-    assert "begin again" not in caplog.text
+    assert "restart" not in caplog.text
 
 
 def test_bits_are_the_same_each_time_on_cpus_unless_asked_otherwise_and_on_gpus_if_asked() -> None:

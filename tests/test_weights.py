@@ -18,11 +18,11 @@ import pytest
 from conftest import KUZUSHIJI, KUZUSHIJI_WITH_SMALL_HEAD, in_fresh_process
 
 from cluster.errors import DamageError, InputError, OptionError
-from cluster.manifest import verify
 from cluster.storage import place
 from job.config import TRANSFER, configs_of
 from job.model.pretrained import IMAGENET, handed_over, local_copy, obtain
 from job.train.driver import train
+from job.verify import verify
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +226,7 @@ def test_a_lost_worker_repeats_one_saved_epoch_at_most_and_frozen_layers_stay_as
 
     marker = str(tmp_path / "died")
 
-    def work(job: dict[str, Any]) -> None:
+    def work(given: dict[str, Any]) -> None:
         import os
         import time
         from pathlib import Path
@@ -253,7 +253,7 @@ def test_a_lost_worker_repeats_one_saved_epoch_at_most_and_frozen_layers_stay_as
 
         StorageContext.persist_current_checkpoint, worker.Training._report = slowly, then_die
         architectures.HEAD = (16, 8)
-        run._work(job)
+        run._work(given)
 
     monkeypatch.setattr("job.train.run._work", work)
     monkeypatch.setattr("job.model.architectures.HEAD", (16, 8))

@@ -23,13 +23,13 @@ from numpy.typing import NDArray
 from upath import UPath
 
 from cluster.errors import DamageError, InputError
-from cluster.manifest import DatasetManifest, FileEntry, Shard, fault_of, read_manifest, size_fault_of
+from cluster.manifest import FileEntry, fault_of, read_manifest, size_fault_of
 from cluster.progress import progress
 from cluster.storage import fetch, is_local, list_files, writing_in
 from preprocessing.classes import LABELS_FILE, read_class_names
-from preprocessing.crop import SIDE
+from preprocessing.dataset import DatasetManifest, Shard
 from preprocessing.labels import parse_code_point, parse_id
-from preprocessing.records import FRAME_BYTES, decode_example, read_frames
+from preprocessing.records import FRAME_BYTES, SIDE, decode_example, read_frames
 
 PARSE_RECORDS = 1024
 LEAST_RECORD_BYTES = FRAME_BYTES + SIDE * SIDE

@@ -11,7 +11,8 @@ from typing import Any, Literal
 import keras
 from keras import layers
 
-SIDE = 80
+from preprocessing.records import SIDE
+
 BASELINE_HEAD = (5000, 1000)
 HEAD = (10000, 5000, 1000)
 FCN_FILTERS = (32, 64, 128, 256, 512, 1028)

@@ -2,26 +2,24 @@
 
 model.keras  labels.txt  config.json  metrics.json  history.jsonl  per_class.csv  misclassified.csv  README.md
 manifest.json
+
+`job.train.result` makes the texts; here the folder is written, checked and loaded.
 """
 
 import json
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
 from upath import UPath
 
 from cluster.errors import DamageError
 from cluster.manifest import (
     FileEntry,
-    ModelManifest,
     fault_of,
     is_sealed,
     read_manifest,
@@ -29,20 +27,17 @@ from cluster.manifest import (
     size_fault_of,
     write_listed,
 )
-from cluster.models import point_to_latest, resolve_model
+from cluster.models import ModelManifest, point_to_latest, resolve_model
 from cluster.storage import fetch, list_files, new_file, read_bytes, sha256_of, writing_in
-from job.config import TRANSFER, TrainConfig
-from job.data.staging import StagedDataset
-from job.metrics import metrics, misclassified, per_class
 from job.model.load_tensorflow import load_tensorflow
 from preprocessing.classes import read_class_names
-from preprocessing.split import SPLITS
 
 if TYPE_CHECKING:
     import keras
 
 MODEL_FILE = "model.keras"
 LABELS_FILE = "labels.txt"
+CONFIG_FILE = "config.json"
 METRICS_FILE = "metrics.json"
 # All that Keras writes for the classifiers: asset files are unpacked without asking where their paths lead.
 MODEL_MEMBERS = ["config.json", "metadata.json", "model.weights.h5"]
@@ -77,42 +72,6 @@ def write_model(
     seal(folder, manifest)
     point_to_latest(folder, manifest)
     return manifest
-
-
-def folder_texts(
-    config: TrainConfig,
-    run: str,
-    model: "keras.Model",
-    predictions: Mapping[str, NDArray[np.float32]],
-    dataset: StagedDataset,
-    history: Sequence[Mapping[str, Any]],
-    best_epoch: int,
-) -> dict[str, str]:
-    """All files of a model folder but the model: name to content.
-
-    predictions: of each split, (N, 4) as `Steps.predict` gives them. history: a row an epoch.
-    """
-    names, test = dataset.class_names, dataset.splits["test"]
-    recorded = config.model_dump()
-    numbers: dict[str, Any] = {
-        split: metrics(predictions[split], dataset.splits[split].labels, names) for split in SPLITS
-    }
-    numbers |= {
-        "parameters": model.count_params(),
-        "classes": len(names),
-        "best_epoch": best_epoch,
-        "seconds": sum(row["seconds"] for row in history),
-        "versions": {package: version(package) for package in ("kuzushiji", "keras", "ray", "tensorflow")},
-    }
-    return {
-        LABELS_FILE: "".join(f"{name}\n" for name in names),
-        "config.json": json.dumps(recorded, indent=2) + "\n",
-        METRICS_FILE: json.dumps(numbers, indent=2) + "\n",
-        "history.jsonl": "".join(json.dumps(row) + "\n" for row in history),
-        "per_class.csv": per_class(predictions["test"], test.labels, names).to_csv(index=False),
-        "misclassified.csv": misclassified(predictions["test"], test, names).to_csv(index=False),
-        "README.md": model_card(recorded, numbers, run, dataset.manifest.config.get("split", "unknown")),
-    }
 
 
 def load_model(place: UPath) -> tuple["keras.Model", list[str], UPath]:
@@ -183,50 +142,6 @@ def finished_config(folder: UPath) -> dict[str, Any] | None:
     """What a finished model folder was trained with: its config and `dataset_manifest_sha256`; None without one."""
     if not is_sealed(folder):
         return None
-    return read_json(folder / "config.json") | {
+    return read_json(folder / CONFIG_FILE) | {
         "dataset_manifest_sha256": read_manifest(folder, ModelManifest).dataset_manifest_sha256
     }
-
-
-def model_card(config: Mapping[str, Any], metrics: Mapping[str, Any], run: str, dataset: str) -> str:
-    """README.md of a model folder, in Markdown."""
-    header = "| split | crops | accuracy | without rare | top 5 | macro F1 | loss |\n|---|---|---|---|---|---|---|"
-    rows = "\n".join(
-        f"| {split} | {m['examples']:,} | {m['accuracy']:.4f} | {_optional(m['accuracy_without_rare'])} "
-        f"| {m['top5']:.4f} | {m['macro_f1']:.4f} | {m['loss']:.4f} |"
-        for split, m in ((split, metrics[split]) for split in SPLITS)
-    )
-    return f"""# {config["architecture"]}, run {run}
-
-A classifier of Kuzushiji characters: {metrics["parameters"]:,} parameters, {metrics["classes"]} classes
-(`{LABELS_FILE}`, a line each).
-
-{header}
-{rows}
-
-- Input: N x 80 x 80 x 1, uint8 or float, 0..255, cut as in `kuzushiji prepare`; scaling is inside.{_any_size(config)}
-  Output: probabilities.
-- Load it: `keras.saving.load_model("{MODEL_FILE}", compile=False)`, safe mode on, no package of ours needed.
-- Trained with Adam, learning rate {config["learning_rate"]:g}, global batch {config["global_batch_size"]},
-  epochs at most: {config["epochs"]}, seed {config["seed"]}, {config["precision"]},
-  class weights: {config["class_weights"]}; the weights are those of epoch {metrics["best_epoch"]},
-  the best in validation.{_base(config)}
-- Split of the dataset: {dataset}. What `rare` holds is not told apart.
-- The licence of the training data binds what is made from them: CC BY-SA 4.0 for Kaggle's *Kuzushiji Recognition*
-pages.
-"""
-
-
-def _any_size(config: Mapping[str, Any]) -> str:
-    return " Any height and width will do." if config["architecture"] == "fcn" else ""
-
-
-def _base(config: Mapping[str, Any]) -> str:
-    if config["architecture"] not in TRANSFER:
-        return ""
-    trained = {"last": "its last layers were trained", "all": "all its layers were trained"}[config["unfreeze"]]
-    return f"\n- The base began with the weights: {config['weights']}; {trained}."
-
-
-def _optional(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"

@@ -1,37 +1,27 @@
-"""Loading TensorFlow in the process that people look at, and how long what comes before the first step takes."""
+"""Loading TensorFlow: the backend of Keras, no noise on the terminal, and the memory of GPUs."""
 
 import os
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from cluster.progress import waiting
 
 
-class StartUp:
-    """What a worker does before its first step, in parts."""
+def choose_backend() -> None:
+    """Let Keras use TensorFlow in this process, whatever the user's `~/.keras/keras.json` names.
 
-    def __init__(self) -> None:
-        self._began = self._last = time.perf_counter()
-        self._parts: list[str] = []
-
-    def ends(self, part: str) -> None:
-        """A part ends now; the next begins."""
-        now = time.perf_counter()
-        self._parts.append(f"{part} {now - self._last:.1f}")
-        self._last = now
-
-    def __str__(self) -> str:
-        return f"{self._last - self._began:.1f} s ({', '.join(self._parts)})"
+    Keras reads the variable when it is imported: commands and workers call this first.
+    """
+    os.environ["KERAS_BACKEND"] = "tensorflow"
 
 
 @contextmanager
 def without_chatter() -> Iterator[None]:
-    """Turn standard error away while TensorFlow loads and looks for devices.
+    """Silence standard error while TensorFlow loads and looks for devices.
 
-    What its libraries print then obeys no setting (github.com/tensorflow/tensorflow/issues/79029), and tells of no
-    fault: a failure to load raises.
+    No setting controls what its libraries print then (github.com/tensorflow/tensorflow/issues/79029). Nothing is lost:
+    a failure to load raises.
     """
     sys.stderr.flush()
     stderr = os.dup(2)
@@ -46,18 +36,19 @@ def without_chatter() -> Iterator[None]:
 
 
 def load_tensorflow(gpus: bool = True) -> None:
-    """Import TensorFlow and let it find its devices; without `gpus`, leave those to other processes."""
+    """Import TensorFlow and let it find its devices. Without `gpus`, leave the GPUs to other processes."""
+    choose_backend()
     with waiting("TensorFlow loads ..."), without_chatter():
         import tensorflow as tf
 
         configure_gpus(gpus)
-        # 10 bits of mantissa are enough to train, but what a finished model gives shall be what it gives on a CPU.
+        # TensorFloat-32 (10 bits of mantissa) is enough to train, but a finished model must give what it gives on CPUs.
         tf.config.experimental.enable_tensor_float_32_execution(False)
         tf.config.list_logical_devices()
 
 
 def configure_gpus(gpus: bool) -> None:
-    """Before TensorFlow runs anything: let GPU memory grow as needed, or, without `gpus`, hide the GPUs."""
+    """Let the use of GPU memory grow as needed, or, without `gpus`, hide the GPUs. Before TensorFlow runs anything."""
     import tensorflow as tf
 
     if not gpus:

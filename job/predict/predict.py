@@ -1,55 +1,47 @@
-"""Reading new pages: a Ray Data job from page scans and boxes to characters and text, in a sealed folder.
+"""`predict`: page scans and boxes in, a sealed folder of characters and text out."""
 
-predictions-00000-of-00016.parquet ...   a row a box, in the order of reading
-pages-00000-of-00016.parquet ...         a row a page: its text
-manifest.json                            what was lost, what was read with; written last
-"""
-
-import json
-import re
 import socket
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from pydantic import BaseModel
 from upath import UPath
 
-from cluster.bucket import explained
-from cluster.errors import DamageError, InputError, KuzushijiError, OptionError, one_line
-from cluster.manifest import (
-    FileEntry,
-    ModelManifest,
-    PredictionsManifest,
-    is_sealed,
-    read_manifest,
-    seal,
-    size_fault_of,
-    write_listed,
-)
-from cluster.models import resolve_model
-from cluster.storage import (
-    TEMPORARY_PREFIX,
-    list_files,
-    list_folders,
-    place,
-    remove_temporaries,
-    write_bytes,
-)
+from cluster.errors import DamageError, InputError, KuzushijiError, OptionError
+from cluster.manifest import FileEntry, read_manifest, seal, size_fault_of, write_listed
+from cluster.models import ModelManifest, resolve_model
+from cluster.runtime import map_tasks
+from cluster.storage import list_files, place, remove_temporaries, write_bytes
 from job.model.folder import load_model
 from job.model.load_tensorflow import configure_gpus, without_chatter
 from job.predict.annotate import annotated
-from job.predict.readings import Read, accuracy
-from preprocessing.cutting import cut_boxes, group_pages, run_groups
+from job.predict.folder import PredictionsManifest, clear, table_name
+from job.predict.readings import Readings, accuracy
+from preprocessing.cutting import cut_boxes
+from preprocessing.dataset import Clipped, Loss
 from preprocessing.labels import read_labels
 from preprocessing.pages import fingerprint, list_pages, page_reader
+from preprocessing.plan import Group, group_pages, number_of_groups
 
 BOXES_PER_GROUP = 2_000  # some seconds of work
-PICTURE_SUFFIX = ".jpeg"  # not that of pages: no scan can be overwritten
-OURS = re.compile(r"(predictions|pages)-[0-9]{5}-of-[0-9]{5}\.(parquet|csv)")
-MIN_GROUPS = 16  # as of `prepare`: a laptop's cores have work, whatever their number
+PICTURE_SUFFIX = ".jpeg"  # not the suffix of pages: no scan can be overwritten
 VERSIONED = ("kuzushiji", "keras", "opencv-python-headless", "pandas", "pyarrow", "simplejpeg", "tensorflow")
+
+
+class GroupReport(BaseModel):
+    """What was read in a group."""
+
+    files: list[FileEntry]
+    losses: list[Loss]
+    clipped: list[Clipped]
+    read: int
+    """Number of boxes read."""
+    correct: dict[str, int]
+    """Counts from which `readings.accuracy` is computed."""
 
 
 def predict(
@@ -61,45 +53,62 @@ def predict(
     annotate: UPath | None = None,
     gpus: int = 0,
 ) -> PredictionsManifest:
-    """Read the boxes of a file on their pages. form: `parquet` or `csv`. annotate: where pictures of the pages go.
-    gpus: so many actors with a GPU each read them; 0: a task a CPU does.
+    """Read the boxes of a file on their pages.
+
+    form: `parquet` or `csv`. annotate: folder for the annotated pages. gpus: number of processes with one GPU each;
+    0: one process on each CPU.
 
     Raises:
-        OptionError: `out` holds something else, or is where the pictures go; or there are fewer GPUs on this machine.
+        OptionError: `out` holds something else, or is also the folder for the annotated pages; or this machine has
+            fewer GPUs.
         InputError: boxes or pages can't be used, or no box could be read.
-        DamageError: the model is not what its manifest says, or the workers wrote into other folders.
+        DamageError: the model is not what its manifest says, or the workers wrote into different folders.
     """
     if annotate and str(annotate) == str(out):
         raise OptionError(f"--annotate must be another folder than --out. Received: {out} for both")
     folder = resolve_model(model)
-    model_manifest = read_manifest(folder, ModelManifest)
+    model_sha256 = read_manifest(folder, ModelManifest).sha256
     labels = read_labels(boxes, "--boxes", bare=True)
-    listing = list_pages(pages)
-    _clear(out)
-    rows = group_pages(labels, listing, max(MIN_GROUPS, -(-len(labels.boxes) // BOXES_PER_GROUP)))
-    for row in rows:
-        of = f"{row['group']:05d}-of-{len(rows):05d}.{form}"
-        row |= {"predictions_file": f"predictions-{of}", "pages_file": f"pages-{of}"}
-    places = {"model": str(folder), "pages": str(pages), "out": str(out), "annotate": str(annotate or "")}
-    how = places | {"model_sha256": model_manifest.sha256}
-    reports = run_groups(rows, "pages read", GpuReader if gpus else read_group, how, gpus)
-    losses = [loss for report in reports for loss in report["losses"]]
+    files = list_pages(pages)
+    clear(out)
+    groups = group_pages(labels, files, number_of_groups(len(labels.boxes), BOXES_PER_GROUP))
+    read_group = ReadGroup(
+        str(folder),
+        model_sha256,
+        str(pages),
+        str(out),
+        str(annotate) if annotate else None,
+        form,
+        len(groups),
+        gpus > 0,
+    )
+    reports = map_tasks(
+        groups,
+        read_group,
+        GroupReport,
+        what="pages read",
+        unit="pages",
+        sizes=[len(group.page_ids) for group in groups],
+        keep=True,
+        gpus=gpus,
+    )
+    losses = [loss for report in reports for loss in report.losses]
     if len(losses) == len(labels.boxes):
         raise InputError(f"a box at least must be readable. Received: {len(losses)} lost, first: {losses[0]['what']}")
-    files = [FileEntry.model_validate(entry) for report in reports for entry in report["files"]]
+    written = [entry for report in reports for entry in report.files]
     there = list_files(out)
-    if faults := [fault for entry in files if (fault := size_fault_of(entry, there))]:
+    if faults := [fault for entry in written if (fault := size_fault_of(entry, there))]:
         raise DamageError(f"--out must be one folder for all workers. Received: {out}, where {faults[0]}")
-    read = sum(report["read"] for report in reports)
-    assert read + len(losses) == len(labels.boxes), "boxes = those that were read + listed losses"
+    read = sum(report.read for report in reports)
+    assert read + len(losses) == len(labels.boxes), "boxes in the file = boxes read + listed losses"
     manifest = PredictionsManifest(
-        files=files,
+        files=written,
         counts={"boxes": len(labels.boxes), "read": read, "pages": len(labels.page_ids)},
-        accuracy=accuracy([report["sums"] for report in reports]),
+        accuracy=accuracy([report.correct for report in reports]),
         losses=losses,
-        clipped=[entry for report in reports for entry in report["clipped"]],
-        model_manifest_sha256=model_manifest.sha256,
-        fingerprint=fingerprint(labels.sha256, listing),
+        clipped=[box for report in reports for box in report.clipped],
+        model_manifest_sha256=model_sha256,
+        fingerprint=fingerprint(labels.sha256, files),
         versions={package: version(package) for package in VERSIONED},
     )
     remove_temporaries(out)
@@ -107,108 +116,80 @@ def predict(
     return manifest
 
 
-def _clear(out: UPath) -> None:
-    """Remove what an attempt that was killed left; nothing else.
+@dataclass
+class ReadGroup:
+    """The work of `predict` on a group. An instance loads the model with its first group and keeps it.
 
-    Raises:
-        OptionError: something else is there.
+    Not when it is made: Ray Data loses what the constructor of an actor raises.
     """
-    if is_sealed(out):
-        raise OptionError(f"--out must be a new or empty folder. Received: {out}, a finished one")
-    there = [name for name in list_files(out) if not name.startswith(TEMPORARY_PREFIX)]
-    if others := [*list_folders(out), *(name for name in there if not OURS.fullmatch(name))]:
-        raise OptionError(f"--out must be a new or empty folder. Received: {out}, with {sorted(others)[0]}")
-    for name in there:
-        (out / name).unlink(missing_ok=True)
-    remove_temporaries(out)
 
+    model: str
+    model_sha256: str
+    """Of its manifest."""
+    pages: str
+    out: str
+    annotate: str | None
+    form: str
+    groups: int
+    """Number of all groups, for the names of the tables."""
+    on_gpu: bool
 
-class Reader:
-    """Reads groups of pages with a model that it loads once."""
-
-    def __init__(self, model: str, model_sha256: str, pages: str, out: str, annotate: str, on_gpu: bool) -> None:
-        """model_sha256: of the model's manifest. annotate: "" for no pictures.
-
-        Raises:
-            KuzushijiError: TensorFlow can't use the GPU.
-            DamageError: the model is another one meanwhile.
+    def __call__(self, group: Group) -> GroupReport:
+        """Raises:
+        KuzushijiError: TensorFlow can't use the GPU.
+        DamageError: the model was replaced.
+        OSError: pages can't be read, or tables can't be written.
         """
+        inference, class_names = self._loaded
+        code_points = np.array(group.code_points, np.int32)
+        readings = Readings.of(cut_boxes(group, place(self.pages)), inference, class_names, code_points)
+        tables = {"predictions": readings.predictions(), "pages": readings.texts(group.page_ids)}
+        files = [self._write(kind, table, group) for kind, table in tables.items()]
+        if self.annotate:
+            _annotate(group, readings, place(self.pages), place(self.annotate))
+        return GroupReport(
+            files=files,
+            losses=readings.losses(),
+            clipped=[{"box": cut.box, "page": cut.page_id} for cut in readings.cuts if cut.clipped],
+            read=len(readings.found),
+            correct=readings.correct(),
+        )
+
+    @cached_property
+    def _loaded(self) -> tuple[Any, list[str]]:
+        """The `Inference` of the model, and the names of its classes."""
         with without_chatter():
             import tensorflow as tf
 
-            # For one thread: Ray runs such a process on each core, and the same threads give the same bits.
+            # One thread: Ray runs such a process on each core, and the same number of threads gives the same bits.
             tf.config.threading.set_intra_op_parallelism_threads(1)
             tf.config.threading.set_inter_op_parallelism_threads(1)
             tf.config.experimental.enable_op_determinism()
-            # Ray leaves the GPUs in sight of tasks that ask for none: each would take its memory.
-            configure_gpus(on_gpu)
-            from job.train.step import Steps
-        if on_gpu and not tf.config.list_logical_devices("GPU"):
+            # Ray does not hide GPUs from processes that ask for none: each would take memory of each GPU.
+            configure_gpus(self.on_gpu)
+        if self.on_gpu and not tf.config.list_logical_devices("GPU"):
             raise KuzushijiError(
                 f"--gpus must be GPUs that TensorFlow can use. Received: none on {socket.gethostname()}. Look whether "
                 "requirements-gpu.lock is installed there, and a driver for CUDA 12"
             )
-        if read_manifest(place(model), ModelManifest).sha256 != model_sha256:
-            raise DamageError(f"--model must stay as it is while it is used. Received: {model}, another one meanwhile")
-        loaded, self.names, _ = load_model(place(model))
-        self.steps = Steps(tf.distribute.get_strategy(), 1, loaded)
-        self.pages, self.out, self.annotate = place(pages), place(out), place(annotate) if annotate else None
+        if read_manifest(place(self.model), ModelManifest).sha256 != self.model_sha256:
+            raise DamageError(
+                f"--model must stay as it is while it is used. Received: {self.model}, another one meanwhile"
+            )
+        model, class_names, _ = load_model(place(self.model))
+        from job.model.inference import Inference
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Read a row of `predict`. Returns {"group", "report": JSON}."""
-        read = Read.of(cut_boxes(row, self.pages), self.steps, self.names, np.array(row["unicode"], np.int32))
-        tables = {row["predictions_file"]: read.predictions(), row["pages_file"]: read.texts(row["image_id"])}
-        files = [write_listed(self.out / name, _encoded(table, name)) for name, table in tables.items()]
-        if self.annotate:
-            _draw(row, read, self.pages, self.annotate)
-        report = {
-            "files": [entry.model_dump() for entry in files],
-            "losses": read.losses(),
-            "clipped": [{"page": cut.page_id, "box": cut.box} for cut in read.cuts if cut.clipped],
-            "read": len(read.found),
-            "sums": read.sums(),
-        }
-        return {"group": row["group"], "report": json.dumps(report, ensure_ascii=False)}
+        return Inference(model), class_names
+
+    def _write(self, kind: str, table: pd.DataFrame, group: Group) -> FileEntry:
+        data = table.to_csv(index=False).encode() if self.form == "csv" else table.to_parquet(index=False)
+        return write_listed(place(self.out) / table_name(kind, group.number, self.groups, self.form), data)
 
 
-class GpuReader:
-    """An actor of Ray Data, on a GPU of its own. The model is loaded with the first row: Ray Data loses what a
-    constructor raises.
-    """
-
-    def __init__(self, **how: Any) -> None:
-        """how: what a `Reader` is made with."""
-        self.how = how
-
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        return read_group(row, on_gpu=True, **self.how)
-
-
-def read_group(row: dict[str, Any], on_gpu: bool = False, **how: Any) -> dict[str, Any]:
-    """A task of Ray Data, or a call of `GpuReader`. how: what a `Reader` is made with.
-
-    Raises:
-        KuzushijiError: whatever failed for reasons outside the code.
-    """
-    try:
-        return _reader(on_gpu=on_gpu, **how)(row)
-    except OSError as error:  # Ray Data would put its own text where the path is
-        raise explained(error) or KuzushijiError(one_line(error)) from error
-
-
-@lru_cache(maxsize=1)
-def _reader(**how: Any) -> Reader:
-    """Once in each of Ray's processes, which do one task after the other."""
-    return Reader(**how)
-
-
-def _draw(row: dict[str, Any], read: Read, pages: UPath, folder: UPath) -> None:
+def _annotate(group: Group, readings: Readings, pages: UPath, folder: UPath) -> None:
+    """Write a picture of each page that has readings."""
     with page_reader(pages) as read_page:
-        for page_id, name in zip(row["image_id"], row["name"], strict=True):
-            if page_id in read.of_page:
-                picture = annotated(read_page(name), *read.for_picture(page_id))
-                write_bytes(folder / f"{page_id}{PICTURE_SUFFIX}", picture)
-
-
-def _encoded(table: pd.DataFrame, name: str) -> bytes:
-    return table.to_csv(index=False).encode() if name.endswith(".csv") else table.to_parquet(index=False)
+        for page in group.pages:
+            if page.id in readings.of_page:
+                picture = annotated(read_page(page.file_name), *readings.for_picture(page.id))
+                write_bytes(folder / f"{page.id}{PICTURE_SUFFIX}", picture)

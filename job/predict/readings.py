@@ -13,6 +13,7 @@ from job.metrics import RARE_SHOWN, shown
 from job.predict.columns import columns
 from preprocessing.classes import class_indices
 from preprocessing.cutting import Cut
+from preprocessing.dataset import Loss
 from preprocessing.labels import UNKNOWN, code_point_name
 
 BATCH = 512
@@ -21,8 +22,8 @@ ALTERNATIVES = 2  # that a picture has room for, beside a 〓
 
 
 @dataclass(frozen=True)
-class Read:
-    """A group, read. N boxes, of which some are lost; n of them are not.
+class Readings:
+    """A group that was read. N boxes, of which n were read and the others are lost.
 
     cuts: N, without their crops. code_points: (N,). found: (n,) the numbers of those that are not lost. top: (n, 5)
     classes, the best first. probabilities: (n, 5). names: of the classes. of_page: page id to the numbers, among the
@@ -38,7 +39,7 @@ class Read:
     of_page: dict[str, list[list[int]]]
 
     @classmethod
-    def of(cls, cuts: Iterator[Cut], steps: Any, names: list[str], code_points: NDArray[np.int32]) -> Self:
+    def of(cls, cuts: Iterator[Cut], inference: Any, names: list[str], code_points: NDArray[np.int32]) -> Self:
         """Predict in batches: a page may have more boxes than memory has room for crops."""
         seen, parts, waiting = [], [], []
         for cut in cuts:
@@ -46,10 +47,10 @@ class Read:
             if cut.crop is not None:
                 waiting.append(cut.crop)
             if len(waiting) == BATCH:
-                parts.append(steps.top(np.stack(waiting)[..., None], TOP))
+                parts.append(inference.top(np.stack(waiting)[..., None], TOP))
                 waiting = []
         if waiting:
-            parts.append(steps.top(np.stack(waiting)[..., None], TOP))
+            parts.append(inference.top(np.stack(waiting)[..., None], TOP))
         width = min(TOP, len(names))
         top = np.concatenate([np.empty((0, width), np.int64), *(of_batch for of_batch, _ in parts)])
         probabilities = np.concatenate([np.empty((0, width), np.float32), *(of_batch for _, of_batch in parts)])
@@ -113,8 +114,8 @@ class Read:
         labels = class_indices(self.names, told)
         return self.top[:, 0] == labels, told != UNKNOWN, labels
 
-    def sums(self) -> dict[str, int]:
-        """What accuracies are computed from."""
+    def correct(self) -> dict[str, int]:
+        """The counts from which `accuracy` is computed."""
         right, known, labels = self._judged()
         not_rare = known & (labels != len(self.names) - 1)
         counted = {
@@ -126,9 +127,9 @@ class Read:
         }
         return {name: int(np.count_nonzero(which)) for name, which in counted.items()}
 
-    def losses(self) -> list[dict[str, Any]]:
+    def losses(self) -> list[Loss]:
         return [
-            {"page": cut.page_id, "box": cut.box, "unicode": _told(code), "what": cut.fault}
+            {"box": cut.box, "page": cut.page_id, "unicode": _told(code), "what": cut.fault}
             for cut, code in zip(self.cuts, self.code_points.tolist(), strict=True)
             if cut.fault
         ]

@@ -10,14 +10,14 @@ import pandas as pd
 from numpy.typing import NDArray
 from upath import UPath
 
-from cluster.manifest import DatasetManifest
 from cluster.storage import is_file
 from job.data.staging import StagedDataset, staged
 from job.report import html as page
 from job.report import plots
 from job.report.side_files import report_file, write_beside
+from preprocessing.config import SPLITS
+from preprocessing.dataset import DatasetManifest
 from preprocessing.labels import book_of, code_point_name
-from preprocessing.split import SPLITS
 
 MOST_BYTES = 10**10  # of a dataset that `prepare` stages again, on the disk of the machine that it was started on
 EXAMPLES = 48  # of each split

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from upath import UPath
 
 from cluster.errors import DamageError, InputError, OptionError, one_line
-from cluster.manifest import ModelManifest, read_manifest
-from cluster.models import read_latest
+from cluster.manifest import read_manifest
+from cluster.models import ModelManifest, read_latest
 from cluster.storage import list_folders, read_bytes
 from job.data.staging import Crops, StagedDataset, staged
 from job.metrics import confusions, shown
@@ -22,8 +22,8 @@ from job.model.folder import METRICS_FILE, load_model
 from job.model.load_tensorflow import load_tensorflow
 from job.report import html as page
 from job.report import plots
+from preprocessing.config import SPLITS
 from preprocessing.labels import book_of
-from preprocessing.split import SPLITS
 
 if TYPE_CHECKING:
     import keras

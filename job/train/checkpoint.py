@@ -7,7 +7,7 @@ Frozen layers are not in it: a training that goes on reads their weights where i
 import json
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from upath import UPath
 
 from cluster.storage import list_folders, remove_folder
+from job.train.result import EpochRow
 
 STATE_FILE = "state.json"
 ARRAYS_FILE = "arrays.npz"
@@ -37,7 +38,7 @@ class State:
     waited: float = 0.0
     best_epoch: int = 0
     best_accuracy: float = -1.0
-    history: list[dict[str, Any]] = field(default_factory=list)
+    history: list[EpochRow] = field(default_factory=list)
 
     @property
     def is_best(self) -> bool:
@@ -65,12 +66,14 @@ def write_checkpoint(folder: Path, state: State, variables: Sequence[Any], best:
     if not state.is_best:
         arrays |= {f"best_{i}": weights for i, weights in enumerate(best)}
     np.savez(folder / ARRAYS_FILE, allow_pickle=False, **arrays)
-    (folder / STATE_FILE).write_text(json.dumps(vars(state)))
+    (folder / STATE_FILE).write_text(json.dumps(asdict(state)))
 
 
 def read_checkpoint(folder: Path, variables: Sequence[Any]) -> tuple[State, list[NDArray[Any]]]:
     """Set the variables; returns the state, and the best weights, empty where they are the variables."""
-    state = State(**json.loads((folder / STATE_FILE).read_text()))
+    content = json.loads((folder / STATE_FILE).read_text())
+    content["history"] = [EpochRow(**row) for row in content["history"]]
+    state = State(**content)
     with np.load(folder / ARRAYS_FILE, allow_pickle=False) as arrays:
         for i, variable in enumerate(variables):
             variable.assign(arrays[f"variable_{i}"])

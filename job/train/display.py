@@ -1,6 +1,6 @@
-"""How trainings are seen while they run: the workers post what happens to a small actor, the driver shows it.
+"""What is seen of trainings while they run: workers post events to a small actor, the driver shows them.
 
-Posting never waits and never fails: losing a line must not lose a training.
+Posting never waits and never fails: losing an event must not stop a training.
 """
 
 import logging
@@ -9,6 +9,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Self
 
 import ray
@@ -24,69 +25,141 @@ log = logging.getLogger("kuzushiji")
 SECONDS_BETWEEN_POSTS = 1.0
 
 
+@dataclass(frozen=True)
+class LogLine:
+    """A line for the log."""
+
+    architecture: str
+    text: str
+
+
+@dataclass(frozen=True)
+class RunState:
+    """A run starts or ends."""
+
+    architecture: str
+    state: str
+    starts: bool = False
+
+
+@dataclass(frozen=True)
+class Activity:
+    """What a training does between steps."""
+
+    architecture: str
+    text: str
+
+
+@dataclass(frozen=True)
+class StepDone:
+    """Where a training is: step `step` of `steps` in epoch `epoch` of `epochs`, all from 1."""
+
+    architecture: str
+    epoch: int
+    epochs: int
+    step: int
+    steps: int
+    loss: float
+    """Mean over the epoch so far, of the crops of worker 0."""
+    accuracy: float
+    """Likewise."""
+    crops_per_s: float
+
+    def __str__(self) -> str:
+        return (
+            f"epoch {self.epoch}/{self.epochs}, step {self.step}/{self.steps}, loss {self.loss:.4f}, "
+            f"accuracy {self.accuracy:.4f}, {self.crops_per_s:,.0f} crops/s"
+        )
+
+
+Event = LogLine | RunState | Activity | StepDone
+
+
 class Board:
-    """Events in the order in which they came. An event names its `architecture`, and has `step` while an epoch runs,
-    `text` for a log line, `doing` for what goes on between the steps, or `state` when a run starts or ends.
-    """
+    """The actor: events in the order in which they arrive."""
 
     def __init__(self) -> None:
-        self._events: list[dict[str, Any]] = []
+        self._events: list[Event] = []
 
-    def post(self, event: dict[str, Any]) -> None:
+    def post(self, event: Event) -> None:
         self._events.append(event)
 
-    def take(self) -> list[dict[str, Any]]:
+    def take(self) -> list[Event]:
+        """The events since the last call."""
         events, self._events = self._events, []
         return events
 
 
-class Voice:
-    """A worker's. What rank 0 tells of stands for all."""
+class Reporter:
+    """Posts the events of one worker. What concerns all workers alike is posted by worker 0 only."""
 
     def __init__(self, board: Any, architecture: str, rank: int) -> None:
+        """board: handle of the actor."""
         self._board, self._architecture, self._rank = board, architecture, rank
         self._last = time.monotonic()
 
-    def post(self, text: str) -> Any:
-        """A log line, of any rank. Returns the Ray task."""
-        return self._board.post.remote({"architecture": self._architecture, "text": text})
+    def log_from_any(self, text: str) -> Any:
+        """Log a line from whichever worker this is. Returns the Ray task."""
+        return self._board.post.remote(LogLine(self._architecture, text))
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         if self._rank == 0:
-            self.post(text)
+            self.log_from_any(text)
 
-    def due(self) -> bool:
-        """Whether it is time again to show how far the work is."""
+    def is_due(self) -> bool:
+        """Whether it is time to show the progress again."""
         now = time.monotonic()
         if self._rank > 0 or now - self._last < SECONDS_BETWEEN_POSTS:
             return False
         self._last = now
         return True
 
-    def show(self, **event: Any) -> None:
+    def show_activity(self, text: str) -> None:
         if self._rank == 0:
-            self._board.post.remote({"architecture": self._architecture} | event)
+            self._board.post.remote(Activity(self._architecture, text))
+
+    def show_step(self, epoch: int, epochs: int, step: int, steps: int, **numbers: float) -> None:
+        """numbers: `loss`, `accuracy` and `crops_per_s` of `StepDone`."""
+        if self._rank == 0:
+            self._board.post.remote(StepDone(self._architecture, epoch, epochs, step, steps, **numbers))
 
 
-class TellFailures(UserCallback):  # type: ignore[misc]  # Ray has no types
-    """Says why workers were lost, since Ray Train starts them again without a word to the user."""
+class StartUp:
+    """Times what a worker does before its first step."""
+
+    def __init__(self) -> None:
+        self._began = self._last = time.perf_counter()
+        self._parts: list[str] = []
+
+    def ends(self, part: str) -> None:
+        """A part ends now; the next begins."""
+        now = time.perf_counter()
+        self._parts.append(f"{part} {now - self._last:.1f}")
+        self._last = now
+
+    def __str__(self) -> str:
+        return f"{self._last - self._began:.1f} s ({', '.join(self._parts)})"
+
+
+class LogFailures(UserCallback):  # type: ignore[misc]  # Ray has no types
+    """Logs why workers failed: Ray Train restarts them without a message to the user."""
 
     def __init__(self, board: Any, architecture: str) -> None:
-        self._board, self._architecture, self._told = board, architecture, ""
+        self._board, self._architecture, self._last = board, architecture, ""
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         rank, error = min(worker_exceptions.items())
         cause = one_line(cause_of(error))[:300]
-        text = f"worker {rank} failed; while tries are left, all begin again from the last checkpoint, if any: {cause}"
-        if text != self._told:  # of a host that is drained and gone, Ray tells again and again until its deadline
-            self._told = text
-            self._board.post.remote({"architecture": self._architecture, "text": text})
+        text = f"worker {rank} failed; while restarts are left, all workers restart from the last checkpoint: {cause}"
+        if text != self._last:  # Ray repeats the failure of a host that is drained and gone, until its deadline
+            self._last = text
+            self._board.post.remote(LogLine(self._architecture, text))
 
 
 @contextmanager
 def watched(architectures: Sequence[str]) -> Iterator[Any]:
-    """An actor to post to; what is posted is shown until the block ends."""
-    # Beside the driver: with a host that is lost, all that is told later would be lost.
+    """Start the actor. What workers post to it is shown until the block ends."""
+    # On the host of the driver: if the host of the actor were lost, so would be all later events.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     board: Any = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
     done = threading.Event()
@@ -111,27 +184,21 @@ def _show(board: Any, architectures: Sequence[str], done: threading.Event) -> No
             except ray.exceptions.RayError:
                 return
             for event in events:
-                if "text" in event:
-                    log.info("%s: %s", event["architecture"], event["text"])
-                elif "state" in event:
-                    lines.state(event["architecture"], event["state"])
-                elif "doing" in event:
-                    lines.doing(event["architecture"], event["doing"])
-                else:
-                    lines.step(event["architecture"], event)
+                match event:
+                    case LogLine():
+                        log.info("%s: %s", event.architecture, event.text)
+                    case RunState():
+                        lines.state(event)
+                    case Activity():
+                        lines.activity(event)
+                    case StepDone():
+                        lines.step(event)
             if last:
                 return
 
 
-def _describe(event: dict[str, Any]) -> str:
-    return (
-        f"epoch {event['epoch']}/{event['epochs']}, step {event['step']}/{event['steps']}, loss {event['loss']:.4f}, "
-        f"accuracy {event['accuracy']:.4f}, {event['crops_per_s']:,.0f} crops/s"
-    )
-
-
 class _LogLines:
-    """For logs: where the epoch of each architecture stands, every few seconds."""
+    """For logs: the progress of each architecture, every few seconds."""
 
     def __enter__(self) -> Self:
         self._last: dict[str, float] = defaultdict(time.monotonic)
@@ -139,21 +206,24 @@ class _LogLines:
 
     def __exit__(self, *_: object) -> None: ...
 
-    def state(self, architecture: str, state: str) -> None: ...
+    def state(self, event: RunState) -> None: ...
 
-    def step(self, architecture: str, event: dict[str, Any]) -> None:
-        self.doing(architecture, _describe(event))
+    def step(self, event: StepDone) -> None:
+        self._log(event.architecture, str(event))
 
-    def doing(self, architecture: str, text: str) -> None:
+    def activity(self, event: Activity) -> None:
+        self._log(event.architecture, event.text)
+
+    def _log(self, architecture: str, text: str) -> None:
         if time.monotonic() - self._last[architecture] >= SECONDS_BETWEEN_LINES:
             self._last[architecture] = time.monotonic()
             log.info("%s: %s", architecture, text)
 
 
 class _Table:
-    """For terminals: a row an architecture, with a bar over all steps of its training.
+    """For terminals: one row per architecture, with a bar over all steps of its training.
 
-    Drawn with each event, too: of those that come at once the screen would show the last alone.
+    Drawn after each event: of events that arrive together, the screen would show only the last.
     """
 
     def __init__(self, architectures: Sequence[str]) -> None:
@@ -174,19 +244,18 @@ class _Table:
     def __exit__(self, *_: object) -> None:
         self._bars.stop()
 
-    def state(self, architecture: str, state: str) -> None:
-        row = self._rows[architecture]
-        if state == "workers start":
+    def state(self, event: RunState) -> None:
+        row = self._rows[event.architecture]
+        if event.starts:
             self._bars.start_task(row)
         else:
             self._bars.stop_task(row)
-        self._bars.update(row, state=state, refresh=True)
+        self._bars.update(row, state=event.state, refresh=True)
 
-    def step(self, architecture: str, event: dict[str, Any]) -> None:
-        done = (event["epoch"] - 1) * event["steps"] + event["step"]
-        total = event["epochs"] * event["steps"]
-        row = self._rows[architecture]
-        self._bars.update(row, state=_describe(event), completed=done, total=total, refresh=True)
+    def step(self, event: StepDone) -> None:
+        done = (event.epoch - 1) * event.steps + event.step
+        total = event.epochs * event.steps
+        self._bars.update(self._rows[event.architecture], state=str(event), completed=done, total=total, refresh=True)
 
-    def doing(self, architecture: str, text: str) -> None:
-        self._bars.update(self._rows[architecture], state=text, refresh=True)
+    def activity(self, event: Activity) -> None:
+        self._bars.update(self._rows[event.architecture], state=event.text, refresh=True)

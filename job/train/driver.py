@@ -19,14 +19,15 @@ from typing import Any
 from upath import UPath
 
 from cluster.errors import DamageError, InputError, OptionError, one_line
-from cluster.manifest import DatasetManifest, read_manifest, verify
+from cluster.manifest import read_manifest, verify
 from cluster.runtime import ray_session
 from cluster.storage import is_local, plain_name
 from job.config import RECIPES, TrainConfig
 from job.model.pretrained import WeightsFile, obtain
 from job.report.side_files import REPORT_SUFFIX
 from job.train.run import Run
-from preprocessing.split import SPLITS
+from preprocessing.config import SPLITS
+from preprocessing.dataset import DatasetManifest
 
 log = logging.getLogger("kuzushiji")
 
@@ -136,7 +137,7 @@ def _side_by_side(ready: Mapping[Run, WeightsFile | None], began: float) -> Iter
     """Start the next run whenever the hosts hold one more, until all have ended. Yields each as it ends, with what it
     failed of. began: `time.monotonic()` of the command.
     """
-    from job.train.display import watched
+    from job.train.display import RunState, watched
 
     importlib.import_module("ray.train.v2.api.data_parallel_trainer")  # seconds; before there are threads
     ended: queue.SimpleQueue[tuple[Run, Exception | None]] = queue.SimpleQueue()
@@ -156,7 +157,7 @@ def _side_by_side(ready: Mapping[Run, WeightsFile | None], began: float) -> Iter
             while waiting and running < max(1, _runs_held(waiting[0].config)):
                 run = waiting.popleft()
                 running += 1
-                board.post.remote({"architecture": run.config.architecture, "state": "workers start"})
+                board.post.remote(RunState(run.config.architecture, "workers start", starts=True))
                 log.info(
                     "%s: %d workers start, %.1f s after the command",
                     run.config.architecture,
@@ -168,7 +169,7 @@ def _side_by_side(ready: Mapping[Run, WeightsFile | None], began: float) -> Iter
             with suppress(queue.Empty):
                 run, error = ended.get(timeout=SECONDS_BETWEEN_LOOKS)
                 running -= 1
-                board.post.remote({"architecture": run.config.architecture, "state": "failed" if error else "finished"})
+                board.post.remote(RunState(run.config.architecture, "failed" if error else "finished"))
                 yield run, error
 
 
@@ -200,7 +201,7 @@ def _check_run(run: str) -> None:
 def _check_dataset(dataset: UPath) -> DatasetManifest:
     """The manifest, after all files of a local dataset were hashed: a retry of the workers would not mend them."""
     manifest = read_manifest(dataset, DatasetManifest)
-    faults = verify(dataset)[1] if is_local(dataset) else []
+    faults = verify(dataset, [DatasetManifest])[1] if is_local(dataset) else []
     if faults:
         raise DamageError(f"{dataset}: {'; '.join(faults)}. Run the same prepare again: it makes again what is damaged")
     return manifest

@@ -11,8 +11,8 @@ from typing import Any
 from upath import UPath
 
 from cluster.errors import KuzushijiError, OptionError
-from cluster.manifest import ModelManifest, read_manifest
-from cluster.models import point_to_latest
+from cluster.manifest import read_manifest
+from cluster.models import ModelManifest, point_to_latest
 from cluster.runtime import cause_of
 from cluster.storage import (
     is_file,
@@ -26,13 +26,44 @@ from cluster.storage import (
 )
 from job.config import MAY_DIFFER, TrainConfig
 from job.model.folder import METRICS_FILE, finished_config, read_json
-from job.model.load_tensorflow import StartUp
+from job.model.load_tensorflow import choose_backend
 from job.model.pretrained import WeightsFile
 from job.train.tensorboard import curves_folder
 
 log = logging.getLogger("kuzushiji")
 
 RUNS_FOLDER = ".runs"
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """What each worker of a run gets."""
+
+    config: TrainConfig
+    weights: WeightsFile | None
+    """The pretrained weights; None: random initialization."""
+    dataset: str
+    """Place of the dataset folder."""
+    folder: str
+    """Place of the model folder to write."""
+    checkpoints: str
+    """Place of the folder of all checkpoints of the run."""
+    curves: str
+    """Place of the folder of the curves for TensorBoard."""
+    run: str
+    """Name of the run."""
+    board: Any
+    """Handle of the actor `display.Board`."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A failure that all workers have alike, and that a restart would not mend. (Ray Train retries what is raised.)"""
+
+    what: str
+    """One line for the user."""
+    where: str
+    """The traceback, for --debug."""
 
 
 @dataclass(frozen=True)
@@ -111,25 +142,26 @@ class Run:
         from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
         from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-        from job.train.display import TellFailures
+        from job.train.display import LogFailures
         from job.train.rendezvous import Rendezvous
 
         self._drop_torn_list()
         write_bytes(self._begun_with, (json.dumps(self._options(), indent=2) + "\n").encode())
         config, storage = self.config, self.models / RUNS_FOLDER
+        job = TrainJob(
+            config=config,
+            weights=weights,
+            dataset=str(self.dataset),
+            folder=str(self.folder),
+            checkpoints=str(self._checkpoints),
+            curves=str(curves_folder(self.models, config.architecture, self.name)),
+            run=self.name,
+            board=board,
+        )
         trainer = DataParallelTrainer(
             _work,
             backend_config=Rendezvous(),
-            train_loop_config={
-                "config": config.model_dump(),
-                "weights": vars(weights) if weights else None,
-                "dataset": str(self.dataset),
-                "folder": str(self.folder),
-                "checkpoints": str(self._checkpoints),
-                "curves": str(curves_folder(self.models, self.config.architecture, self.name)),
-                "run": self.name,
-                "board": board,
-            },
+            train_loop_config={"job": job},
             scaling_config=ScalingConfig(
                 num_workers=config.workers,
                 use_gpu=config.gpus_per_worker > 0,
@@ -143,16 +175,16 @@ class Run:
                 # Two: a recovery can begin from the checkpoint before the last.
                 checkpoint_config=CheckpointConfig(num_to_keep=2),
                 failure_config=FailureConfig(max_failures=config.max_failures),
-                callbacks=[TellFailures(board, config.architecture)],
+                callbacks=[LogFailures(board, config.architecture)],
             ),
         )
         try:
-            failure = trainer.fit().return_value
+            failure: Failure | None = trainer.fit().return_value
         except Exception as error:
             with writing_in(Path(self.models.path)) if is_local(self.models) else nullcontext():
                 raise cause_of(error) from error  # which holds the worker's traceback, for --debug
         if failure:
-            raise KuzushijiError(failure["what"]) from RuntimeError(failure["where"])
+            raise KuzushijiError(failure.what) from RuntimeError(failure.where)
         self.tidy()
 
     def _drop_torn_list(self) -> None:
@@ -181,14 +213,18 @@ class Run:
         self._begun_with.unlink(missing_ok=True)
 
 
-def _work(job: dict[str, Any]) -> dict[str, str] | None:
-    """Imported on the worker: the driver needs no TensorFlow."""
+def _work(config: dict[str, TrainJob]) -> Failure | None:
+    """The function that Ray Train runs on each worker. The rest is imported there: the driver needs no TensorFlow."""
+    job = config["job"]
+    choose_backend()
+    from job.train.display import LogLine, StartUp
+
     start_up = StartUp()
     import ray.train
 
     if ray.train.get_context().get_world_rank() == 0:
-        text = "the workers are there; TensorFlow takes a while to load"
-        job["board"].post.remote({"architecture": job["config"]["architecture"], "text": text})
+        text = "the workers have started; TensorFlow takes a while to load"
+        job.board.post.remote(LogLine(job.config.architecture, text))
     from job.train.worker import train_worker
 
     start_up.ends("loading TensorFlow")

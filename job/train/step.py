@@ -1,5 +1,4 @@
-"""What is computed: the training step, predictions, and batch norm's statistics, for one device or many on many
-workers.
+"""What a training computes: its step, its validation, and the statistics of batch norm, on one device or on many.
 
 One custom loop, since `keras.Model.fit` fails under MultiWorkerMirroredStrategy with Keras 3
 (github.com/keras-team/keras/issues/20585). A worker hands its rows of the global batch to `strategy.run` as one
@@ -16,16 +15,8 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from job.data.order import share
-from job.model.architectures import SIDE
+from job.model.inference import COUNT, IMAGES, LABELS, crops_per_step, predictions_of
 from job.train.dropout import BatchRows, SharedDropout, dropout_masks
-
-IMAGES = tf.TensorSpec((None, SIDE, SIDE, 1), tf.uint8)
-LABELS = tf.TensorSpec((None,), tf.int64)
-ROW = tf.TensorSpec((), tf.int32)
-
-PREDICT_ROWS = 512
-# Where no layer makes the image smaller (`fcn`), activations of a crop are 500 times as large as `baseline`'s.
-PREDICT_ROWS_OF_ANY_SIZE = 16
 
 
 def balanced_weights(labels: NDArray[np.int64], classes: int) -> NDArray[np.float32]:
@@ -36,16 +27,6 @@ def balanced_weights(labels: NDArray[np.int64], classes: int) -> NDArray[np.floa
     counts = np.bincount(labels, minlength=classes)
     weights = len(labels) / (np.count_nonzero(counts) * np.maximum(counts, 1))
     return np.where(counts > 0, weights, 0.0).astype(np.float32)
-
-
-def make_strategy(workers: int) -> tf.distribute.Strategy:
-    """Of several workers, of the several devices of one, or of its one device."""
-    if workers > 1:
-        return tf.distribute.MultiWorkerMirroredStrategy()
-    devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
-    if len(devices) > 1:
-        return tf.distribute.MirroredStrategy([device.name for device in devices])
-    return tf.distribute.get_strategy()
 
 
 def training_form(model: keras.Model, seed: int, dropout: bool, synchronized: bool = True) -> keras.Model:
@@ -81,36 +62,29 @@ class Steps:
         strategy: tf.distribute.Strategy,
         workers: int,
         model: keras.Model,
-        optimizer: Any = None,
-        global_batch_size: int = 1,
+        optimizer: keras.Optimizer,
+        global_batch_size: int,
         class_weights: NDArray[np.float32] | None = None,
         xla: bool = False,
     ) -> None:
-        """`model` and the built `optimizer` were made within `strategy.scope()`; without an optimizer, to predict
-        only. class_weights: (K,) what a crop of each class counts in the loss that is minimised; None: 1.
-        xla: compile what a replica computes; for one replica alone.
+        """The model and the built optimizer must be made within `strategy.scope()`.
+
+        class_weights: (K,) weight of a crop of each class in the loss that is minimised; None: 1. xla: compile what a
+        replica computes; only for a single replica.
         """
-        self.strategy, self.model, self.optimizer, self.global_batch_size = (
-            strategy,
-            model,
-            optimizer,
-            global_batch_size,
-        )
-        self.class_weights, self.xla = class_weights, xla
-        self.predict_rows = PREDICT_ROWS if model.input_shape[1] else PREDICT_ROWS_OF_ANY_SIZE
+        self.strategy, self.model, self.optimizer = strategy, model, optimizer
+        self.global_batch_size, self.class_weights, self.xla = global_batch_size, class_weights, xla
+        self.predict_rows = crops_per_step(model)
         self.local_replicas = strategy.num_replicas_in_sync // workers
-        self.train = tf.function(self._train, autograph=False, input_signature=[IMAGES, LABELS, ROW])
+        self.train = tf.function(self._train, autograph=False, input_signature=[IMAGES, LABELS, COUNT])
         self._dropouts = [layer for layer in model._flatten_layers() if isinstance(layer, SharedDropout)]
-        self._compiled_train, self._compiled_predict = (
-            self._compile(self._train_replica),
-            self._compile(self._predict_replica),
-        )
+        self._compiled_train = self._compile(self._train_replica)
+        self._compiled_predict = self._compile(self._predict_replica)
         self._predict_step = tf.function(self._predict, autograph=False, input_signature=[IMAGES, LABELS])
         self._sum_step = tf.function(
             self._sum, autograph=False, input_signature=[tf.TensorSpec((None, None), tf.float32)]
         )
         self._statistics_step: Any = None
-        self._top_step: Any = None
 
     def _train(self, images: Any, labels: Any, first_row: Any) -> Any:
         """One step on this worker's rows, which begin at `first_row` of the global batch.
@@ -143,17 +117,12 @@ class Steps:
         correct = tf.argmax(probabilities, axis=-1) == labels
         return tf.stack([tf.reduce_sum(losses), tf.reduce_sum(tf.cast(correct, tf.float32))])
 
-    def predict(
-        self, images: NDArray[np.uint8], labels: NDArray[np.int64], advance: Callable[[int], None] = lambda _: None
-    ) -> NDArray[np.float32]:
-        """(N, 4) float32 of N crops: predicted class, its probability, whether the label is among the first 5,
-        cross-entropy.
-        """
+    def predict(self, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> NDArray[np.float32]:
+        """(n, 4) float32 of this worker's crops, as `inference.predictions_of`."""
         parts = [np.empty((0, 4), np.float32)]
         for at in range(0, len(labels), self.predict_rows):
             rows = slice(at, at + self.predict_rows)
             parts.append(self._predict_step(images[rows], labels[rows]).numpy())
-            advance(len(parts[-1]))
         return np.concatenate(parts)
 
     def _predict(self, images: Any, labels: Any) -> Any:
@@ -164,36 +133,7 @@ class Steps:
         return tf.concat(self.strategy.experimental_local_results(self.strategy.run(replica)), axis=0)
 
     def _predict_replica(self, images: Any, labels: Any) -> Any:
-        """The rows of `predict` of a replica's crops."""
-        probabilities = self.model(images, training=False)
-        losses = keras.losses.sparse_categorical_crossentropy(labels, probabilities)
-        of_label = tf.gather(probabilities, labels, axis=1, batch_dims=1)[:, None]
-        # Among equals the first goes before, as in argmax: `fcn` gives many classes exactly the same.
-        earlier = tf.range(tf.shape(probabilities, tf.int64)[1])[None] < labels[:, None]
-        before = (probabilities > of_label) | ((probabilities == of_label) & earlier)
-        better = tf.reduce_sum(tf.cast(before, tf.float32), axis=1)
-        predicted = tf.cast(tf.argmax(probabilities, axis=1), tf.float32)
-        in_first_5 = tf.cast(better < 5, tf.float32)
-        return tf.stack([predicted, tf.reduce_max(probabilities, axis=1), in_first_5, losses], axis=1)
-
-    def top(self, images: NDArray[np.uint8], count: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """(N, count) of N crops, or as many as there are classes: the likeliest classes, and their probabilities.
-
-        Of equals the first goes before.
-        """
-        if self._top_step is None:
-
-            def forward(crops: Any, k: Any) -> Any:
-                return tf.math.top_k(self.model(crops, training=False), k)
-
-            self._top_step = tf.function(forward, autograph=False, input_signature=[IMAGES, ROW])
-        classes, probabilities = [], []
-        count = min(count, self.model.output_shape[-1])
-        for at in range(0, len(images), self.predict_rows):
-            values, indices = self._top_step(images[at : at + self.predict_rows], count)
-            classes.append(indices.numpy().astype(np.int64))
-            probabilities.append(values.numpy())
-        return np.concatenate(classes), np.concatenate(probabilities)
+        return predictions_of(self.model, images, labels)
 
     def sum_over_workers(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
         """The sum of the workers' arrays of one shape (rows, columns); every worker calls it, and gets it."""

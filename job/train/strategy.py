@@ -1,4 +1,4 @@
-"""What the bits of a training depend on besides its data, fixed in one place."""
+"""Devices, threads, seeds, precision, determinism: what the bits of a training depend on besides its data."""
 
 import keras
 import tensorflow as tf
@@ -7,8 +7,8 @@ from job.config import TrainConfig
 from job.model.load_tensorflow import configure_gpus
 
 
-def fix_what_bits_depend_on(config: TrainConfig) -> None:
-    """Threads, seeds, precision, deterministic kernels; before TensorFlow runs anything."""
+def configure_tensorflow(config: TrainConfig) -> None:
+    """Set all of it in this process, before TensorFlow runs anything."""
     tf.config.threading.set_intra_op_parallelism_threads(config.cpus_per_worker)
     # One more, so that gradients travel while others are computed.
     tf.config.threading.set_inter_op_parallelism_threads(config.cpus_per_worker + 1)
@@ -17,3 +17,13 @@ def fix_what_bits_depend_on(config: TrainConfig) -> None:
         tf.config.experimental.enable_op_determinism()
     keras.config.set_dtype_policy(config.precision)
     keras.utils.set_random_seed(config.seed)
+
+
+def make_strategy(workers: int) -> tf.distribute.Strategy:
+    """The strategy for several workers, for one worker with several devices, or for a single device."""
+    if workers > 1:
+        return tf.distribute.MultiWorkerMirroredStrategy()
+    devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
+    if len(devices) > 1:
+        return tf.distribute.MirroredStrategy([device.name for device in devices])
+    return tf.distribute.get_strategy()

@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -25,14 +26,13 @@ from upath import UPath
 from cluster.errors import KuzushijiError
 from cluster.manifest import is_sealed
 from cluster.storage import place
-from job.config import TRANSFER, TrainConfig
+from job.config import TRANSFER
 from job.data.order import permutation, share
 from job.data.staging import Crops, StagedDataset, staged
 from job.metrics import metrics
 from job.model.architectures import ARCHITECTURES, XLA_COMPILES
-from job.model.folder import folder_texts, write_model
-from job.model.load_tensorflow import StartUp
-from job.model.pretrained import WeightsFile, local_copy
+from job.model.folder import write_model
+from job.model.pretrained import local_copy
 from job.report.side_files import report_file, write_beside
 from job.train.checkpoint import (
     State,
@@ -42,13 +42,15 @@ from job.train.checkpoint import (
     upload_checkpoint,
     wait_for_upload,
 )
-from job.train.display import Voice
+from job.train.display import Reporter, StartUp
 from job.train.optimizer import FusedAdam
-from job.train.step import Steps, balanced_weights, make_strategy, training_form
-from job.train.strategy import fix_what_bits_depend_on
+from job.train.result import EpochRow, folder_texts
+from job.train.run import Failure, TrainJob
+from job.train.step import Steps, balanced_weights, training_form
+from job.train.strategy import configure_tensorflow, make_strategy
 from job.train.tensorboard import begin_to_write
 from job.train.watchdog import Preemption, StepLimit
-from preprocessing.split import SPLITS
+from preprocessing.config import SPLITS
 
 # Over how much batch norm's statistics are averaged before a validation: a quarter of an epoch, within these bounds.
 STATISTICS_BATCHES = 30
@@ -56,36 +58,32 @@ STATISTICS_CROPS = 1024
 SECONDS_FOR_CURVES = 30  # that a finished training waits for them at most
 
 
-def train_worker(job: dict[str, Any], start_up: StartUp) -> dict[str, str] | None:
-    """The function that Ray Train runs on each worker. `job`: `config`, `weights` (of a WeightsFile, or None),
-    places `dataset`, `folder` and `checkpoints`, `run`, `board`.
+def train_worker(job: TrainJob, start_up: StartUp) -> Failure | None:
+    """Train, evaluate, and write the model folder.
 
-    Returns None, or `what` every worker failed of alike and `where`: what is raised, Ray Train tries again.
+    Returns what every worker failed of alike, if anything.
     """
-    if is_sealed(place(job["folder"])):  # a worker was lost between the last line of `write` and its end
+    if is_sealed(place(job.folder)):  # a worker failed between the last line of `write` and its end
         return None
-    config = TrainConfig.model_validate(job["config"])
-    fix_what_bits_depend_on(config)
-    # Before anything else is computed: collectives can only be configured while TensorFlow is at rest.
+    configure_tensorflow(job.config)
+    # Before anything else is computed: collectives can be configured only while TensorFlow is at rest.
     strategy = make_strategy(ray.train.get_context().get_world_size())
-    weights = local_copy(WeightsFile(**job["weights"])) if job["weights"] else nullcontext()
-    with staged(place(job["dataset"]), SPLITS) as dataset:
+    with staged(place(job.dataset), SPLITS) as dataset:
         start_up.ends("connecting and staging")
-        with weights as file:
-            training = Training(config, strategy, dataset, job["board"], file)
-        training.start_up, training.curves = start_up, place(job["curves"])
-        training.resume(place(job["checkpoints"]))
+        with local_copy(job.weights) if job.weights else nullcontext() as weights:
+            training = Training(job, strategy, dataset, start_up, weights)
+        training.resume(place(job.checkpoints))
         start_up.ends("building the model")
         try:
             while not training.finished():
                 training.run_epoch()
         except KuzushijiError as error:
-            return {"what": str(error), "where": traceback.format_exc()}
+            return Failure(str(error), traceback.format_exc())
         except tf.errors.ResourceExhaustedError as error:
             if training.workers > 1:  # the others wait for this process in a collective, until it ends
                 raise
-            return {"what": _out_of_memory_line(error), "where": traceback.format_exc()}
-        training.write(job["folder"], job["run"])
+            return Failure(_out_of_memory_line(error), traceback.format_exc())
+        training.write()
     return None
 
 
@@ -102,22 +100,22 @@ class Training:
 
     def __init__(
         self,
-        config: TrainConfig,
+        job: TrainJob,
         strategy: tf.distribute.Strategy,
         dataset: StagedDataset,
-        board: Any,
+        start_up: StartUp,
         weights: str | None = None,
     ) -> None:
-        """weights: file of what the model's base begins with; None: chance."""
+        """start_up: logged after the first step. weights: file of the pretrained weights; None: random."""
         context = ray.train.get_context()
         self.rank, self.workers = context.get_world_rank(), context.get_world_size()
-        self.config, self.dataset = config, dataset
-        self.voice = Voice(board, config.architecture, self.rank)
-        classes = len(dataset.class_names)
-        # Built in one piece first: the same seed gives the same weights whatever the strategy.
+        self.job, self.config, self.dataset = job, job.config, dataset
+        self.start_up: StartUp | None = start_up  # None once it is logged
+        config, batch, classes = job.config, job.config.global_batch_size, len(dataset.class_names)
+        # Built outside of the strategy first: the same seed gives the same weights whatever the strategy.
         base = {"weights": weights, "unfreeze": config.unfreeze} if config.architecture in TRANSFER else {}
         plain = ARCHITECTURES[config.architecture](classes, **base)
-        self.form = plain.get_config()
+        self.plain_form = plain.get_config()
         on_one_gpu = strategy.num_replicas_in_sync == 1 and bool(tf.config.list_logical_devices("GPU"))
         # XLA compiles no collectives, and has no deterministic gradient of max pooling on GPUs.
         xla = on_one_gpu and not config.deterministic and config.architecture in XLA_COMPILES
@@ -126,15 +124,14 @@ class Training:
             self.optimizer = FusedAdam(config.learning_rate)
             self.optimizer.build(self.model.trainable_variables)
         of_classes = balanced_weights(self._labels("train"), classes) if config.class_weights == "balanced" else None
-        batch = config.global_batch_size
         self.steps = Steps(strategy, self.workers, self.model, self.optimizer, batch, of_classes, xla)
         self.state = State()
         self.changing = changing_variables(self.model)
         self.best_weights: list[NDArray[Any]] = []
-        self.start_up: StartUp | None = None  # until it is told
-        self.curves: UPath | None = None  # where TensorBoard finds them
         self.writing_curves: Thread | None = None
-        self.limit, self.preemption = StepLimit(config.step_limit, self.voice.post), Preemption()
+        self.reporter = Reporter(job.board, config.architecture, self.rank)
+        self.limit = StepLimit(config.step_limit, self.reporter.log_from_any)
+        self.preemption = Preemption()
 
     # --- checkpoints
 
@@ -154,7 +151,7 @@ class Training:
         self.best_weights = self._weights() if self.state.is_best else best
         self._write_curves()  # whoever was lost may not have come to it
         within = f" and {self.state.step} steps of the next" if self.state.step else ""
-        self.voice.say(f"goes on after epoch {self.state.epoch}{within}")
+        self.reporter.log(f"goes on after epoch {self.state.epoch}{within}")
 
     def _weights(self) -> list[NDArray[Any]]:
         return [variable.numpy() for variable in self.changing]
@@ -194,18 +191,18 @@ class Training:
                 f"the loss must stay finite. Received: {loss} in training, {validation['loss']} in validation, epoch "
                 f"{epoch}. Lower --learning-rate"
             )
-        row = {
-            "epoch": epoch,
-            "step": epoch * steps,
-            "loss": loss,
-            "accuracy": accuracy,
-            "val_loss": validation["loss"],
-            "val_accuracy": validation["accuracy"],
-            "learning_rate": float(np.asarray(self.optimizer.learning_rate)),
-            "seconds": seconds,
-            "crops_per_s": steps * size / seconds,
-            "data_wait": waited / seconds,
-        }
+        row = EpochRow(
+            epoch=epoch,
+            step=epoch * steps,
+            loss=loss,
+            accuracy=accuracy,
+            val_loss=validation["loss"],
+            val_accuracy=validation["accuracy"],
+            learning_rate=float(np.asarray(self.optimizer.learning_rate)),
+            seconds=seconds,
+            crops_per_s=steps * size / seconds,
+            data_wait=waited / seconds,
+        )
         self._end_epoch(row)
 
     def _train(self, crops: Crops, order: NDArray[np.int64], steps: int) -> NDArray[np.float32]:
@@ -222,11 +219,11 @@ class Training:
             if self.start_up:
                 self._say_started(self.start_up, sums)
             state.step, state.seconds = step + 1, time.perf_counter() - begin
-            if self.voice.due() or step + 1 == steps:
+            if self.reporter.is_due() or step + 1 == steps:
                 self._show_step(state.epoch + 1, step + 1, steps, sums, (step + 1) * size / state.seconds)
             to_go, every = self.preemption.is_new(), self.config.checkpoint_every
             if to_go:
-                self.voice.say(
+                self.reporter.log(
                     "a host is about to go: a checkpoint is saved, and all begin again from it once it is gone"
                 )
             due = every is not None and (state.epoch * steps + step + 1) % every == 0
@@ -241,7 +238,7 @@ class Training:
     def _say_started(self, start_up: StartUp, sums: Any) -> None:
         sums.numpy()  # waits for the step
         start_up.ends("first step")
-        self.voice.say(f"first step {start_up} after the worker was there")
+        self.reporter.log(f"first step {start_up} after the worker was there")
         self.start_up = None
 
     def _save_within_epoch(self, sums: Any) -> None:
@@ -253,23 +250,23 @@ class Training:
         """This worker's crops of an epoch's first global batches."""
         for step in range(batches):
             self.limit.begin()
-            if self.voice.due():
-                self.voice.show(doing=f"batch norm's statistics, {step:,} of {batches:,} batches")
+            if self.reporter.is_due():
+                self.reporter.show_activity(f"batch norm's statistics, {step:,} of {batches:,} batches")
             yield self.rows_of(crops, order, step)[1]
 
-    def _end_epoch(self, row: dict[str, Any]) -> None:
-        self.state.epoch = row["epoch"]
+    def _end_epoch(self, row: EpochRow) -> None:
+        self.state.epoch = row.epoch
         self.state.step, self.state.sums, self.state.seconds, self.state.waited = 0, [], 0.0, 0.0
         self.state.history.append(row)
-        if row["val_accuracy"] > self.state.best_accuracy:
-            self.state.best_epoch, self.state.best_accuracy = row["epoch"], row["val_accuracy"]
+        if row.val_accuracy > self.state.best_accuracy:
+            self.state.best_epoch, self.state.best_accuracy = row.epoch, row.val_accuracy
             self.best_weights = self._weights()
-        self._report(row)
+        self._report(asdict(row))
         self._write_curves()
-        self.voice.say(
-            f"epoch {row['epoch']} of {self.config.epochs}: loss {row['loss']:.4f}, accuracy {row['accuracy']:.4f}, "
-            f"validation loss {row['val_loss']:.4f}, validation accuracy {row['val_accuracy']:.4f}, "
-            f"{row['seconds']:.1f} s, {row['crops_per_s']:,.0f} crops/s"
+        self.reporter.log(
+            f"epoch {row.epoch} of {self.config.epochs}: loss {row.loss:.4f}, accuracy {row.accuracy:.4f}, "
+            f"validation loss {row.val_loss:.4f}, validation accuracy {row.val_accuracy:.4f}, "
+            f"{row.seconds:.1f} s, {row.crops_per_s:,.0f} crops/s"
         )
 
     def rows_of(
@@ -294,8 +291,8 @@ class Training:
         rows = self.workers * self.steps.predict_rows
         for begin in range(0, len(crops), rows):
             self.limit.begin()
-            if self.voice.due():
-                self.voice.show(doing=f"evaluates {split}, {begin:,} of {len(crops):,} crops")
+            if self.reporter.is_due():
+                self.reporter.show_activity(f"evaluates {split}, {begin:,} of {len(crops):,} crops")
             end = min(begin + rows, len(crops))
             first, last = (begin + row for row in share(end - begin, self.rank, self.workers))
             predictions[first:last] = self.steps.predict(crops.images[first:last], labels[first:last])
@@ -303,24 +300,26 @@ class Training:
         self.limit.rest()
         return predictions
 
-    def write(self, folder: str, run: str) -> None:
+    def write(self) -> None:
         """Evaluate every split with the best epoch's weights; rank 0 writes and seals the model folder."""
-        self.voice.say(f"evaluates the weights of epoch {self.state.best_epoch}")
+        self.reporter.log(f"evaluates the weights of epoch {self.state.best_epoch}")
         for variable, best in zip(self.changing, self.best_weights, strict=True):
             variable.assign(best)
         predictions = {split: self._predict(split) for split in SPLITS}
         if self.rank > 0:
             return
-        self.voice.show(doing="writes the model and its report")
+        self.reporter.show_activity("writes the model and its report")
         wait_for_upload()  # one that fails would begin again what is sealed
-        model = keras.Model.from_config(self.form)
+        model = keras.Model.from_config(self.plain_form)
         model.set_weights(self.model.get_weights())
-        target, state = place(folder), self.state
-        texts = folder_texts(self.config, run, model, predictions, self.dataset, state.history, state.best_epoch)
+        target, state = place(self.job.folder), self.state
+        texts = folder_texts(
+            self.config, self.job.run, model, predictions, self.dataset, state.history, state.best_epoch
+        )
         write_model(target, model, texts, self.dataset.manifest.sha256)
         report = report_file(target)
-        if write_beside(report, lambda: _report_of(target, texts, model, self.dataset), self.voice.say):
-            self.voice.say(f"report: {report}")
+        if write_beside(report, lambda: _report_of(target, texts, model, self.dataset), self.reporter.log):
+            self.reporter.log(f"report: {report}")
         if self.writing_curves:
             self.writing_curves.join(timeout=SECONDS_FOR_CURVES)
 
@@ -328,15 +327,16 @@ class Training:
 
     def _write_curves(self) -> None:
         """Of the last epoch."""
-        if self.rank == 0 and self.curves and self.state.history:
-            self.writing_curves = begin_to_write(self.curves, self.state.history[-1], self.voice.say)
+        if self.rank == 0 and self.state.history:
+            self.writing_curves = begin_to_write(place(self.job.curves), self.state.history[-1], self.reporter.log)
 
     def _show_step(self, epoch: int, step: int, steps: int, sums: Any, crops_per_s: float) -> None:
         """Of rank 0's rows alone: the sum over workers waits for the end of the epoch."""
         first, end = share(self.config.global_batch_size, self.rank, self.workers)
         loss, accuracy = (sums.numpy() / (step * (end - first))).tolist()
-        position = {"epoch": epoch, "epochs": self.config.epochs, "step": step, "steps": steps}
-        self.voice.show(**position, loss=loss, accuracy=accuracy, crops_per_s=crops_per_s)
+        self.reporter.show_step(
+            epoch, self.config.epochs, step, steps, loss=loss, accuracy=accuracy, crops_per_s=crops_per_s
+        )
 
 
 def _report_of(folder: UPath, texts: dict[str, str], model: keras.Model, dataset: StagedDataset) -> bytes:

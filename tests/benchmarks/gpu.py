@@ -43,8 +43,8 @@ class Bench:
         from job.model.architectures import ARCHITECTURES, XLA_COMPILES
         from job.model.load_tensorflow import configure_gpus
         from job.train.optimizer import FusedAdam
-        from job.train.step import Steps, make_strategy, training_form
-        from job.train.strategy import fix_what_bits_depend_on
+        from job.train.step import Steps, training_form
+        from job.train.strategy import configure_tensorflow, make_strategy
 
         gpus = len(tf.config.list_physical_devices("GPU"))
         self.config = TrainConfig(
@@ -57,7 +57,7 @@ class Bench:
             keras.config.set_dtype_policy(precision)
             keras.utils.set_random_seed(self.config.seed)
         else:
-            fix_what_bits_depend_on(self.config)
+            configure_tensorflow(self.config)
         with staged(place(dataset), ["train"]) as data:
             crops = data.splits["train"]
             self.images, self.labels = np.array(crops.images), np.array(crops.labels)

@@ -17,11 +17,13 @@ from PIL import Image
 from test_crops import study_crop
 
 from benchmarks.pairs import Ratio, compare
-from cluster.manifest import DatasetManifest, read_manifest
+from cluster.manifest import read_manifest
 from cluster.storage import place
+from preprocessing.config import PrepareConfig
 from preprocessing.crop import clip_box, crop, decode_page
+from preprocessing.dataset import DatasetManifest
 from preprocessing.labels import read_labels
-from preprocessing.prepare import PrepareConfig, prepare
+from preprocessing.prepare import prepare
 from preprocessing.sample.pages import sample
 
 REAL = Path(__file__).parents[3] / "shared" / "kuzushiji"

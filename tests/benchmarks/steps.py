@@ -61,10 +61,10 @@ def _serve(there: Connection, dataset: Path, config: TrainConfig) -> None:
         from job.data.staging import staged
         from job.model.architectures import ARCHITECTURES
         from job.train.optimizer import FusedAdam
-        from job.train.step import Steps, make_strategy, training_form
-        from job.train.strategy import fix_what_bits_depend_on
+        from job.train.step import Steps, training_form
+        from job.train.strategy import configure_tensorflow, make_strategy
 
-        fix_what_bits_depend_on(config)
+        configure_tensorflow(config)
         strategy = make_strategy(1)
     with staged(place(dataset), ["train"]) as data:
         plain = ARCHITECTURES[config.architecture](len(data.class_names))

@@ -58,8 +58,8 @@ def _compare(folder: Path, sizes: dict[str, int], pairs: int) -> Ratio:
     from google.auth.credentials import AnonymousCredentials
     from google.cloud.storage import Client
 
-    from cluster.manifest import ModelManifest, seal, write_listed
-    from cluster.models import point_to_latest
+    from cluster.manifest import seal, write_listed
+    from cluster.models import ModelManifest, point_to_latest
     from cluster.pull import pull
     from cluster.storage import place
 

@@ -33,7 +33,7 @@ class Gate:
         self._rates.put_nowait(rate)
 
 
-def _serve(job: dict[str, Any]) -> None:
+def _serve(given: dict[str, Any]) -> None:
     """What `job.train.worker.train_worker` does, but for how many steps it is asked to do."""
     import time
 
@@ -42,24 +42,25 @@ def _serve(job: dict[str, Any]) -> None:
     from cluster.storage import place
     from job.data.order import permutation
     from job.data.staging import staged
-    from job.train.step import make_strategy
-    from job.train.strategy import fix_what_bits_depend_on
+    from job.train.display import StartUp
+    from job.train.strategy import configure_tensorflow, make_strategy
     from job.train.worker import Training
-    from preprocessing.split import SPLITS
+    from preprocessing.config import SPLITS
 
-    config = TrainConfig.model_validate(job["config"])
-    fix_what_bits_depend_on(config)
+    job, gate = given["job"], given["gate"]
+    config = job.config
+    configure_tensorflow(config)
     strategy = make_strategy(config.workers)
-    with staged(place(job["dataset"]), SPLITS) as data:
-        training = Training(config, strategy, data, job["board"])
+    with staged(place(job.dataset), SPLITS) as data:
+        training = Training(job, strategy, data, StartUp())
         crops = data.splits["train"]
         order = permutation(len(crops), config.seed, 1)
-        while steps := ray.get(job["gate"].asked.remote(training.rank)):
+        while steps := ray.get(gate.asked.remote(training.rank)):
             training.state.step, training.state.seconds = 0, 0.0
             begin = time.perf_counter()
             training._train(crops, order, steps)
             if training.rank == 0:
-                job["gate"].answer.remote(steps * config.global_batch_size / (time.perf_counter() - begin))
+                gate.answer.remote(steps * config.global_batch_size / (time.perf_counter() - begin))
 
 
 @contextmanager
@@ -70,13 +71,16 @@ def ray_train(dataset: Path, folder: Path, config: TrainConfig) -> Iterator[Call
 
     from job.train.display import Board
     from job.train.rendezvous import Rendezvous
+    from job.train.run import TrainJob
 
     gate: Any = ray.remote(num_cpus=0)(Gate).remote(config.workers)
     board: Any = ray.remote(num_cpus=0)(Board).remote()
+    places = dict.fromkeys(("folder", "checkpoints", "curves"), str(folder))
+    job = TrainJob(config=config, weights=None, dataset=str(dataset), run="bench", board=board, **places)
     trainer = DataParallelTrainer(
         _serve,
         backend_config=Rendezvous(),
-        train_loop_config={"config": config.model_dump(), "dataset": str(dataset), "gate": gate, "board": board},
+        train_loop_config={"job": job, "gate": gate},
         scaling_config=ScalingConfig(num_workers=config.workers, resources_per_worker={"CPU": config.cpus_per_worker}),
         run_config=RunConfig(name=f"workers-{config.workers}", storage_path=str(folder)),
     )

@@ -1,0 +1,58 @@
+"""Contract with everyone who uses predictions: a folder of tables, sealed by its manifest.
+
+predictions-00000-of-00016.parquet ...   one row per box, in reading order
+pages-00000-of-00016.parquet ...         one row per page: its text
+manifest.json                            losses, accuracy, versions; written last
+"""
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import FailFast
+from upath import UPath
+
+from cluster.errors import OptionError
+from cluster.manifest import Count, Manifest, is_sealed
+from cluster.storage import TEMPORARY_PREFIX, list_files, list_folders, remove_temporaries
+from preprocessing.dataset import ClippedBoxes, Losses
+
+_TABLE = re.compile(r"(predictions|pages)-[0-9]{5}-of-[0-9]{5}\.(parquet|csv)")
+
+
+class PredictionsManifest(Manifest):
+    """The manifest of a folder of predictions."""
+
+    kind: Literal["predictions"] = "predictions"
+    counts: Annotated[dict[str, Count], FailFast()]
+    """`boxes` in the file, those that were `read`, and the `pages` in the file."""
+    accuracy: Annotated[dict[str, int | float | None], FailFast()]
+    """Over the boxes whose characters are in the file; empty if there are none."""
+    losses: Losses
+    """Boxes that were not read."""
+    clipped: ClippedBoxes
+    """Boxes partly off their page; the rest of each was read."""
+    model_manifest_sha256: str
+    fingerprint: str
+    """Hash of the bytes of the file of boxes and of the names and sizes of the pages."""
+    versions: Annotated[dict[str, str], FailFast()]
+
+
+def table_name(kind: str, group: int, groups: int, form: str) -> str:
+    """kind: `predictions` or `pages`. form: `parquet` or `csv`."""
+    return f"{kind}-{group:05d}-of-{groups:05d}.{form}"
+
+
+def clear(out: UPath) -> None:
+    """Remove the tables of an attempt that was killed, and nothing else.
+
+    Raises:
+        OptionError: the folder holds something else.
+    """
+    if is_sealed(out):
+        raise OptionError(f"--out must be a new or empty folder. Received: {out}, a finished one")
+    there = [name for name in list_files(out) if not name.startswith(TEMPORARY_PREFIX)]
+    if others := [*list_folders(out), *(name for name in there if not _TABLE.fullmatch(name))]:
+        raise OptionError(f"--out must be a new or empty folder. Received: {out}, with {sorted(others)[0]}")
+    for name in there:
+        (out / name).unlink(missing_ok=True)
+    remove_temporaries(out)
