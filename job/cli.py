@@ -7,10 +7,11 @@ from typing import Any
 import click
 
 from cluster.errors import InputError, OptionError
-from job.command import Outcome, command, config_of, main
+from job.command import Outcome, command, config_of, main, option
+from job.config import TrainConfig
+from preprocessing.config import SPLITS, PrepareConfig
 
 SHOWN_CONFUSIONS = 20
-SPLITS = ("train", "validation", "test")
 # What makes sense on a cluster; the others read or write the disk of the machine that they run on.
 JOBS = ("prepare", "train", "evaluate", "predict", "report", "export", "verify")
 
@@ -40,22 +41,19 @@ def sample(out: str, num_pages: int, seed: int, scale: float, layouts: str | Non
 @click.option("--pages", required=True, metavar="PLACE", help="Folder or .zip of <image_id>.jpg.")
 @click.option("--labels", required=True, metavar="PLACE", help="Kaggle's train.csv, or a file of its form.")
 @click.option("--dataset", required=True, metavar="PLACE", help="New folder, or one to finish or mend.")
-@click.option("--split", type=click.Choice(["random", "page", "book"]), default="random", show_default=True,
-              help="What stays whole: single boxes (the study's, flatters), pages, books (honest).")  # fmt: skip
-@click.option("--seed", default=42, show_default=True, type=int, help="Of the split.")
-@click.option("--val-fraction", default=0.15, show_default=True, type=float, help="Share of the boxes for validation.")
-@click.option("--test-fraction", default=0.15, show_default=True, type=float, help="Share of the boxes for the test.")
-@click.option("--coverage", default=0.9, show_default=True, type=float,
-              help="Characters up to this share of all boxes keep a class; the others are `rare`.")  # fmt: skip
-@click.option("--classes", metavar="FILE", help="An earlier dataset's label.labels.txt, to use its classes.")
-@click.option("--shards", type=int, help="Groups of pages, a file each for each split.  [default: by size]")
-@click.option("--max-bad-fraction", default=0.01, show_default=True, type=float, help="Boxes that may be lost.")
+@option(PrepareConfig, "split")
+@option(PrepareConfig, "seed")
+@option(PrepareConfig, "val_fraction")
+@option(PrepareConfig, "test_fraction")
+@option(PrepareConfig, "coverage")
+@option(PrepareConfig, "classes", type=str, metavar="FILE")
+@option(PrepareConfig, "shards")
+@option(PrepareConfig, "max_bad_fraction")
 def prepare(pages: str, labels: str, dataset: str, classes: str | None, **options: Any) -> Outcome:
     """Cut labelled pages into crops: a dataset of TFRecords."""
     from cluster.storage import reachable_place
     from job.report.dataset import report_beside
     from preprocessing.classes import read_class_names
-    from preprocessing.config import PrepareConfig
     from preprocessing.prepare import prepare as run
 
     names = read_class_names(reachable_place(classes)) if classes else None
@@ -82,33 +80,27 @@ def prepare(pages: str, labels: str, dataset: str, classes: str | None, **option
 @click.option("--architecture", "architectures", required=True, multiple=True, metavar="NAME",
               help="baseline, xception, resnet152v2, inceptionresnetv2, fcn (costs 550 times baseline), all; "
               "may be given again.")  # fmt: skip
-@click.option("--weights", metavar="imagenet|none|FILE",
-              help="What a base begins with.  [default: imagenet, where there is one]")  # fmt: skip
-@click.option("--unfreeze", type=click.Choice(["last", "all"]),
-              help="Layers of the base to train.  [default: last; all with --weights none]")  # fmt: skip
+@option(TrainConfig, "weights", metavar="imagenet|none|FILE")
+@option(TrainConfig, "unfreeze")
+@option(TrainConfig, "workers")
+@option(TrainConfig, "gpus_per_worker")
+@option(TrainConfig, "cpus_per_worker")
+@option(TrainConfig, "epochs")
+@option(TrainConfig, "global_batch_size")
+@option(TrainConfig, "learning_rate")
+@option(TrainConfig, "precision")
+@option(TrainConfig, "deterministic", "--deterministic/--fast")
+@option(TrainConfig, "class_weights", metavar="none|balanced")
+@option(TrainConfig, "seed")
+@option(TrainConfig, "patience")
+@option(TrainConfig, "checkpoint_every", metavar="STEPS")
+@option(TrainConfig, "max_failures")
+@option(TrainConfig, "step_limit", metavar="SECONDS")
 @click.option(
-    "--workers", default=1, show_default=True, type=int, help="Data-parallel processes, spread over the hosts."
+    "--run",
+    metavar="NAME",
+    help="Re-running with the same name resumes the run.  [default: a new run, named by the time]",
 )
-@click.option("--gpus-per-worker", default=0, show_default=True, type=int, help="Each holds a replica of the model.")
-@click.option(
-    "--cpus-per-worker", type=int, help="Threads of each.  [default: an equal share of this machine; 1 on a cluster]"
-)
-@click.option("--epochs", type=int, help="Passes over the crops.  [default: the architecture's recipe]")
-@click.option("--global-batch-size", type=int, help="Crops of a step over all workers.  [default: the recipe's]")
-@click.option("--learning-rate", type=float, help="Of Adam; not scaled with the batch.  [default: the recipe's]")
-@click.option("--precision", type=click.Choice(["float32", "mixed_bfloat16"]), default="float32", show_default=True,
-              help="What layers compute in.")  # fmt: skip
-@click.option("--deterministic/--fast", default=None,
-              help="Bit-identical results, or faster kernels.  [default: --fast on GPUs]")  # fmt: skip
-@click.option("--class-weights", type=click.Choice(["none", "balanced"]), metavar="none|balanced", default="none",
-              show_default=True, help="balanced: each class counts the same in the loss.")  # fmt: skip
-@click.option("--seed", default=42, show_default=True, type=int, help="Of weights, order and dropout.")
-@click.option("--patience", type=int, help="Stop after so many epochs that were no better.  [default: never]")
-@click.option("--checkpoint-every", type=int, metavar="STEPS",
-              help="Save within epochs too.  [default: at the end of each]")  # fmt: skip
-@click.option("--max-failures", type=int, help="Lost workers are replaced so often.  [default: 5]")
-@click.option("--step-limit", type=int, metavar="SECONDS", help="Of a step; longer counts as lost.  [default: 600]")
-@click.option("--run", metavar="NAME", help="A run that is called again continues.  [default: the time, a new run]")
 def train(
     dataset: str, models: str, architectures: tuple[str, ...], weights: str | None, run: str | None, **options: Any
 ) -> Outcome:

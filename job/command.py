@@ -4,12 +4,15 @@ import functools
 import json
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
 from cluster.errors import OptionError, one_line
 from cluster.progress import log_to_stderr
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 # What a command gives back: an object for `--json`, and lines for people.
 Outcome = tuple[dict[str, Any], list[str]]
@@ -84,8 +87,27 @@ def command(function: Callable[..., Outcome]) -> click.Command:
     return registered
 
 
+def option(model: "type[BaseModel]", field: str, *names: str, **settings: Any) -> Callable[..., Any]:
+    """A click option for a field of a config: its name, type, default and help are those of the field.
+
+    names: other names than `--field-name`. settings: of `click.option`, instead of what the field has.
+    """
+    about = model.model_fields[field]
+    of_field = get_args(about.annotation) or (about.annotation,)  # of `X | None`, of a Literal, else the type itself
+    kinds = [getattr(kind, "__origin__", kind) for kind in of_field if kind is not type(None)]
+    choices = [kind for kind in kinds if isinstance(kind, str)]
+    has_default = not about.is_required() and about.default is not None and "[default:" not in (about.description or "")
+    settings = {
+        "type": click.Choice(choices) if choices else kinds[0],
+        "help": about.description,
+        "default": about.default if has_default else None,
+        "show_default": has_default,
+    } | settings
+    return click.option(*(names or [f"--{field.replace('_', '-')}"]), **settings)
+
+
 def config_of(model: Any, **values: Any) -> Any:
-    """A pydantic config, or the option that it complains of."""
+    """A pydantic config, or an OptionError with its first complaint."""
     from pydantic import ValidationError
 
     try:

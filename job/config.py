@@ -1,7 +1,7 @@
 """The one representation of a training: command line -> `TrainConfig` -> workers -> `config.json` beside the model."""
 
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
@@ -11,12 +11,20 @@ ArchitectureName = Literal["baseline", "xception", "resnet152v2", "inceptionresn
 NAMES: tuple[ArchitectureName, ...] = get_args(ArchitectureName)
 ALL = "all"
 
-# Those that have a base which ImageNet weights fit.
+# The architectures with a base, for which there are ImageNet weights.
 TRANSFER: tuple[ArchitectureName, ...] = ("xception", "resnet152v2", "inceptionresnetv2")
 
 
+class Study(NamedTuple):
+    """What the earlier study reached on Kaggle's 683,464 crops with a random split."""
+
+    accuracy: float
+    """On the test split."""
+    macro_f1: float
+
+
 class Recipe(BaseModel):
-    """What the study trained an architecture with; the defaults of `train`."""
+    """How the study trained an architecture, with Adam on one GPU: the defaults of `train`."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -25,17 +33,22 @@ class Recipe(BaseModel):
     learning_rate: float
 
 
-# What each reached there, on Kaggle's 683,464 crops split at random (test accuracy, macro F1), with Adam on one GPU:
 RECIPES: dict[ArchitectureName, Recipe] = {
-    "baseline": Recipe(epochs=10, global_batch_size=512, learning_rate=1e-4),  # .95, .92; 80 s an epoch
-    "xception": Recipe(epochs=30, global_batch_size=512, learning_rate=1e-3),  # .90, .81
-    "resnet152v2": Recipe(epochs=30, global_batch_size=512, learning_rate=1e-3),  # .85, .72
+    "baseline": Recipe(epochs=10, global_batch_size=512, learning_rate=1e-4),  # 80 s per epoch
+    "xception": Recipe(epochs=30, global_batch_size=512, learning_rate=1e-3),
+    "resnet152v2": Recipe(epochs=30, global_batch_size=512, learning_rate=1e-3),
     "inceptionresnetv2": Recipe(epochs=30, global_batch_size=512, learning_rate=1e-3),  # did not converge
-    "fcn": Recipe(epochs=40, global_batch_size=200, learning_rate=1e-3),  # .65, .38
+    "fcn": Recipe(epochs=40, global_batch_size=200, learning_rate=1e-3),
+}
+STUDY: dict[str, Study] = {
+    "baseline": Study(0.95, 0.92),
+    "xception": Study(0.90, 0.81),
+    "resnet152v2": Study(0.85, 0.72),
+    "fcn": Study(0.65, 0.38),
 }
 
-
-# What may differ when a run is called again: the weights hang on none of these but, by rounding, on the first four.
+# Options that may change when a run is resumed. None of them changes the weights; the first four change
+# floating-point rounding.
 MAY_DIFFER = {
     "workers",
     "gpus_per_worker",
@@ -48,51 +61,57 @@ MAY_DIFFER = {
 
 
 class TrainConfig(BaseModel):
-    """A training of one architecture, besides the dataset. B is the global batch size, W the number of workers."""
+    """A training of one architecture, besides the dataset. The docstring of a field is its `--help`.
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    B is the global batch size, W the number of workers.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     architecture: ArchitectureName
-    weights: str = Field("none", pattern=r"^(none|imagenet|sha256:[0-9a-f]{64})$")
-    """What the base begins with; a file that was handed over is known by its hash."""
+    weights: str = Field("none", pattern=r"^(none|imagenet|sha256:[0-9a-f]{64})$")  # a file is known by its hash
+    """Pretrained weights of the base; none: random initialization.  [default: imagenet, if there is a base]"""
     unfreeze: Literal["last", "all"] = "all"
-    """Which layers of the base are trained: the study's last few, or all."""
+    """Layers of the base to train.  [default: last; all with --weights none]"""
     workers: PositiveInt = 1
-    """W Ray Train workers, each a process that holds the whole model."""
+    """Data-parallel Ray Train workers, spread over the hosts. Each holds the whole model."""
     gpus_per_worker: int = Field(0, ge=0)
+    """GPUs of each worker; each GPU holds a replica of the model."""
     cpus_per_worker: PositiveInt = 1
-    """Threads of a worker too: bits depend on it."""
+    """CPUs and threads of each worker.  [default: an equal share of this machine; 1 on a cluster]"""
     epochs: PositiveInt
+    """Passes over the training crops.  [default: from the recipe]"""
     global_batch_size: PositiveInt
-    """Crops of a step over all workers: the result does not depend on W."""
+    """Crops per step over all workers.  [default: from the recipe]"""
     learning_rate: float = Field(gt=0, allow_inf_nan=False)
-    """Of Adam, as it is given: never scaled with B."""
+    """Learning rate of Adam. It is not scaled with the batch size.  [default: from the recipe]"""
     precision: Literal["float32", "mixed_bfloat16"] = "float32"
-    """What layers compute in; weights, scaling and softmax are float32 in both."""
+    """Precision in which layers compute; weights, scaling and softmax are always float32."""
     deterministic: bool = True
-    """Only kernels that give the same bits each time: on a GPU slower ones, and no XLA."""
+    """Bit-identical results, or faster kernels and XLA.  [default: --fast on GPUs]"""
     class_weights: Literal["none", "balanced"] = "none"
-    """What a crop counts in the loss that is minimised: 1, or the less the more crops its class has."""
+    """Weights of the classes in the loss; balanced: each class has the same total weight."""
     seed: int = Field(42, ge=0, lt=2**31)
+    """Random seed of initial weights, order of crops, and dropout."""
     patience: PositiveInt | None = None
-    """Epochs without a better validation accuracy after which to stop; None: never."""
+    """Stop after this many epochs without a better validation accuracy.  [default: never]"""
     dropout: bool = True
-    """Off only to compare runs step by step."""
+    """Off only in tests that compare runs step by step."""
     checkpoint_every: PositiveInt | None = None
-    """Steps from one checkpoint within an epoch to the next; each epoch's end has one besides. None: only there."""
+    """Save a checkpoint every so many steps, besides the end of each epoch.  [default: only there]"""
     max_failures: int = Field(5, ge=0)
-    """How often lost workers are replaced in one call; a host that is lost after it was drained does not count."""
+    """Restarts allowed after a worker failure."""
     step_limit: PositiveInt = 600
-    """Seconds after which a worker whose step has not ended does."""
+    """Seconds per step before a worker counts as hung and is restarted."""
 
 
 def configs_of(
     architectures: Sequence[str], weights: str | None, unfreeze: str | None, **options: Any
 ) -> list[TrainConfig]:
-    """One config for each architecture named (`all` names all), in order; what is None comes from its recipe.
+    """One config for each of the architectures (`all`: all of them), in the order of `NAMES`.
 
-    weights, unfreeze: for the architectures that have a base, and ignored for the others. deterministic: where it is
-    None, on CPUs yes and on GPUs no.
+    An option that is None gets the value of the architecture's recipe; `deterministic` is then on for CPUs and off for
+    GPUs. weights, unfreeze: ignored for architectures without a base.
 
     Raises:
         OptionError: an architecture is unknown, or options contradict one another.
@@ -111,7 +130,7 @@ def configs_of(
             "--unfreeze last must come with weights. Received: --weights none, which trains the whole base"
         )
     base = {"weights": weights or "imagenet", "unfreeze": unfreeze or ("all" if weights == "none" else "last")}
-    given = {"deterministic": not options.get("gpus_per_worker")}
+    given: dict[str, Any] = {"deterministic": not options.get("gpus_per_worker")}
     given |= {key: value for key, value in options.items() if value is not None}
     try:
         return [

@@ -1,11 +1,13 @@
 """The project itself: imports go one way, versions are pinned once, nothing points at where it was made."""
 
 import ast
+import json
 import re
 import subprocess
 from pathlib import Path
 
 import pytest
+from conftest import in_fresh_process
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"cluster": set(), "preprocessing": {"cluster"}, "job": {"cluster", "preprocessing"}}
@@ -28,6 +30,39 @@ def test_imports_go_one_way(package: str) -> None:
         assert ours <= PACKAGES[package] | {package}, path
 
 
+IMPORT_ALL = """
+import csv, importlib, json, logging, os, socket, sys, warnings
+import cv2, keras, ray.data, ray.train, tensorflow  # what they set is theirs
+
+def state():
+    return {
+        "environment": dict(os.environ),
+        "levels": {name: logging.getLogger(name).level for name in sorted(logging.root.manager.loggerDict)},
+        "threads": cv2.getNumThreads(),
+        "others": [csv.field_size_limit(), socket.getdefaulttimeout(), os.getcwd()],
+        "warnings": len(warnings.filters),
+    }
+
+for name in ("gcsfs", "google.cloud.storage", "googleapiclient.discovery", "matplotlib.figure", "requests", "upath"):
+    importlib.import_module(name)
+for name in sys.argv[1:]:  # so that what they import is not taken for what they do
+    logging.getLogger(name)
+before = state()
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+after = state()
+after["levels"] = {name: after["levels"][name] for name in before["levels"]}
+print(json.dumps([before, after]))
+"""
+
+
+def test_importing_a_module_changes_nothing_of_the_process(tmp_path: Path) -> None:
+    paths = [path.relative_to(ROOT) for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
+    names = [".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in sorted(paths)]
+    before, after = json.loads(in_fresh_process(IMPORT_ALL, *names, cwd=tmp_path).splitlines()[-1])
+    assert after == before
+
+
 def test_keras_is_never_reached_through_tensorflow() -> None:
     for path in ROOT.glob("[cjpt]*/**/*.py"):
         assert not any(name.startswith("tensorflow.keras") for name in imports_of(path)), path
@@ -38,7 +73,7 @@ def test_keras_is_never_reached_through_tensorflow() -> None:
 
 def test_architectures_import_keras_only() -> None:
     outside = {name.split(".")[0] for name in imports_of(ROOT / "job" / "model" / "architectures.py")}
-    assert outside - {"collections", "typing"} == {"keras"}
+    assert outside - {"collections", "typing"} == {"keras", "preprocessing"}  # for the size of a crop
 
 
 def locked(name: str) -> dict[str, str]:

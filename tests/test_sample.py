@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cluster.errors import InputError, OptionError
+from preprocessing.fonts import find_fonts, packaged_font
 from preprocessing.labels import book_of
 from preprocessing.sample import pages as sampling
-from preprocessing.sample.hand import Hand, draw_glyph, find_fonts, fit, new_hand, packaged_font
+from preprocessing.sample.hand import Hand, draw_glyph, fit, new_hand
 from preprocessing.sample.pages import inventory, sample
 
 LAYOUTS = Path(__file__).parents[2] / "shared" / "kuzushiji" / "layouts.csv"

@@ -10,14 +10,13 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from job.colours import BLACK, ORANGE, VERMILLION
 from preprocessing.crop import clip_box
+from preprocessing.fonts import coverage, packaged_font
 from preprocessing.labels import code_point_name
-from preprocessing.sample.hand import coverage, packaged_font
 
 MOST_PIXELS = 2400  # of the longer side of the page
 SURE = 0.5  # at least so probable
-# Okabe and Ito's colours, which colour-blind people tell apart (jfly.uni-koeln.de/color).
-BLACK, ORANGE, VERMILLION = (0, 0, 0), (230, 159, 0), (213, 94, 0)
 LEGEND = "black: at least 50 % sure; orange: less; red: wrong; 〓: a rare character, beside it what else it may be"
 
 

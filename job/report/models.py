@@ -16,6 +16,7 @@ from cluster.errors import DamageError, InputError, OptionError, one_line
 from cluster.manifest import read_manifest
 from cluster.models import ModelManifest, read_latest
 from cluster.storage import list_folders, read_bytes
+from job.config import STUDY
 from job.data.staging import Crops, StagedDataset, staged
 from job.metrics import confusions, shown
 from job.model.folder import METRICS_FILE, load_model
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
     import keras
 
 SIDES = ("x", "y", "width", "height")  # of a box
-# Test accuracy and macro F1 that the study reached with a random split of Kaggle's crops.
-STUDY = {"baseline": (0.95, 0.92), "xception": (0.90, 0.81), "resnet152v2": (0.85, 0.72), "fcn": (0.65, 0.38)}
 # What is read of a model folder.
 OF_SPLIT = ("examples", "accuracy", "accuracy_without_rare", "top5", "macro_f1", "loss")
 OF_RUN = ("parameters", "seconds", "best_epoch")

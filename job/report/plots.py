@@ -13,12 +13,12 @@ from matplotlib.font_manager import fontManager
 from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 from numpy.typing import NDArray
 
-from preprocessing.sample.hand import packaged_font
+from job.colours import BLUE, PALETTE, VERMILLION
+from preprocessing.config import SPLITS
+from preprocessing.fonts import packaged_font
 
 INK = "#010203"  # becomes the colour of the page's text
-# Okabe and Ito's colours, which colour-blind people tell apart (jfly.uni-koeln.de/color).
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-SPLIT_COLOURS = dict(zip(("train", "validation", "test"), COLOURS, strict=False))
+SPLIT_COLOURS = dict(zip(SPLITS, PALETTE, strict=False))
 MOST_BARS = 40
 SETTINGS: Any = {
     "font.family": ["DejaVu Sans", packaged_font().name],
@@ -55,11 +55,11 @@ def class_frequency(counts: NDArray[np.int64], kept: int, coverage: float | None
     """
 
     def draw(axes: Any) -> None:
-        axes.plot(np.arange(1, len(counts) + 1), np.cumsum(counts) / counts.sum(), color=COLOURS[0])
+        axes.plot(np.arange(1, len(counts) + 1), np.cumsum(counts) / counts.sum(), color=BLUE)
         if coverage is not None:
-            axes.axhline(coverage, color=COLOURS[1], linewidth=1, linestyle="--")
+            axes.axhline(coverage, color=VERMILLION, linewidth=1, linestyle="--")
         if coverage is not None and kept:  # else the classes are not the most frequent ones
-            axes.axvline(kept, color=COLOURS[1], linewidth=1, linestyle="--")
+            axes.axvline(kept, color=VERMILLION, linewidth=1, linestyle="--")
             axes.annotate(f"{kept:,} classes", (kept, 0.03), (-4, 0), textcoords="offset points", ha="right")
         axes.set(
             xlabel="characters, the most frequent first", ylabel="share of all crops", xscale="log", ylim=(0, 1.02)
@@ -109,7 +109,7 @@ def box_sizes(boxes: NDArray[np.int32]) -> str:
 
     def draw(axes: Any) -> None:
         most = int(np.percentile(boxes[:, 2:], 99.5)) + 1
-        for name, sides, colour in (("width", boxes[:, 2], COLOURS[0]), ("height", boxes[:, 3], COLOURS[1])):
+        for name, sides, colour in (("width", boxes[:, 2], BLUE), ("height", boxes[:, 3], VERMILLION)):
             axes.hist(sides, bins=60, range=(0, most), histtype="step", label=name, color=colour, linewidth=1.5)
         axes.set(xlabel="pixels on the page", ylabel="boxes")
         axes.legend()
@@ -121,7 +121,7 @@ def curves(of_runs: Mapping[str, pd.DataFrame], columns: Sequence[str], unit: st
     """of_runs: name to a row an epoch. columns: at most two; the second is dashed."""
 
     def draw(axes: Any) -> None:
-        for (name, history), colour in zip(of_runs.items(), itertools.cycle(COLOURS), strict=False):
+        for (name, history), colour in zip(of_runs.items(), itertools.cycle(PALETTE), strict=False):
             for column, line in zip(columns, ("-", "--"), strict=False):
                 label = f"{name} {column}".replace("_", " ").strip()
                 axes.plot(history["epoch"], history[column], line, marker=".", label=label, color=colour)
@@ -136,7 +136,7 @@ def accuracy_by_frequency(examples: NDArray[np.int64], recall: NDArray[np.float6
     """A point a class: its crops in the test, and the share of them that was recognised."""
 
     def draw(axes: Any) -> None:
-        axes.plot(examples, recall, ".", color=COLOURS[0], alpha=0.6, markeredgewidth=0)
+        axes.plot(examples, recall, ".", color=BLUE, alpha=0.6, markeredgewidth=0)
         axes.set(xlabel="crops of the class in the test", ylabel="recognised", xscale="log", ylim=(-0.03, 1.03))
         _plain(axes.xaxis)
         axes.yaxis.set_major_formatter(PercentFormatter(1))
@@ -149,7 +149,7 @@ def shares(names: Sequence[str], values: NDArray[np.float64], unit: str) -> str:
     names = list(names[:MOST_BARS])
 
     def draw(axes: Any) -> None:
-        axes.barh(names, values[: len(names)], color=COLOURS[0])
+        axes.barh(names, values[: len(names)], color=BLUE)
         axes.invert_yaxis()
         axes.set(xlabel=unit, xlim=(0, 1))
         axes.xaxis.set_major_formatter(PercentFormatter(1))
@@ -161,7 +161,7 @@ def points(names: Sequence[str], across: Sequence[float], accuracies: Sequence[f
     """A named point each: accuracy over what it costs."""
 
     def draw(axes: Any) -> None:
-        for name, x, y, colour in zip(names, across, accuracies, itertools.cycle(COLOURS), strict=False):
+        for name, x, y, colour in zip(names, across, accuracies, itertools.cycle(PALETTE), strict=False):
             axes.plot([x], [y], "o", color=colour)
             axes.annotate(name, (x, y), (6, 4), textcoords="offset points")
         axes.set(xlabel=unit, ylabel="test accuracy", xlim=(0, 1.35 * max(across)))

@@ -5,42 +5,26 @@ Ink is float32 in 0..1 (1 is full ink); a page is one uint8 plane of tones (0 is
 the hand's colours turn into RGB at the end.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from importlib.util import find_spec
-from pathlib import Path
 
 import cv2
 import numpy as np
-from fontTools.ttLib import TTCollection, TTFont
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
+
+from preprocessing.fonts import Font, coverage, packaged_font
 
 Ink = NDArray[np.float32]
 Tones = NDArray[np.uint8]
 Box = tuple[int, int, int, int]  # x, y, width, height in px from the upper left
 
-FONT_FOLDERS = tuple(
-    Path(folder).expanduser()
-    for folder in ("/usr/share/fonts", "/usr/local/share/fonts", "~/.fonts", "~/.local/share/fonts")
-)
-HIRAGANA = frozenset(range(0x3042, 0x3094))
 CANVASES = (48, 96, 192)  # sides in px of the squares glyphs are drawn on
 EM = 0.6  # the em as a fraction of the canvas; the rest is room for the distortions
 HAIRLINE = 0.7
 BLANK_TONE = 240  # of paper without shade or grain
 USUAL_TONE = 220  # of paper with both
 FULL_SIZE = 2400  # px: the page width at which blur and grain are as a scanner leaves them
-
-
-@dataclass(frozen=True)
-class Font:
-    """One face: its file, its number in the file (0 unless the file is a collection) and its name."""
-
-    path: str
-    index: int
-    name: str
 
 
 @dataclass(frozen=True)
@@ -61,31 +45,6 @@ class Hand:
     ink: tuple[int, int, int]  # RGB
     paper: tuple[int, int, int]  # RGB
     framed: bool  # a printed frame surrounds the text
-
-
-def find_fonts(folders: Iterable[Path] = FONT_FOLDERS) -> tuple[Font, ...]:
-    """Fonts with all hiragana, sorted by file name; the packaged one if there is no other.
-
-    Unreadable files are skipped. A collection gives its first such face: its others are mostly the same shapes for
-    other languages.
-    """
-    suffixes = (".ttf", ".otf", ".ttc")
-    files = {path for folder in folders for path in folder.rglob("*") if path.suffix.lower() in suffixes}
-    found = (_japanese_face(path) for path in sorted(files, key=lambda path: (path.name, str(path))))
-    return tuple(font for font in found if font) or (packaged_font(),)
-
-
-def _japanese_face(path: Path) -> Font | None:
-    collection = path.suffix.lower() == ".ttc"
-    try:
-        with path.open("rb") as file:
-            faces = TTCollection(file, lazy=True).fonts if collection else [TTFont(file, lazy=True)]
-            for index, face in enumerate(faces):
-                if HIRAGANA.issubset(face.getBestCmap() or {}):
-                    return Font(str(path), index, face["name"].getBestFullName() or path.stem)
-    except Exception:  # fontTools raises many kinds for a damaged file, which is nobody's concern here
-        return None
-    return None
 
 
 def new_hand(rng: np.random.Generator, fonts: tuple[Font, ...]) -> Hand:
@@ -186,22 +145,6 @@ def _tight(ink: Ink) -> Ink:
 @cache
 def _face(font: Font, size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(font.path, size, index=font.index, layout_engine=ImageFont.Layout.BASIC)
-
-
-@cache
-def coverage(font: Font) -> frozenset[int]:
-    """The code points that a font draws."""
-    with TTFont(font.path, fontNumber=font.index, lazy=True) as face:
-        return frozenset(face.getBestCmap() or {})
-
-
-@cache
-def packaged_font() -> Font:
-    """The font that comes with a package we depend on. The package isn't imported: that would load matplotlib."""
-    package = find_spec("matplotlib_fontja")
-    assert package is not None
-    assert package.origin is not None
-    return Font(str(Path(package.origin).parent / "fonts" / "ipaexg.ttf"), 0, "IPAexGothic")
 
 
 @lru_cache(maxsize=2048)

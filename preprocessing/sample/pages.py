@@ -27,8 +27,9 @@ from numpy.typing import NDArray
 from cluster.errors import InputError, OptionError
 from cluster.progress import progress
 from cluster.storage import new_file, place, remove_folder, write_bytes
+from preprocessing.fonts import Font, find_fonts
 from preprocessing.labels import book_of, code_point_name, parse_rows
-from preprocessing.sample.hand import Box, Font, Hand, Ink, Tones, draw_glyph, find_fonts, fit, join, new_hand, scan
+from preprocessing.sample.hand import Box, Hand, Ink, Tones, draw_glyph, fit, join, new_hand, scan
 
 PAGE_WIDTH, PAGE_HEIGHT = 2400, 3900  # px at full size
 PAGES_PER_BOOK = 4

@@ -1,0 +1,10 @@
+"""The colours of plots and pictures: those of Okabe and Ito, which colour-blind people can tell apart.
+
+https://jfly.uni-koeln.de/color
+"""
+
+BLACK = "#000000"
+BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY_BLUE = (
+    "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9",
+)  # fmt: skip
+PALETTE = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY_BLUE)
