@@ -2,6 +2,7 @@
 
 import logging
 import shlex
+from dataclasses import asdict
 from typing import Any
 
 import click
@@ -148,7 +149,7 @@ def evaluate(model: str, dataset: str, split: str, out: str | None) -> Outcome:
         if len(listed) > SHOWN_CONFUSIONS
         else []
     )
-    return {"split": split} | evaluation.metrics, [
+    return {"split": split} | asdict(evaluation.metrics), [
         f"weakest classes of {len(seen)}:",
         seen.head(10)[columns].to_string(index=False, float_format="{:.3f}".format),
         "",
@@ -156,7 +157,7 @@ def evaluate(model: str, dataset: str, split: str, out: str | None) -> Outcome:
         *listed[:SHOWN_CONFUSIONS],
         *more,
         "",
-        *splits_table({split: evaluation.metrics}),
+        *splits_table({split: asdict(evaluation.metrics)}),
     ]
 
 

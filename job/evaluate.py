@@ -3,9 +3,8 @@
 import json
 import os
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 from upath import UPath
@@ -15,7 +14,7 @@ from cluster.manifest import is_sealed
 from cluster.progress import progress
 from cluster.storage import is_local, write_bytes, writing_in
 from job.data.staging import staged
-from job.metrics import confusions, metrics, misclassified, per_class
+from job.metrics import SplitMetrics, confusions, metrics, misclassified, per_class
 from job.model.folder import load_model
 
 
@@ -23,7 +22,7 @@ from job.model.folder import load_model
 class Evaluation:
     """Numbers of one split, its classes, and what was taken for what."""
 
-    metrics: dict[str, Any]
+    metrics: SplitMetrics
     per_class: pd.DataFrame
     misclassified: pd.DataFrame
 
@@ -66,7 +65,7 @@ def write_evaluation(evaluation: Evaluation, out: UPath) -> None:
         OptionError: `out` is sealed, and would not be what its manifest says any more.
     """
     check_out(out)
-    write_bytes(out / "metrics.json", (json.dumps(evaluation.metrics, indent=2) + "\n").encode())
+    write_bytes(out / "metrics.json", (json.dumps(asdict(evaluation.metrics), indent=2) + "\n").encode())
     write_bytes(out / "per_class.csv", evaluation.per_class.to_csv(index=False).encode())
     write_bytes(out / "misclassified.csv", evaluation.misclassified.to_csv(index=False).encode())
 

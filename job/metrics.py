@@ -1,7 +1,7 @@
 """Honest numbers from predictions: metrics of a split, a table of its classes, the list of what was taken for what."""
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -19,23 +19,35 @@ def shown(class_name: str) -> str:
     return RARE_SHOWN if class_name == RARE else chr(parse_code_point(class_name))
 
 
-def metrics(predictions: NDArray[np.float32], labels: NDArray[np.int64], class_names: Sequence[str]) -> dict[str, Any]:
-    """Of one split: `accuracy`, `accuracy_without_rare` (None where all are rare), `top5`, `macro_f1`, `loss`,
-    `examples`.
+@dataclass(frozen=True)
+class SplitMetrics:
+    """How well a model predicts a split."""
 
-    predictions: (N, 4) as `inference.predictions_of`. macro_f1 is the mean over the classes present in the split.
-    """
+    accuracy: float
+    accuracy_without_rare: float | None
+    """Over crops whose label is not `rare`; None if there are none."""
+    top5: float
+    """Fraction of crops whose label is among the 5 likeliest classes."""
+    macro_f1: float
+    """Mean F1 of the classes present in the split."""
+    loss: float
+    """Mean cross-entropy."""
+    examples: int
+
+
+def metrics(predictions: NDArray[np.float32], labels: NDArray[np.int64], class_names: Sequence[str]) -> SplitMetrics:
+    """predictions: (N, 4), as `inference.predictions_of`. labels: (N,)."""
     correct = predictions[:, 0] == labels
     not_rare = labels != len(class_names) - 1
     present = per_class(predictions, labels, class_names).query("examples > 0")
-    return {
-        "accuracy": float(np.mean(correct)),
-        "accuracy_without_rare": float(np.mean(correct[not_rare])) if not_rare.any() else None,
-        "top5": float(np.mean(predictions[:, 2])),
-        "macro_f1": float(present["f1"].mean()),
-        "loss": float(np.mean(predictions[:, 3], dtype=np.float64)),
-        "examples": len(labels),
-    }
+    return SplitMetrics(
+        accuracy=float(np.mean(correct)),
+        accuracy_without_rare=float(np.mean(correct[not_rare])) if not_rare.any() else None,
+        top5=float(np.mean(predictions[:, 2])),
+        macro_f1=float(present["f1"].mean()),
+        loss=float(np.mean(predictions[:, 3], dtype=np.float64)),
+        examples=len(labels),
+    )
 
 
 def per_class(predictions: NDArray[np.float32], labels: NDArray[np.int64], class_names: Sequence[str]) -> pd.DataFrame:

@@ -52,7 +52,7 @@ def _table(outcomes: "Sequence[Outcome]") -> list[str]:
 
 
 def splits_table(of_splits: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """of_splits: split to what `evaluation.metrics` gives."""
+    """of_splits: split to `metrics.SplitMetrics`, as JSON."""
     form = "{:<10} {:>8} {:>9} {:>13} {:>7} {:>9} {:>8}"
     lines = [form.format("split", "crops", "accuracy", "without rare", "top 5", "macro F1", "loss")]
     for split, numbers in of_splits.items():

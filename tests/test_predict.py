@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,7 @@ def test_the_accuracy_is_that_of_evaluate(read: Path, model: Path, real_dataset:
     from job.evaluate import evaluate
 
     told = json.loads((read / "manifest.json").read_text())["accuracy"]
-    parts = [evaluate(place(model), place(real_dataset), split).metrics for split in SPLITS]
+    parts = [asdict(evaluate(place(model), place(real_dataset), split).metrics) for split in SPLITS]
     assert told["examples"] == sum(part["examples"] for part in parts)
     for key in ("accuracy", "top5"):
         assert told[key] == pytest.approx(sum(part[key] * part["examples"] for part in parts) / told["examples"])

@@ -5,7 +5,7 @@ import re
 import shutil
 import traceback
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -234,7 +234,7 @@ def test_the_saved_model_loads_without_our_package_and_predicts_the_same(
     assert (probabilities.argmax(axis=1) == labels).mean() == pytest.approx(of_training["accuracy"], abs=1e-9)
     loss = -np.log(probabilities[np.arange(len(labels)), labels]).mean()
     assert loss == pytest.approx(of_training["loss"], rel=1e-4)
-    again = evaluate(place(trained.parent), place(few), "test").metrics
+    again = asdict(evaluate(place(trained.parent), place(few), "test").metrics)
     assert again["accuracy"] == of_training["accuracy"]
     assert again["loss"] == pytest.approx(of_training["loss"], rel=1e-4)
 

@@ -57,7 +57,7 @@ def folder_texts(
     names, test = dataset.class_names, dataset.splits["test"]
     recorded = config.model_dump()
     numbers: dict[str, Any] = {
-        split: metrics(predictions[split], dataset.splits[split].labels, names) for split in SPLITS
+        split: asdict(metrics(predictions[split], dataset.splits[split].labels, names)) for split in SPLITS
     }
     numbers |= {
         "parameters": model.count_params(),

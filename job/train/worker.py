@@ -186,9 +186,9 @@ class Training:
         self.steps.estimate_statistics(self._beginning(crops, order, batches))
         validation = metrics(self._predict("validation"), self._labels("validation"), self.dataset.class_names)
         # The training loss is that before each update: what the last one did shows in the validation only.
-        if not math.isfinite(loss + validation["loss"]):
+        if not math.isfinite(loss + validation.loss):
             raise KuzushijiError(
-                f"the loss must stay finite. Received: {loss} in training, {validation['loss']} in validation, epoch "
+                f"the loss must stay finite. Received: {loss} in training, {validation.loss} in validation, epoch "
                 f"{epoch}. Lower --learning-rate"
             )
         row = EpochRow(
@@ -196,8 +196,8 @@ class Training:
             step=epoch * steps,
             loss=loss,
             accuracy=accuracy,
-            val_loss=validation["loss"],
-            val_accuracy=validation["accuracy"],
+            val_loss=validation.loss,
+            val_accuracy=validation.accuracy,
             learning_rate=float(np.asarray(self.optimizer.learning_rate)),
             seconds=seconds,
             crops_per_s=steps * size / seconds,
