@@ -101,7 +101,7 @@ def test_nothing_names_a_registry_or_the_place_where_it_was_made() -> None:
             assert not re.search(hosts, (ROOT / name).read_text(encoding="utf-8")), name
 
 
-def test_the_readme_names_every_command_option_and_file() -> None:
+def test_the_readme_names_every_command_and_option() -> None:
     from job.cli import main
 
     readme = (ROOT / "README.md").read_text()
@@ -110,6 +110,12 @@ def test_the_readme_names_every_command_option_and_file() -> None:
         for parameter in command.params:
             for option in parameter.opts:
                 assert option in readme or not option.startswith("--"), f"{name} {option}"
+
+
+def test_the_readme_maps_every_module() -> None:
+    readme = (ROOT / "README.md").read_text()
     for package in PACKAGES:
-        for path in (ROOT / package).rglob("*.py"):
-            assert path.name in readme or path.name == "__init__.py", path
+        _, _, rest = readme.partition(f"\n{package}/ ")
+        listed = re.findall(r"^  (\S+\.py) ", re.split(r"\n(?=\S)", rest)[0], re.M)
+        there = {str(path.relative_to(ROOT / package)) for path in (ROOT / package).rglob("*.py")}
+        assert sorted(listed) == sorted(path for path in there if not path.endswith("__init__.py"))
