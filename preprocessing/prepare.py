@@ -24,7 +24,15 @@ from cluster.manifest import (
     seal,
     write_listed,
 )
-from cluster.storage import change_bytes, is_file, list_files, remove_folder, remove_temporaries, write_bytes
+from cluster.storage import (
+    change_bytes,
+    is_file,
+    list_files,
+    remove_file,
+    remove_folder,
+    remove_temporaries,
+    write_bytes,
+)
 from preprocessing.classes import class_indices, class_names
 from preprocessing.cutting import run_groups
 from preprocessing.dataset import dataset_card, dataset_files
@@ -108,7 +116,7 @@ def _make(plan: Plan, pages: UPath, dataset: UPath, config: PrepareConfig) -> Da
     except InputError:
         for group, report in enumerate(reports):  # cut again next time, when the pages may be readable
             if report["losses"]:
-                report_path(dataset, group).unlink(missing_ok=True)
+                remove_file(report_path(dataset, group))
         raise
     return _finish(plan, dataset, config, reports, losses)
 
@@ -153,7 +161,7 @@ def _earlier_attempt(dataset: UPath, plan: Plan) -> DatasetManifest | None:
         log.warning("%s: %s; what is damaged is made again", dataset, "; ".join(faults))
         _write_reports(dataset, plan, manifest)
         write_bytes(plan_path, json.dumps(plan.identity).encode())
-        (dataset / MANIFEST_FILE).unlink(missing_ok=True)
+        remove_file(dataset / MANIFEST_FILE)
     elif there and not begun:
         raise OptionError(f"--dataset must be a new or empty folder, or one of the same job. Received: {dataset}")
     else:

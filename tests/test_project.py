@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from conftest import in_fresh_process
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"cluster": set(), "preprocessing": {"cluster"}, "job": {"cluster", "preprocessing"}}
@@ -26,6 +27,26 @@ def test_imports_go_one_way(package: str) -> None:
     for path in (ROOT / package).rglob("*.py"):
         ours = {name.split(".")[0] for name in imports_of(path)} & set(PACKAGES)
         assert ours <= PACKAGES[package] | {package}, path
+
+
+def test_an_import_of_cluster_changes_neither_the_environment_nor_the_level_of_a_logger(tmp_path: Path) -> None:
+    script = """
+import importlib, logging, os, pkgutil
+import cluster
+
+def state():
+    named = {name: getattr(logger, "level", 0) for name, logger in logging.root.manager.loggerDict.items()}
+    levels = {name: level for name, level in named.items() if level}
+    return dict(os.environ), levels, logging.root.level, list(logging.root.handlers)
+
+before = state()
+for module in pkgutil.iter_modules(cluster.__path__, "cluster."):
+    importlib.import_module(module.name)
+print(before == state(), len(list(pkgutil.iter_modules(cluster.__path__))))
+"""
+    same, modules = in_fresh_process(script, cwd=tmp_path).split()
+    assert same == "True"
+    assert int(modules) == len(list((ROOT / "cluster").glob("[!_]*.py")))
 
 
 def test_keras_is_never_reached_through_tensorflow() -> None:

@@ -34,6 +34,7 @@ from cluster.storage import (
     list_files,
     list_folders,
     place,
+    remove_file,
     remove_temporaries,
     write_bytes,
 )
@@ -119,7 +120,7 @@ def _clear(out: UPath) -> None:
     if others := [*list_folders(out), *(name for name in there if not OURS.fullmatch(name))]:
         raise OptionError(f"--out must be a new or empty folder. Received: {out}, with {sorted(others)[0]}")
     for name in there:
-        (out / name).unlink(missing_ok=True)
+        remove_file(out / name)
     remove_temporaries(out)
 
 
