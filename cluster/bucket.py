@@ -1,236 +1,203 @@
-"""Google Cloud Storage through its own client, where fsspec can't: uploads checked on arrival, ranges side by side,
-writes that go through only where nobody wrote in between, reads of one generation, and listings that fail in words.
+"""Objects of Google Cloud Storage, through its own client, which does what fsspec can't.
 
-Requests are retried by the client, two minutes at most; what fails for good is told by `explained`.
+The client checks the CRC32C of each upload and of each whole download, reads several ranges of one generation at once,
+and writes an object only if nobody changed it in between. Its listings raise when a request fails.
+`explained` turns what still fails after the client's retries (two minutes at most) into one line.
 """
 
 import base64
-import logging
-import os
 import re
 import sys
+import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import google_crc32c
 from upath import UPath
 
 from cluster.errors import DamageError, KuzushijiError
+from cluster.google_client import client
+from cluster.local import temporary_file
+from cluster.store import Store
 
 if TYPE_CHECKING:
-    from google.cloud.storage import Blob, Client
+    from google.cloud.storage import Blob
 
 RANGE_BYTES = 8 << 20
 RANGES_AT_ONCE = 8
-SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")  # https://cloud.google.com/storage/docs/buckets#naming
 
-logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # what fails is raised, and told in one line
-# It looks for hierarchical namespaces, which nothing here uses, and waits a minute for a server without them.
-os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+
+class Bucket(Store):
+    """The store of `gs://` addresses.
+
+    Each method raises KuzushijiError for missing credentials, a missing permission, a missing bucket, and a server that
+    does not answer.
+    """
+
+    def is_file(self, path: UPath) -> bool:
+        # Not gcsfs' `isfile`, which returns False for each failure.
+        with explaining():
+            return bool(_blob(path).exists())
+
+    def size_of(self, path: UPath) -> int:
+        blob = _blob(path)
+        with explaining():
+            blob.reload()
+        return int(blob.size)
+
+    def list_files(self, folder: UPath) -> dict[str, int]:
+        return _list(folder)[0]
+
+    def list_folders(self, folder: UPath) -> list[str]:
+        return _list(folder)[1]
+
+    def open_read(self, path: UPath) -> BinaryIO:
+        # The stream is of one generation. No checksum is compared; wrap reads in `explaining`.
+        blob = _blob(path)
+        with explaining():
+            blob.reload()
+            stream: BinaryIO = blob.open("rb", chunk_size=RANGE_BYTES, if_generation_match=blob.generation)
+        return stream
+
+    def read_bytes(self, path: UPath) -> bytes:
+        # One request, so that the bytes are of one generation also while other processes replace the object.
+        return _download(_blob(path))
+
+    def read_chunks(self, path: UPath, begin: int, end: int) -> Iterator[bytes]:
+        blob = _blob(path)
+        with explaining():
+            blob.reload()
+            checksum = google_crc32c.Checksum()
+            for chunk in _ranges(blob, begin, min(end, blob.size)):
+                checksum.update(chunk)
+                yield chunk
+            if begin == 0 and end >= blob.size and base64.b64encode(checksum.digest()).decode() != blob.crc32c:
+                raise DamageError(
+                    f"{path} must arrive as it is there. Received: other bytes. Run the same command again"
+                )
+
+    @contextmanager
+    def new_file(self, target: UPath, within: UPath | None) -> Iterator[Path]:
+        # `within` has no use here: an upload that does not end leaves no object.
+        from google.cloud.storage.retry import DEFAULT_RETRY
+
+        with temporary_file(Path(tempfile.gettempdir())) as temporary:
+            yield temporary
+            with explaining():
+                _blob(target).upload_from_filename(str(temporary), checksum="crc32c", retry=DEFAULT_RETRY)
+
+    def change_bytes(self, target: UPath, update: Callable[[bytes | None], bytes | None]) -> None:
+        from google.api_core.exceptions import PreconditionFailed
+        from google.cloud.storage.retry import DEFAULT_RETRY
+
+        while True:  # each turn but the last means that another process wrote the object
+            blob = _blob(target)
+            try:
+                old = _download(blob)  # also sets `blob.generation`
+            except FileNotFoundError:
+                old = None
+            new = update(old)
+            if new is None or new == old:  # equal: a retry of a write whose answer was lost
+                return
+            with suppress(PreconditionFailed), explaining():
+                # Generation 0 stands for an object that does not exist.
+                generation = blob.generation if old is not None else 0
+                blob.upload_from_string(new, checksum="crc32c", if_generation_match=generation, retry=DEFAULT_RETRY)
+                return
+
+    def remove_file(self, path: UPath) -> None:
+        from google.cloud.storage.retry import DEFAULT_RETRY
+
+        # Not found: another process removed the object, or the answer to a first attempt was lost.
+        with suppress(FileNotFoundError), explaining():
+            _blob(path).delete(retry=DEFAULT_RETRY)
+
+    def remove_folder(self, folder: UPath) -> None:
+        # Not gcsfs' `rm`, which reads a name with brackets as a pattern: github.com/fsspec/filesystem_spec/issues/838.
+        from google.api_core.exceptions import NotFound
+        from google.cloud.storage.retry import DEFAULT_RETRY
+
+        bucket, _, name = folder.path.rstrip("/").partition("/")
+        assert name, "never a whole bucket"
+        with explaining():
+            for blob in list(client().list_blobs(bucket, prefix=f"{name}/")):
+                with suppress(NotFound):  # as in `remove_file`
+                    blob.delete(retry=DEFAULT_RETRY)
 
 
-def is_bucket(path: UPath) -> bool:
-    return path.protocol in ("gs", "gcs")
-
-
-def has_name(path: UPath) -> bool:
-    """Whether the bucket of a path has a name that a bucket can have."""
+def has_valid_name(path: UPath) -> bool:
+    """Whether the bucket's name in a path is one that Google Cloud Storage allows."""
     return _NAME.fullmatch(path.path.partition("/")[0]) is not None
 
 
 @cache
-def options() -> dict[str, Any]:
-    """How gcsfs is to be used: with the credentials that the client uses, and no memory of listings, since others write
-    too.
-    """
-    return {"token": "google_default" if _credentials() else "anon", "use_listings_cache": False}
-
-
-@cache
-def _credentials() -> Any:
-    """Application default credentials; None where there are none: public buckets can be read all the same.
+def reach(bucket: str) -> None:
+    """List one object of a bucket, so that a wrong name or a missing permission is found before any work.
 
     Raises:
-        KuzushijiError: the file that is to hold them can't be used.
+        KuzushijiError: the bucket does not exist or may not be listed, or the credentials are missing or refused.
     """
-    import google.auth
-    from google.auth.exceptions import DefaultCredentialsError
-
-    if "STORAGE_EMULATOR_HOST" in os.environ:
-        return None
-    try:
-        return google.auth.default(scopes=[SCOPE])[0]
-    except Exception as error:  # of many kinds, where the file is not as it should be
-        if file := os.environ.get("GOOGLE_APPLICATION_CREDENTIALS"):
-            raise KuzushijiError(
-                "GOOGLE_APPLICATION_CREDENTIALS must name a file with credentials. "
-                f"Received: {file}: {' '.join(str(error).split())[:200]}. Mend it, or unset the variable"
-            ) from None
-        if isinstance(error, DefaultCredentialsError):
-            return None
-        raise
-
-
-@cache
-def _client() -> "Client":
-    from google.auth.credentials import AnonymousCredentials
-    from google.cloud.storage import Client
-
-    return Client(project=None, credentials=_credentials() or AnonymousCredentials())  # type: ignore[no-untyped-call]
+    with explaining():
+        next(iter(client().list_blobs(bucket, max_results=1)), None)
 
 
 def _blob(path: UPath) -> "Blob":
     bucket, _, name = path.path.partition("/")
-    return _client().bucket(bucket).blob(name)
+    return client().bucket(bucket).blob(name)
 
 
-@cache
-def reach(bucket: str) -> None:
-    """Look into a bucket, so that a wrong name or a missing right is found before any work.
-
-    Raises:
-        KuzushijiError: it is not there, or may not be listed.
-    """
-    with explaining():
-        next(iter(_client().list_blobs(bucket, max_results=1)), None)
-
-
-def upload(local: Path, target: UPath) -> None:
-    """Make an object of a file; what arrives is held against the file's CRC32C."""
-    from google.cloud.storage.retry import DEFAULT_RETRY
-
-    with explaining():
-        _blob(target).upload_from_filename(str(local), checksum="crc32c", retry=DEFAULT_RETRY)
-
-
-def change(target: UPath, content: Callable[[bytes | None], bytes | None]) -> None:
-    """Write what `content` makes of an object's bytes (None: there is none; or, as a result, leave it), if nobody wrote
-    in between; else once more with what is there then.
-    """
-    from google.api_core.exceptions import PreconditionFailed
-    from google.cloud.storage.retry import DEFAULT_RETRY
-
-    while True:  # each turn but the last is somebody else's write that went through
-        blob = _blob(target)
-        try:
-            old = _download(blob)  # which also tells the generation
-        except FileNotFoundError:
-            old = None
-        new = content(old)
-        if new is None or new == old:
-            return
-        with suppress(PreconditionFailed), explaining():
-            # Generation 0 is that of an object that is not there.
-            generation = blob.generation if old is not None else 0
-            blob.upload_from_string(new, checksum="crc32c", if_generation_match=generation, retry=DEFAULT_RETRY)
-            return
-
-
-def has(path: UPath) -> bool:
-    """Whether there is such an object. gcsfs' own answer takes every failure for a no (fsspec's `isfile`)."""
-    with explaining():
-        return bool(_blob(path).exists())
-
-
-def read_bytes(path: UPath) -> bytes:
-    """An object, in one request, so that it is whole also while others replace it; held against its CRC32C.
-
-    Raises:
-        FileNotFoundError: there is no such object.
-        DamageError: it did not arrive as it is there.
-    """
-    return _download(_blob(path))
-
-
-def open_read(path: UPath) -> BinaryIO:
-    """Open one generation of an object for reading here and there. Nothing is held against a checksum; reads fail with
-    the client's errors, for `explaining`.
-
-    Raises:
-        FileNotFoundError: there is no such object.
-    """
-    blob = _blob(path)
-    with explaining():
-        blob.reload()
-        stream: BinaryIO = blob.open("rb", chunk_size=RANGE_BYTES, if_generation_match=blob.generation)
-    return stream
-
-
-def read_chunks(path: UPath, begin: int, end: int) -> Iterator[bytes]:
-    """Bytes `begin` to `end` of one generation of an object, in order, fewer if it is shorter; several ranges are under
-    way at once. What is read whole is held against its CRC32C.
-
-    Raises:
-        FileNotFoundError: there is no such object, or it was replaced meanwhile.
-        DamageError: it did not arrive as it is there.
-    """
-    blob = _blob(path)
-    with explaining():
-        blob.reload()
-        checksum = google_crc32c.Checksum()
-        for chunk in _ranges(blob, begin, min(end, blob.size)):
-            checksum.update(chunk)
-            yield chunk
-        if begin == 0 and end >= blob.size and base64.b64encode(checksum.digest()).decode() != blob.crc32c:
-            raise DamageError(f"{path} must arrive as it is there. Received: other bytes. Run the same command again")
-
-
-def list_folder(folder: UPath) -> tuple[dict[str, int], list[str]]:
-    """Name to size in bytes of the objects directly in a folder, and the names of the folders in it, sorted."""
+def _list(folder: UPath) -> tuple[dict[str, int], list[str]]:
+    """Name to size in bytes of the objects directly in a folder, and the sorted names of the folders in it."""
     bucket, _, name = folder.path.rstrip("/").partition("/")
     prefix = f"{name}/" if name else ""
     with explaining():
-        listing = _client().list_blobs(bucket, prefix=prefix, delimiter="/")
+        listing = client().list_blobs(bucket, prefix=prefix, delimiter="/")
         files = {blob.name.removeprefix(prefix): int(blob.size) for blob in listing}
     files.pop("", None)  # an object that stands for the folder itself
     return files, sorted(found.removeprefix(prefix).rstrip("/") for found in listing.prefixes)
 
 
-def remove_folder(folder: UPath) -> None:
-    """Remove all objects under a name that is not empty. To gcsfs such a name is a pattern."""
-    from google.api_core.exceptions import NotFound
-    from google.cloud.storage.retry import DEFAULT_RETRY
-
-    bucket, _, name = folder.path.rstrip("/").partition("/")
-    assert name, "never a whole bucket"
-    with explaining():
-        for blob in list(_client().list_blobs(bucket, prefix=f"{name}/")):
-            with suppress(NotFound):  # somebody else's doing, or an answer that was lost
-                blob.delete(retry=DEFAULT_RETRY)
-
-
 def _download(blob: "Blob") -> bytes:
+    """The bytes of an object; sets `blob.generation`.
+
+    Raises:
+        FileNotFoundError: the object does not exist.
+        DamageError: the CRC32C of the bytes is not the object's.
+    """
     with explaining():
         content: bytes = blob.download_as_bytes()
     return content
 
 
 def _ranges(blob: "Blob", begin: int, end: int) -> Iterator[bytes]:
-    """In order, with a bounded number in memory."""
+    """Bytes `begin` to `end`, in order; at most `RANGES_AT_ONCE` ranges and one more are in memory."""
     coming: deque[Future[bytes]] = deque()
     pool = ThreadPoolExecutor(RANGES_AT_ONCE)
     try:
         for start in range(begin, end, RANGE_BYTES):
-            last = min(start + RANGE_BYTES, end) - 1  # the client counts it in
+            last = min(start + RANGE_BYTES, end) - 1  # inclusive for the client
             coming.append(pool.submit(_range, blob, start, last))
             if len(coming) > RANGES_AT_ONCE:
                 yield coming.popleft().result()
         while coming:
             yield coming.popleft().result()
-    finally:  # after a failure the others are not waited for: each may take the client's two minutes
+    finally:
+        # After a failure the other requests are not awaited: each may take the client's two minutes.
         pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _range(blob: "Blob", start: int, last: int) -> bytes:
-    """In one piece: read in pieces of 8 KiB, as the client does otherwise, many ranges at once are slower than one.
+    """Bytes `start` to `last`, inclusive.
 
-    The client could not check it: what an object's checksum is of, is the whole.
+    `single_shot_download`: by default the client reads a response in chunks of 8 KiB, which makes many ranges at once
+    slower than one (github.com/googleapis/python-storage/issues/1458).
+    `checksum`: None, since the CRC32C that the server sends is of the whole object.
     """
     content: bytes = blob.download_as_bytes(
         start=start, end=last, if_generation_match=blob.generation, single_shot_download=True, checksum=None
@@ -240,13 +207,19 @@ def _range(blob: "Blob", start: int, last: int) -> bytes:
 
 @contextmanager
 def explaining() -> Iterator[None]:
-    """Failures of the client come out as ours; an object that is not there (any more) as FileNotFoundError."""
+    """Replace a failure of the client by what `explained` makes of it.
+
+    Raises:
+        FileNotFoundError: the object does not exist, or was replaced while it was read.
+        KuzushijiError: as `explained`. Other exceptions are re-raised unchanged.
+    """
     from google.api_core.exceptions import NotFound, PreconditionFailed
 
     try:
         yield
     except PreconditionFailed as error:
-        if error.response is not None and error.response.request.method == "GET":  # replaced since it was looked at
+        # Only a GET: the caller of a conditional write handles its own 412.
+        if error.response is not None and error.response.request.method == "GET":
             raise FileNotFoundError(" ".join(str(error).split())) from None
         raise
     except Exception as error:
@@ -259,8 +232,8 @@ def explaining() -> Iterator[None]:
 
 
 def explained(error: BaseException) -> KuzushijiError | None:
-    """What a failure of Google's client or of gcsfs means, in one line with its mend; None for other failures."""
-    if "google.auth" not in sys.modules:
+    """A failure of Google's client or of gcsfs as one line that says what to run; None for other exceptions."""
+    if "google.auth" not in sys.modules:  # so neither of them ran in this process
         return None
     from google.api_core.exceptions import GoogleAPICallError, RetryError
     from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError, TransportError
@@ -270,7 +243,7 @@ def explained(error: BaseException) -> KuzushijiError | None:
     cause = error.cause if isinstance(error, RetryError) and error.cause else error
     text = " ".join(str(cause).split())
     code = cause.code if isinstance(cause, GoogleAPICallError) else getattr(cause, "code", None)
-    if isinstance(cause, OSError) and text.startswith("Forbidden: "):  # so gcsfs
+    if isinstance(cause, OSError) and text.startswith("Forbidden: "):  # gcsfs, for a 403
         code = 403
     if isinstance(cause, DefaultCredentialsError) or code == 401:
         return KuzushijiError(
@@ -303,6 +276,6 @@ def explained(error: BaseException) -> KuzushijiError | None:
 
 
 def _bucket_in(text: str) -> str:
-    """The bucket that a failed request was of, from its address."""
+    """The `gs://` address of the bucket in a failed request's URL."""
     found = re.search(r"\bb/([a-z0-9][a-z0-9._-]+)", text) or re.search(r"Forbidden: ([a-z0-9._-]+)", text)
     return f"gs://{found[1]}" if found else "the bucket"

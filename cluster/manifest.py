@@ -24,7 +24,7 @@ from upath import UPath
 
 from cluster.errors import DamageError, InputError
 from cluster.progress import progress
-from cluster.storage import change_bytes, is_file, list_files, plain_name, read_bytes, sha256_of, write_bytes
+from cluster.storage import change_bytes, is_file, list_files, plain_name, read_bytes, sha256_of, size_of, write_bytes
 
 MANIFEST_FILE = "manifest.json"
 # A manifest past these bounds is refused before it is parsed, which takes 2 GB of memory at most within them. Were a
@@ -160,7 +160,7 @@ def _read(folder: UPath) -> tuple[bytes, dict[str, Any]]:
     path = folder / MANIFEST_FILE
     if not is_sealed(folder):
         raise InputError(f"a finished dataset or model folder must hold {MANIFEST_FILE}. Received: {folder}, without")
-    if path.stat().st_size > MAX_MANIFEST_BYTES:
+    if size_of(path) > MAX_MANIFEST_BYTES:
         raise DamageError(f"{path} must be at most {MAX_MANIFEST_BYTES} bytes")
     raw = read_bytes(path)
     if _is_too_large(raw):

@@ -7,7 +7,7 @@ from upath import UPath
 
 from cluster.errors import DamageError, InputError
 from cluster.manifest import MANIFEST_FILE, Manifest, complaint, is_sealed
-from cluster.storage import change_bytes, is_file, plain_name, read_bytes
+from cluster.storage import change_bytes, is_file, plain_name, read_bytes, size_of
 
 LATEST_FILE = "latest.json"
 MAX_LATEST_BYTES = 10_000
@@ -43,7 +43,7 @@ def read_latest(architecture: UPath) -> Latest | None:
     path = architecture / LATEST_FILE
     if not is_file(path):
         return None
-    if path.stat().st_size > MAX_LATEST_BYTES:
+    if size_of(path) > MAX_LATEST_BYTES:
         raise DamageError(f"{path} must be at most {MAX_LATEST_BYTES} bytes")
     return _parse(path, read_bytes(path))
 

@@ -20,6 +20,7 @@ from cluster.storage import (
     list_folders,
     plain_name,
     read_chunks,
+    remove_file,
     write_bytes,
     writing_in,
 )
@@ -54,7 +55,7 @@ def pull(models: UPath, to: UPath, wanted: Sequence[str] = ()) -> list[Pulled]:
     with progress("bytes pulled", total, "bytes") as advance:
         for (name, run), manifest in zip(chosen, manifests, strict=True):
             target = to / name / run
-            with writing_in(Path(target.path)):
+            with writing_in(target):
                 new_bytes = _pull_folder(models / name / run, target, manifest, advance)
             pulled.append(Pulled(name, run, str(target), new_bytes))
     return pulled
@@ -92,7 +93,7 @@ def _pull_folder(source: UPath, target: UPath, manifest: ModelManifest, advance:
         if fault_of(target, entry, list_files(target)) is None:
             advance(entry.bytes)
         else:
-            (target / MANIFEST_FILE).unlink(missing_ok=True)  # what is being mended is not there
+            remove_file(target / MANIFEST_FILE)  # what is being mended is not there
             new_bytes += _fetch(source, Path(target.path), entry, advance)
     if not {entry.name for entry in manifest.entries} <= set(list_files(target)):
         raise KuzushijiError(

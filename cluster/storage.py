@@ -1,80 +1,99 @@
-"""Places: local paths and fsspec addresses (`gs://bucket/x`) behind one pathlib interface.
+"""Files in a local folder, in a bucket, or on another fsspec file system, through the same functions.
 
-Nothing half-written ever stands under a final name: local files are written under a temporary name in the same
-folder and moved; object stores show an object only when its upload is complete.
+`_store` picks the implementation of `Store` for a path: `Local`, `Bucket` or `Other`. No implementation ever shows an
+incomplete file under its final name.
 """
 
-import errno
-import fcntl
 import hashlib
 import os
 import re
-import shutil
 import sys
-import tempfile
-import uuid
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from fsspec import get_filesystem_class
 from upath import UPath
 
-from cluster import bucket
-from cluster.errors import InputError, KuzushijiError, OptionError
+from cluster import bucket, local
+from cluster.bucket import Bucket
+from cluster.errors import InputError, OptionError
+from cluster.google_client import gcsfs_options
+from cluster.local import TEMPORARY_PREFIX as TEMPORARY_PREFIX
+from cluster.local import Local
+from cluster.other import Other
+from cluster.store import CHUNK_BYTES as CHUNK_BYTES
+from cluster.store import Store
 
-CHUNK_BYTES = 1 << 20
-TEMPORARY_PREFIX = ".tmp-"
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 
+_LOCAL: Store = Local()
+_BUCKET: Store = Bucket()
+_OTHER: Store = Other()
+_STORES = {"": _LOCAL, "file": _LOCAL, "local": _LOCAL, "gs": _BUCKET, "gcs": _BUCKET}
+
+
+def _store(path: UPath) -> Store:
+    """The only place that asks for the protocol of a path."""
+    return _STORES.get(path.protocol, _OTHER)
+
+
+# --- addresses
+
+
 def place(text: str | os.PathLike[str]) -> UPath:
-    """A path or address. Local ones are made absolute, since workers run in other folders.
+    """A path or address as a UPath. A local path becomes absolute, since workers run in other folders.
 
     Raises:
-        OptionError: it is empty, an address of a kind that can't be used here, or of no bucket's name.
+        OptionError: the text is empty, of a protocol that fsspec does not know or can't import, or names no valid
+            bucket.
+        KuzushijiError: the file that GOOGLE_APPLICATION_CREDENTIALS names can't be used.
     """
     if not str(text):
         raise OptionError("a place must be a path or an address. Received: an empty one")
     try:
         path: UPath = UPath(text)
-        get_filesystem_class(path.protocol)  # which imports what is needed for it
+        store = _store(path)
+        if store is _OTHER:
+            get_filesystem_class(path.protocol)  # imports the package of the protocol
     except (ValueError, ImportError) as error:
         raise OptionError(f"a place must be a path or an address. Received: {text}: {error}") from None
-    if is_local(path):
+    if store is _LOCAL:
         return UPath(os.path.abspath(path.path))
-    if bucket.is_bucket(path) and not bucket.has_name(path):
-        raise OptionError(
-            f"an address of Google Cloud Storage must be gs://BUCKET/..., in small letters. Received: {text}"
-        )
-    if bucket.is_bucket(path):
-        path = UPath(text, **bucket.options())
+    if store is _BUCKET:
+        if not bucket.has_valid_name(path):
+            raise OptionError(
+                f"an address of Google Cloud Storage must be gs://BUCKET/..., in small letters. Received: {text}"
+            )
+        path = UPath(text, **gcsfs_options())
     return path
 
 
 def reachable_place(text: str | os.PathLike[str]) -> UPath:
-    """A place that a person named: of a bucket, only if it is there and lets us in.
+    """As `place`, after one request to the bucket, if the address is of one.
 
     Raises:
         OptionError: as `place`.
-        KuzushijiError: there is no such bucket, no right to look into it, or nobody to ask for.
+        KuzushijiError: the bucket does not exist, may not be listed, or does not answer.
     """
     path = place(text)
-    if bucket.is_bucket(path):
+    if _store(path) is _BUCKET:
         bucket.reach(path.path.partition("/")[0])
     return path
 
 
 def is_local(path: UPath) -> bool:
-    return path.protocol in ("", "file", "local")
+    """Whether a path is on this machine: its bytes come over no network that the project knows of."""
+    return _store(path) is _LOCAL
 
 
 def local_path(text: str, option: str) -> Path:
-    """A path of this machine.
+    """The path on this machine that a command line option names.
 
     Raises:
-        OptionError: it is an address.
+        OptionError: `text` is an address.
     """
     path = place(text)
     if not is_local(path):
@@ -83,10 +102,11 @@ def local_path(text: str, option: str) -> Path:
 
 
 def plain_name(name: str, what: str) -> str:
-    """`name` itself if it can't leave a folder it is put in.
+    """`name` itself, if it is safe as the name of a file or folder: joined to a folder, it can't leave the folder.
 
     Raises:
-        InputError: it holds a separator, starts with a dot, or has other than ASCII letters, digits, `.`, `_`, `-`.
+        InputError: the name holds a separator or another character than ASCII letters, digits, `.`, `_` and `-`, or
+            starts with `.` or `-`.
     """
     if not isinstance(name, str) or not _PLAIN_NAME.fullmatch(name):
         raise InputError(
@@ -95,162 +115,191 @@ def plain_name(name: str, what: str) -> str:
     return name
 
 
-@contextmanager
-def writing_in(folder: Path) -> Iterator[None]:
-    """Failures to write in a local folder come out as ours, with its name: that of a full disk names no place."""
-    try:
-        yield
-    except OSError as error:
-        # The second, of a copy, is where it was going.
-        names = [Path(name) for name in (error.filename, error.filename2) if isinstance(name, str | os.PathLike)]
-        named = any(name.is_relative_to(folder) for name in names)
-        elsewhere = bool(names) and not named
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-        if (elsewhere or not (named or full)) and os.path.isdir(folder):
-            raise  # of another folder, or of what is read
-        raise KuzushijiError(
-            "a folder must be there, writable and have room as long as it is written. "
-            f"Received: {folder}: {error.strerror}. Mend that and run the same command again"
-        ) from error
+def arrow_filesystem(path: UPath) -> Any:
+    """The pyarrow file system of a path, for Ray Train's `storage_filesystem`; None for a path on this machine.
+
+    The only place that uses gcsfs: Ray Train can't use Google's client.
+    """
+    if is_local(path):
+        return None
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+    return PyFileSystem(FSSpecHandler(path.fs))
 
 
-@contextmanager
-def new_file(target: UPath, within: UPath | None = None) -> Iterator[Path]:
-    """A local path to write; it becomes `target` in one step when the block ends, and is removed when the block
-    fails.
+# --- writing
 
-    within: the folder for that path, on the same disk as `target`. It is not made: once it is removed, nothing that
-    was begun in it comes to be.
+
+def writing_in(folder: UPath | Path) -> AbstractContextManager[None]:
+    """Turn an OSError about a local folder into one line that names it; of any other folder, do nothing.
 
     Raises:
-        KuzushijiError: its folder is full, read-only or gone.
+        KuzushijiError: the folder is missing, full, read-only, or not a folder.
     """
-    beside = target.parent if within is None else within
-    folder = Path(beside.path if is_local(target) else tempfile.gettempdir())
-    temporary = folder / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
-    with writing_in(folder):
-        if within is None:
-            os.makedirs(folder, exist_ok=True)
-        try:
-            yield temporary
-            if is_local(target):
-                with open(temporary, "rb") as written:
-                    os.fsync(written.fileno())
-                os.replace(temporary, target.path)
-            elif bucket.is_bucket(target):
-                bucket.upload(temporary, target)
-            else:
-                target.fs.put_file(str(temporary), target.path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    path = UPath(folder)
+    return local.writing_in(Path(path.path)) if is_local(path) else nullcontext()
+
+
+def check_writable(folder: UPath) -> None:
+    """Create a local folder if it is missing and write in it, before long work; of any other folder, do nothing.
+
+    Raises:
+        KuzushijiError: the folder is full, read-only, or not a folder.
+    """
+    if is_local(folder):
+        local.check_writable(Path(folder.path))
+
+
+def new_file(target: UPath, within: UPath | None = None) -> AbstractContextManager[Path]:
+    """A context manager with a local path to write. When the block ends, the file there becomes `target` in one step;
+    when the block raises, the file is removed.
+
+    within: the folder of the local path, on the same disk as a local `target`. It is not created: once another process
+    has removed the folder, nothing that was begun in it becomes a file. None: the folder of `target`, which is created.
+
+    Raises:
+        KuzushijiError: the folder is full, read-only or missing, or the upload failed.
+    """
+    return _store(target).new_file(target, within)
 
 
 def write_bytes(target: UPath, data: bytes, within: UPath | None = None) -> None:
-    """Write a small file so that readers see the old content or the new one, never a part. within: see `new_file`."""
+    """Write a small file. Readers get the old bytes or the new ones, never a part. within, Raises: as `new_file`."""
     with new_file(target, within) as temporary:
         temporary.write_bytes(data)
 
 
-def change_bytes(target: UPath, content: Callable[[bytes | None], bytes | None]) -> None:
-    """Replace a small file by what `content` makes of its bytes (None: there is none; as a result: leave it), with
-    nobody writing in between. `content` may be called again with what somebody else wrote meanwhile.
+def change_bytes(target: UPath, update: Callable[[bytes | None], bytes | None]) -> None:
+    """Atomic read-modify-write of a small file.
+
+    `update(old)` gets the bytes, or None if the file does not exist, and returns the new bytes, or None to leave the
+    file as it is. In a bucket, `update` is called again if another process wrote the file in between. On file systems
+    other than local ones and buckets, there is no protection from other processes.
+
+    Raises:
+        KuzushijiError: the folder is full, read-only, or removed in between; or the request failed.
     """
-    if bucket.is_bucket(target):
-        bucket.change(target, content)
-        return
-    with _alone_in(target.parent):
-        new = content(read_bytes(target) if is_file(target) else None)
-        if new is not None:
-            write_bytes(target, new)
+    _store(target).change_bytes(target, update)
 
 
-@contextmanager
-def _alone_in(folder: UPath) -> Iterator[None]:
-    """One at a time among all processes that change files of a local folder so; other places know no locks."""
-    if not is_local(folder):
-        yield
-        return
-    with writing_in(Path(folder.path)):
-        os.makedirs(folder.path, exist_ok=True)
-        descriptor = os.open(folder.path, os.O_RDONLY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            if not os.path.samestat(os.fstat(descriptor), os.stat(folder.path)):  # while another one had it
-                raise FileNotFoundError(errno.ENOENT, "removed meanwhile, and made anew", folder.path)
-            yield
-        finally:
-            os.close(descriptor)
+def remove_file(path: UPath) -> None:
+    """Remove a file, if it exists."""
+    _store(path).remove_file(path)
+
+
+def remove_folder(folder: UPath) -> None:
+    """Remove a folder and everything in it, if it exists. In a local folder, what can't be removed stays."""
+    _store(folder).remove_folder(folder)
+
+
+def remove_temporaries(folder: UPath) -> None:
+    """Remove the temporary files that a killed process left directly in a folder."""
+    for name in list_files(folder):
+        if name.startswith(TEMPORARY_PREFIX):
+            remove_file(folder / name)
+
+
+# --- reading
 
 
 def is_file(path: UPath) -> bool:
-    """Whether there is such a file; a bucket that does not answer is no answer, but a failure."""
-    return bucket.has(path) if bucket.is_bucket(path) else bool(path.is_file())
+    """Whether a file exists.
+
+    Raises:
+        KuzushijiError: the bucket does not answer, or refuses the request.
+    """
+    return _store(path).is_file(path)
+
+
+def size_of(path: UPath) -> int:
+    """The size of a file in bytes. Raises: FileNotFoundError without a file; KuzushijiError as `is_file`."""
+    return _store(path).size_of(path)
+
+
+def list_files(folder: UPath) -> dict[str, int]:
+    """Name to size in bytes of the files directly in a folder; empty without a folder. Raises: as `is_file`."""
+    return _store(folder).list_files(folder)
+
+
+def list_folders(folder: UPath) -> list[str]:
+    """Sorted names of the folders directly in a folder; empty without a folder. Raises: as `is_file`."""
+    return _store(folder).list_folders(folder)
 
 
 def open_read(path: UPath) -> BinaryIO:
-    """Open for reading here and there, as it is now.
+    """Open a file for reads with `seek`. In a bucket, the stream stays on the generation of now; no checksum is
+    compared, and reads raise errors of the client, for `cluster.bucket.explaining`.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file does not exist.
+        KuzushijiError: as `is_file`.
     """
-    if is_local(path):  # a third of the time that it takes by way of fsspec
-        return open(path.path, "rb")
-    stream: BinaryIO = bucket.open_read(path) if bucket.is_bucket(path) else path.fs.open(path.path, "rb")
-    return stream
+    return _store(path).open_read(path)
 
 
 def read_chunks(path: UPath, begin: int, end: int) -> Iterator[bytes]:
-    """Bytes `begin` to `end` of a file, in pieces; fewer if it is shorter.
+    """Bytes `begin` to `end` of a file, in chunks and in order; fewer bytes if the file is shorter.
+
+    In a bucket, the bytes are of one generation, and several requests run at once.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        DamageError: a whole object of a bucket did not arrive as it is there.
+        FileNotFoundError: the file does not exist, or, in a bucket, was replaced in between.
+        DamageError: the range is all of an object in a bucket, and the CRC32C of the bytes is not the object's.
+        KuzushijiError: as `is_file`.
     """
-    if bucket.is_bucket(path):
-        yield from bucket.read_chunks(path, begin, end)
-        return
-    with open_read(path) as stream:
-        stream.seek(begin)
-        while begin < end and (chunk := stream.read(min(CHUNK_BYTES, end - begin))):
-            begin += len(chunk)
-            yield chunk
+    return _store(path).read_chunks(path, begin, end)
 
 
 def read_at_most(path: UPath, most: int) -> bytes:
-    """A file, or its first bytes where it has more than `most`; raises what `read_chunks` does.
-
-    A local one in one piece: put together from chunks, a page takes twice as long.
-    """
-    if not is_local(path):
-        return b"".join(read_chunks(path, 0, most))
-    with open_read(path) as stream:
-        return stream.read(min(most, os.fstat(stream.fileno()).st_size))
+    """All bytes of a file, or its first `most` bytes if it has more. Raises: as `read_chunks`."""
+    return _store(path).read_at_most(path, most)
 
 
 def read_bytes(path: UPath) -> bytes:
-    """A small file, as it was at one moment.
+    """All bytes of a small file, as they were at one moment.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file does not exist.
+        DamageError: the CRC32C of the bytes is not that of the object in the bucket.
+        KuzushijiError: as `is_file`.
     """
-    content: bytes = bucket.read_bytes(path) if bucket.is_bucket(path) else path.read_bytes()
-    return content
+    return _store(path).read_bytes(path)
 
 
-def fetch(path: UPath, local: Path) -> None:
-    """Copy a file to this machine, as fast as its place allows."""
-    with local.open("wb") as out:
+def fetch(path: UPath, target: Path) -> None:
+    """Copy a file to a path on this machine. Raises: as `read_chunks`."""
+    with target.open("wb") as out:
         for chunk in read_chunks(path, 0, sys.maxsize):
             out.write(chunk)
 
 
+@contextmanager
+def local_file(path: UPath, scratch: Path) -> Iterator[Path]:
+    """The file itself, if it is on this machine; else a copy in the folder `scratch`, removed when the block ends.
+
+    Raises: as `read_chunks`.
+    """
+    if is_local(path):
+        yield Path(path.path)
+        return
+    copy = scratch / path.name
+    try:
+        fetch(path, copy)
+        yield copy
+    finally:
+        copy.unlink(missing_ok=True)
+
+
 def sha256_of(path: UPath) -> str:
-    """Hex digest of a file's bytes, read in pieces."""
+    """The SHA-256 of a file as hex digits. Raises: as `read_chunks`."""
     return _hex_digest(path, hashlib.sha256())
 
 
 def md5_of(path: UPath) -> str:
-    """As `sha256_of`, for files whose publishers give this hash only: it finds damage, not intent."""
+    """The MD5 of a file as hex digits, for publishers that give no other hash: it shows damage, but no manipulation.
+
+    Raises: as `read_chunks`.
+    """
     return _hex_digest(path, hashlib.md5(usedforsecurity=False))
 
 
@@ -258,61 +307,3 @@ def _hex_digest(path: UPath, digest: "hashlib._Hash") -> str:
     for chunk in read_chunks(path, 0, sys.maxsize):
         digest.update(chunk)
     return digest.hexdigest()
-
-
-def list_files(folder: UPath) -> dict[str, int]:
-    """Name to size in bytes of the files that stand directly in `folder`; empty if there is no such folder."""
-    if is_local(folder):  # fsspec calls a link to a file no file
-        try:
-            with os.scandir(folder.path) as found:
-                return dict(_sizes(found))
-        except (FileNotFoundError, NotADirectoryError):
-            return {}
-    if bucket.is_bucket(folder):
-        return bucket.list_folder(folder)[0]
-    return {os.path.basename(entry["name"]): int(entry["size"]) for entry in _list(folder) if entry["type"] == "file"}
-
-
-def _sizes(found: Iterable["os.DirEntry[str]"]) -> Iterator[tuple[str, int]]:
-    for entry in found:
-        with suppress(FileNotFoundError):  # somebody moved it meanwhile, as `new_file` does
-            if entry.is_file():
-                yield entry.name, entry.stat().st_size
-
-
-def list_folders(folder: UPath) -> list[str]:
-    """Names of the folders that stand directly in `folder`, sorted; none if there is no such folder."""
-    if bucket.is_bucket(folder):
-        return bucket.list_folder(folder)[1]
-    if is_local(folder):  # where a link to a folder is one
-        try:
-            with os.scandir(folder.path) as found:
-                return sorted(entry.name for entry in found if entry.is_dir())
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-    return sorted(os.path.basename(entry["name"]) for entry in _list(folder) if entry["type"] == "directory")
-
-
-def _list(folder: UPath) -> list[dict[str, Any]]:
-    try:
-        entries: list[dict[str, Any]] = folder.fs.ls(folder.path, detail=True)
-    except FileNotFoundError:
-        return []
-    return entries
-
-
-def remove_temporaries(folder: UPath) -> None:
-    """Remove what `new_file` leaves directly in a folder when its process is killed."""
-    for name in list_files(folder):
-        if name.startswith(TEMPORARY_PREFIX):
-            (folder / name).unlink(missing_ok=True)
-
-
-def remove_folder(folder: UPath) -> None:
-    """Remove a folder and all that is in it, if it is there."""
-    if is_local(folder):
-        shutil.rmtree(folder.path, ignore_errors=True)
-    elif bucket.is_bucket(folder):
-        bucket.remove_folder(folder)
-    elif folder.exists():
-        folder.fs.rm(folder.path, recursive=True)

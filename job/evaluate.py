@@ -1,10 +1,7 @@
 """A finished model on a split of a dataset, in this process."""
 
 import json
-import os
-import tempfile
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import pandas as pd
 from upath import UPath
@@ -12,7 +9,7 @@ from upath import UPath
 from cluster.errors import OptionError
 from cluster.manifest import is_sealed
 from cluster.progress import progress
-from cluster.storage import is_local, write_bytes, writing_in
+from cluster.storage import check_writable, write_bytes
 from job.data.staging import staged
 from job.metrics import SplitMetrics, confusions, metrics, misclassified, per_class
 from job.model.folder import load_model
@@ -79,7 +76,4 @@ def check_out(out: UPath) -> None:
     """
     if is_sealed(out):
         raise OptionError(f"--out must not be a finished dataset or model folder. Received: {out}")
-    if is_local(out):
-        with writing_in(Path(out.path)):
-            os.makedirs(out.path, exist_ok=True)
-            tempfile.TemporaryFile(dir=out.path).close()
+    check_writable(out)

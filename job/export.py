@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from upath import UPath
 
 from cluster.errors import KuzushijiError, OptionError
-from cluster.storage import list_files, list_folders, new_file, writing_in
+from cluster.storage import list_files, list_folders, new_file, remove_file, writing_in
 from job.model.folder import LABELS_FILE, load_model
 
 log = logging.getLogger("kuzushiji")
@@ -62,8 +62,8 @@ def _nothing_left_of(out: UPath, files: Sequence[str]) -> Iterator[None]:
         yield
     except Exception:
         for name in files:
-            with suppress(OSError):
-                (out / name).unlink(missing_ok=True)
+            with suppress(OSError, KuzushijiError):
+                remove_file(out / name)
         raise
 
 

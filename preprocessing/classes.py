@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from upath import UPath
 
 from cluster.errors import InputError
-from cluster.storage import is_file, read_bytes
+from cluster.storage import is_file, read_bytes, size_of
 from preprocessing.labels import code_point_name, parse_code_point
 
 RARE = "rare"
@@ -64,7 +64,7 @@ def read_class_names(path: UPath, where: UPath | None = None) -> list[str]:
     where = where or path
     if not is_file(path):
         raise InputError(f"a file of classes must be there. Received: {where}")
-    if path.stat().st_size > MAX_CLASSES_BYTES:
+    if size_of(path) > MAX_CLASSES_BYTES:
         raise InputError(f"{where} must be at most {MAX_CLASSES_BYTES} bytes")
     try:
         text = read_bytes(path).decode()

@@ -11,7 +11,15 @@ from upath import UPath
 from cluster.errors import DamageError, InputError, OptionError
 from cluster.manifest import MANIFEST_FILE, fault_of, is_sealed, read_manifest, seal, write_listed
 from cluster.runtime import map_tasks
-from cluster.storage import change_bytes, is_file, list_files, remove_folder, remove_temporaries, write_bytes
+from cluster.storage import (
+    change_bytes,
+    is_file,
+    list_files,
+    remove_file,
+    remove_folder,
+    remove_temporaries,
+    write_bytes,
+)
 from preprocessing.config import SPLITS, PrepareConfig
 from preprocessing.dataset import DatasetManifest, Loss, Shard, dataset_card, dataset_files
 from preprocessing.labels import book_of
@@ -67,7 +75,7 @@ def _make(plan: Plan, pages: UPath, dataset: UPath, config: PrepareConfig) -> Da
     except InputError:
         for group, report in zip(plan.groups, reports, strict=True):
             if report.losses:  # the next attempt cuts it again: the pages may be readable then
-                report_path(dataset, group.number).unlink(missing_ok=True)
+                remove_file(report_path(dataset, group.number))
         raise
     return _finish(plan, dataset, config, reports)
 
@@ -99,7 +107,7 @@ def _earlier_attempt(dataset: UPath, plan: Plan) -> DatasetManifest | None:
         log.warning("%s: %s; what is damaged is made again", dataset, "; ".join(faults))
         _write_reports(dataset, plan, manifest)
         write_bytes(plan_path, json.dumps(plan.identity).encode())
-        (dataset / MANIFEST_FILE).unlink(missing_ok=True)
+        remove_file(dataset / MANIFEST_FILE)
     elif there and not begun:
         raise OptionError(f"--dataset must be a new or empty folder, or one of the same job. Received: {dataset}")
     else:

@@ -25,7 +25,7 @@ from upath import UPath
 from cluster.errors import DamageError, InputError
 from cluster.manifest import FileEntry, fault_of, read_manifest, size_fault_of
 from cluster.progress import progress
-from cluster.storage import fetch, is_local, list_files, writing_in
+from cluster.storage import fetch, list_files, local_file, size_of, writing_in
 from preprocessing.classes import LABELS_FILE, read_class_names
 from preprocessing.dataset import DatasetManifest, Shard
 from preprocessing.labels import parse_code_point, parse_id
@@ -136,7 +136,8 @@ def _stage(dataset: UPath, manifest: DatasetManifest, splits: Sequence[str], fol
                     raise InputError(f"{dataset}: a split must have crops. Received: {split} with none")
                 with closing(_SplitWriter(temporary / split, examples, classes)) as writer:
                     for shard in shards:
-                        _unpack(dataset, shard, there, temporary, writer)
+                        with local_file(dataset / shard.name, temporary) as local:
+                            _unpack(dataset, shard, UPath(local), writer)
                         advance(shard.examples)
         (temporary / LOCK_FILE).touch()
         temporary.rename(folder)
@@ -166,20 +167,14 @@ def _check_sizes(dataset: UPath, manifest: DatasetManifest, there: dict[str, int
     raise DamageError(f"{dataset}: the manifest must list {LABELS_FILE}")
 
 
-def _unpack(dataset: UPath, shard: Shard, there: dict[str, int], temporary: Path, writer: "_SplitWriter") -> None:
-    """Parse one shard into the arrays, after its checksum."""
-    if is_local(dataset):
-        local, names = UPath(dataset), there
-    else:
-        local, names = UPath(temporary), {shard.name: 0}
-        fetch(dataset / shard.name, temporary / shard.name)
-        names[shard.name] = (temporary / shard.name).stat().st_size
-    if fault := fault_of(local, shard, names):
+def _unpack(dataset: UPath, shard: Shard, local: UPath, writer: "_SplitWriter") -> None:
+    """Parse one shard into the arrays, after its checksum. local: its file on this machine."""
+    if fault := fault_of(local.parent, shard, {shard.name: size_of(local)}):
         raise DamageError(f"{dataset}: {fault}. Prepare again, or copy the folder again")
     before = writer.filled
     if shard.bytes:
         with (
-            open((local / shard.name).path, "rb") as stream,
+            open(local.path, "rb") as stream,
             mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data,
         ):
             try:
@@ -194,8 +189,6 @@ def _unpack(dataset: UPath, shard: Shard, there: dict[str, int], temporary: Path
         raise DamageError(
             f"{dataset}: {shard.name} must hold {shard.examples} crops. Received: {writer.filled - before}"
         )
-    if not is_local(dataset):
-        (temporary / shard.name).unlink()
 
 
 class _SplitWriter:

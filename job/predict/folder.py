@@ -13,7 +13,7 @@ from upath import UPath
 
 from cluster.errors import OptionError
 from cluster.manifest import Count, Manifest, is_sealed
-from cluster.storage import TEMPORARY_PREFIX, list_files, list_folders, remove_temporaries
+from cluster.storage import TEMPORARY_PREFIX, list_files, list_folders, remove_file, remove_temporaries
 from preprocessing.dataset import ClippedBoxes, Losses
 
 _TABLE = re.compile(r"(predictions|pages)-[0-9]{5}-of-[0-9]{5}\.(parquet|csv)")
@@ -54,5 +54,5 @@ def clear(out: UPath) -> None:
     if others := [*list_folders(out), *(name for name in there if not _TABLE.fullmatch(name))]:
         raise OptionError(f"--out must be a new or empty folder. Received: {out}, with {sorted(others)[0]}")
     for name in there:
-        (out / name).unlink(missing_ok=True)
+        remove_file(out / name)
     remove_temporaries(out)

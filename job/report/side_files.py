@@ -7,7 +7,7 @@ from contextlib import suppress
 from upath import UPath
 
 from cluster.errors import one_line
-from cluster.storage import write_bytes
+from cluster.storage import remove_file, write_bytes
 
 REPORT_SUFFIX = ".report.html"
 
@@ -26,6 +26,6 @@ def write_beside(target: UPath, make: Callable[[], bytes], say: Callable[[str], 
         say(f"{target} could not be written: {one_line(error).removesuffix(' (see --debug)')}")
         log.debug("where:", exc_info=error)
         with suppress(Exception):
-            target.unlink(missing_ok=True)  # an earlier one may tell of something else
+            remove_file(target)  # an earlier one may tell of something else
         return False
     return True

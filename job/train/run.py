@@ -3,9 +3,7 @@
 import json
 import logging
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from upath import UPath
@@ -15,10 +13,11 @@ from cluster.manifest import read_manifest
 from cluster.models import ModelManifest, point_to_latest
 from cluster.runtime import cause_of
 from cluster.storage import (
+    arrow_filesystem,
     is_file,
-    is_local,
     list_folders,
     read_bytes,
+    remove_file,
     remove_folder,
     remove_temporaries,
     write_bytes,
@@ -138,7 +137,6 @@ class Run:
             KuzushijiError: the training itself can't go on; nothing is tried again.
             Exception: whatever the last of the tries failed of; the run can be called again.
         """
-        from pyarrow.fs import FSSpecHandler, PyFileSystem
         from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
         from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
@@ -171,7 +169,7 @@ class Run:
             run_config=RunConfig(
                 name=self._train_name,
                 storage_path=storage.path,
-                storage_filesystem=None if is_local(storage) else PyFileSystem(FSSpecHandler(storage.fs)),
+                storage_filesystem=arrow_filesystem(storage),
                 # Two: a recovery can begin from the checkpoint before the last.
                 checkpoint_config=CheckpointConfig(num_to_keep=2),
                 failure_config=FailureConfig(max_failures=config.max_failures),
@@ -181,7 +179,7 @@ class Run:
         try:
             failure: Failure | None = trainer.fit().return_value
         except Exception as error:
-            with writing_in(Path(self.models.path)) if is_local(self.models) else nullcontext():
+            with writing_in(self.models):
                 raise cause_of(error) from error  # which holds the worker's traceback, for --debug
         if failure:
             raise KuzushijiError(failure.what) from RuntimeError(failure.where)
@@ -210,7 +208,7 @@ class Run:
         point_to_latest(self.folder, read_manifest(self.folder, ModelManifest))  # it may have been killed just before
         remove_temporaries(self.folder)
         remove_folder(self._checkpoints)
-        self._begun_with.unlink(missing_ok=True)
+        remove_file(self._begun_with)
 
 
 def _work(config: dict[str, TrainJob]) -> Failure | None:
