@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import GIVEN, in_fresh_process, save_test_crops, with_small_head
+from conftest import GIVEN, WorkersDo, in_fresh_process, save_test_crops
 from tensorboardX.proto.event_pb2 import Event
 
 from cluster.errors import DamageError, KuzushijiError, OptionError
@@ -266,9 +266,9 @@ def test_what_cannot_be_trained_is_refused_before_ray_train_starts(dataset: Path
 
 
 def test_a_loss_that_the_last_step_made_infinite_seals_nothing_is_not_tried_again_and_debug_can_show_where(
-    real_dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    real_dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, workers_do: WorkersDo
 ) -> None:
-    monkeypatch.setattr("job.train.run._work", with_small_head())
+    workers_do()
     caplog.set_level("INFO", "kuzushiji")
     given = config(epochs=1, global_batch_size=100, learning_rate=1e30)  # one step: its own loss is of before
     with pytest.raises(KuzushijiError, match=r"the loss must stay finite\..*in validation, epoch 1") as failure:
@@ -279,21 +279,19 @@ def test_a_loss_that_the_last_step_made_infinite_seals_nothing_is_not_tried_agai
 
 
 def test_a_step_that_memory_cannot_hold_is_one_line_and_not_tried_again(
-    few: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    few: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, workers_do: WorkersDo
 ) -> None:
-    def work(job: dict[str, Any]) -> Any:
+    def change(job: dict[str, Any]) -> None:
         import tensorflow as tf
 
-        from job.model import architectures
-        from job.train import run, step
+        from job.train import step
 
         def too_large(self: Any, images: Any, labels: Any, masks: Any) -> Any:
             return tf.reduce_sum(tf.fill([tf.shape(labels, tf.int64)[0] * 2**44, 2], 1.0), axis=0)
 
-        architectures.BASELINE_HEAD, step.Steps._train_replica = (16, 8), too_large
-        return run._work(job)
+        step.Steps._train_replica = too_large
 
-    monkeypatch.setattr("job.train.run._work", work)
+    workers_do(change)
     caplog.set_level("INFO", "kuzushiji")
     line = r"^a step must fit into memory\. Received: OOM when allocating tensor with shape\[\d+,2\]\. Lower --global-"
     with pytest.raises(KuzushijiError, match=line) as failure:

@@ -15,7 +15,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
-from conftest import KUZUSHIJI, KUZUSHIJI_WITH_SMALL_HEAD, in_fresh_process
+from conftest import KUZUSHIJI, KUZUSHIJI_WITH_SMALL_HEAD, WorkersDo, in_fresh_process
 
 from cluster.errors import DamageError, InputError, OptionError
 from cluster.manifest import verify
@@ -219,22 +219,26 @@ def test_one_architecture_that_fails_does_not_take_another_along(few: Path, tmp_
 
 @pytest.mark.long
 def test_a_lost_worker_repeats_one_saved_epoch_at_most_and_frozen_layers_stay_as_they_were_handed_over(
-    few: Path, made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    few: Path,
+    made: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    workers_do: WorkersDo,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Uploads take longer than epochs; the worker dies just after it told of epoch 4."""
     import keras
 
     marker = str(tmp_path / "died")
 
-    def work(job: dict[str, Any]) -> None:
+    def change(job: dict[str, Any]) -> None:
         import os
         import time
         from pathlib import Path
 
         from ray.train.v2._internal.execution.storage import StorageContext
 
-        from job.model import architectures
-        from job.train import run, worker
+        from job.train import worker
 
         upload, report = StorageContext.persist_current_checkpoint, worker.Training._report
 
@@ -252,10 +256,8 @@ def test_a_lost_worker_repeats_one_saved_epoch_at_most_and_frozen_layers_stay_as
                 os._exit(1)
 
         StorageContext.persist_current_checkpoint, worker.Training._report = slowly, then_die
-        architectures.HEAD = (16, 8)
-        run._work(job)
 
-    monkeypatch.setattr("job.train.run._work", work)
+    workers_do(change)
     monkeypatch.setattr("job.model.architectures.HEAD", (16, 8))
     caplog.set_level("INFO", "kuzushiji")
     handed = handed_over(str(made["new"]))
