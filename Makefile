@@ -1,7 +1,7 @@
 # `make demo` runs the main job, `make test` the tests; each makes .venv first if it is not there, with the newest of the
 # supported Pythons that runs (a shim of pyenv's may be there and not run), or with PYTHON=.
 PYTHON ?= $(shell for python in python3.13 python3.12 python3.11; do \
-  $$python -c 'import ensurepip, venv' 2> /dev/null && echo $$python && break; done)
+  $$python -c 'import ensurepip, venv' > /dev/null 2>&1 && echo $$python && break; done)
 KUZUSHIJI = .venv/bin/kuzushiji
 
 .PHONY: demo check test test-long test-smoke test-cloud test-image bench chaos fuzz lock clean
