@@ -47,26 +47,23 @@ GIVEN = {"architecture": "baseline", "epochs": 3, "global_batch_size": 7, "learn
 
 # --- which process runs what
 
-# The files that take longest, which begin first. The tests of a file stay in one process, for the fixtures of the
-# file, unless a mark `xdist_group` says otherwise.
+# The tests of a file stay in one process, for the fixtures of the file; so do those of files that must not run beside
+# one another: they mount disks, or look at all mounts.
+TOGETHER = dict.fromkeys(("test_fake_cloud", "test_storage_faults", "test_pull_and_verify"), "mounts")
+# Those that take longest begin first.
 LONGEST = (
-    "test_submit", "test_train", "test_survival", "test_architectures", "test_weights", "test_prepare_survives",
-    "test_hostile", "test_bucket", "test_chaos", "test_terminal", "test_fake_cloud",
+    "test_submit", "test_train", "test_survival", "test_weights", "test_architectures", "mounts", "test_bucket",
+    "test_prepare_survives", "test_terminal", "test_predict", "test_report", "test_hostile", "test_command_line",
 )  # fmt: skip
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Group the tests, the longest groups first."""
-
-    def group(item: pytest.Item) -> str:
-        mark = item.get_closest_marker("xdist_group")
-        return str(mark.args[0]) if mark else item.path.stem
-
-    for item in items:
-        if not item.get_closest_marker("xdist_group"):
-            item.add_marker(pytest.mark.xdist_group(group(item)))
-    items.sort(key=lambda item: LONGEST.index(group(item)) if group(item) in LONGEST else len(LONGEST))
+    groups = {item: TOGETHER.get(item.path.stem, item.path.stem) for item in items}
+    for item, group in groups.items():
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: LONGEST.index(groups[item]) if groups[item] in LONGEST else len(LONGEST))
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
