@@ -15,6 +15,7 @@ import pytest
 from conftest import GIVEN, KUZUSHIJI, KUZUSHIJI_WITH_SMALL_HEAD, WorkersDo
 
 from cluster.errors import OptionError
+from cluster.runtime import START_TIMED_OUT
 from cluster.storage import place
 from job.config import TrainConfig
 from job.train.driver import train
@@ -91,11 +92,15 @@ def test_a_run_whose_driver_is_killed_goes_on_within_the_epoch_also_on_another_n
     command += ["--architecture", "baseline", "--epochs", "3", "--global-batch-size", "7", "--learning-rate", "1e-4"]
     command += ["--workers", "2", "--cpus-per-worker", "1", "--checkpoint-every", "1"]
     registered = tmp_path / "two" / ".runs" / "baseline-killed" / "checkpoint_manager_snapshot.json"
-    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE) as driver:
-        while not registered.is_file() or b"checkpoint_" not in registered.read_bytes():
-            assert driver.poll() is None
-            time.sleep(0.05)
-        driver.kill()
+    ended = True
+    while ended:
+        with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as driver:
+            while not (ended := driver.poll() is not None) and not (
+                registered.is_file() and b"checkpoint_" in registered.read_bytes()
+            ):
+                time.sleep(0.05)
+            driver.kill()
+            assert not ended or (driver.stderr and START_TIMED_OUT in driver.stderr.read())
     shutil.copytree(tmp_path / "two", tmp_path / "one")
     workers_do()
     caplog.set_level("INFO", "kuzushiji")

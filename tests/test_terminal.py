@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pyte
-from conftest import KUZUSHIJI, KUZUSHIJI_WITH_SMALL_HEAD
+from conftest import KUZUSHIJI, KUZUSHIJI_WITH_SMALL_HEAD, TRIES_TO_START_RAY
+
+from cluster.runtime import START_TIMED_OUT
 
 COLUMNS, LINES = 100, 30
 SECONDS = 600.0  # that a command may take, on a slow machine
@@ -34,7 +36,18 @@ class Shown:
 
 
 def shown(command: Sequence[str | Path], stop: Callable[[list[str]], bool] = lambda _: False) -> Shown:
-    """Run a command at a terminal of its own. stop: Ctrl-C is pressed, once, when this holds of the screen."""
+    """Run a command at a terminal of its own, and again as long as Ray takes too long to start.
+
+    stop: Ctrl-C is pressed, once, when this holds of the screen.
+    """
+    for _ in range(TRIES_TO_START_RAY):
+        seen = shown_once(command, stop)
+        if START_TIMED_OUT[: COLUMNS // 2] not in "\n".join(seen.screens[-1]):
+            break
+    return seen
+
+
+def shown_once(command: Sequence[str | Path], stop: Callable[[list[str]], bool]) -> Shown:
     screen = pyte.Screen(COLUMNS, LINES)
     stream = pyte.ByteStream(screen)
     ours, its = os.openpty()
