@@ -1,5 +1,7 @@
-# `make demo` runs the main job, `make test` the tests; each makes .venv first if it is not there.
-PYTHON ?= python3.11
+# `make demo` runs the main job, `make test` the tests; each makes .venv first if it is not there, with the newest of the
+# supported Pythons that runs (a shim of pyenv's may be there and not run), or with PYTHON=.
+PYTHON ?= $(shell for python in python3.13 python3.12 python3.11; do \
+  $$python -c 'import ensurepip, venv' > /dev/null 2>&1 && echo $$python && break; done)
 KUZUSHIJI = .venv/bin/kuzushiji
 
 .PHONY: demo check test test-long test-smoke test-cloud test-image bench chaos fuzz lock clean
@@ -9,6 +11,7 @@ KUZUSHIJI = .venv/bin/kuzushiji
 .venv: .venv/.installed
 
 .venv/.installed: requirements.lock pyproject.toml
+	@test -n '$(PYTHON)' || { echo 'Install Python 3.11, 3.12 or 3.13 with its venv (Debian: apt install python3-venv), or name one: make PYTHON=...' >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet --require-hashes -r requirements.lock
 	.venv/bin/pip install --quiet --no-deps --no-build-isolation --editable .
@@ -24,8 +27,10 @@ check: .venv/.installed-dev
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
+# In so many processes: much of the time is waiting for other processes.
+TEST_PROCESSES ?= 2
 test: .venv/.installed-dev
-	.venv/bin/pytest -q -m 'not cloud and not long'
+	.venv/bin/pytest -q -n $(TEST_PROCESSES) --dist loadgroup --no-loadscope-reorder -m 'not cloud and not long'
 
 test-long: .venv/.installed-dev
 	.venv/bin/pytest -q -m long

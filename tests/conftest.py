@@ -1,25 +1,41 @@
-"""What the tests share: a Ray of their own for the whole session, small datasets, the real pages where they are."""
+"""What the tests share: a Ray for the whole session, small datasets, one training, the real pages where they are.
 
+`make test` runs the tests in several processes (pytest-xdist). Each has a Ray and a cache of its own; datasets and the
+training are made once, and each process has its copy.
+"""
+
+import fcntl
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
+from fake_cloud.bucket import StrictBucket
+from small_head import WORK, work_after
 
 # Before anything imports Ray or TensorFlow, so that some imports come after (E402):
-# staged data in a folder of the session, and no word to the terminal.
+# staged data in a folder of the process, and no word to the terminal.
 _CACHE = tempfile.TemporaryDirectory(prefix="kuzushiji-tests-")
 os.environ["XDG_CACHE_HOME"] = _CACHE.name
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 os.environ.pop("RAY_ADDRESS", None)
 
-from cluster.runtime import ray_session  # noqa: E402
+from cluster.errors import KuzushijiError  # noqa: E402
+from cluster.progress import log  # noqa: E402
+from cluster.runtime import START_TIMED_OUT, ray_session  # noqa: E402
 from cluster.storage import place  # noqa: E402
+from job.cli import main  # noqa: E402
 from preprocessing.config import PrepareConfig  # noqa: E402
 from preprocessing.prepare import prepare  # noqa: E402
 from preprocessing.sample.pages import sample  # noqa: E402
@@ -30,56 +46,148 @@ MOST_WORKERS = 4
 # A training on the dataset `few`: 15 steps in 3 epochs of 5, with dropout.
 GIVEN = {"architecture": "baseline", "epochs": 3, "global_batch_size": 7, "learning_rate": 1e-4, "workers": 2}
 
+# --- which process runs what
+
+# The tests of a file stay in one process, for the fixtures of the file; so do those of files that must not run beside
+# one another: they mount disks, or look at all mounts.
+TOGETHER = dict.fromkeys(("test_fake_cloud", "test_storage_faults", "test_pull_and_verify"), "mounts")
+# Those that take longest begin first.
+LONGEST = (
+    "test_submit", "test_train", "test_survival", "test_weights", "test_architectures", "mounts", "test_bucket",
+    "test_prepare_survives", "test_terminal", "test_predict", "test_report", "test_hostile", "test_command_line",
+)  # fmt: skip
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Group the tests, the longest groups first."""
+    groups = {item: TOGETHER.get(item.path.stem, item.path.stem) for item in items}
+    for item, group in groups.items():
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: LONGEST.index(groups[item]) if groups[item] in LONGEST else len(LONGEST))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Tell in one line what was skipped, and how to have it."""
+    reports = terminalreporter.stats.get("skipped", [])
+    reasons = Counter(re.sub("^Skipped: ", "", report.longrepr[2]) for report in reports)
+    if reasons:
+        told = "; ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+        terminalreporter.write_line(f"skipped: {len(reports)} tests: {told}")
+
+
+# --- what is made once, or by one process at a time
+
+
+def between_processes(factory: pytest.TempPathFactory) -> Path:
+    """A folder that the processes of one run of the tests share."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@contextmanager
+def one_at_a_time(factory: pytest.TempPathFactory, name: str) -> Iterator[None]:
+    """One process of the run is in the block of this name; the others wait."""
+    with open(between_processes(factory) / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+TRIES_TO_START_RAY = 5
+
+
+def until_ray_starts(command: Callable[[], "subprocess.CompletedProcess[str]"]) -> "subprocess.CompletedProcess[str]":
+    """What became of a command with a Ray of its own. It is run again, as it says, where Ray took over 30 s to start:
+    a busy machine is no fault of the command's.
+    """
+    for _ in range(TRIES_TO_START_RAY):
+        done = command()
+        if START_TIMED_OUT not in done.stderr + done.stdout:
+            break
+    return done
+
+
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that `make` fills in one of the processes: this process's copy of it."""
+    shared = between_processes(factory)
+    with one_at_a_time(factory, name):
+        if not (shared / name).exists():
+            (shared / f"{name}.new").mkdir()
+            make(shared / f"{name}.new")
+            (shared / f"{name}.new").rename(shared / name)
+    return Path(shutil.copytree(shared / name, factory.mktemp(name) / name))
+
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real pages and labels."""
     if not SHARED.is_dir():
-        pytest.skip(f"the real pages are not at {SHARED.parent.name}/{SHARED.name} beside the checkout")
+        pytest.skip("need the real pages at shared/kuzushiji beside the checkout")
     return SHARED
 
 
 @pytest.fixture(scope="session")
-def ray_here() -> Iterator[None]:
-    """One local Ray for all tests that need one; it ends with the session."""
-    with ray_session(at_least_cpus=MOST_WORKERS):
+def bucket_server() -> Iterator[StrictBucket]:
+    """A strict bucket on loopback."""
+    with StrictBucket(page_size=10) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def ray_here(bucket_server: StrictBucket, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One local Ray for all tests that need one; it ends with the session. Its workers know the strict bucket."""
+    with ExitStack() as stack:
+        with one_at_a_time(tmp_path_factory, "ray"), pytest.MonkeyPatch.context() as at_start:
+            for name, value in bucket_server.environment.items():
+                at_start.setenv(name, value)
+            for tries in range(TRIES_TO_START_RAY):
+                try:
+                    stack.enter_context(ray_session(at_least_cpus=MOST_WORKERS))
+                    break
+                except KuzushijiError as error:
+                    if str(error) != START_TIMED_OUT or tries + 1 == TRIES_TO_START_RAY:
+                        raise
+                    import ray
+
+                    ray.shutdown()
         yield
 
 
 @pytest.fixture(scope="session")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve small drawn pages of three books or more, in Kaggle's format."""
-    out = tmp_path_factory.mktemp("sample") / "pages"
-    sample(out, num_pages=12, seed=7, scale=0.2)
-    return out
+    return made_once(tmp_path_factory, "pages", lambda out: sample(out, num_pages=12, seed=7, scale=0.2))
 
 
 @pytest.fixture(scope="session")
 def dataset(ray_here: None, pages: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The drawn pages, prepared with few classes."""
-    out = tmp_path_factory.mktemp("dataset") / "crops"
-    prepare(place(pages / "train_images"), place(pages / "train.csv"), place(out), PrepareConfig(coverage=0.5))
-    return out
+    source = place(pages / "train_images"), place(pages / "train.csv")
+    config = PrepareConfig(coverage=0.5)
+    return made_once(tmp_path_factory, "dataset", lambda out: prepare(*source, place(out), config))
 
 
 @pytest.fixture(scope="session")
 def few(ray_here: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dataset of two global batches of 16, in few classes."""
-    folder = tmp_path_factory.mktemp("few")
-    sample(folder / "pages", num_pages=1, seed=42, scale=0.2)
-    source = place(folder / "pages" / "train_images"), place(folder / "pages" / "train.csv")
-    config = PrepareConfig(coverage=0.2, val_fraction=0.35, test_fraction=0.35)
-    counts = prepare(*source, place(folder / "crops"), config)[0].counts
-    assert counts["train"]["examples"] // 16 == 2
-    return folder / "crops"
+
+    def make(folder: Path) -> None:
+        sample(folder / "pages", num_pages=1, seed=42, scale=0.2)
+        source = place(folder / "pages" / "train_images"), place(folder / "pages" / "train.csv")
+        config = PrepareConfig(coverage=0.2, val_fraction=0.35, test_fraction=0.35)
+        counts = prepare(*source, place(folder / "crops"), config)[0].counts
+        assert counts["train"]["examples"] // 16 == 2
+
+    return made_once(tmp_path_factory, "few", make) / "crops"
 
 
 @pytest.fixture(scope="session")
 def real_dataset(ray_here: None, shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The three real pages, prepared with the defaults."""
-    out = tmp_path_factory.mktemp("real") / "crops"
-    prepare(place(shared / "pages"), place(shared / "train.csv"), place(out), PrepareConfig())
-    return out
+    source = place(shared / "pages"), place(shared / "train.csv")
+    return made_once(tmp_path_factory, "real", lambda out: prepare(*source, place(out), PrepareConfig()))
 
 
 def job_of(config: Any, **fields: Any) -> Any:
@@ -90,37 +198,49 @@ def job_of(config: Any, **fields: Any) -> Any:
     return TrainJob(**{"config": config, "weights": None, "run": "test", "board": None} | nowhere | fields)
 
 
-def with_small_head() -> Any:
-    """What the workers are to do, with steps that take no time. A closure: Ray would import a function of this file."""
-
-    def work(job: dict[str, Any]) -> Any:
-        from job.model import architectures
-        from job.train import run
-
-        architectures.BASELINE_HEAD = (16, 8)
-        return run._work(job)
-
-    return work
+WorkersDo = Callable[[Callable[[dict[str, Any]], object] | None], None]
 
 
-# The command line with such workers: to be followed by its arguments.
-KUZUSHIJI_WITH_SMALL_HEAD = [sys.executable, "-c", """
-import atexit, sys
-import job.train.run
+@pytest.fixture
+def workers_do(monkeypatch: pytest.MonkeyPatch) -> WorkersDo:
+    """Changes what the workers of this test's trainings do (see `small_head.work_after`)."""
+    return lambda change=None: monkeypatch.setattr(WORK, work_after(change))
 
-atexit.register(lambda: print("TensorFlow was loaded here:", "tensorflow" in sys.modules, file=sys.stderr))
 
-def work(job):
-    from job.model import architectures
-    from job.train import run
+# The command line with small heads: to be followed by its arguments.
+KUZUSHIJI_WITH_SMALL_HEAD = [sys.executable, str(Path(__file__).with_name("small_head.py"))]
 
-    architectures.BASELINE_HEAD = (16, 8)
-    return run._work(job)
 
-job.train.run._work = work
-from job.cli import main
-main()
-"""]  # fmt: skip
+@dataclass(frozen=True)
+class Told:
+    """How a command ended."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def lines(self) -> list[str]:
+        """On stderr, but for what is told of the work's progress, with the time of day."""
+        return [line for line in self.stderr.splitlines() if line[2:3] != ":"]
+
+
+Kuzushiji = Callable[..., Told]
+
+
+@pytest.fixture
+def kuzushiji(monkeypatch: pytest.MonkeyPatch) -> Kuzushiji:
+    """The command line in this process, which keeps its Ray."""
+    for name in ("handlers", "level", "propagate"):
+        monkeypatch.setattr(log, name, getattr(log, name))  # is set back afterwards
+
+    def run(*arguments: object) -> Told:
+        done = CliRunner().invoke(main, [str(argument) for argument in arguments])
+        if done.exception and not isinstance(done.exception, SystemExit):
+            raise done.exception
+        return Told(done.exit_code, done.stdout, done.stderr)
+
+    return run
 
 
 @pytest.fixture(scope="session")
@@ -129,12 +249,13 @@ def trained(few: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from job.config import TrainConfig
     from job.train.driver import train
 
-    models = tmp_path_factory.mktemp("models")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("job.train.run._work", with_small_head())
-        (outcome,) = train(place(few), place(models), [TrainConfig.model_validate(GIVEN)], "first")
-    assert outcome.trained
-    return Path(outcome.folder.path)
+    def make(models: Path) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(WORK, work_after())
+            (outcome,) = train(place(few), place(models), [TrainConfig.model_validate(GIVEN)], "first")
+        assert outcome.trained
+
+    return made_once(tmp_path_factory, "trained", make) / "baseline" / "first"
 
 
 def save_test_crops(dataset: Path, images: Path) -> np.ndarray:

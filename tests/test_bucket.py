@@ -15,10 +15,11 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from conftest import KUZUSHIJI, in_fresh_process
+from conftest import Kuzushiji, in_fresh_process
 from fake_cloud.bucket import StrictBucket
 from google.api_core.exceptions import RetryError, ServiceUnavailable
 from google.auth.exceptions import DefaultCredentialsError, RefreshError
+from google.cloud.storage.retry import DEFAULT_RETRY
 from upath import UPath
 
 from cluster import bucket, google_client
@@ -60,19 +61,24 @@ FILES = {"model.keras": BIG, "labels.txt": b"U+306F\nrare\n"}
 
 
 @pytest.fixture(scope="module")
-def strict() -> Iterator[StrictBucket]:
+def strict(bucket_server: StrictBucket) -> Iterator[StrictBucket]:
     """A strict bucket on loopback, which this process and its children use as Google Cloud Storage."""
-    with StrictBucket(page_size=10) as running, pytest.MonkeyPatch.context() as patch:
-        for name, value in running.environment.items():
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in bucket_server.environment.items():
             patch.setenv(name, value)
-        running.create("demo")
-        caches = (google_client.gcsfs_options, google_client.credentials, google_client.client, bucket.reach)
-        for cached in caches:
-            cached.cache_clear()
-        yield running
+        bucket_server.create("demo")
+        # Google's client tries again after a second on average, gcsfs after one, two, four.
+        patch.setattr(DEFAULT_RETRY, "_initial", 0.01)
+        forget()
+        yield bucket_server
         google_client.client().close()
-        for cached in caches:
-            cached.cache_clear()
+    forget()
+
+
+def forget() -> None:
+    """Let the package find anew who asks, and where."""
+    for cached in (google_client.gcsfs_options, google_client.credentials, google_client.client, bucket.reach):
+        cached.cache_clear()
 
 
 @pytest.fixture
@@ -182,16 +188,16 @@ def test_an_empty_object_is_read(folder: UPath) -> None:
 
 
 def test_a_dataset_on_a_bucket_has_the_bytes_of_one_in_a_folder(
-    strict: StrictBucket, folder: UPath, pages: Path, dataset: Path, tmp_path: Path
+    strict: StrictBucket, folder: UPath, pages: Path, dataset: Path, kuzushiji: Kuzushiji
 ) -> None:
     for path in [pages / "train.csv", *(pages / "train_images").iterdir()]:
         strict.write("demo", f"{folder.path.partition('/')[2]}/pages/{path.name}", path.read_bytes())
     source = ["--pages", f"{folder}/pages", "--labels", f"{folder}/pages/train.csv", "--coverage", "0.5"]
-    command = [str(KUZUSHIJI), "prepare", *source, "--dataset", f"{folder}/crops"]
+    command = ["prepare", *source, "--dataset", f"{folder}/crops"]
     strict.faults.inject("503", times=3)
     strict.faults.inject("cut", times=3, method="GET", matching="jpg")
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = kuzushiji(*command)
+    assert done.code == 0, done.stderr
     here, there = (
         json.loads((dataset / MANIFEST_FILE).read_bytes()),
         json.loads(read_bytes(folder / "crops/manifest.json")),
@@ -200,12 +206,11 @@ def test_a_dataset_on_a_bucket_has_the_bytes_of_one_in_a_folder(
     assert there["losses"] == here["losses"]
     assert strict.faults.left() == 0
     assert verify(folder / "crops")[1:] == ([], [])
-    again = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert "nothing written" in again.stdout
+    assert "nothing written" in kuzushiji(*command).stdout
 
 
 def test_what_is_read_and_exported_on_a_bucket_has_the_bytes_of_what_is_in_a_folder(
-    strict: StrictBucket, folder: UPath, pages: Path, trained: Path, tmp_path: Path
+    strict: StrictBucket, folder: UPath, pages: Path, trained: Path, kuzushiji: Kuzushiji, tmp_path: Path
 ) -> None:
     sources = {"boxes.csv": pages / "train.csv"}
     sources |= {f"pages/{path.name}": path for path in (pages / "train_images").iterdir()}
@@ -218,15 +223,14 @@ def test_what_is_read_and_exported_on_a_bucket_has_the_bytes_of_what_is_in_a_fol
         (here, tmp_path / "read", tmp_path / "pictures"),
         (there, f"{folder}/read", f"{folder}/pictures"),
     ):
-        command = [KUZUSHIJI, "predict", *inputs, "--out", out, "--annotate", pictures]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+        done = kuzushiji("predict", *inputs, "--out", out, "--annotate", pictures)
+        assert done.code == 0, done.stderr
     for name in ("read", "pictures"):
         files = {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
         assert {file: read_bytes(folder / name / file) for file in list_files(folder / name)} == files
     asked = ["export", "--format", "tflite"]
     for model, out in ((trained, tmp_path / "lite"), (f"{folder}/model", f"{folder}/lite")):
-        subprocess.run([KUZUSHIJI, *asked, "--model", model, "--out", out], capture_output=True, check=True)
+        assert kuzushiji(*asked, "--model", model, "--out", out).code == 0
     assert read_bytes(folder / "lite/model.tflite") == (tmp_path / "lite" / "model.tflite").read_bytes()
 
 
@@ -381,16 +385,21 @@ def test_an_object_replaced_while_it_is_read_is_not_mixed(folder: UPath) -> None
 
 
 @pytest.mark.parametrize("content", [None, "", "[]", '{"type": "service_account"}', "\xff"])
-def test_a_file_of_credentials_that_can_not_be_used_is_one_line(content: str | None, tmp_path: Path) -> None:
+def test_a_file_of_credentials_that_can_not_be_used_is_one_line(
+    content: str | None, kuzushiji: Kuzushiji, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "key.json"
     if content is not None:
         file.write_bytes(content.encode("latin-1"))
-    environment = {key: value for key, value in os.environ.items() if key != "STORAGE_EMULATOR_HOST"}
-    environment["GOOGLE_APPLICATION_CREDENTIALS"] = str(file)
-    command = [str(KUZUSHIJI), "verify", "gs://demo/x"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    (line,) = done.stderr.splitlines()
-    assert done.returncode == 1
+    monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(file))
+    forget()
+    try:
+        told = kuzushiji("verify", "gs://demo/x")
+    finally:
+        forget()
+    (line,) = told.stderr.splitlines()
+    assert told.code == 1
     assert "GOOGLE_APPLICATION_CREDENTIALS must name a file with credentials" in line
 
 
@@ -415,11 +424,13 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
-def test_a_missing_bucket_is_one_line(strict: StrictBucket, command: list[str], tmp_path: Path) -> None:
-    filled = [word.format(place="gs://nowhere") for word in command]
-    done = subprocess.run([str(KUZUSHIJI), *filled], capture_output=True, text=True, check=False, cwd=tmp_path)
-    (line,) = done.stderr.splitlines()
-    assert done.returncode == 1
+def test_a_missing_bucket_is_one_line(
+    strict: StrictBucket, command: list[str], kuzushiji: Kuzushiji, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    told = kuzushiji(*(word.format(place="gs://nowhere") for word in command))
+    (line,) = told.stderr.splitlines()
+    assert told.code == 1
     assert "gs://nowhere must be there." in line
     assert "gcloud storage buckets create gs://nowhere" in line
 
@@ -432,14 +443,14 @@ def test_a_missing_bucket_is_one_line(strict: StrictBucket, command: list[str], 
     ],
 )
 def test_no_right_and_no_credentials_are_one_line_with_what_to_run(
-    strict: StrictBucket, folder: UPath, kind: str, says: str, tmp_path: Path
+    strict: StrictBucket, folder: UPath, kind: str, says: str, kuzushiji: Kuzushiji
 ) -> None:
+    forget()
     strict.faults.inject(kind, times=100)
-    command = [str(KUZUSHIJI), "verify", "gs://demo/x"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    told = kuzushiji("verify", "gs://demo/x")
     strict.faults.clear()
-    (line,) = done.stderr.splitlines()
-    assert done.returncode == 1
+    (line,) = told.stderr.splitlines()
+    assert told.code == 1
     assert says in line
 
 
@@ -455,16 +466,16 @@ def test_a_bucket_that_refuses_later_is_not_taken_for_an_empty_one(
 
 
 def test_a_page_that_is_refused_while_prepare_runs_is_one_line(
-    strict: StrictBucket, folder: UPath, pages: Path, tmp_path: Path
+    strict: StrictBucket, folder: UPath, pages: Path, ray_here: None, kuzushiji: Kuzushiji, tmp_path: Path
 ) -> None:
     name = folder.path.partition("/")[2]
     for path in (pages / "train_images").iterdir():
         strict.write("demo", f"{name}/{path.name}", path.read_bytes())
     strict.faults.inject("403", times=100, matching=f"{name}/.*jpg")
-    command = ["prepare", "--pages", str(folder), "--labels", str(pages / "train.csv"), "--dataset", "crops"]
-    done = subprocess.run([str(KUZUSHIJI), *command], capture_output=True, text=True, check=False, cwd=tmp_path)
-    (line,) = done.stderr.splitlines()
-    assert done.returncode == 1
+    to = ["--dataset", tmp_path / "crops"]
+    told = kuzushiji("prepare", "--pages", folder, "--labels", pages / "train.csv", *to)
+    (line,) = told.lines
+    assert told.code == 1
     assert "gs://demo must let you in." in line
 
 
@@ -642,13 +653,14 @@ def test_a_target_that_goes_while_a_model_comes_is_one_line(
     strict: StrictBucket, folder: UPath, tmp_path: Path
 ) -> None:
     write_run(folder, "one")
-    strict.faults.inject("slow", method="GET", matching=r"labels\.txt.*alt=media")
+    strict.faults.inject("hold", method="GET", matching=r"labels\.txt.*alt=media")
     target = tmp_path / "to" / "baseline" / "one"
     with ThreadPoolExecutor(1) as pool:
         pulling = pool.submit(pull, folder, place(tmp_path / "to"))
         while not (target / ".labels.txt.part").exists() and not pulling.done():
             time.sleep(0.01)
         shutil.rmtree(tmp_path / "to")
+        strict.faults.clear()
         with pytest.raises(KuzushijiError, match=f"a folder must be there.* Received: {target}"):
             pulling.result()
     assert not (tmp_path / "to").exists()

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import chaos
 import psutil
+import pytest
 
 
+@pytest.mark.long
 def test_a_few_kills_at_random_change_no_byte_of_a_dataset_and_leave_no_process(tmp_path: Path) -> None:
     found = chaos.run(tmp_path / "work", rounds=1, seed=48, kills=2, names=["prepare"])
     assert found.differences == []

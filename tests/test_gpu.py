@@ -20,7 +20,7 @@ def _gpu() -> None:
         not shutil.which("nvidia-smi")
         or subprocess.run(["nvidia-smi", "-L"], capture_output=True, check=False).returncode
     ):
-        pytest.skip("no NVIDIA GPU on this machine")
+        pytest.skip("need an NVIDIA GPU")
 
 
 def kuzushiji(*arguments: Any) -> None:

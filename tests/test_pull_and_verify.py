@@ -180,7 +180,7 @@ def test_a_disk_that_is_full_while_staging_is_an_error_that_leaves_nothing(
     from job.data.staging import staged
 
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", tmp_path], check=False).returncode:
-        pytest.skip("making a small disk takes the right to mount")
+        pytest.skip("need the right to mount (root)")
     try:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         full = pytest.raises(KuzushijiError, match=f"Received: {tmp_path}.*No space left")

@@ -11,7 +11,7 @@ from urllib.parse import urlparse
 
 import pytest
 from browser import CHROMIUM, look_at
-from conftest import KUZUSHIJI, KUZUSHIJI_WITH_SMALL_HEAD
+from conftest import KUZUSHIJI_WITH_SMALL_HEAD, Kuzushiji, until_ray_starts
 
 from cluster.errors import DamageError, OptionError
 from cluster.manifest import read_manifest
@@ -171,7 +171,7 @@ def test_a_model_folder_that_others_sealed_with_other_content_is_refused_in_one_
         model_report(place(tmp_path))
 
 
-@pytest.mark.skipif(not CHROMIUM, reason="Debian's chromium is not installed")
+@pytest.mark.skipif(not CHROMIUM, reason="need Chromium (apt install chromium)")
 @pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize("kind", ["dataset", "models"])
 def test_a_browser_shows_all_of_a_report_and_has_no_complaint(
@@ -184,15 +184,15 @@ def test_a_browser_shows_all_of_a_report_and_has_no_complaint(
 
 
 def test_the_command_writes_the_report_where_it_is_asked_to_and_says_no_more(
-    dataset: Path, few: Path, two: Path, tmp_path: Path
+    dataset: Path, few: Path, two: Path, kuzushiji: Kuzushiji, tmp_path: Path
 ) -> None:
     asked = ["report", "--dataset", dataset, "--out", tmp_path / "out"]
     for options in (asked, ["report", "--models", two, "--dataset", few, "--out", tmp_path / "out"]):
-        done = subprocess.run([KUZUSHIJI, *options], capture_output=True, text=True, check=True)
-        assert (done.stdout, done.stderr) == (f"report: {tmp_path / 'out' / 'report.html'}\n", "")
+        told = kuzushiji(*options)
+        assert (told.code, told.stdout, told.stderr) == (0, f"report: {tmp_path / 'out' / 'report.html'}\n", "")
         Page((tmp_path / "out" / "report.html").read_text())
-    refused = subprocess.run([KUZUSHIJI, *asked[:-1], dataset], capture_output=True, text=True, check=False)
-    assert refused.returncode == 2
+    refused = kuzushiji(*asked[:-1], dataset)
+    assert refused.code == 2
     assert "--out must not be a finished dataset or model folder" in refused.stderr
 
 
@@ -209,27 +209,26 @@ def test_a_very_large_dataset_and_a_whole_bucket_are_not_staged_for_a_report(
 
 
 def test_prepare_writes_the_report_beside_the_dataset_without_tensorflow_and_makes_one_that_is_missing(
-    pages: Path, tmp_path: Path
+    pages: Path, ray_here: None, kuzushiji: Kuzushiji, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     target = tmp_path / "crops.report.html"
     asked = ["prepare", "--pages", pages / "train_images", "--labels", pages / "train.csv", "--dataset", "crops"]
-
-    def done() -> subprocess.CompletedProcess[str]:
-        command = [*KUZUSHIJI_WITH_SMALL_HEAD, *asked]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-
-    made = done()
+    command = [*KUZUSHIJI_WITH_SMALL_HEAD, *asked]
+    made = until_ray_starts(lambda: subprocess.run(command, capture_output=True, text=True, check=False))
+    assert made.returncode == 0, made.stderr
     assert made.stdout.splitlines()[-1] == f"report: {target}"
     assert made.stderr.splitlines()[-1] == "TensorFlow was loaded here: False"  # 5 seconds and 600 MB
     first = target.read_bytes()
     Page(first.decode())
-    assert done().stdout == "crops is there and right: nothing written\n"
+    assert kuzushiji(*asked).stdout == "crops is there and right: nothing written\n"
     target.unlink()
-    assert done().stdout.splitlines()[-1] == f"report: {target}"
+    assert kuzushiji(*asked).stdout.splitlines()[-1] == f"report: {target}"
     assert target.read_bytes() == first
     target.unlink()
     target.mkdir()
-    again = done()
+    again = kuzushiji(*asked)
+    assert again.code == 0
     assert "report: " not in again.stdout
     assert f"{target} could not be written: " in again.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"crops", target.name}

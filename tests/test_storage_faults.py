@@ -17,16 +17,13 @@ from pathlib import Path
 
 import keras
 import pytest
-from click.testing import CliRunner
-from conftest import KUZUSHIJI, with_small_head
+from conftest import KUZUSHIJI, Kuzushiji, WorkersDo, until_ray_starts
 
 from cluster.errors import DamageError, InputError, KuzushijiError, OptionError
 from cluster.manifest import MANIFEST_FILE, read_manifest, seal
 from cluster.models import resolve_model
-from cluster.progress import log
 from cluster.pull import pull
 from cluster.storage import list_files, place, write_bytes
-from job.cli import main
 from job.config import TrainConfig
 from job.data.staging import staged
 from job.evaluate import evaluate
@@ -57,37 +54,11 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
     folder = tmp_path / "disk"
     folder.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "none", folder], check=False).returncode:
-        pytest.skip("making a small disk takes the right to mount")
+        pytest.skip("need the right to mount (root)")
     try:
         yield Disk(folder)
     finally:
         subprocess.run(["umount", "--lazy", folder], check=True)  # a failed test may hold a file
-
-
-@dataclass(frozen=True)
-class Told:
-    """How a command ended."""
-
-    code: int
-    lines: list[str]
-    """On stderr, but for what is told of the work's progress, with the time of day."""
-
-
-Kuzushiji = Callable[..., Told]
-
-
-@pytest.fixture
-def kuzushiji(monkeypatch: pytest.MonkeyPatch) -> Kuzushiji:
-    """The command line in this process, which is connected to Ray already."""
-    for name in ("handlers", "level", "propagate"):
-        monkeypatch.setattr(log, name, getattr(log, name))  # is set back afterwards
-
-    def run(*arguments: object) -> Told:
-        done = CliRunner().invoke(main, [str(argument) for argument in arguments])
-        lines = [line for line in done.stderr.splitlines() if line[2:3] != ":"]
-        return Told(done.exit_code, lines)
-
-    return run
 
 
 @pytest.fixture(scope="session")
@@ -163,9 +134,9 @@ def test_a_full_disk_is_one_line_and_with_room_the_same_command_gives_the_same_b
 
 @pytest.mark.long
 def test_a_training_on_a_full_disk_is_one_line_and_with_room_the_same_command_ends_it(
-    commands: dict[str, list[object]], kuzushiji: Kuzushiji, disk: Disk, monkeypatch: pytest.MonkeyPatch
+    commands: dict[str, list[object]], kuzushiji: Kuzushiji, disk: Disk, workers_do: WorkersDo
 ) -> None:
-    monkeypatch.setattr("job.train.run._work", with_small_head())
+    workers_do()
     out = disk.folder / "out"
     disk.become("size=128k")
     told = kuzushiji(*commands["train"], out, "--run", "full", "--max-failures", "1")
@@ -226,7 +197,7 @@ def test_a_command_of_its_own_on_a_full_disk_says_one_line(
     """With a Ray of its own, whose workers and logs would have more to say."""
     disk.become("size=2m")
     command = [str(word) for word in [KUZUSHIJI, *commands["prepare"], disk.folder / "out"]]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = until_ray_starts(lambda: subprocess.run(command, capture_output=True, text=True, check=False))
     (line,) = [line for line in done.stderr.splitlines() if line[2:3] != ":"]
     assert (done.returncode, done.stdout) == (1, "")
     assert line.startswith(f"kuzushiji: {RULE}. Received: {disk.folder}/out")

@@ -15,7 +15,8 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -25,14 +26,14 @@ import grpc
 import psutil
 import pytest
 from aiohttp import web
-from conftest import KUZUSHIJI
+from conftest import KUZUSHIJI, TRIES_TO_START_RAY, one_at_a_time
 from test_project import ROOT
 
 from cluster import submit
 from cluster.errors import KuzushijiError
 
 RAY = Path(sys.executable).with_name("ray")
-SECONDS_TO_START = 120
+SECONDS_AT_MOST = 600  # on a machine that has other things to do
 
 
 def free_port() -> int:
@@ -71,12 +72,35 @@ class Head:
             capture_output=True,
             text=True,
             check=False,
-            timeout=180,
+            timeout=SECONDS_AT_MOST,
         )
+
+    def submit_each(self, *commands: list[str]) -> Iterator["subprocess.CompletedProcess[str]"]:
+        """Side by side."""
+        with ThreadPoolExecutor() as pool:
+            yield from pool.map(lambda arguments: self.submit(*arguments), commands)
 
 
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+    with ExitStack() as stack:
+        with one_at_a_time(tmp_path_factory, "ray"):  # its limit of 30 s is short where much else starts
+            for tries in range(TRIES_TO_START_RAY):
+                try:
+                    head = stack.enter_context(started_head(tmp_path_factory))
+                    break
+                except OverdueError:
+                    if tries + 1 == TRIES_TO_START_RAY:
+                        raise
+        yield head
+
+
+class OverdueError(Exception):
+    """Ray ended by itself as it started."""
+
+
+@contextmanager
+def started_head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     home = tmp_path_factory.mktemp("head")
     token = home / "auth_token"
     token.write_text(secrets.token_hex(32))
@@ -96,21 +120,31 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         f"--dashboard-agent-listen-port={free_port()}", f"--dashboard-agent-grpc-port={ports['agent']}",
         "--min-worker-port=0", "--max-worker-port=0",
     ]  # fmt: skip
+    below: set[psutil.Process] = set()
     with open(home / "log", "w") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
     try:
-        deadline = time.monotonic() + SECONDS_TO_START
+        deadline = time.monotonic() + SECONDS_AT_MOST
         while answer(f"http://127.0.0.1:{dashboard}/api/version", token.read_text()) != 200:
-            assert process.poll() is None, (home / "log").read_text()[-2000:]
+            if process.poll() is not None:
+                raise OverdueError((home / "log").read_text()[-2000:])
+            below |= below_it(process.pid)
             assert time.monotonic() < deadline, (home / "log").read_text()[-2000:]
             time.sleep(0.5)
         yield Head(f"http://127.0.0.1:{dashboard}", ports, environment)
     finally:
         # At once: asked nicely, it takes half a minute.
-        for one in [process, *psutil.Process(process.pid).children(recursive=True)]:
+        for one in [process, *(below | below_it(process.pid))]:
             with suppress(psutil.NoSuchProcess):
                 one.kill()
-        process.wait(timeout=60)
+        process.wait(timeout=SECONDS_AT_MOST)
+
+
+def below_it(pid: int) -> set[psutil.Process]:
+    try:
+        return set(psutil.Process(pid).children(recursive=True))
+    except psutil.NoSuchProcess:
+        return set()
 
 
 def answer(url: str, token: str | None) -> int | None:
@@ -271,23 +305,25 @@ def test_a_job_runs_and_its_log_and_outcome_come_back(head: Head, dataset: Path)
 
 
 def test_a_failed_job_fails_here_with_its_exit_code(head: Head, tmp_path: Path) -> None:
-    failed = head.submit("--json", "--", "verify", str(tmp_path))
+    wrong = ["train", "--dataset", "x", "--models", "y", "--architecture", "vgg"]
+    failed, used_wrongly = head.submit_each(["--json", "--", "verify", str(tmp_path)], ["--", *wrong])
     assert failed.returncode == 1
     assert "must hold manifest.json" in failed.stdout
     result = json.loads(failed.stdout.splitlines()[-1])
     assert result["exit_code"] == 1
-    used_wrongly = head.submit("--", "train", "--dataset", "x", "--models", "y", "--architecture", "vgg")
     assert used_wrongly.returncode == 2
 
 
 def test_what_is_used_wrongly_is_told_before_any_job(head: Head) -> None:
-    done = head.submit("--", "prepare", "--pages", "x")
-    assert (done.returncode, "Missing option" in done.stderr) == (2, True)
-    assert head.submit("--", "pull", "--models", "x", "--to", "y").returncode == 2
-    done = head.submit("--attach", "../x")
-    assert (done.returncode, "--attach must be letters" in done.stderr) == (2, True)
-    done = head.submit("--working-dir", "/nowhere", "--", "verify", "x")
-    assert (done.returncode, "--working-dir must be a folder" in done.stderr) == (2, True)
+    says = {
+        "Missing option": ["--", "prepare", "--pages", "x"],
+        "": ["--", "pull", "--models", "x", "--to", "y"],
+        "--attach must be letters": ["--attach", "../x"],
+        "--working-dir must be a folder": ["--working-dir", "/nowhere", "--", "verify", "x"],
+    }
+    for text, done in zip(says, head.submit_each(*says.values()), strict=True):
+        assert done.returncode == 2
+        assert text in done.stderr
 
 
 def test_a_job_that_is_not_waited_for_can_be_followed_later(head: Head, dataset: Path) -> None:
@@ -318,10 +354,9 @@ def test_ctrl_c_leaves_the_job_running_and_says_how_to_go_on(head: Head, pages: 
     source = ["--pages", str(pages / "train_images"), "--labels", str(pages / "train.csv")]
     job = ["--", "prepare", *source, "--dataset", str(tmp_path / "crops")]
     with head.popen(*job) as here:
-        wait_for("was handed in", here.stderr)
-        time.sleep(2)
+        wait_for("using the Ray at", here.stdout)
         here.send_signal(signal.SIGINT)
-        said = here.communicate(timeout=30)[1]
+        said = here.communicate(timeout=SECONDS_AT_MOST)[1]
     assert here.returncode == 1
     (line,) = [line for line in said.splitlines() if "goes on. Follow it: kuzushiji submit --address" in line]
     assert "stop it: ray job stop --address" in line
@@ -343,9 +378,9 @@ def test_ctrl_c_before_the_head_has_answered_names_the_job_that_it_may_have_take
         return response
 
     with behind(head, silent_on_jobs) as way, way.popen(*waiting, str(tmp_path)) as here:
-        assert taken.wait(60)
+        assert taken.wait(SECONDS_AT_MOST)
         here.send_signal(signal.SIGINT)
-        said = here.communicate(timeout=30)[1]
+        said = here.communicate(timeout=SECONDS_AT_MOST)[1]
     assert here.returncode == 1
     (line,) = [line for line in said.splitlines() if "may have been taken. Follow it: kuzushiji submit" in line]
     assert head.submit("--attach", job_of(line)).returncode == 7
@@ -363,7 +398,7 @@ def test_a_log_that_is_cut_off_is_not_the_end_of_the_job(head: Head, waiting: li
     with behind(head, without_log) as way, way.popen(*waiting, str(tmp_path / "end")) as here:
         wait_for("the log was cut off", here.stderr)
         (tmp_path / "end").touch()
-        said = here.communicate(timeout=60)[1]
+        said = here.communicate(timeout=SECONDS_AT_MOST)[1]
     assert (here.returncode, "failed" in said) == (7, True)
 
 
@@ -373,7 +408,7 @@ def test_whoever_reads_the_log_may_leave_and_the_job_goes_on(head: Head, waiting
         assert here.stderr is not None
         wait_for("begun", here.stdout)
         here.stdout.close()
-        here.wait(timeout=60)
+        here.wait(timeout=SECONDS_AT_MOST)
         said = here.stderr.read().splitlines()
     (tmp_path / "end").touch()
     assert here.returncode == 1
@@ -391,7 +426,7 @@ def test_a_signal_ends_the_tunnel_too_and_the_job_goes_on(
             wait_for("begun", here.stdout)
             assert psutil.pid_exists(int(cluster.tunnel.read_text()))
             here.send_signal(number)
-            said = here.communicate(timeout=30)[1]
+            said = here.communicate(timeout=SECONDS_AT_MOST)[1]
         assert here.returncode == 128 + number, said
         assert not psutil.pid_exists(int(cluster.tunnel.read_text()))
         (line,) = [line for line in said.splitlines() if "goes on. Follow it" in line]
@@ -463,8 +498,7 @@ def test_a_token_that_is_refused_later_is_one_line_too(head: Head) -> None:
         return await pass_on(request) if request.path == "/api/version" else web.Response(status=403)
 
     with behind(head, refused) as way:
-        for arguments in (["--", "verify", "x"], ["--attach", "nobody"]):
-            done = way.submit(*arguments)
+        for done in way.submit_each(["--", "verify", "x"], ["--attach", "nobody"]):
             assert done.returncode == 1
             assert "kuzushiji: the head must accept this machine's token" in done.stderr.splitlines()[-1]
 
@@ -485,7 +519,7 @@ def test_grpc_asks_for_the_token(head: Head, service: str) -> None:
         metadata = [("authorization", f"Bearer {token}")] if token else []
         with grpc.insecure_channel(f"127.0.0.1:{head.ports[service]}") as channel:
             try:
-                channel.unary_unary(METHODS[service])(b"", timeout=30, metadata=metadata)
+                channel.unary_unary(METHODS[service])(b"", timeout=SECONDS_AT_MOST, metadata=metadata)
             except grpc.RpcError as error:
                 return error.code()
         return grpc.StatusCode.OK

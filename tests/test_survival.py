@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import GIVEN, KUZUSHIJI, KUZUSHIJI_WITH_SMALL_HEAD, with_small_head
+from conftest import GIVEN, KUZUSHIJI, KUZUSHIJI_WITH_SMALL_HEAD, WorkersDo
 
 from cluster.errors import OptionError
+from cluster.runtime import START_TIMED_OUT
 from cluster.storage import place
 from job.config import TrainConfig
 from job.train.driver import train
@@ -36,19 +37,18 @@ def result(folder: Path) -> tuple[bytes, list[dict[str, Any]], dict[str, Any]]:
 
 
 def test_a_killed_and_a_silent_worker_change_no_bit_and_leave_no_checkpoint_behind(
-    trained: Path, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    trained: Path, few: Path, tmp_path: Path, workers_do: WorkersDo, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Within epochs: worker 1 is killed after 7 steps; begun again, it says no word any more after 13."""
     marker = str(tmp_path / "happened")
 
-    def work(given: dict[str, Any]) -> Any:
+    def change(given: dict[str, Any]) -> None:
         import os
         import signal
         import time
         from pathlib import Path
 
-        from job.model import architectures
-        from job.train import run, worker
+        from job.train import worker
 
         rows_of, resume = worker.Training.rows_of, worker.Training.resume
 
@@ -72,10 +72,8 @@ def test_a_killed_and_a_silent_worker_change_no_bit_and_leave_no_checkpoint_behi
                 Path(f"{marker}-left").write_text(f"{unknown.exists()} {len(left)}")
 
         worker.Training.rows_of, worker.Training.resume = disturbed, seen
-        architectures.BASELINE_HEAD = (16, 8)
-        return run._work(given)
 
-    monkeypatch.setattr("job.train.run._work", work)
+    workers_do(change)
     caplog.set_level("INFO", "kuzushiji")
     given = TrainConfig.model_validate(GIVEN | {"checkpoint_every": 2, "step_limit": 15})
     folder = train(place(few), place(tmp_path), [given], "disturbed")[0].folder
@@ -88,19 +86,23 @@ def test_a_killed_and_a_silent_worker_change_no_bit_and_leave_no_checkpoint_behi
 
 
 def test_a_run_whose_driver_is_killed_goes_on_within_the_epoch_also_on_another_number_of_workers(
-    trained: Path, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    trained: Path, few: Path, tmp_path: Path, workers_do: WorkersDo, caplog: pytest.LogCaptureFixture
 ) -> None:
     command = [*KUZUSHIJI_WITH_SMALL_HEAD, "train", "--dataset", str(few), "--models", "two", "--run", "killed"]
     command += ["--architecture", "baseline", "--epochs", "3", "--global-batch-size", "7", "--learning-rate", "1e-4"]
     command += ["--workers", "2", "--cpus-per-worker", "1", "--checkpoint-every", "1"]
     registered = tmp_path / "two" / ".runs" / "baseline-killed" / "checkpoint_manager_snapshot.json"
-    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE) as driver:
-        while not registered.is_file() or b"checkpoint_" not in registered.read_bytes():
-            assert driver.poll() is None
-            time.sleep(0.05)
-        driver.kill()
+    ended = True
+    while ended:
+        with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as driver:
+            while not (ended := driver.poll() is not None) and not (
+                registered.is_file() and b"checkpoint_" in registered.read_bytes()
+            ):
+                time.sleep(0.05)
+            driver.kill()
+            assert not ended or (driver.stderr and START_TIMED_OUT in driver.stderr.read())
     shutil.copytree(tmp_path / "two", tmp_path / "one")
-    monkeypatch.setattr("job.train.run._work", with_small_head())
+    workers_do()
     caplog.set_level("INFO", "kuzushiji")
 
     def again(models: str, **changes: Any) -> Path:
@@ -167,20 +169,18 @@ os.environ["RAY_ADDRESS"] = cluster.address
 try:
     import ray
     import job.train.run
+    from small_head import work_after
     from cluster.progress import log_to_stderr
     from cluster.storage import place
     from job.config import TrainConfig
     from job.train.driver import train
 
-    def work(given):
+    def change(given):
         import time
         from pathlib import Path
-        from job.model import architectures
         from job.train import watchdog as interruption
-        from job.train import run
         from job.train import worker
 
-        architectures.BASELINE_HEAD = (16, 8)
         interruption.SECONDS_BETWEEN_LOOKS = 0
         rows_of = worker.Training.rows_of
 
@@ -199,7 +199,6 @@ try:
             training.resumed_at = int(training.optimizer.iterations.numpy())
 
         worker.Training.rows_of, worker.Training.resume = in_time, resume
-        return run._work(given)
 
     def drain():
         while not any((models / ".runs").glob("*/checkpoint_manager_snapshot.json")):  # the first epoch's
@@ -211,7 +210,7 @@ try:
         (models / "baseline").mkdir()
         (models / "baseline" / "told").touch()
 
-    job.train.run._work = work
+    job.train.run._work = work_after(change)
     log_to_stderr(False)
     models = place(models)
     threading.Thread(target=drain, daemon=True).start()
@@ -228,6 +227,7 @@ def test_a_node_that_is_drained_is_left_with_a_checkpoint_of_just_then_and_no_bi
 ) -> None:
     environment = os.environ | {"RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1"}
     environment["PATH"] = f"{KUZUSHIJI.parent}:{environment['PATH']}"
+    environment["PYTHONPATH"] = str(Path(__file__).parent)
     script = DRAINED.replace("GIVEN", repr(GIVEN | {"max_failures": 0}))
     done = subprocess.run(
         [sys.executable, "-c", script, str(few), str(tmp_path)],

@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 import traceback
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import GIVEN, in_fresh_process, job_of, save_test_crops, with_small_head
+from conftest import GIVEN, WorkersDo, in_fresh_process, job_of, save_test_crops
 from tensorboardX.proto.event_pb2 import Event
 
 from cluster.errors import DamageError, KuzushijiError, OptionError
@@ -125,38 +124,37 @@ def test_any_number_of_workers_gives_the_same_losses(
 LOGICAL_DEVICES = """
 import sys, json
 import keras, numpy as np, tensorflow as tf
-devices = int(sys.argv[1])
 tf.config.threading.set_intra_op_parallelism_threads(1)
 cpu = tf.config.list_physical_devices("CPU")[0]
-tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * devices)
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
 from job.model import architectures
 from job.train.optimizer import FusedAdam
 from job.train.step import Steps, training_form
 from job.train.strategy import make_strategy
 architectures.BASELINE_HEAD = (500, 100)
-strategy = make_strategy(1)
-assert strategy.num_replicas_in_sync == devices
 rng = np.random.default_rng(0)
 images, labels = rng.integers(0, 255, (21, 80, 80, 1), dtype=np.uint8), rng.integers(0, 20, 21)
-losses = []
-for dropout, count in ((True, 2), (False, 20)):
-    keras.utils.set_random_seed(1)
-    plain = architectures.baseline(20)
-    with strategy.scope():
-        model = training_form(plain, 42, dropout)
-        optimizer = FusedAdam(1e-4)
-        optimizer.build(model.trainable_variables)
-    steps = Steps(strategy, 1, model, optimizer, 21)
-    losses += [float(steps.train(images, labels, 0)[0]) / 21 for _ in range(count)]
-steps.estimate_statistics([images])
-print(json.dumps([losses, steps.predict(images, labels)[:, 1].tolist()]))
+found = []
+for devices, strategy in ((1, tf.distribute.get_strategy()), (2, make_strategy(1))):
+    assert strategy.num_replicas_in_sync == devices
+    losses = []
+    for dropout, count in ((True, 2), (False, 10)):
+        keras.utils.set_random_seed(1)
+        plain = architectures.baseline(20)
+        with strategy.scope():
+            model = training_form(plain, 42, dropout)
+            optimizer = FusedAdam(1e-4)
+            optimizer.build(model.trainable_variables)
+        steps = Steps(strategy, 1, model, optimizer, 21)
+        losses += [float(steps.train(images, labels, 0)[0]) / 21 for _ in range(count)]
+    steps.estimate_statistics([images])
+    found.append([losses, steps.predict(images, labels)[:, 1].tolist()])
+print(json.dumps(found))
 """
 
 
 def test_two_devices_of_one_worker_give_the_losses_of_one(tmp_path: Path) -> None:
-    with ThreadPoolExecutor() as both:
-        done = both.map(lambda devices: in_fresh_process(LOGICAL_DEVICES, devices, cwd=tmp_path), ("1", "2"))
-        one, two = map(json.loads, done)
+    one, two = json.loads(in_fresh_process(LOGICAL_DEVICES, cwd=tmp_path))
     assert np.abs(np.array(one[0]) - two[0]).max() < 1e-3
     assert np.abs(np.array(one[1]) - two[1]).max() < 1e-2
 
@@ -272,9 +270,9 @@ def test_what_cannot_be_trained_is_refused_before_ray_train_starts(dataset: Path
 
 
 def test_a_loss_that_the_last_step_made_infinite_seals_nothing_is_not_tried_again_and_debug_can_show_where(
-    real_dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    real_dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, workers_do: WorkersDo
 ) -> None:
-    monkeypatch.setattr("job.train.run._work", with_small_head())
+    workers_do()
     caplog.set_level("INFO", "kuzushiji")
     given = config(epochs=1, global_batch_size=100, learning_rate=1e30)  # one step: its own loss is of before
     with pytest.raises(KuzushijiError, match=r"the loss must stay finite\..*in validation, epoch 1") as failure:
@@ -285,21 +283,19 @@ def test_a_loss_that_the_last_step_made_infinite_seals_nothing_is_not_tried_agai
 
 
 def test_a_step_that_memory_cannot_hold_is_one_line_and_not_tried_again(
-    few: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    few: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, workers_do: WorkersDo
 ) -> None:
-    def work(job: dict[str, Any]) -> Any:
+    def change(job: dict[str, Any]) -> None:
         import tensorflow as tf
 
-        from job.model import architectures
-        from job.train import run, step
+        from job.train import step
 
         def too_large(self: Any, images: Any, labels: Any, masks: Any) -> Any:
             return tf.reduce_sum(tf.fill([tf.shape(labels, tf.int64)[0] * 2**44, 2], 1.0), axis=0)
 
-        architectures.BASELINE_HEAD, step.Steps._train_replica = (16, 8), too_large
-        return run._work(job)
+        step.Steps._train_replica = too_large
 
-    monkeypatch.setattr("job.train.run._work", work)
+    workers_do(change)
     caplog.set_level("INFO", "kuzushiji")
     line = r"^a step must fit into memory\. Received: OOM when allocating tensor with shape\[\d+,2\]\. Lower --global-"
     with pytest.raises(KuzushijiError, match=line) as failure:

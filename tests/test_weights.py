@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -15,12 +15,12 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
-from conftest import KUZUSHIJI, KUZUSHIJI_WITH_SMALL_HEAD, in_fresh_process
+from conftest import KUZUSHIJI_WITH_SMALL_HEAD, Kuzushiji, WorkersDo, until_ray_starts
 
 from cluster.errors import DamageError, InputError, OptionError
 from cluster.storage import place
 from job.config import TRANSFER, configs_of
-from job.model.pretrained import IMAGENET, handed_over, local_copy, obtain
+from job.model.pretrained import IMAGENET, Published, handed_over, local_copy, obtain
 from job.train.driver import train
 from job.verify import verify
 
@@ -113,82 +113,87 @@ def server(tmp_path: Path) -> Iterator[tuple[str, list[str]]]:
         http.shutdown()
 
 
-FETCH = """
-import sys
-from cluster.errors import InputError
-from cluster.storage import place
-from job.model import pretrained as weights
-from job.config import configs_of
-for url, md5, models in zip(*[iter(sys.argv[1:])] * 3):
-    weights.IMAGENET["xception"] = weights.Published(url, md5)
-    try:
-        shared = weights.obtain(configs_of(["xception"], "imagenet", None)[0], None, place(models))
-        print(shared.place, shared.sha256)
-    except InputError as error:
-        print(error)
-"""
+@pytest.fixture
+def keras_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Gives Keras a new cache, as KERAS_HOME does for a process that begins."""
+    return lambda name: monkeypatch.setattr("keras.src.backend.config._KERAS_DIR", str(tmp_path / name))
 
 
 def test_imagenet_weights_are_fetched_once_checked_and_shared(
-    server: tuple[str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: tuple[str, list[str]],
+    keras_home: Callable[[str], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    assert set(IMAGENET) == set(TRANSFER)
     address, asked = server
     data = (tmp_path / "www" / "published.h5").read_bytes()
     md5, sha256 = hashlib.md5(data).hexdigest(), hashlib.sha256(data).hexdigest()  # noqa: S324  # the publisher's
 
-    def fetch(home: str, *asked_for: tuple[str, str, str]) -> list[str]:
-        """What is said of each address, MD5 and models place, one after the other in a process with a new cache."""
-        monkeypatch.setenv("KERAS_HOME", str(tmp_path / home))
-        return in_fresh_process(FETCH, *(word for one in asked_for for word in one), cwd=Path.cwd()).splitlines()
+    def fetch(url: str, md5: str, models: Path) -> str:
+        """Where the weights are, and their hash; or what is said instead."""
+        monkeypatch.setitem(IMAGENET, "xception", Published(url, md5))
+        try:
+            found = obtain(configs_of(["xception"], "imagenet", None)[0], None, place(models))
+        except InputError as error:
+            return str(error)
+        assert found
+        return f"{found.place} {found.sha256}"
 
     here, nowhere = f"{address}/published.h5", "http://127.0.0.1:9/published.h5"
-    models, damaged = str(tmp_path / "models"), tmp_path / "damaged"
-    shared = tmp_path / "models" / ".weights" / "published.h5"
-    unreachable, other = fetch("first", (nowhere, md5, models), (here, "0" * 32, models))
+    models, damaged = tmp_path / "models", tmp_path / "damaged"
+    shared = models / ".weights" / "published.h5"
+    keras_home("first")
+    unreachable = fetch(nowhere, md5, models)
     assert f"--weights imagenet must reach {nowhere}" in unreachable
     assert f"put it at {shared}, or, for one architecture, name it with --weights" in unreachable
-    assert f"put it at {shared}" in other
+    assert f"put it at {shared}" in fetch(here, "0" * 32, models)
     assert not shared.exists()
     asked.clear()
-    assert fetch("second", (here, md5, models)) == [f"{shared} {sha256}"]
+    keras_home("second")
+    assert fetch(here, md5, models) == f"{shared} {sha256}"
     assert asked == ["/published.h5"]
     # Elsewhere, where nothing can be fetched: the file beside the models is enough, and is checked.
+    keras_home("third")
     (damaged / ".weights").mkdir(parents=True)
     (damaged / ".weights" / "published.h5").write_bytes(b"damaged")
-    enough, refused = fetch("third", (nowhere, md5, models), (nowhere, md5, str(damaged)))
-    assert enough == f"{shared} {sha256}"
-    assert "must reach" in refused
-    assert set(IMAGENET) == set(TRANSFER)
+    assert fetch(nowhere, md5, models) == f"{shared} {sha256}"
+    assert "must reach" in fetch(nowhere, md5, damaged)
 
 
-def test_what_cannot_be_fetched_is_one_line_each_and_debug_shows_where(few: Path, tmp_path: Path) -> None:
-    command = [str(KUZUSHIJI), "train", "--dataset", str(few), "--models", "models", "--debug"]
-    command += ["--architecture", "xception", "--architecture", "resnet152v2", "--global-batch-size", "16"]
-    # All that would leave this machine goes to a port where nobody listens.
-    away = {"KERAS_HOME": str(tmp_path), "https_proxy": "http://127.0.0.1:9"}
-    done = subprocess.run(command, cwd=tmp_path, env=os.environ | away, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert re.findall(r"^(\w+) +failed: --weights imagenet must reach https://", done.stdout, re.M) == [
+def test_what_cannot_be_fetched_is_one_line_each_and_debug_shows_where(
+    few: Path,
+    kuzushiji: Kuzushiji,
+    keras_home: Callable[[str], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    command = ["train", "--dataset", few, "--models", tmp_path / "models", "--global-batch-size", "16"]
+    command += ["--architecture", "xception", "--architecture", "resnet152v2"]
+    keras_home("keras")
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # what would leave this machine goes where nobody listens
+    told = kuzushiji(*command, "--debug")
+    assert told.code == 1
+    assert re.findall(r"^(\w+) +failed: --weights imagenet must reach https://", told.stdout, re.M) == [
         "xception", "resnet152v2",
     ]  # fmt: skip
-    assert done.stderr.count("Traceback") >= 2
-    plain = subprocess.run(
-        [option for option in command if option != "--debug"],
-        cwd=tmp_path, env=os.environ | away, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    lines = plain.stderr.splitlines()
+    assert told.stderr.count("Traceback") >= 2
+    lines = kuzushiji(*command).stderr.splitlines()
     assert len(lines) == 6  # of each: the batch size, that it is fetched, that it failed
     assert all(re.match(r"[0-9:]{8} (xception|resnet152v2): ", line) for line in lines)
 
 
-def test_one_architecture_that_fails_does_not_take_another_along(few: Path, tmp_path: Path) -> None:
+def test_one_architecture_that_fails_does_not_take_another_along(
+    few: Path, kuzushiji: Kuzushiji, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "models" / ".runs").mkdir(parents=True)
     (tmp_path / "models" / ".runs" / "fcn-both").write_text("in the way of the checkpoints")
-    command = [*KUZUSHIJI_WITH_SMALL_HEAD, "train", "--dataset", str(few), "--models", "models"]
+    command = ["train", "--dataset", str(few), "--models", "models", "--run", "both"]
     command += ["--architecture", "fcn", "--architecture", "baseline"]
     command += ["--epochs", "1", "--global-batch-size", "16", "--cpus-per-worker", "1"]
-    call = partial(subprocess.run, cwd=tmp_path, capture_output=True, text=True, check=False)
-    done = call([*command, "--run", "both"])
+    whole = [*KUZUSHIJI_WITH_SMALL_HEAD, *command]
+    done = until_ray_starts(lambda: subprocess.run(whole, capture_output=True, text=True, check=False))
     assert done.returncode == 1, done.stderr
     lines = done.stderr.splitlines()
     started, failed, trained = (
@@ -202,15 +207,15 @@ def test_one_architecture_that_fails_does_not_take_another_along(few: Path, tmp_
     assert re.search("^fcn +failed: FileExistsError: .*/.runs/fcn-both", done.stdout, re.M)
     assert verify(place(tmp_path / "models" / "baseline" / "both"))[1:] == ([], [])
     assert lines[-1] == "TensorFlow was loaded here: False"  # 5 seconds and 700 MB, only where it computes
-    again = call([*command, "--run", "both", "--json"])
-    assert again.returncode == 1
+    again = kuzushiji(*command, "--json")
+    assert again.code == 1
     result = json.loads(again.stdout)
     assert [(model["architecture"], model["trained"]) for model in result["models"]] == [("baseline", False)]
     assert [fault.split(":")[0] for fault in result["faults"]] == ["fcn"]
     # Nor does one that was finished, and damaged since.
     (tmp_path / "models" / "baseline" / "both" / "metrics.json").write_text("{")
-    damaged = call([*command, "--run", "both", "--json"])
-    assert damaged.returncode == 1
+    damaged = kuzushiji(*command, "--json")
+    assert damaged.code == 1
     result = json.loads(damaged.stdout)
     assert result["models"] == []
     assert [fault.split(":")[0] for fault in result["faults"]] == ["baseline", "fcn"]
@@ -219,22 +224,26 @@ def test_one_architecture_that_fails_does_not_take_another_along(few: Path, tmp_
 
 @pytest.mark.long
 def test_a_lost_worker_repeats_one_saved_epoch_at_most_and_frozen_layers_stay_as_they_were_handed_over(
-    few: Path, made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    few: Path,
+    made: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    workers_do: WorkersDo,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Uploads take longer than epochs; the worker dies just after it told of epoch 4."""
     import keras
 
     marker = str(tmp_path / "died")
 
-    def work(given: dict[str, Any]) -> None:
+    def change(given: dict[str, Any]) -> None:
         import os
         import time
         from pathlib import Path
 
         from ray.train.v2._internal.execution.storage import StorageContext
 
-        from job.model import architectures
-        from job.train import run, worker
+        from job.train import worker
 
         upload, report = StorageContext.persist_current_checkpoint, worker.Training._report
 
@@ -252,10 +261,8 @@ def test_a_lost_worker_repeats_one_saved_epoch_at_most_and_frozen_layers_stay_as
                 os._exit(1)
 
         StorageContext.persist_current_checkpoint, worker.Training._report = slowly, then_die
-        architectures.HEAD = (16, 8)
-        run._work(given)
 
-    monkeypatch.setattr("job.train.run._work", work)
+    workers_do(change)
     monkeypatch.setattr("job.model.architectures.HEAD", (16, 8))
     caplog.set_level("INFO", "kuzushiji")
     handed = handed_over(str(made["new"]))

@@ -23,7 +23,7 @@ from fake_cloud.bucket_objects import Objects, RefusedError, Response
 from fake_cloud.bucket_routes import Request, Routes, reason
 
 _SLOW_PIECES = 20
-_SLOW_PAUSE = 0.15
+_SLOW_PAUSE = 0.02
 _REFUSALS = {
     "429": ("rateLimitExceeded", "The object exceeded the rate limit for object mutation operations."),
     "503": ("backendError", "We encountered an internal error. Please try again."),
@@ -161,6 +161,12 @@ class _Handler(BaseHTTPRequestHandler):
             for start in range(0, len(body), size):
                 self.wfile.write(body[start : start + size])
                 self.server.stopping.wait(_SLOW_PAUSE)
+        elif fault == "hold":
+            half = len(body) // 2
+            self.wfile.write(body[:half])
+            while not self.server.faults.cleared.wait(0.05) and not self.server.stopping.is_set():
+                pass
+            self.wfile.write(body[half:])
         else:
             self.wfile.write(body)
 

@@ -21,7 +21,7 @@ from gcp_storage_emulator.__main__ import main
 threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
 main(sys.argv[1:])
 """
-_START_SECONDS = 60
+_START_SECONDS = 300
 
 
 def _free_port() -> int:

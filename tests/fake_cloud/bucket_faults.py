@@ -8,7 +8,7 @@ from urllib.parse import unquote
 
 REFUSALS = ("429", "503", "401", "403")  # instead of an answer
 UPLOAD_FAULTS = ("cut-upload",)  # for requests with a body
-ANSWER_FAULTS = ("cut", "slow")  # for answers with a body
+ANSWER_FAULTS = ("cut", "slow", "hold")  # for answers with a body
 DOWNLOAD_FAULTS = ("flip",)  # for the bytes of objects: flipped JSON would test a parser, not a checksum
 KINDS = REFUSALS + UPLOAD_FAULTS + ANSWER_FAULTS + DOWNLOAD_FAULTS
 # About objects: google-cloud-storage asks for buckets from a thread of its own, when no test expects it.
@@ -35,19 +35,22 @@ class Faults:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._faults: list[_Fault] = []
+        self.cleared = threading.Event()
 
     def inject(self, kind: str, times: int = 1, method: str | None = None, matching: str | None = None) -> None:
         """Let the next `times` requests that fit meet a fault.
 
         `kind` is a status ("429", "503", "401", "403": nothing is done), "cut" (all is done, but the connection closes
-        in the middle of the answer's body), "slow" (the answer's body comes in pieces over three seconds), "flip" (one
-        byte of a download is changed) or "cut-upload" (the connection closes after half of the request's body; of a
-        resumable upload that half is kept, as Google does). `matching` is a regular expression over path and query;
-        without one every request about objects fits. Raises ValueError for an unknown kind.
+        in the middle of the answer's body), "slow" (the answer's body comes in pieces), "hold" (its second half comes
+        when the faults are cleared), "flip" (one byte of a download is changed) or "cut-upload" (the connection closes
+        after half of the request's body; of a resumable upload that half is kept, as Google does). `matching` is a
+        regular expression over path and query; without one every request about objects fits. Raises ValueError for an
+        unknown kind.
         """
         if kind not in KINDS:
             raise ValueError(f"no fault of kind {kind!r}: there are {', '.join(KINDS)}")
         with self._lock:
+            self.cleared.clear()
             self._faults.append(_Fault(kind, times, method, re.compile(matching or _OBJECTS)))
 
     def take(self, kinds: Collection[str], method: str, target: str) -> str | None:
@@ -63,6 +66,7 @@ class Faults:
         """Nothing goes wrong any more."""
         with self._lock:
             self._faults.clear()
+            self.cleared.set()
 
     def left(self) -> int:
         """How many faults were not met yet."""

@@ -13,7 +13,7 @@ import psutil
 from fake_cloud.plan import VISIBLE, Plan
 from fake_cloud.room import GATEWAY, NETWORK, Room, answers
 
-SECONDS_TO_BOOT = 60.0
+SECONDS_TO_BOOT = 300.0
 BOOT = str(Path(__file__).with_name("boot.sh"))
 
 
@@ -101,7 +101,7 @@ class Host:
         command: str | Sequence[str],
         *,
         user: str = "root",
-        timeout: float = 60.0,
+        timeout: float = 300.0,
         env: Mapping[str, str] | None = None,
         check: bool = True,
     ) -> subprocess.CompletedProcess[str]:

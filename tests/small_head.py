@@ -1,0 +1,39 @@
+"""What Ray's workers do in a training, changed: by default, steps that take no time.
+
+As a script, the command line with such workers: `python tests/small_head.py train ...`. It tells at its end whether
+TensorFlow was loaded.
+"""
+
+import atexit
+import sys
+from collections.abc import Callable
+from typing import Any
+
+WORK = "job.train.run._work"
+"""What each worker does, to be patched with `work_after`."""
+
+
+def work_after(change: Callable[[dict[str, Any]], object] | None = None) -> Callable[[dict[str, Any]], Any]:
+    """What a worker does, with small heads; `change` is called with its job before. A closure: Ray would import a
+    function of this file.
+    """
+
+    def work(job: dict[str, Any]) -> Any:
+        from job.model import architectures
+        from job.train import run
+
+        architectures.BASELINE_HEAD = architectures.HEAD = (16, 8)
+        if change:
+            change(job)
+        return run._work(job)
+
+    return work
+
+
+if __name__ == "__main__":
+    import job.train.run
+    from job.cli import main
+
+    atexit.register(lambda: print("TensorFlow was loaded here:", "tensorflow" in sys.modules, file=sys.stderr))  # noqa: T201
+    job.train.run._work = work_after()
+    main()
