@@ -60,6 +60,7 @@ def _serve(there: Connection, dataset: Path, config: TrainConfig) -> None:
 
         from job.data.staging import staged
         from job.model.architectures import ARCHITECTURES
+        from job.model.inference import Inference
         from job.train.optimizer import FusedAdam
         from job.train.step import Steps, training_form
         from job.train.strategy import configure_tensorflow, make_strategy
@@ -73,6 +74,7 @@ def _serve(there: Connection, dataset: Path, config: TrainConfig) -> None:
         optimizer.build(model.trainable_variables)
         measures = Measures(config, data.splits["train"], data.class_names)
         measures.steps = Steps(strategy, 1, model, optimizer, config.global_batch_size)
+        measures.inference = Inference(model)
         measures.plain = plain
         measures.plain.compile(
             keras.optimizers.Adam(config.learning_rate),
@@ -92,6 +94,7 @@ class Measures:
     """Each method does `amount` batches; crops a second."""
 
     steps: Any
+    inference: Any
     plain: Any
 
     def __init__(self, config: TrainConfig, crops: Any, class_names: list[str]) -> None:
@@ -155,7 +158,7 @@ class Measures:
 
         rows = slice(amount * self.size)
         begin = time.perf_counter()
-        predictions = self.steps.predict(self.crops.images[rows], self.crops.labels[rows])
+        predictions = self.inference.predict(self.crops.images[rows], self.crops.labels[rows])
         metrics(predictions, self.crops.labels[rows], self.class_names)
         return amount * self.size / (time.perf_counter() - begin)
 
