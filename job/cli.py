@@ -100,7 +100,7 @@ def prepare(pages: str, labels: str, dataset: str, classes: str | None, **option
 @click.option(
     "--run",
     metavar="NAME",
-    help="Re-running with the same name resumes the run.  [default: a new run, named by the time]",
+    help="Re-running with the same name resumes the run.  [default: the time]",
 )
 def train(
     dataset: str, models: str, architectures: tuple[str, ...], weights: str | None, run: str | None, **options: Any

@@ -70,39 +70,39 @@ class TrainConfig(BaseModel):
 
     architecture: ArchitectureName
     weights: str = Field("none", pattern=r"^(none|imagenet|sha256:[0-9a-f]{64})$")  # a file is known by its hash
-    """Pretrained weights of the base; none: random initialization.  [default: imagenet, if there is a base]"""
+    """Pretrained weights of the base; none: random.  [default: imagenet]"""
     unfreeze: Literal["last", "all"] = "all"
     """Layers of the base to train.  [default: last; all with --weights none]"""
     workers: PositiveInt = 1
-    """Data-parallel Ray Train workers, spread over the hosts. Each holds the whole model."""
+    """Data-parallel workers, spread over the hosts."""
     gpus_per_worker: int = Field(0, ge=0)
-    """GPUs of each worker; each GPU holds a replica of the model."""
+    """Each GPU holds a replica of the model."""
     cpus_per_worker: PositiveInt = 1
-    """CPUs and threads of each worker.  [default: an equal share of this machine; 1 on a cluster]"""
+    """CPUs and threads.  [default: an equal share of this machine; 1 on a cluster]"""
     epochs: PositiveInt
     """Passes over the training crops.  [default: from the recipe]"""
     global_batch_size: PositiveInt
     """Crops per step over all workers.  [default: from the recipe]"""
     learning_rate: float = Field(gt=0, allow_inf_nan=False)
-    """Learning rate of Adam. It is not scaled with the batch size.  [default: from the recipe]"""
+    """Learning rate of Adam, not scaled with the batch.  [default: from the recipe]"""
     precision: Literal["float32", "mixed_bfloat16"] = "float32"
-    """Precision in which layers compute; weights, scaling and softmax are always float32."""
+    """Precision of layers; weights are float32."""
     deterministic: bool = True
     """Bit-identical results, or faster kernels and XLA.  [default: --fast on GPUs]"""
     class_weights: Literal["none", "balanced"] = "none"
-    """Weights of the classes in the loss; balanced: each class has the same total weight."""
+    """balanced: each class has the same total weight."""
     seed: int = Field(42, ge=0, lt=2**31)
-    """Random seed of initial weights, order of crops, and dropout."""
+    """Random seed of weights, order and dropout."""
     patience: PositiveInt | None = None
-    """Stop after this many epochs without a better validation accuracy.  [default: never]"""
+    """Epochs without a better validation accuracy before it stops.  [default: never]"""
     dropout: bool = True
     """Off only in tests that compare runs step by step."""
     checkpoint_every: PositiveInt | None = None
-    """Save a checkpoint every so many steps, besides the end of each epoch.  [default: only there]"""
+    """Save a checkpoint within epochs too.  [default: at the end of each]"""
     max_failures: int = Field(5, ge=0)
     """Restarts allowed after a worker failure."""
     step_limit: PositiveInt = 600
-    """Seconds per step before a worker counts as hung and is restarted."""
+    """Limit of a step; a slower worker is restarted."""
 
 
 def configs_of(

@@ -13,7 +13,7 @@ class PrepareConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     split: Literal["random", "page", "book"] = "random"
-    """Unit of the split: box (random, as in the study; optimistic), page, or book (recommended)."""
+    """Unit of the split: box (random; optimistic), page, or book (recommended)."""
     seed: int = Field(42, ge=0)
     """Random seed of the split."""
     val_fraction: float = Field(0.15, gt=0, lt=1)
@@ -21,10 +21,10 @@ class PrepareConfig(BaseModel):
     test_fraction: float = Field(0.15, gt=0, lt=1)
     """Fraction of the boxes for the test."""
     coverage: float = Field(0.9, ge=0, le=1)
-    """The most frequent characters, up to this fraction of all boxes, get a class each; all others are `rare`."""
+    """Fraction of boxes whose characters get a class; the others are `rare`."""
     classes: list[str] | None = None
-    """label.labels.txt of an earlier dataset, to use its classes instead of --coverage."""
+    """label.labels.txt of an earlier dataset, to use its classes."""
     shards: PositiveInt | None = None
-    """Number of groups of pages; each writes one file per split.  [default: by size]"""
+    """Groups of pages; each writes one file per split.  [default: by size]"""
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
-    """Largest fraction of boxes that may be lost before the dataset is refused."""
+    """Fraction of boxes that may be lost."""

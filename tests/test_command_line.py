@@ -61,7 +61,7 @@ import sys
 from job.cli import main
 for command in sys.argv[1:]:
     main([*command.split(), "--help"], standalone_mode=False)
-    heavy = {"tensorflow", "keras", "ray", "pandas", "numpy", "pydantic", "fsspec"} & set(sys.modules)
+    heavy = {"tensorflow", "keras", "ray", "pandas", "numpy", "fsspec"} & set(sys.modules)
     assert not heavy, (command, heavy)
 """
 
