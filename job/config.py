@@ -84,7 +84,7 @@ class TrainConfig(BaseModel):
     global_batch_size: PositiveInt
     """Crops per step over all workers.  [default: from the recipe]"""
     learning_rate: float = Field(gt=0, allow_inf_nan=False)
-    """Learning rate of Adam, not scaled with the batch.  [default: from the recipe]"""
+    """Of Adam; not scaled with the batch size.  [default: from the recipe]"""
     precision: Literal["float32", "mixed_bfloat16"] = "float32"
     """Precision of layers; weights are float32."""
     deterministic: bool = True
@@ -94,7 +94,7 @@ class TrainConfig(BaseModel):
     seed: int = Field(42, ge=0, lt=2**31)
     """Random seed of weights, order and dropout."""
     patience: PositiveInt | None = None
-    """Epochs without a better validation accuracy before it stops.  [default: never]"""
+    """Stop after this many epochs without improvement.  [default: never]"""
     dropout: bool = True
     """Off only in tests that compare runs step by step."""
     checkpoint_every: PositiveInt | None = None
