@@ -6,10 +6,12 @@ import json
 import os
 import secrets
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.error
@@ -102,6 +104,7 @@ class OverdueError(Exception):
 @contextmanager
 def started_head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     home = tmp_path_factory.mktemp("head")
+    short = tempfile.mkdtemp(prefix="kh-")  # Ray's sockets lie in it
     token = home / "auth_token"
     token.write_text(secrets.token_hex(32))
     token.chmod(0o600)
@@ -114,7 +117,7 @@ def started_head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     environment |= {"HOME": str(home), "NO_PROXY": "127.0.0.1"}
     command = [
         str(RAY), "start", "--head", "--block", "--num-cpus=1", "--node-ip-address=127.0.0.1", f"--port={ports['gcs']}",
-        f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", f"--temp-dir={home / 'ray'}",
+        f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", f"--temp-dir={short}",
         "--object-store-memory=100000000", f"--ray-client-server-port={ports['client']}",
         f"--node-manager-port={ports['raylet']}", f"--object-manager-port={ports['objects']}",
         f"--dashboard-agent-listen-port={free_port()}", f"--dashboard-agent-grpc-port={ports['agent']}",
@@ -138,6 +141,7 @@ def started_head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
             with suppress(psutil.NoSuchProcess):
                 one.kill()
         process.wait(timeout=SECONDS_AT_MOST)
+        shutil.rmtree(short, ignore_errors=True)
 
 
 def below_it(pid: int) -> set[psutil.Process]:

@@ -116,7 +116,12 @@ def server(tmp_path: Path) -> Iterator[tuple[str, list[str]]]:
 @pytest.fixture
 def keras_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Gives Keras a new cache, as KERAS_HOME does for a process that begins."""
-    return lambda name: monkeypatch.setattr("keras.src.backend.config._KERAS_DIR", str(tmp_path / name))
+
+    def use(name: str) -> None:
+        (tmp_path / name).mkdir()  # else Keras would take one in /tmp
+        monkeypatch.setattr("keras.src.backend.config._KERAS_DIR", str(tmp_path / name))
+
+    return use
 
 
 def test_imagenet_weights_are_fetched_once_checked_and_shared(
