@@ -295,7 +295,7 @@ def submit(
 ) -> Outcome:
     """Run a command as a job on a cluster, follow its log, end as it ends."""
     from cluster.storage import local_path, plain_name
-    from cluster.submit import Head, connected, follow, hand_in
+    from cluster.submit import Head, connected, follow, submit_job
 
     if cluster and address:
         raise OptionError("--cluster or --address must be given, not both")
@@ -315,7 +315,7 @@ def submit(
         raise OptionError(f"--working-dir must be a folder that is there. Received: {working_dir}")
     head = Head(address, None if address else local_path(cluster or "ray_cluster.yaml", "--cluster"))
     with connected(head) as client:
-        job = attach or hand_in(client, arguments, folder, head)
+        job = attach or submit_job(client, arguments, folder, head)
         log.info("job %s%s", job, "" if attach else f" was handed in: kuzushiji {shlex.join(arguments)}")
         if no_wait:
             return {"job": job}, [f"follow it: kuzushiji submit {head.option} --attach {job}"]

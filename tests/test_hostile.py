@@ -204,7 +204,7 @@ def test_a_manifest_that_nobody_could_read_is_not_written(tmp_path: Path, monkey
     manifest = read_any_manifest(folder, KINDS)
     (folder / "manifest.json").unlink()
     monkeypatch.setattr("cluster.manifest.MAX_MANIFEST_VALUES", 10)
-    with pytest.raises(InputError, match="at most .* and 10 values. Received: .* Mend the input") as caught:
+    with pytest.raises(InputError, match="at most .* and 10 values. Received: .* Fix the input") as caught:
         seal(folder, manifest)
     one_line(caught)
     assert not is_sealed(folder)
