@@ -108,14 +108,14 @@ def train(
     """Train classifiers with Ray Train, evaluate them, write their folders."""
     from cluster.storage import reachable_place
     from job.config import configs_of
-    from job.model.pretrained import handed_over
+    from job.model.pretrained import weights_option_file
     from job.tables import outcome_lines, outcome_result
     from job.train.driver import default_cpus_per_worker, new_run_name
     from job.train.driver import train as start
 
     if options["cpus_per_worker"] is None:
         options["cpus_per_worker"] = default_cpus_per_worker(max(1, options["workers"]))
-    handed = handed_over(weights)
+    handed = weights_option_file(weights)
     configs = configs_of(architectures, weights=handed.identity if handed else weights, **options)
     outcomes = start(reachable_place(dataset), reachable_place(models), configs, run or new_run_name(), handed)
     return outcome_result(outcomes), outcome_lines(outcomes)

@@ -313,7 +313,7 @@ def test_what_a_training_wrote_is_read_or_damage_in_one_line(tmp_path: Path) -> 
 
     for content in (b"[" * 100_000, b"\xff", b"[]", b"9" * 5000):
         (tmp_path / "config.json").write_bytes(content)
-        with pytest.raises(DamageError, match="what a training wrote") as caught:
+        with pytest.raises(DamageError, match="written by a training") as caught:
             read_json(place(tmp_path / "config.json"))
         one_line(caught)
 
@@ -422,7 +422,7 @@ MODELS: dict[str, tuple[Callable[[Path], bytes], str]] = {
     "an asset that climbs out": (_member("assets/../../../evil"), "other than config.json"),
     "an absolute path": (_member("{}/evil"), "other than config.json"),
     "weights of NumPy": (_member("model.weights.npz"), "other than config.json"),
-    "packed members": (lambda folder: packed(saved(small_model(), folder), zipfile.ZIP_DEFLATED), "packed members"),
+    "packed members": (lambda folder: packed(saved(small_model(), folder), zipfile.ZIP_DEFLATED), "compressed members"),
     "a function that runs commands": (_function("os", "system"), ""),
     "a function of Python's": (_function("builtins", "exec"), ""),
     "a function that fetches files": (_function("keras.utils", "get_file"), ""),
@@ -433,7 +433,7 @@ MODELS: dict[str, tuple[Callable[[Path], bytes], str]] = {
         lambda folder: packed(saved(small_model(), folder) | {"config.json": b"[" * 100_000}), ""),
     "garbage for weights": (_without_weights, ""),
     "weights that are cut off": (_cut_weights, ""),
-    "other classes": (_of_other_classes, "no model of 2 classes"),
+    "other classes": (_of_other_classes, "not a model of 2 classes"),
     "the older HDF5 form": (_legacy, "not a zip file"),
     "a pickle": (lambda folder: pickle.dumps(Evil(folder / "evil")), "not a zip file"),
     "nothing": (lambda folder: b"", "not a zip file"),
