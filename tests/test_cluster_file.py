@@ -79,8 +79,8 @@ BROAD = "123-compute@developer.gserviceaccount.com"
 @pytest.mark.parametrize(
     ("broken", "says"),
     [
-        (change("provider/project_id", "My Project"), "provider.project_id: must be the id of a project"),
-        (change("provider/project_id", None), "provider.project_id: must be the id of a project"),
+        (change("provider/project_id", "My Project"), "provider.project_id: must be the id of an existing"),
+        (change("provider/project_id", None), "provider.project_id: must be the id of an existing"),
         (change(f"{GPU}/serviceAccounts", None), "gpu.node_config.serviceAccounts: must name an account"),
         (change(f"{GPU}/serviceAccounts", [{"email": BROAD}]), "must be a separate account"),
         (change(f"{HEAD}/serviceAccounts", [{"email": "ray-autoscaler-sa-v1@x.iam"}]), "must be a separate account"),
