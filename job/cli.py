@@ -53,7 +53,7 @@ def sample(out: str, num_pages: int, seed: int, scale: float, layouts: str | Non
 def prepare(pages: str, labels: str, dataset: str, classes: str | None, **options: Any) -> Outcome:
     """Cut labelled pages into crops: a dataset of TFRecords."""
     from cluster.storage import reachable_place
-    from job.report.dataset import report_beside
+    from job.report.dataset import write_dataset_report
     from preprocessing.classes import read_class_names
     from preprocessing.prepare import prepare as run
 
@@ -63,7 +63,7 @@ def prepare(pages: str, labels: str, dataset: str, classes: str | None, **option
     counts = {split: manifest.counts[split]["examples"] for split in SPLITS}
     lost = {key: len(getattr(manifest, key)) for key in ("losses", "clipped", "unlabelled")}
     result = {"dataset": dataset, "written": new, "crops": counts, "shards": len(manifest.shards)} | lost
-    reported = report_beside(reachable_place(dataset), manifest, new)
+    reported = write_dataset_report(reachable_place(dataset), manifest, new)
     if not new:
         return result, [f"{dataset} is there and right: nothing written", *reported]
     split_line = ", ".join(f"{split} {count:,}" for split, count in counts.items())
