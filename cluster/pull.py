@@ -84,7 +84,7 @@ def _resolve(models: UPath, wanted: str) -> tuple[str, str]:
     latest = read_latest(models / name)
     if latest is None:
         raise InputError(
-            f"{models} must hold {name}/{LATEST_FILE}. Received: no such file. Name a model that is there, or NAME/RUN"
+            f"{models} must hold {name}/{LATEST_FILE}. Received: no such file. Name an existing model, or NAME/RUN"
         )
     return name, latest.run
 

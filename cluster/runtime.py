@@ -27,7 +27,7 @@ log = logging.getLogger("kuzushiji")
 
 START_TIMED_OUT = (
     "Ray must start within 30 s, Ray's own limit. Received: no answer, as happens on an overloaded machine. Run the "
-    "same command again; if that does not help, Ray's logs tell why"
+    "same command again; if that does not help, see Ray's logs"
 )
 
 

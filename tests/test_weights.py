@@ -146,8 +146,8 @@ def test_imagenet_weights_are_fetched_once_checked_and_shared(
     shared = tmp_path / "models" / ".weights" / "published.h5"
     unreachable, other = fetch("first", (nowhere, md5, models), (here, "0" * 32, models))
     assert f"--weights imagenet must reach {nowhere}" in unreachable
-    assert f"put it at {shared}, or, for one architecture, name it with --weights" in unreachable
-    assert f"put it at {shared}" in other
+    assert f"copy it to {shared}, or, for one architecture, name it with --weights" in unreachable
+    assert f"copy it to {shared}" in other
     assert not shared.exists()
     asked.clear()
     assert fetch("second", (here, md5, models)) == [f"{shared} {sha256}"]

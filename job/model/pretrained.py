@@ -136,8 +136,8 @@ def _imagenet(architecture: str, folder: UPath) -> UPath:
         )
     except Exception as error:  # Keras raises a plain Exception
         raise InputError(
-            f"--weights imagenet must reach {published.url}. Received: {' '.join(str(error).split())}. Download the "
-            f"file elsewhere and copy it to {shared}, or, for one architecture, name it with --weights"
+            f"--weights imagenet must reach {published.url}. Received: {' '.join(str(error).split())}. Download "
+            f"it elsewhere and copy it to {shared}, or, for one architecture, name it with --weights"
         ) from None
     finally:
         socket.setdefaulttimeout(previous_timeout)
