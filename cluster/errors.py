@@ -1,11 +1,11 @@
-"""What can go wrong for reasons outside the code, in one tree.
+"""Exceptions for failures whose cause is outside the code.
 
-KuzushijiError      anything below; the command line prints it in one line and exits with 1
-├── OptionError     what was asked contradicts itself or what is there; exits with 2
+KuzushijiError      base class; the command line prints its message in one line and exits with 1
+├── OptionError     options contradict one another or the files they name; exits with 2
 ├── InputError      labels, pages or a dataset can't be used as they are
-└── DamageError     a folder is not what its manifest says
+└── DamageError     a folder does not match its manifest
 
-Messages: first the rule, then what came, then how to mend it.
+Messages state the rule, then what was received, then the fix.
 """
 
 from typing import TYPE_CHECKING
@@ -15,29 +15,33 @@ if TYPE_CHECKING:
 
 
 class KuzushijiError(Exception):
-    """A failure with a cause that the user can mend."""
+    """Base class of failures that the user can fix."""
 
 
 def one_line(error: BaseException) -> str:
-    """What people read of a failure; of one that is no fault of theirs, its kind too."""
+    """Return the message of an exception as one line.
+
+    Types other than KuzushijiError and OSError are unexpected: their message starts with the type's name and ends with
+    a hint to `--debug`.
+    """
     text = " ".join(str(error).split()) or type(error).__name__
     return text if isinstance(error, KuzushijiError | OSError) else f"{type(error).__name__}: {text} (see --debug)"
 
 
 class OptionError(KuzushijiError):
-    """You meet it when options contradict one another or what they point to."""
+    """Raised when options contradict one another or the files and folders they name."""
 
     @classmethod
     def of(cls, error: "ValidationError") -> "OptionError":
-        """The first complaint of a pydantic config, named as on the command line."""
+        """Convert the first error of a pydantic config; the field is named as on the command line."""
         first = error.errors()[0]
         option = "--" + "-".join(str(part) for part in first["loc"]).replace("_", "-")
         return cls(f"{option}: {first['msg'].lower()}. Received: {first['input']!r}")
 
 
 class InputError(KuzushijiError):
-    """You meet it when labels, pages or a dataset can't be used as they are."""
+    """Raised when labels, pages or a dataset can't be used as they are."""
 
 
 class DamageError(KuzushijiError):
-    """You meet it when a file is missing, cut off or changed after its folder was sealed."""
+    """Raised when a file is missing, truncated or changed since its folder was sealed."""

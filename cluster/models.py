@@ -1,4 +1,7 @@
-"""The models place: `<models>/<architecture>/<run>/`, and `<models>/<architecture>/latest.json`, which names a run."""
+"""The layout of a models place: `<models>/<architecture>/<run>/`, and `<models>/<architecture>/latest.json`.
+
+`latest.json` points to the run that finished last.
+"""
 
 from typing import Literal
 
@@ -14,7 +17,7 @@ MAX_LATEST_BYTES = 10_000
 
 
 class ModelManifest(Manifest):
-    """The manifest of a model folder, which `job.model.folder` writes."""
+    """The manifest of a model folder. `job.model.folder` writes it."""
 
     kind: Literal["model"] = "model"
     dataset_manifest_sha256: str
@@ -23,7 +26,7 @@ class ModelManifest(Manifest):
 
 
 class Latest(BaseModel):
-    """Which run of an architecture finished last."""
+    """The content of `latest.json`: the run of an architecture that finished last."""
 
     run: str
     finished_at: AwareDatetime
@@ -35,10 +38,10 @@ class Latest(BaseModel):
 
 
 def read_latest(architecture: UPath) -> Latest | None:
-    """What `latest.json` says, or None where there is none.
+    """Read the `latest.json` of an architecture's folder. Return None if there is no such file.
 
     Raises:
-        DamageError: it is not what we write.
+        DamageError: the file does not have the expected content.
     """
     path = architecture / LATEST_FILE
     if not is_file(path):
@@ -58,34 +61,37 @@ def _parse(path: UPath, content: bytes) -> Latest:
 
 
 def point_to_latest(folder: UPath, manifest: ModelManifest) -> None:
-    """Let `latest.json` name a sealed run, unless it names one that finished later; also where many finish at once.
+    """Point `latest.json` to a sealed run, unless it points to one that finished at the same time or later.
+
+    The update is atomic: runs that finish at the same moment leave the latest of them.
 
     Raises:
-        DamageError: `latest.json` is not what we write.
+        DamageError: the existing `latest.json` does not have the expected content.
     """
     path = folder.parent / LATEST_FILE
     new = Latest(run=folder.name, finished_at=manifest.finished_at)
 
-    def pointer(old: bytes | None) -> bytes | None:
+    def updated(old: bytes | None) -> bytes | None:
         if old is not None and _parse(path, old).finished_at >= new.finished_at:
             return None
         return (new.model_dump_json() + "\n").encode()
 
-    change_bytes(path, pointer)
+    change_bytes(path, updated)
 
 
 def resolve_model(place: UPath) -> UPath:
-    """The model folder that a place is, or of whose latest run it is the architecture.
+    """Return `place` if it is a sealed folder, else the folder of the latest run of the architecture at `place`.
 
     Raises:
-        InputError: neither.
+        InputError: the place holds neither a manifest nor `latest.json`.
+        DamageError: `latest.json` does not have the expected content.
     """
     if is_sealed(place):
         return place
     latest = read_latest(place)
     if latest is None:
         raise InputError(
-            f"a finished dataset or model folder must hold {MANIFEST_FILE}, an architecture's {LATEST_FILE}. "
+            f"a finished dataset or model folder must hold {MANIFEST_FILE}, an architecture's folder {LATEST_FILE}. "
             f"Received: {place}, with neither"
         )
     return place / latest.run

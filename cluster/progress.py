@@ -1,4 +1,4 @@
-"""One progress display for every command: a bar on a terminal, a log line every few seconds elsewhere."""
+"""Progress of all commands: a bar on a terminal, a log line every 10 seconds elsewhere."""
 
 import logging
 import os
@@ -23,9 +23,10 @@ def on_terminal() -> bool:
 
 @cache
 def terminal() -> "Console":
-    """The one console for bars and log lines, so that they do not write over one another.
+    """The shared console for bars and log lines, so that they do not overwrite one another.
 
-    On a file of its own: it is seen also while standard error is turned away, as when TensorFlow loads.
+    It writes to a duplicate of standard error, which stays visible while standard error is redirected, as when
+    TensorFlow loads.
     """
     from rich.console import Console
 
@@ -33,9 +34,9 @@ def terminal() -> "Console":
 
 
 def log_to_stderr(debug: bool = False) -> None:
-    """Let what the package says be seen: above the bar on a terminal, with the time of day elsewhere.
+    """Send the package's log to standard error: above the bar on a terminal, with the time of day elsewhere.
 
-    debug: tracebacks too, of failures that do not end the command.
+    debug: include debug messages, such as tracebacks of failures that do not end the command.
     """
     handler: logging.Handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
@@ -53,14 +54,14 @@ class _TerminalHandler(logging.Handler):
 
 @contextmanager
 def waiting(what: str) -> Iterator[None]:
-    """Show on a terminal that `what` takes its time."""
+    """Show a spinner with the text `what` on a terminal while the block runs; nothing elsewhere."""
     with terminal().status(what) if on_terminal() else nullcontext():
         yield
 
 
 @contextmanager
 def progress(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    """Show how far `what` has come; the block calls the yielded function with how many `unit`s are newly done."""
+    """Show the progress of `what`. The block calls the yielded function with the number of newly finished `unit`s."""
     if on_terminal():
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -1,4 +1,4 @@
-"""Trained models from a models place to this machine: checked, resumable, never half there."""
+"""Download trained models from a models place: verified, resumable, and sealed only when complete."""
 
 import fcntl
 import hashlib
@@ -25,28 +25,32 @@ from cluster.storage import (
     writing_in,
 )
 
-FLUSHED_BYTES = 16 << 20  # so much goes to the disk while more is on its way, instead of all at the end
+FLUSHED_BYTES = 16 << 20  # flushed to the disk while the download continues, instead of everything at the end
 
 
 @dataclass(frozen=True)
 class Pulled:
-    """A model that is here now. new_bytes: how many had to be fetched."""
+    """A model that was pulled, or was up to date already."""
 
     name: str
+    """Architecture."""
     run: str
     folder: str
     new_bytes: int
+    """Bytes downloaded; 0 if the folder was complete."""
 
 
 def pull(models: UPath, to: UPath, wanted: Sequence[str] = ()) -> list[Pulled]:
-    """Fetch models named `NAME` (its latest run) or `NAME/RUN`; all architectures' latest runs when none is named.
+    """Download models: `NAME` is the latest run of an architecture, `NAME/RUN` a certain run.
 
-    `to` becomes a models place of the same form. Files that are there and right are not fetched again.
+    wanted: empty for the latest run of each architecture. `to` becomes a models place of the same layout. Files that
+    exist with the right content are not downloaded again.
 
     Raises:
-        InputError: nothing of that name.
-        DamageError: what came is not what the manifest says.
-        KuzushijiError: `to` is full, read-only or gone.
+        OptionError: a name is not `NAME` or `NAME/RUN`.
+        InputError: there is no model of that name.
+        DamageError: a file is missing or does not match its manifest.
+        KuzushijiError: `to` is full, read-only or removed, or another pull is writing to it.
     """
     chosen = [_resolve(models, name) for name in (wanted or _architectures(models))]
     manifests = [read_manifest(models / name / run, ModelManifest) for name, run in chosen]
@@ -63,14 +67,14 @@ def pull(models: UPath, to: UPath, wanted: Sequence[str] = ()) -> list[Pulled]:
 
 def _architectures(models: UPath) -> list[str]:
     names = list_folders(models)
-    found = [name for name in names if not name.startswith(".") and is_file(models / name / LATEST_FILE)]
-    if not found:
+    architectures = [name for name in names if not name.startswith(".") and is_file(models / name / LATEST_FILE)]
+    if not architectures:
         raise InputError(f"--models must hold <architecture>/{LATEST_FILE}. Received: {models}, with none")
-    return found
+    return architectures
 
 
 def _resolve(models: UPath, wanted: str) -> tuple[str, str]:
-    """Architecture and run of `NAME` or `NAME/RUN`."""
+    """Return the architecture and the run of `NAME` or `NAME/RUN`."""
     name, slash, run = wanted.partition("/")
     try:
         plain_name(name, "the name of a model")
@@ -81,7 +85,7 @@ def _resolve(models: UPath, wanted: str) -> tuple[str, str]:
     latest = read_latest(models / name)
     if latest is None:
         raise InputError(
-            f"{models} must hold {name}/{LATEST_FILE}. Received: no such file. Name one of its models, or NAME/RUN"
+            f"{models} must hold {name}/{LATEST_FILE}. Received: no such file. Name an existing model, or NAME/RUN"
         )
     return name, latest.run
 
@@ -93,11 +97,12 @@ def _pull_folder(source: UPath, target: UPath, manifest: ModelManifest, advance:
         if fault_of(target, entry, list_files(target)) is None:
             advance(entry.bytes)
         else:
-            remove_file(target / MANIFEST_FILE)  # what is being mended is not there
+            remove_file(target / MANIFEST_FILE)  # an incomplete folder is not sealed
             new_bytes += _fetch(source, Path(target.path), entry, advance)
     if not {entry.name for entry in manifest.entries} <= set(list_files(target)):
         raise KuzushijiError(
-            f"a folder must stay as it is while it is pulled. Received: {target}, emptied meanwhile. Run it again"
+            f"a folder must not be changed while a pull writes to it. Received: {target}, with files removed. "
+            "Run the same command again"
         )
     write_bytes(target / MANIFEST_FILE, manifest.raw)
     point_to_latest(target, manifest)
@@ -105,8 +110,9 @@ def _pull_folder(source: UPath, target: UPath, manifest: ModelManifest, advance:
 
 
 def _fetch(source: UPath, target: Path, entry: FileEntry, advance: Callable[[int], None]) -> int:
-    """Fetch one file into `.NAME.part`, going on where an earlier attempt stopped, hash it on the way, and move it once
-    that is right.
+    """Download one file to `.NAME.part`, resuming an earlier attempt, and rename it once its SHA-256 matches.
+
+    Returns the number of bytes downloaded.
     """
     part = target / f".{entry.name}.part"
     fetched = 0
@@ -115,12 +121,13 @@ def _fetch(source: UPath, target: Path, entry: FileEntry, advance: Callable[[int
         try:
             fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not os.path.exists(part) or os.fstat(out.fileno()).st_ino != os.stat(part).st_ino:
-                raise BlockingIOError  # another pull moved it between our opening and our locking
+                raise BlockingIOError  # another pull renamed the part between `open` and `flock`
         except BlockingIOError:
             raise KuzushijiError(
-                f"one pull at a time may write a folder. Received: {target}, where another one is at work"
+                f"only one pull at a time may write a folder. Received: {target}, which another pull is writing. "
+                "Wait for it to end"
             ) from None
-        # Once more from the start, if the part was of something else.
+        # A second attempt from byte 0, in case the part was of another file.
         for begin in dict.fromkeys([min(out.tell(), entry.bytes), 0]):
             out.truncate(begin)
             out.seek(begin)
@@ -137,10 +144,10 @@ def _fetch(source: UPath, target: Path, entry: FileEntry, advance: Callable[[int
                     if fetched // FLUSHED_BYTES > len(flushed):
                         flushed.append(disk.submit(os.fdatasync, out.fileno()))
             except FileNotFoundError:
-                raise DamageError(f"{source}: {entry.name} is missing. Ask whoever keeps the models") from None
+                raise DamageError(f"{source}: {entry.name} is missing. Ask the owner of the models") from None
             out.flush()
-            for one in flushed:
-                one.result()  # a failure of the disk is told once
+            for flush in flushed:
+                flush.result()  # the kernel reports a write error to one fdatasync only
             if out.tell() == entry.bytes and digest.hexdigest() == entry.sha256:
                 os.fsync(out.fileno())
                 os.replace(part, target / entry.name)
@@ -148,5 +155,5 @@ def _fetch(source: UPath, target: Path, entry: FileEntry, advance: Callable[[int
             advance(-out.tell())
     part.unlink()
     raise DamageError(
-        f"{source}: {entry.name} was changed: its SHA-256 is not the manifest's. Ask whoever keeps the models"
+        f"{source}: {entry.name} was changed: its SHA-256 is not the manifest's. Ask the owner of the models"
     )

@@ -1,4 +1,7 @@
-"""Ray: the cluster that RAY_ADDRESS names, else a local Ray that ends with the command. Tasks mapped with Ray Data."""
+"""Ray sessions, and tasks mapped with Ray Data.
+
+A session connects to the cluster that RAY_ADDRESS names. Without it, a local Ray starts, and ends with the command.
+"""
 
 import logging
 import os
@@ -23,16 +26,20 @@ ReportT = TypeVar("ReportT", bound="BaseModel")
 log = logging.getLogger("kuzushiji")
 
 START_TIMED_OUT = (
-    "Ray must start within 30 s, a limit of its own. It did not, as where too much else runs on a machine. Run the "
-    "same command again; if that does not help, Ray's logs tell why"
+    "Ray must start within 30 s, Ray's own limit. Received: no answer, as happens on an overloaded machine. Run the "
+    "same command again; if that does not help, see Ray's logs"
 )
 
 
 @contextmanager
 def ray_session(at_least_cpus: int = 1) -> Iterator[None]:
-    """Connect to Ray for the time of the block; a Ray that this process is connected to already is used as it is.
+    """Connect to Ray while the block runs. An existing connection of this process is used and left open.
 
-    at_least_cpus: a local Ray pretends to have so many where the machine has fewer, or the work would never be placed.
+    at_least_cpus: minimum number of CPUs that a local Ray declares, even if the machine has fewer. Otherwise tasks that
+    ask for more would wait for ever.
+
+    Raises:
+        KuzushijiError: a local Ray did not start in time.
     """
     with waiting("Ray starts ..."):
         started = _start(at_least_cpus)
@@ -46,7 +53,7 @@ def ray_session(at_least_cpus: int = 1) -> Iterator[None]:
 
 
 def _start(at_least_cpus: int) -> bool:
-    """Whether there was none that this process is connected to."""
+    """Connect to Ray. Return False if this process was connected already."""
     _set_environment()
     import ray
 
@@ -58,7 +65,7 @@ def _start(at_least_cpus: int) -> bool:
         return True
     cpus = os.cpu_count() or 1
     if at_least_cpus > cpus:
-        log.warning("%d CPUs are asked for and this machine has %d: the work shares them", at_least_cpus, cpus)
+        log.warning("%d CPUs requested, this machine has %d: processes share them", at_least_cpus, cpus)
     try:
         ray.init(
             address="local",
@@ -68,7 +75,7 @@ def _start(at_least_cpus: int) -> bool:
             log_to_driver=False,
         )
     except Exception as error:
-        # Ray raises no type of its own, and its limits can't be set (github.com/ray-project/ray/issues/65983).
+        # Ray raises a plain Exception, and its timeout can't be set (github.com/ray-project/ray/issues/65983).
         if "timed out during startup" not in str(error):
             raise
         raise KuzushijiError(START_TIMED_OUT) from error
@@ -76,13 +83,13 @@ def _start(at_least_cpus: int) -> bool:
 
 
 def _set_environment() -> None:
-    """What a Ray of our own inherits. It reads the environment when it is imported, so this comes before."""
-    # Nothing is sent home without being asked for.
+    """Set the environment of a local Ray. Ray reads it at import, so this is called before."""
+    # No usage statistics unless the user asks for them.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     if "RAY_ADDRESS" not in os.environ and "ray" not in sys.modules:
-        # Ray asks for a token by default, but keeps it in a file that others can read (0644): one of this process's
-        # own.
+        # Ray requires a token by default, but stores it in a file that other users can read (mode 0644): use a token
+        # of this process instead.
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         if "RAY_AUTH_TOKEN_PATH" not in os.environ:
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
@@ -99,23 +106,32 @@ def map_tasks(
     keep: bool = False,
     gpus: int = 0,
 ) -> list[ReportT]:
-    """Run `work` on each task with Ray Data and show the progress. Returns the reports in the order of the tasks.
+    """Run `work` on each task with Ray Data and show the progress.
 
-    tasks: dataclass instances whose fields are numbers, strings, and lists of them. report: the pydantic model that
-    `work` returns. what, unit, sizes: for the progress, "pages cut", "pages", and the number of them in each task.
-    keep: `work` keeps something large, such as a model: each process gets its own copy once, not one for each task.
-    gpus: that many processes with one GPU each; 0: a process for each CPU.
+    Args:
+        tasks: dataclass instances of one type, at least one. Their fields are numbers, strings, and lists of them.
+        work: called with a task in another process, where it is unpickled.
+        report: the pydantic model that `work` returns.
+        what: text of the progress display, such as "pages cut".
+        unit: what `sizes` counts, such as "pages".
+        sizes: number of units in each task.
+        keep: run in actors, because `work` keeps something large, such as a model: each process unpickles `work` once
+            instead of once per task.
+        gpus: number of actors with one GPU each; 0: a process for each CPU.
 
-    On a terminal Ray Data draws its own progress bar, which counts tasks and shows the use of CPUs.
+    On a terminal, Ray Data draws its own progress bar, which counts tasks and shows the use of CPUs.
+
+    Returns:
+        The reports, in the order of the tasks.
 
     Raises:
         OptionError: a local Ray has fewer GPUs. A cluster may still add them.
         Exception: whatever `work` raised. An OSError becomes a KuzushijiError.
     """
     reports: dict[int, ReportT] = {}
-    rays_own_bar = on_terminal() and sys.stdout.isatty()  # Ray Data draws its bar there only
+    rays_own_bar = on_terminal() and sys.stdout.isatty()  # Ray Data draws its bar only if both are terminals
     bar = nullcontext(lambda _: None) if rays_own_bar else progress(what, sum(sizes), unit)
-    if keep:  # Ray logs an error, which is none, for each actor (github.com/ray-project/ray/issues/53727)
+    if keep:  # Ray logs a spurious error for each actor (github.com/ray-project/ray/issues/53727)
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     with ray_session(), bar as advance:
         import ray
@@ -130,29 +146,29 @@ def map_tasks(
                 reports[row["index"]] = report.model_validate_json(row["report"])
                 advance(sizes[row["index"]])
         except BaseException as error:
-            # An interrupt while Ray Data makes its iterator leaves its thread running as long as the traceback holds
-            # the iterator (later versions end it: github.com/ray-project/ray/pull/62949). The thread must not outlive
-            # Ray: it would start another Ray, fail, and leave the terminal without a cursor.
+            # If an interrupt arrives while Ray Data creates its iterator, its thread runs as long as the traceback
+            # references the iterator (fixed in later versions: github.com/ray-project/ray/pull/62949). The thread must
+            # not outlive Ray: it would start another Ray, fail, and leave the terminal without a cursor.
             traceback.clear_frames(error.__traceback__)
             if isinstance(error, Exception):
-                raise cause_of(error) from error  # `error` holds the traceback of the task, for --debug
+                raise cause_of(error) from error  # `error` has the traceback of the task, for --debug
             raise
-    assert len(reports) == len(tasks), "each task has a report"
+    assert len(reports) == len(tasks), "one report per task"
     return [reports[index] for index in range(len(tasks))]
 
 
 def _mapped(
     tasks: Sequence[TaskT], work: Callable[[TaskT], ReportT], show_bar: bool, keep: bool, gpus: int
 ) -> "Dataset":
-    """A dataset with one row for each task: its `index` and its `report` as JSON."""
+    """Return a dataset with one row per task: its `index` and its `report` as JSON."""
     import ray.data
 
-    # After the import, which sets it. Ray Data warns when its bars are off.
+    # Ray Data warns when its bars are off. Its import sets the level, so this comes after.
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = context.enable_rich_progress_bars = show_bar
     context.use_ray_tqdm = context.enable_operator_progress_bars = False  # one bar is enough
-    context.raise_original_map_exception = True  # else the cause is lost between the processes
+    context.raise_original_map_exception = True  # otherwise the cause is lost between processes
     rows = [{"index": index, **vars(task)} for index, task in enumerate(tasks)]
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
     call = _Call(type(tasks[0]), work)
@@ -168,7 +184,7 @@ def _mapped(
 
 
 class _Call(Generic[TaskT, ReportT]):
-    """`work` as Ray Data calls it: with a row, for a row."""
+    """`work` as Ray Data calls it: from a row to a row."""
 
     def __init__(self, task: type[TaskT], work: Callable[[TaskT], ReportT]) -> None:
         self.task, self.work = task, work
@@ -177,12 +193,12 @@ class _Call(Generic[TaskT, ReportT]):
         index = row.pop("index")
         try:
             return {"index": index, "report": self.work(self.task(**row)).model_dump_json()}
-        except OSError as error:  # Ray Data would put its own text in the place of the file name
+        except OSError as error:  # Ray Data would replace the file name by a text of its own
             raise explained(error) or KuzushijiError(one_line(error)) from error
 
     @property
     def name(self) -> str:
-        """What Ray shows as the name of the task."""
+        """The name of the task in Ray's displays."""
         return type(self.work).__name__
 
     def function(self) -> Callable[[dict[str, Any]], dict[str, Any]]:
@@ -193,7 +209,7 @@ class _Call(Generic[TaskT, ReportT]):
         return task
 
     def actor(self) -> type:
-        """A class for Ray Data, whose instance lives as long as its process."""
+        """Return an actor class for Ray Data. Its instance lives as long as its process."""
         return type(self.name, (_Actor,), {})
 
 
@@ -206,21 +222,21 @@ class _Actor:
 
 
 def cause_of(error: BaseException) -> BaseException:
-    """What failed on a worker, out of the wrappers that Ray puts around it."""
+    """Return the exception that a worker raised, without the exceptions that Ray wraps around it."""
     from ray.exceptions import ActorDiedError, RayError
     from ray.train import TrainingFailedError
 
-    seen = error
-    while isinstance(seen, RayError | TrainingFailedError):
-        inner = getattr(seen, "cause", None) or seen.__cause__
+    cause = error
+    while isinstance(cause, RayError | TrainingFailedError):
+        inner = getattr(cause, "cause", None) or cause.__cause__
         if inner is None:
-            failures = getattr(seen, "worker_failures", None)
+            failures = getattr(cause, "worker_failures", None)
             inner = next(iter(failures.values()), None) if failures else None
         if inner is None:
             break
-        seen = inner
-    if isinstance(seen, ActorDiedError) and "Error: " in (last := str(seen).strip().splitlines()[-1]):
-        return KuzushijiError(last)  # an actor that failed to begin: Ray keeps no more than the text of its traceback
-    if isinstance(seen, KuzushijiError):  # to whose text Ray Data adds where it was
-        return type(seen)(str(seen).partition("\nFailed to ")[0])
-    return explained(seen) or seen
+        cause = inner
+    if isinstance(cause, ActorDiedError) and "Error: " in (last := str(cause).strip().splitlines()[-1]):
+        return KuzushijiError(last)  # an actor whose constructor failed: Ray keeps only the text of its traceback
+    if isinstance(cause, KuzushijiError):  # Ray Data appends its own text
+        return type(cause)(str(cause).partition("\nFailed to ")[0])
+    return explained(cause) or cause

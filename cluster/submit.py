@@ -1,7 +1,7 @@
-"""A command as a job on a cluster: through a tunnel to its head, with its token, log and outcome brought back.
+"""Run a command as a Ray job on a cluster: open an ssh tunnel to the head, submit the job, print its log.
 
-The same by Ray's own means: `ray dashboard ray_cluster.yaml` in one terminal, `ray job submit -- kuzushiji train ...`
-in another.
+The same with Ray's command line: `ray dashboard ray_cluster.yaml` in one terminal, `ray job submit -- kuzushiji train
+...` in another.
 """
 
 import asyncio
@@ -32,26 +32,26 @@ log = logging.getLogger("kuzushiji")
 
 SECONDS_FOR_TUNNEL = 60.0
 SECONDS_FOR_ANSWER = 10.0
-# A log that ends so long before its job was cut off.
+# If the job still runs this long after its log ended, the connection for the log was lost.
 SECONDS_TO_END = 5
-# The head's dashboard, which listens to the head alone.
+# Of the head's dashboard, which listens on 127.0.0.1 only.
 DASHBOARD_PORT = 8265
 
 
 @dataclass(frozen=True)
 class Head:
-    """Where jobs are handed in: the address of a head, or the cluster file that `ray up` was given."""
+    """Where jobs are submitted: the address of a head, or the cluster file that was given to `ray up`."""
 
     address: str | None = None
     cluster_file: Path | None = None
 
     @property
     def option(self) -> str:
-        """As on the command line."""
+        """The option of `kuzushiji submit` that names this head."""
         return shlex.join(["--address", self.address] if self.address else ["--cluster", str(self.cluster_file)])
 
-    def ways_back(self, job: str) -> str:
-        """How to see or end a job that is not followed any more."""
+    def follow_and_stop_hint(self, job: str) -> str:
+        """The commands that follow or stop a job which this process does not follow any more."""
         if self.address:
             stop = ["ray", "job", "stop", "--address", self.address, job]
         else:
@@ -61,16 +61,16 @@ class Head:
 
 @contextmanager
 def connected(head: Head) -> Iterator["JobSubmissionClient"]:
-    """Talk to a head for the time of the block, with the token of this machine (`ray get-auth-token`), if it has one.
+    """Connect to a head while the block runs, with the token of this machine (`ray get-auth-token`), if it has one.
 
     Raises:
-        InputError: the cluster file is not one that should go up.
-        KuzushijiError: no cluster is up, nobody answers, or the token is not the head's, be it in the block.
+        InputError: the cluster file has faults.
+        KuzushijiError: the cluster is not up, the head does not answer, or it rejects the token (then or in the block).
     """
-    for other in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):  # to which Ray's client would turn instead
-        os.environ.pop(other, None)
+    for variable in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):  # Ray's client would prefer these addresses
+        os.environ.pop(variable, None)
     if not head.address:
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # before Ray is there, which reads it once
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # before Ray is imported: it reads this once
     from ray.exceptions import AuthenticationError
 
     try:
@@ -78,7 +78,7 @@ def connected(head: Head) -> Iterator["JobSubmissionClient"]:
             yield _client(head.address)
             return
         assert head.cluster_file is not None
-        with _ended_by_signals(), _tunnel(head.cluster_file) as address:
+        with _exit_on_signals(), _tunnel(head.cluster_file) as address:
             yield _client(address)
     except AuthenticationError as error:
         raise KuzushijiError(
@@ -91,143 +91,150 @@ def _client(address: str) -> "JobSubmissionClient":
     import requests
     from ray.job_submission import JobSubmissionClient
 
-    for module in ("dashboard_sdk", "job.sdk"):  # which tell of each connection
+    for module in ("dashboard_sdk", "job.sdk"):  # they log each connection
         logging.getLogger(f"ray.dashboard.modules.{module}").setLevel(logging.WARNING)
     try:
-        _past_proxies(address)
-        # Ray's own requests would wait without end for one who is silent. Whatever is answered will do.
+        _bypass_proxies(address)
+        # Ray's requests have no timeout: find out here whether the server answers. Any response will do.
         requests.get(f"{address.rstrip('/')}/api/version", timeout=SECONDS_FOR_ANSWER, allow_redirects=False)
         return JobSubmissionClient(address)
-    except (OSError, RuntimeError, ValueError, LookupError, TypeError) as error:  # the last two: other JSON than Ray's
+    except (OSError, RuntimeError, ValueError, LookupError, TypeError) as error:  # the last two: JSON not from Ray
         raise KuzushijiError(
-            f"--address must be a Ray head's, as http://127.0.0.1:{DASHBOARD_PORT}. Received: {address}: "
+            f"--address must be a Ray head's, such as http://127.0.0.1:{DASHBOARD_PORT}. Received: {address}: "
             f"{' '.join(str(error).split())[:200]}"
         ) from None
 
 
-def _past_proxies(address: str) -> None:
-    """See to it that this process asks no proxy for what is on this machine: it would be shown the token."""
+def _bypass_proxies(address: str) -> None:
+    """Add a host of this machine to NO_PROXY, since a proxy would receive the token."""
     host = urlsplit(address).hostname or ""
     if host in ("localhost", "::1") or host.startswith("127."):
-        kept = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
-        os.environ["no_proxy"] = os.environ["NO_PROXY"] = f"{kept},{host}" if kept else host
+        existing = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
+        os.environ["no_proxy"] = os.environ["NO_PROXY"] = f"{existing},{host}" if existing else host
 
 
 @contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """SIGTERM, and SIGHUP of a closed terminal, end the block as a failure does: what it started ends with it."""
-    # Where one is ignored, as by nohup, it stays so.
-    ours = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
+def _exit_on_signals() -> Iterator[None]:
+    """Raise SystemExit in the block on SIGTERM, and on SIGHUP (a closed terminal), so that its `finally` blocks run."""
+    # Signals that are ignored, as under nohup, stay ignored.
+    handled = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
 
-    def leave(number: int, _frame: object) -> None:
-        for one in ours:  # a second one would cut short how the block ends
-            signal.signal(one, signal.SIG_IGN)
-        raise SystemExit(128 + number)
+    def leave(received: int, _frame: object) -> None:
+        for number in handled:  # a second signal would interrupt the cleanup
+            signal.signal(number, signal.SIG_IGN)
+        raise SystemExit(128 + received)
 
-    for one in ours:
-        signal.signal(one, leave)
+    for number in handled:
+        signal.signal(number, leave)
     try:
         yield
     finally:
-        for one in ours:
-            signal.signal(one, signal.SIG_DFL)
+        for number in handled:
+            signal.signal(number, signal.SIG_DFL)
 
 
 @contextmanager
 def _tunnel(cluster_file: Path) -> Iterator[str]:
-    """An address of this machine that leads to the head's dashboard through ssh."""
-    # `ray dashboard` may make the account and key of a cluster, even the project, as `ray up` does.
+    """Open an ssh tunnel to the head's dashboard, and yield its local address."""
+    # Checked first: `ray dashboard` may create the cluster's account and key, even the project, as `ray up` does.
     if faults := faults_of_cluster_file(cluster_file):
-        raise InputError(f"{faults[0]}. Run {_shown('kuzushiji', 'verify', cluster_file)}")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        raise InputError(f"{faults[0]}. Run {_quoted('kuzushiji', 'verify', cluster_file)}")
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
     ray = str(Path(sys.executable).with_name("ray"))
     command = [ray, "dashboard", str(cluster_file), "--port", str(port), "--remote-port", str(DASHBOARD_PORT)]
-    # In a group of its own: Ctrl-C is ours to answer, and its ssh must end with it.
-    with subprocess.Popen(  # noqa: S603 - no shell; the file is an argument of its own
+    # In its own process group: Ctrl-C must not reach it, and its ssh process must end with it.
+    with subprocess.Popen(  # noqa: S603 - no shell; the file is a separate argument
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         start_new_session=True,
-    ) as forward:  # fmt: skip
+    ) as tunnel:  # fmt: skip
         try:
-            _wait_for(forward, port, cluster_file)
+            _wait_for(tunnel, port, cluster_file)
             yield f"http://127.0.0.1:{port}"
         finally:
-            with suppress(ProcessLookupError):  # it ended by itself
-                os.killpg(forward.pid, signal.SIGTERM)
+            with suppress(ProcessLookupError):  # it has ended
+                os.killpg(tunnel.pid, signal.SIGTERM)
 
 
-def _shown(*command: str | Path) -> str:
-    """A command for a person to run."""
+def _quoted(*command: str | Path) -> str:
+    """Format a command for a message."""
     return f"`{shlex.join(map(str, command))}`"
 
 
-def _wait_for(forward: "subprocess.Popen[str]", port: int, cluster_file: Path) -> None:
+def _wait_for(tunnel: "subprocess.Popen[str]", port: int, cluster_file: Path) -> None:
+    """Wait until the tunnel's local port accepts connections.
+
+    Raises:
+        KuzushijiError: the tunnel's process ended, or the timeout expired.
+    """
     deadline = time.monotonic() + SECONDS_FOR_TUNNEL
     while time.monotonic() < deadline:
-        if forward.poll() is not None:
-            assert forward.stdout is not None
-            said = " ".join(forward.stdout.read().split())[-300:]
+        if tunnel.poll() is not None:
+            assert tunnel.stdout is not None
+            output = " ".join(tunnel.stdout.read().split())[-300:]
             raise KuzushijiError(
-                f"the cluster of --cluster must be up. Received: {said}. Run {_shown('ray', 'up', '-y', cluster_file)}"
+                f"the cluster of --cluster must be up. Received: {output}. "
+                f"Run {_quoted('ray', 'up', '-y', cluster_file)}"
             )
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 return
         time.sleep(0.2)
     raise KuzushijiError(
-        f"the head must answer by ssh within {SECONDS_FOR_TUNNEL:.0f} s. Received: nothing. "
-        f"Try {_shown('ray', 'exec', cluster_file, 'uptime')}"
+        f"the head must answer by ssh within {SECONDS_FOR_TUNNEL:.0f} s. Received: no answer. "
+        f"Try {_quoted('ray', 'exec', cluster_file, 'uptime')}"
     )
 
 
-def hand_in(client: "JobSubmissionClient", arguments: Sequence[str], working_dir: Path | None, head: Head) -> str:
-    """Start `kuzushiji ARGUMENTS` on the cluster; the job's id.
+def submit_job(client: "JobSubmissionClient", arguments: Sequence[str], working_dir: Path | None, head: Head) -> str:
+    """Submit `kuzushiji ARGUMENTS` as a job and return its id.
 
-    working_dir: a checkout whose code the job is to run instead of the image's; what git ignores is left out.
+    working_dir: a checkout whose code the job runs instead of the image's. Files that git ignores are not uploaded.
 
     Raises:
-        KuzushijiError: the head did not take it.
-        KeyboardInterrupt: Ctrl-C; nobody knows whether the head took it, and the log tells how to find out.
+        KuzushijiError: the head did not accept the job.
+        KeyboardInterrupt: Ctrl-C. The head may have accepted the job; the log says how to find out.
     """
     job = f"{arguments[0]}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     environment = {"working_dir": str(working_dir), "excludes": [".git"]} if working_dir else {}
     try:
         client.submit_job(entrypoint=shlex.join(["kuzushiji", *arguments]), submission_id=job, runtime_env=environment)
     except (KeyboardInterrupt, SystemExit):
-        log.warning("job %s may have been taken. %s", job, head.ways_back(job))
+        log.warning("job %s may have been submitted. %s", job, head.follow_and_stop_hint(job))
         raise
     except (RuntimeError, ValueError, OSError) as error:
         raise KuzushijiError(
-            f"the head must take the job. Received: {' '.join(str(error).split())[:300]}. Run the same command again"
+            f"the head must accept the job. Received: {' '.join(str(error).split())[:300]}. Run the same command again"
         ) from None
     return job
 
 
 def follow(client: "JobSubmissionClient", job: str, head: Head) -> int:
-    """Print a job's log until it ends; its exit code.
+    """Print a job's log until the job ends. Return its exit code, or 1 if standard output was closed before.
 
     Raises:
-        KuzushijiError: there is no such job, or sight of it was lost.
-        KeyboardInterrupt: Ctrl-C; the job goes on, and the log tells how to get back to it.
+        InputError: the cluster has no such job.
+        KuzushijiError: the connection to the head was lost.
+        KeyboardInterrupt: Ctrl-C. The job continues; the log says how to follow it again.
     """
     import aiohttp
 
-    again = f"job {job} goes on. {head.ways_back(job)}"
+    continues = f"job {job} continues. {head.follow_and_stop_hint(job)}"
     try:
-        client.get_job_info(job)  # a stream of an unknown job ends without a word on why
+        client.get_job_info(job)  # the log stream of an unknown job ends without an error
         if not asyncio.run(_print_log(client, job)):
-            log.warning(again)
+            log.warning(continues)
             return 1
-        details = _ended(client, job, again)
+        details = _wait_for_end(client, job, continues)
     except (KeyboardInterrupt, SystemExit):
-        log.warning(again)
+        log.warning(continues)
         raise
-    except (RuntimeError, OSError, aiohttp.ClientError) as error:  # requests' are OSErrors
+    except (RuntimeError, OSError, aiohttp.ClientError) as error:  # exceptions of requests are OSErrors
         text = " ".join(str(error).split())[:200]
         if "does not exist" in text:
-            raise InputError(f"--attach must be the id of a job that the cluster knows. Received: {job}") from None
-        raise KuzushijiError(f"the head must stay in reach. Received: {text}; {again}") from None
+            raise InputError(f"--attach must be the id of a job of this cluster. Received: {job}") from None
+        raise KuzushijiError(f"the head must stay reachable. Received: {text}; {continues}") from None
     log.info("job %s: %s", job, details.status.value.lower())
     if details.status.value == "SUCCEEDED":
         return 0
@@ -235,25 +242,25 @@ def follow(client: "JobSubmissionClient", job: str, head: Head) -> int:
 
 
 async def _print_log(client: "JobSubmissionClient", job: str) -> bool:
-    """To its end; False if nobody reads what we print any more, as after `| head`."""
+    """Print the log to its end. Return False if standard output was closed before, as by `| head`."""
     async for lines in client.tail_job_logs(job):
         try:
             sys.stdout.write(lines)
             sys.stdout.flush()
         except BrokenPipeError:
-            # What is not written yet goes nowhere, or Python tries again as it ends, and complains.
-            with open(os.devnull, "wb") as nowhere:
-                os.dup2(nowhere.fileno(), sys.stdout.fileno())
+            # Discard the rest: otherwise Python flushes it at exit and prints another error.
+            with open(os.devnull, "wb") as devnull:
+                os.dup2(devnull.fileno(), sys.stdout.fileno())
             return False
     return True
 
 
-def _ended(client: "JobSubmissionClient", job: str, again: str) -> Any:
-    """The details of a job at its end, which is not always the end of its log: what is in between may cut that off."""
+def _wait_for_end(client: "JobSubmissionClient", job: str, continues: str) -> Any:
+    """Wait for the end of a job and return its details. A log can end before: proxies may drop its connection."""
     details, waited = client.get_job_info(job), 0
     while not details.status.is_terminal():
         if waited == SECONDS_TO_END:
-            log.warning("the log was cut off; the outcome is waited for, as %s", again)
+            log.warning("the log was cut off; waiting for the outcome: %s", continues)
         time.sleep(1)
         waited += 1
         details = client.get_job_info(job)

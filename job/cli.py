@@ -53,7 +53,7 @@ def sample(out: str, num_pages: int, seed: int, scale: float, layouts: str | Non
 def prepare(pages: str, labels: str, dataset: str, classes: str | None, **options: Any) -> Outcome:
     """Cut labelled pages into crops: a dataset of TFRecords."""
     from cluster.storage import reachable_place
-    from job.report.dataset import report_beside
+    from job.report.dataset import write_dataset_report
     from preprocessing.classes import read_class_names
     from preprocessing.prepare import prepare as run
 
@@ -63,7 +63,7 @@ def prepare(pages: str, labels: str, dataset: str, classes: str | None, **option
     counts = {split: manifest.counts[split]["examples"] for split in SPLITS}
     lost = {key: len(getattr(manifest, key)) for key in ("losses", "clipped", "unlabelled")}
     result = {"dataset": dataset, "written": new, "crops": counts, "shards": len(manifest.shards)} | lost
-    reported = report_beside(reachable_place(dataset), manifest, new)
+    reported = write_dataset_report(reachable_place(dataset), manifest, new)
     if not new:
         return result, [f"{dataset} is there and right: nothing written", *reported]
     split_line = ", ".join(f"{split} {count:,}" for split, count in counts.items())
@@ -108,14 +108,14 @@ def train(
     """Train classifiers with Ray Train, evaluate them, write their folders."""
     from cluster.storage import reachable_place
     from job.config import configs_of
-    from job.model.pretrained import handed_over
+    from job.model.pretrained import weights_option_file
     from job.tables import outcome_lines, outcome_result
     from job.train.driver import default_cpus_per_worker, new_run_name
     from job.train.driver import train as start
 
     if options["cpus_per_worker"] is None:
         options["cpus_per_worker"] = default_cpus_per_worker(max(1, options["workers"]))
-    handed = handed_over(weights)
+    handed = weights_option_file(weights)
     configs = configs_of(architectures, weights=handed.identity if handed else weights, **options)
     outcomes = start(reachable_place(dataset), reachable_place(models), configs, run or new_run_name(), handed)
     return outcome_result(outcomes), outcome_lines(outcomes)
@@ -295,7 +295,7 @@ def submit(
 ) -> Outcome:
     """Run a command as a job on a cluster, follow its log, end as it ends."""
     from cluster.storage import local_path, plain_name
-    from cluster.submit import Head, connected, follow, hand_in
+    from cluster.submit import Head, connected, follow, submit_job
 
     if cluster and address:
         raise OptionError("--cluster or --address must be given, not both")
@@ -315,7 +315,7 @@ def submit(
         raise OptionError(f"--working-dir must be a folder that is there. Received: {working_dir}")
     head = Head(address, None if address else local_path(cluster or "ray_cluster.yaml", "--cluster"))
     with connected(head) as client:
-        job = attach or hand_in(client, arguments, folder, head)
+        job = attach or submit_job(client, arguments, folder, head)
         log.info("job %s%s", job, "" if attach else f" was handed in: kuzushiji {shlex.join(arguments)}")
         if no_wait:
             return {"job": job}, [f"follow it: kuzushiji submit {head.option} --attach {job}"]

@@ -1,4 +1,4 @@
-"""The colours of plots and pictures: those of Okabe and Ito, which colour-blind people can tell apart.
+"""Colours of plots and pictures: the palette of Okabe and Ito, which is safe for colour-blind readers.
 
 https://jfly.uni-koeln.de/color
 """

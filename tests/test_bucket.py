@@ -288,9 +288,9 @@ def test_a_folder_is_sealed_once(models: UPath) -> None:
     manifest = read_manifest(folder, ModelManifest)
     seal(folder, manifest)  # the same again: an answer that was lost on its way looks so
     other = manifest.model_copy(update={"finished_at": NOON + timedelta(hours=1)})
-    with pytest.raises(DamageError, match="another one sealed meanwhile"):
+    with pytest.raises(DamageError, match="sealed by another job"):
         seal(folder, other)
-    with pytest.raises(DamageError, match="another one sealed meanwhile"):
+    with pytest.raises(DamageError, match="sealed by another training"):
         write_model(folder, keras.Sequential([keras.layers.Dense(1)]), {"labels.txt": "rare\n"}, "0" * 64)
     assert verify(folder)[1:] == ([], [])
     assert read_manifest(folder, ModelManifest).finished_at == NOON

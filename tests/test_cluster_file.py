@@ -79,16 +79,16 @@ BROAD = "123-compute@developer.gserviceaccount.com"
 @pytest.mark.parametrize(
     ("broken", "says"),
     [
-        (change("provider/project_id", "My Project"), "provider.project_id: must be the id of a project"),
-        (change("provider/project_id", None), "provider.project_id: must be the id of a project"),
+        (change("provider/project_id", "My Project"), "provider.project_id: must be the id of an existing"),
+        (change("provider/project_id", None), "provider.project_id: must be the id of an existing"),
         (change(f"{GPU}/serviceAccounts", None), "gpu.node_config.serviceAccounts: must name an account"),
-        (change(f"{GPU}/serviceAccounts", [{"email": BROAD}]), "must be an account of its own"),
-        (change(f"{HEAD}/serviceAccounts", [{"email": "ray-autoscaler-sa-v1@x.iam"}]), "must be an account of its own"),
+        (change(f"{GPU}/serviceAccounts", [{"email": BROAD}]), "must be a separate account"),
+        (change(f"{HEAD}/serviceAccounts", [{"email": "ray-autoscaler-sa-v1@x.iam"}]), "must be a separate account"),
         (change(f"{GPU}/scheduling", {"provisioningModel": "SPOT"}), "onHostMaintenance: must be TERMINATE"),
         (change(f"{GPU}/guestAccelerators", None), ""),  # g2 machines have theirs anyway
-        (change(f"{GPU}/machineType", None), "gpu.node_config.machineType: must be there"),
+        (change(f"{GPU}/machineType", None), "gpu.node_config.machineType: must be set"),
         (change(f"{GPU}/tags", None), "gpu.node_config.tags.items: must hold the tag"),
-        (change("setup_commands", ["pip install ray==2.59.0"]), "ray must be 2.60.0, as here. Received: 2.59.0"),
+        (change("setup_commands", ["pip install ray==2.59.0"]), "as on this machine. Received: 2.59.0"),
         (change("setup_commands", []), "one must check that keras is"),
         (change("docker/image", "rayproject/ray:2.9.0"), "docker.image: ray must be"),
         (change("head_start_ray_commands", [START]), "must set RAY_AUTH_MODE=token"),
@@ -98,7 +98,7 @@ BROAD = "123-compute@developer.gserviceaccount.com"
         ),
         (change("head_start_ray_commands", None), "--dashboard-host must be 127.0.0.1"),  # so Ray's own default
         (change("worker_start_ray_commands", ["ray start --address=$HEAD:6379"]), "must set RAY_AUTH_MODE=token"),
-        (change("head_setup_commands", None), "head_setup_commands: must be there"),
+        (change("head_setup_commands", None), "head_setup_commands: must be set"),
         (change("head_start_ray_commands", [f"RAY_AUTH_MODE=token ray stop; {START}"]), "must set RAY_AUTH_MODE=token"),
         (change("head_start_ray_commands", [f"echo RAY_AUTH_MODE=token; {START}"]), "must set RAY_AUTH_MODE=token"),
         (change("provider/region", "europe-west4"), "must be in europe-west4, as provider.region"),
@@ -109,8 +109,8 @@ BROAD = "123-compute@developer.gserviceaccount.com"
         (change(f"{GPU}/tags", {"items": 3}), "tags.items: must hold the tag"),
         (change(f"{GPU}/serviceAccounts", 3), "serviceAccounts: must be a list"),
         (change("head_start_ray_commands", ["true"]), "head_start_ray_commands: one must run `ray start`"),
-        (change("file_mounts", {}), "file_mounts: must bring the token"),
-        (change("file_mounts", {"~/.ray/auth_token": "~/nowhere"}), "must be there: `ray get-auth-token --generate"),
+        (change("file_mounts", {}), "file_mounts: must copy the token"),
+        (change("file_mounts", {"~/.ray/auth_token": "~/nowhere"}), "no such file. Run `ray get-auth-token --generate"),
     ],
 )  # fmt: skip
 def test_what_would_fail_cost_or_be_open_is_one_line(
@@ -132,7 +132,7 @@ def test_a_gpu_on_another_machine_type_needs_the_rule_too(config: Config, tmp_pa
 
 def test_a_token_that_others_can_read_is_refused(config: Config, tmp_path: Path, token: Path) -> None:
     token.chmod(0o644)
-    assert any("must be readable by you alone" in fault and "0644" in fault for fault in faults(config, tmp_path))
+    assert any("must be readable by its owner only" in fault and "0644" in fault for fault in faults(config, tmp_path))
 
 
 @pytest.mark.parametrize(

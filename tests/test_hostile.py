@@ -206,7 +206,7 @@ def test_a_manifest_that_nobody_could_read_is_not_written(tmp_path: Path, monkey
     manifest = read_any_manifest(folder, KINDS)
     (folder / "manifest.json").unlink()
     monkeypatch.setattr("cluster.manifest.MAX_MANIFEST_VALUES", 10)
-    with pytest.raises(InputError, match="at most .* and 10 values. Received: .* Mend the input") as caught:
+    with pytest.raises(InputError, match="at most .* and 10 values. Received: .* Fix the input") as caught:
         seal(folder, manifest)
     one_line(caught)
     assert not is_sealed(folder)
@@ -315,7 +315,7 @@ def test_what_a_training_wrote_is_read_or_damage_in_one_line(tmp_path: Path) -> 
 
     for content in (b"[" * 100_000, b"\xff", b"[]", b"9" * 5000):
         (tmp_path / "config.json").write_bytes(content)
-        with pytest.raises(DamageError, match="what a training wrote") as caught:
+        with pytest.raises(DamageError, match="written by a training") as caught:
             read_json(place(tmp_path / "config.json"))
         one_line(caught)
 
@@ -424,7 +424,7 @@ MODELS: dict[str, tuple[Callable[[Path], bytes], str]] = {
     "an asset that climbs out": (_member("assets/../../../evil"), "other than config.json"),
     "an absolute path": (_member("{}/evil"), "other than config.json"),
     "weights of NumPy": (_member("model.weights.npz"), "other than config.json"),
-    "packed members": (lambda folder: packed(saved(small_model(), folder), zipfile.ZIP_DEFLATED), "packed members"),
+    "packed members": (lambda folder: packed(saved(small_model(), folder), zipfile.ZIP_DEFLATED), "compressed members"),
     "a function that runs commands": (_function("os", "system"), ""),
     "a function of Python's": (_function("builtins", "exec"), ""),
     "a function that fetches files": (_function("keras.utils", "get_file"), ""),
@@ -435,7 +435,7 @@ MODELS: dict[str, tuple[Callable[[Path], bytes], str]] = {
         lambda folder: packed(saved(small_model(), folder) | {"config.json": b"[" * 100_000}), ""),
     "garbage for weights": (_without_weights, ""),
     "weights that are cut off": (_cut_weights, ""),
-    "other classes": (_of_other_classes, "no model of 2 classes"),
+    "other classes": (_of_other_classes, "not a model of 2 classes"),
     "the older HDF5 form": (_legacy, "not a zip file"),
     "a pickle": (lambda folder: pickle.dumps(Evil(folder / "evil")), "not a zip file"),
     "nothing": (lambda folder: b"", "not a zip file"),

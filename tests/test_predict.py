@@ -180,7 +180,7 @@ def test_where_nothing_could_be_read_no_folder_is_sealed(
     model: Path, shared: Path, ray_here: None, tmp_path: Path
 ) -> None:
     (tmp_path / "boxes.csv").write_text("image_id,labels\nelsewhere,1 2 3 4\n")
-    with pytest.raises(InputError, match="a box at least must be readable. Received: 1 lost, first: page has no file"):
+    with pytest.raises(InputError, match="at least one box must be readable. Received: 1 lost, first: page has no"):
         do(model, shared / "pages", tmp_path / "boxes.csv", tmp_path / "out")
     assert not (tmp_path / "out" / "manifest.json").exists()
 

@@ -16,7 +16,7 @@ from conftest import KUZUSHIJI_WITH_SMALL_HEAD, Kuzushiji, until_ray_starts
 from cluster.errors import DamageError, OptionError
 from cluster.manifest import read_manifest
 from cluster.storage import place
-from job.report.dataset import dataset_report, report_beside
+from job.report.dataset import dataset_report, write_dataset_report
 from job.report.html import page, paragraph
 from job.report.models import model_report
 from preprocessing.dataset import DatasetManifest
@@ -138,7 +138,7 @@ def test_a_report_of_models_needs_no_dataset(two: Path, of_two: str) -> None:
 def test_a_model_that_was_changed_and_a_dataset_that_it_was_not_trained_on_are_refused(
     two: Path, dataset: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(OptionError, match="must be what the models were trained on"):
+    with pytest.raises(OptionError, match="must be the one that the models were trained on"):
         model_report(place(two), place(dataset))
     shutil.copytree(two, tmp_path / "models")
     with (tmp_path / "models" / "fcn" / "first" / "per_class.csv").open("a") as table:
@@ -200,11 +200,11 @@ def test_a_very_large_dataset_and_a_whole_bucket_are_not_staged_for_a_report(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manifest = read_manifest(place(dataset), DatasetManifest)
-    told = ["no report beside it: `kuzushiji report` makes one"]
-    assert report_beside(place("gs://bucket"), manifest, new=True) == told
-    monkeypatch.setattr("job.report.dataset.MOST_BYTES", sum(shard.bytes for shard in manifest.shards) - 1)
-    assert report_beside(place(tmp_path / "crops"), manifest, new=True) == told
-    assert report_beside(place(tmp_path / "crops"), manifest, new=False) == []
+    told = ["no report was written next to the dataset: run `kuzushiji report`"]
+    assert write_dataset_report(place("gs://bucket"), manifest, new=True) == told
+    monkeypatch.setattr("job.report.dataset.MAX_STAGED_BYTES", sum(shard.bytes for shard in manifest.shards) - 1)
+    assert write_dataset_report(place(tmp_path / "crops"), manifest, new=True) == told
+    assert write_dataset_report(place(tmp_path / "crops"), manifest, new=False) == []
     assert list(tmp_path.iterdir()) == []
 
 

@@ -362,7 +362,7 @@ def test_ctrl_c_leaves_the_job_running_and_says_how_to_go_on(head: Head, pages: 
         here.send_signal(signal.SIGINT)
         said = here.communicate(timeout=SECONDS_AT_MOST)[1]
     assert here.returncode == 1
-    (line,) = [line for line in said.splitlines() if "goes on. Follow it: kuzushiji submit --address" in line]
+    (line,) = [line for line in said.splitlines() if "continues. Follow it: kuzushiji submit --address" in line]
     assert "stop it: ray job stop --address" in line
     followed = head.submit("--attach", job_of(line))
     assert followed.returncode == 0, followed.stdout
@@ -386,7 +386,7 @@ def test_ctrl_c_before_the_head_has_answered_names_the_job_that_it_may_have_take
         here.send_signal(signal.SIGINT)
         said = here.communicate(timeout=SECONDS_AT_MOST)[1]
     assert here.returncode == 1
-    (line,) = [line for line in said.splitlines() if "may have been taken. Follow it: kuzushiji submit" in line]
+    (line,) = [line for line in said.splitlines() if "may have been submitted. Follow it: kuzushiji submit" in line]
     assert head.submit("--attach", job_of(line)).returncode == 7
 
 
@@ -417,7 +417,7 @@ def test_whoever_reads_the_log_may_leave_and_the_job_goes_on(head: Head, waiting
     (tmp_path / "end").touch()
     assert here.returncode == 1
     assert "was handed in" in said[-2], said
-    assert "goes on. Follow it: kuzushiji submit" in said[-1]
+    assert "continues. Follow it: kuzushiji submit" in said[-1]
     assert "reach" not in said[-1]
 
 
@@ -433,7 +433,7 @@ def test_a_signal_ends_the_tunnel_too_and_the_job_goes_on(
             said = here.communicate(timeout=SECONDS_AT_MOST)[1]
         assert here.returncode == 128 + number, said
         assert not psutil.pid_exists(int(cluster.tunnel.read_text()))
-        (line,) = [line for line in said.splitlines() if "goes on. Follow it" in line]
+        (line,) = [line for line in said.splitlines() if "continues. Follow it" in line]
         assert shlex.join(["kuzushiji", "submit", "--cluster", str(cluster.file), "--attach"]) in line
         arguments = ["--attach", job_of(line)]
     (tmp_path / "end").touch()

@@ -20,7 +20,7 @@ from conftest import KUZUSHIJI_WITH_SMALL_HEAD, Kuzushiji, WorkersDo, until_ray_
 from cluster.errors import DamageError, InputError, OptionError
 from cluster.storage import place
 from job.config import TRANSFER, configs_of
-from job.model.pretrained import IMAGENET, Published, handed_over, local_copy, obtain
+from job.model.pretrained import IMAGENET, Published, local_copy, obtain, weights_option_file
 from job.train.driver import train
 from job.verify import verify
 
@@ -54,7 +54,7 @@ def test_a_file_that_is_handed_over_is_shared_by_its_hash_and_read_in_both_forms
 
     from job.model.architectures import ARCHITECTURES
 
-    handed = handed_over(str(made[form]))
+    handed = weights_option_file(str(made[form]))
     assert handed is not None
     config = configs_of(["xception"], handed.identity, None)[0]
     shared = obtain(config, handed, place(tmp_path))
@@ -68,7 +68,7 @@ def test_a_file_that_is_handed_over_is_shared_by_its_hash_and_read_in_both_forms
     for mine, given in zip(model.weights, base.weights, strict=False):
         assert np.array_equal(mine, given), given.path
     Path(shared.place).write_bytes(b"changed")
-    with pytest.raises(DamageError, match="was changed"), local_copy(shared):
+    with pytest.raises(DamageError, match="must not change"), local_copy(shared):
         pass
     assert obtain(config, handed, place(tmp_path)) == shared  # and mended
 
@@ -84,7 +84,7 @@ def test_a_file_that_does_not_fit_is_refused_in_one_line_before_ray_starts(
         file["layer"] = h5py.ExternalLink(made["old"], "/")
     for path, architecture in ((made["new"], "resnet152v2"), (made["old"], "resnet152v2"), (no_hdf5, "xception"),
                                (linked, "xception")):  # fmt: skip
-        handed = handed_over(str(path))
+        handed = weights_option_file(str(path))
         assert handed is not None
         config = configs_of([architecture], handed.identity, None)[0]
         with pytest.raises(InputError, match=f"--weights must be .* of {architecture} without its top") as raised:
@@ -151,8 +151,8 @@ def test_imagenet_weights_are_fetched_once_checked_and_shared(
     keras_home("first")
     unreachable = fetch(nowhere, md5, models)
     assert f"--weights imagenet must reach {nowhere}" in unreachable
-    assert f"put it at {shared}, or, for one architecture, name it with --weights" in unreachable
-    assert f"put it at {shared}" in fetch(here, "0" * 32, models)
+    assert f"copy it to {shared}, or, for one architecture, name it with --weights" in unreachable
+    assert f"copy it to {shared}" in fetch(here, "0" * 32, models)
     assert not shared.exists()
     asked.clear()
     keras_home("second")
@@ -224,7 +224,7 @@ def test_one_architecture_that_fails_does_not_take_another_along(
     result = json.loads(damaged.stdout)
     assert result["models"] == []
     assert [fault.split(":")[0] for fault in result["faults"]] == ["baseline", "fcn"]
-    assert "metrics.json must be what a training wrote" in result["faults"][0]
+    assert "metrics.json must be a JSON object written by a training" in result["faults"][0]
 
 
 @pytest.mark.long
@@ -270,7 +270,7 @@ def test_a_lost_worker_repeats_one_saved_epoch_at_most_and_frozen_layers_stay_as
     workers_do(change)
     monkeypatch.setattr("job.model.architectures.HEAD", (16, 8))
     caplog.set_level("INFO", "kuzushiji")
-    handed = handed_over(str(made["new"]))
+    handed = weights_option_file(str(made["new"]))
     assert handed is not None
     config = configs_of(["xception"], handed.identity, "last", epochs=5, global_batch_size=16, learning_rate=1e-3)
     outcome = train(place(few), place(tmp_path), config, "lost", handed)[0]

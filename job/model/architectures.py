@@ -1,8 +1,9 @@
-"""The classifiers. Crops in: N x 80 x 80 x 1, 0..255, scaled inside; N x classes probabilities out (softmax).
+"""The classifiers. Input: N x 80 x 80 x 1 crops, 0..255, scaled inside. Output: N x K probabilities of K classes.
 
-Each is a plain function of the number of classes, with layers of Keras' own only, so that a saved model loads anywhere.
-Layers, recipes (`config.py`) and what each reached are those of an earlier study on Kaggle's crops, but for one defect:
-it fed the ImageNet bases 0..255. Scaling and softmax stay float32 where the layers between compute in bfloat16.
+Each architecture is a function of the number of classes and uses built-in Keras layers only, so that a saved model
+loads without this package. Layers, recipes and reported results (`job/config.py`) are those of an earlier study on
+Kaggle's crops, except for one defect: the study fed 0..255 to the ImageNet bases. Scaling and softmax are always
+float32; with mixed precision, the layers between them compute in bfloat16.
 """
 
 from collections.abc import Callable
@@ -19,16 +20,16 @@ FCN_FILTERS = (32, 64, 128, 256, 512, 1028)
 
 Unfreeze = Literal["last", "all"]
 
-# Those that XLA is to compile on a GPU. On an H100 `baseline` trains 1.9 times as fast with it, and with batch norm
-# that is not synchronized, as without both. For `fcn` XLA asks for 66.6 GiB to train on 8 crops. Others were not tried.
+# Architectures to compile with XLA on a GPU. On an H100, XLA and unsynchronized batch norm together train `baseline`
+# 1.9 times as fast. For `fcn`, XLA requests 66.6 GiB to train on 8 crops. The others were not tried.
 XLA_COMPILES = ("baseline",)
 
-# Their names in `keras.applications`.
+# Pretrained bases: architecture to name in `keras.applications`.
 BASES = {"xception": "Xception", "resnet152v2": "ResNet152V2", "inceptionresnetv2": "InceptionResNetV2"}
 
 
 def baseline(num_classes: int) -> keras.Model:
-    """Four convolutions and two wide dense layers: 37,934,274 parameters at 514 classes."""
+    """Build four convolutions and two wide dense layers: 37,934,274 parameters at 514 classes."""
     inputs = keras.Input((SIDE, SIDE, 1))
     x = layers.Rescaling(1 / 255, dtype="float32")(inputs)
     for filters in (32, 64, 128, 256):
@@ -41,36 +42,36 @@ def baseline(num_classes: int) -> keras.Model:
 
 
 def xception(num_classes: int, weights: str | None = None, unfreeze: Unfreeze = "last") -> keras.Model:
-    """Xception (arxiv.org/abs/1610.02357) with a wide head: 96,935,994 parameters at 514 classes.
+    """Build Xception (arxiv.org/abs/1610.02357) with a wide head: 96,935,994 parameters at 514 classes.
 
-    weights: file of the base's weights without its top, as Keras saves them; None: chance. `last` unfreezes its last 6
-    layers, block 14.
+    weights: file of the base's weights without its top, as saved by Keras; None: random initialization.
+    unfreeze: `all` trains the whole base, `last` its last 6 layers (block 14).
     """
     return _transfer("xception", num_classes, weights, unfreeze, last=6)
 
 
 def resnet152v2(num_classes: int, weights: str | None = None, unfreeze: Unfreeze = "last") -> keras.Model:
-    """ResNet152V2 (arxiv.org/abs/1603.05027) with a wide head: 134,406,162 parameters at 514 classes.
+    """Build ResNet152V2 (arxiv.org/abs/1603.05027) with a wide head: 134,406,162 parameters at 514 classes.
 
-    weights: as for `xception`. The study names no number of layers here: `last` unfreezes 6 as in `xception`, the last
-    convolution and the batch norms around it.
+    weights: as for `xception`. unfreeze: `all` trains the whole base, `last` its last 6 layers (the last convolution
+    and the batch norms around it). The study does not give a number here; 6 is that of `xception`.
     """
     return _transfer("resnet152v2", num_classes, weights, unfreeze, last=6)
 
 
 def inceptionresnetv2(num_classes: int, weights: str | None = None, unfreeze: Unfreeze = "last") -> keras.Model:
-    """InceptionResNetV2 (arxiv.org/abs/1602.07261) with a wide head: 125,291,250 parameters at 514 classes.
+    """Build InceptionResNetV2 (arxiv.org/abs/1602.07261) with a wide head: 125,291,250 parameters at 514 classes.
 
-    weights: as for `xception`. `last` unfreezes its last 11 layers.
+    weights: as for `xception`. unfreeze: `all` trains the whole base, `last` its last 11 layers.
     """
     return _transfer("inceptionresnetv2", num_classes, weights, unfreeze, last=11)
 
 
 def fcn(num_classes: int, input_size: tuple[int | None, int | None] = (None, None)) -> keras.Model:
-    """Seven convolutions at full resolution, then the maximum over the image: 11,072,230 parameters at 514 classes.
+    """Build seven convolutions at full resolution and global max pooling: 11,072,230 parameters at 514 classes.
 
-    71 GMAC forward for each crop of 80 x 80, 550 times those of `baseline`, and some 200 MB of activations a crop to
-    train. input_size: height and width in px; by default any, so that it takes whole lines of a page too.
+    The forward pass takes 71 GMAC per 80 x 80 crop, 550 times that of `baseline`. Training needs some 200 MB of
+    activations per crop. input_size: height and width in pixels; None: any, such as whole lines of a page.
     """
     inputs = keras.Input((*input_size, 1))
     x = layers.Rescaling(1 / 255, dtype="float32")(inputs)
@@ -79,7 +80,7 @@ def fcn(num_classes: int, input_size: tuple[int | None, int | None] = (None, Non
         x = layers.BatchNormalization()(x)
         x = layers.ReLU()(x)
     x = layers.Conv2D(num_classes, 3, padding="same")(x)
-    # In float32, or more classes would tie: bfloat16 has 8 bits.
+    # In float32: with the 8 significant bits of bfloat16, more classes would tie.
     x = layers.BatchNormalization(dtype="float32")(x)
     x = layers.ReLU(dtype="float32")(x)
     x = layers.GlobalMaxPooling2D(dtype="float32")(x)
@@ -87,12 +88,12 @@ def fcn(num_classes: int, input_size: tuple[int | None, int | None] = (None, Non
 
 
 def base(architecture: str, weights: str | None) -> keras.Model:
-    """What an architecture of `BASES` has below its head: crops in, scaled as it was trained, feature maps out.
+    """Build the base of an architecture in `BASES`: N x 80 x 80 x 1 crops in, 0..255; feature maps out.
 
     weights: as for `xception`.
     """
     inputs = keras.Input((SIDE, SIDE, 1))
-    # -1..1 is what all three were trained with: `preprocess_input` of their modules.
+    # All three were trained on -1..1: see `preprocess_input` of their modules.
     x = layers.Rescaling(1 / 127.5, offset=-1, dtype="float32")(inputs)
     x = layers.Concatenate()([x, x, x])
     model = getattr(keras.applications, BASES[architecture])(include_top=False, weights=None, input_tensor=x)
@@ -102,14 +103,17 @@ def base(architecture: str, weights: str | None) -> keras.Model:
 
 
 def _transfer(architecture: str, num_classes: int, weights: str | None, unfreeze: Unfreeze, last: int) -> keras.Model:
-    """A base under three dense layers; frozen batch norms stay in inference mode by Keras."""
-    below = base(architecture, weights)
+    """Build a base with a head of dense layers. Keras keeps frozen batch norms in inference mode.
+
+    last: number of the base's layers that are trained with `unfreeze="last"`.
+    """
+    base_model = base(architecture, weights)
     if unfreeze == "last":
-        for layer in below.layers[:-last]:
+        for layer in base_model.layers[:-last]:
             layer.trainable = False
-    x = layers.GlobalAveragePooling2D()(below.output)
+    x = layers.GlobalAveragePooling2D()(base_model.output)
     x = _dense(layers.Dropout(0.2)(x), HEAD, dropout=0.3)
-    return keras.Model(below.inputs[0], _probabilities(x, num_classes), name=architecture)
+    return keras.Model(base_model.inputs[0], _probabilities(x, num_classes), name=architecture)
 
 
 def _dense(x: Any, widths: tuple[int, ...], dropout: float) -> Any:

@@ -1,9 +1,9 @@
-"""Contract with everyone who uses a model: `<models>/<architecture>/<run>/`, sealed by its manifest.
+"""The model folder `<models>/<architecture>/<run>/`, a contract with its users: write, check and load it.
 
 model.keras  labels.txt  config.json  metrics.json  history.jsonl  per_class.csv  misclassified.csv  README.md
 manifest.json
 
-`job.train.result` makes the texts; here the folder is written, checked and loaded.
+`manifest.json` is written last and seals the folder. `job.train.result` creates the content of the text files.
 """
 
 import json
@@ -39,23 +39,26 @@ MODEL_FILE = "model.keras"
 LABELS_FILE = "labels.txt"
 CONFIG_FILE = "config.json"
 METRICS_FILE = "metrics.json"
-# All that Keras writes for the classifiers: asset files are unpacked without asking where their paths lead.
+# The members of the archive that Keras writes for our classifiers. Others are rejected: Keras would unpack asset files
+# without checking where their paths lead.
 MODEL_MEMBERS = ["config.json", "metadata.json", "model.weights.h5"]
 
 
 def write_model(
     folder: UPath, model: "keras.Model", texts: Mapping[str, str], dataset_manifest_sha256: str
 ) -> ModelManifest:
-    """Write a model folder, seal it, and let `latest.json` beside it name it.
+    """Write and seal a model folder, and point the architecture's `latest.json` to it.
+
+    texts: name to content of the other files.
 
     Raises:
-        DamageError: another training of this run sealed the folder meanwhile; nothing in it was changed, unless both
-            ended in the same moment.
+        DamageError: another training of the same run sealed the folder before. Its files are unchanged, unless both
+            trainings ended at the same moment.
     """
     if is_sealed(folder):
         raise DamageError(
-            f"one training at a time may have a run's name. Received: {folder}, which another one sealed meanwhile. "
-            "Name another --run"
+            f"only one training at a time may use a run's name. Received: {folder}, sealed by another training in the "
+            "meantime. Name another --run"
         )
     with writing_in(Path(tempfile.gettempdir())), tempfile.TemporaryDirectory() as temporary:
         saved = Path(temporary) / MODEL_FILE
@@ -75,12 +78,14 @@ def write_model(
 
 
 def load_model(place: UPath) -> tuple["keras.Model", list[str], UPath]:
-    """The model of a folder (or of the latest run in it), its class names, and the folder.
+    """Load a model. Return the model, its class names, and its folder.
+
+    place: a model folder, or an architecture's folder for its latest run. All files are checked before loading.
 
     Raises:
-        InputError: it is no model folder.
-        DamageError: a file is not what the manifest says, and nothing is loaded from it; or it is no classifier of the
-            classes, or one that may do more than classify.
+        InputError: the place is not a model folder.
+        DamageError: a file does not match the manifest; or `model.keras` is not a classifier of these classes, or
+            contains what could execute code.
     """
     folder = resolve_model(place)
     manifest = read_manifest(folder, ModelManifest)
@@ -89,9 +94,9 @@ def load_model(place: UPath) -> tuple["keras.Model", list[str], UPath]:
     load_tensorflow()
     with writing_in(Path(tempfile.gettempdir())), tempfile.TemporaryDirectory() as temporary:
         local = UPath(temporary)
-        there = list_files(folder)
-        for entry in manifest.entries:  # copied first, so that what is loaded is what was checked
-            fault = size_fault_of(entry, there)
+        sizes = list_files(folder)
+        for entry in manifest.entries:  # check the copies, so that the checked bytes are those that are loaded
+            fault = size_fault_of(entry, sizes)
             if not fault:
                 fetch(folder / entry.name, Path(temporary) / entry.name)
                 fault = fault_of(local, entry, list_files(local))
@@ -100,46 +105,52 @@ def load_model(place: UPath) -> tuple["keras.Model", list[str], UPath]:
         names = read_class_names(local / LABELS_FILE, folder / LABELS_FILE)
         try:
             model = _load_archive(Path(temporary) / MODEL_FILE, len(names))
-        except Exception as error:  # zipfile, HDF5 and Keras raise all kinds for what is none of theirs
+        except Exception as error:  # zipfile, h5py and Keras raise many types for invalid files
             raise DamageError(
-                f"{folder / MODEL_FILE} must be a classifier as a training writes it. "
-                f"Received: {' '.join(str(error).split())[:300]}. Ask whoever keeps the models"
+                f"{folder / MODEL_FILE} must be a classifier written by `kuzushiji train`. "
+                f"Received: {' '.join(str(error).split())[:300]}. Ask the owner of the models"
             ) from error
     return model, names, folder
 
 
 def _load_archive(path: Path, classes: int) -> "keras.Model":
+    """Load a `.keras` file after checking its members. Raises ValueError, and any exception of zipfile and Keras."""
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
         if sorted(member.filename for member in members) != MODEL_MEMBERS:
-            raise ValueError(f"an archive of other than {', '.join(MODEL_MEMBERS)}")
-        if any(member.compress_type != zipfile.ZIP_STORED for member in members):  # as Keras never does
-            raise ValueError("an archive with packed members")
+            raise ValueError(f"an archive with members other than {', '.join(MODEL_MEMBERS)}")
+        if any(member.compress_type != zipfile.ZIP_STORED for member in members):  # Keras never compresses them
+            raise ValueError("an archive with compressed members")
     import keras
 
     model = keras.saving.load_model(path, compile=False, safe_mode=True)
     if not isinstance(model, keras.Model) or model.output_shape != (None, classes):
-        raise ValueError(f"no model of {classes} classes")
+        raise ValueError(f"not a model of {classes} classes")
     return model
 
 
 def read_json(path: UPath) -> dict[str, Any]:
-    """An object that a training wrote.
+    """Read a JSON object that a training wrote.
 
     Raises:
-        DamageError: it is not there, or not whole.
+        DamageError: the file is missing, or is not a JSON object.
     """
     try:
         content = json.loads(read_bytes(path))
     except (FileNotFoundError, ValueError, RecursionError) as error:
-        raise DamageError(f"{path} must be what a training wrote. Received: {error}. Name another --run") from None
+        raise DamageError(
+            f"{path} must be a JSON object written by a training. Received: {error}. Name another --run"
+        ) from None
     if not isinstance(content, dict):
-        raise DamageError(f"{path} must be what a training wrote. Received: no object. Name another --run")
+        raise DamageError(
+            f"{path} must be a JSON object written by a training. Received: {type(content).__name__}. "
+            "Name another --run"
+        )
     return content
 
 
 def finished_config(folder: UPath) -> dict[str, Any] | None:
-    """What a finished model folder was trained with: its config and `dataset_manifest_sha256`; None without one."""
+    """Return the config of a finished model folder and its `dataset_manifest_sha256`; None if it is not finished."""
     if not is_sealed(folder):
         return None
     return read_json(folder / CONFIG_FILE) | {

@@ -1,6 +1,6 @@
-"""Inference with a classifier on one device: crops in, classes and probabilities out. No training step.
+"""Inference with a classifier on one device: crops in, classes and probabilities out.
 
-K classes, N crops; K and N are sizes of arrays.
+In shapes, N is the number of crops and K the number of classes.
 """
 
 from collections.abc import Callable
@@ -19,37 +19,41 @@ COUNT = tf.TensorSpec((), tf.int32)
 
 
 def crops_per_step(model: keras.Model) -> int:
-    """How many crops to hand to a model at once.
+    """Return the batch size for inference.
 
-    Fewer where no layer makes the image smaller (`fcn`, whose height and width are free): the activations of a crop
-    are 500 times as large as those of `baseline`.
+    It is smaller for `fcn`, recognized by its undefined input height: no layer reduces the image, so that the
+    activations of a crop are 500 times as large as those of `baseline`.
     """
     return 512 if model.input_shape[1] else 16
 
 
 def predictions_of(model: keras.Model, images: Any, labels: Any) -> Any:
-    """(N, 4) float32 tensor: predicted class, its probability, whether the label is among the first 5, cross-entropy.
+    """Predict crops, inside a `tf.function`.
 
     images: N x 80 x 80 x 1 uint8. labels: (N,) int64.
+
+    Returns:
+        (N, 4) float32 tensor. Columns: predicted class; its probability; 1 if the label is among the 5 most probable
+        classes, else 0; cross-entropy.
     """
     probabilities = model(images, training=False)
     losses = keras.losses.sparse_categorical_crossentropy(labels, probabilities)
-    of_label = tf.gather(probabilities, labels, axis=1, batch_dims=1)[:, None]
-    # Among equal probabilities the lower class goes first, as in argmax: `fcn` gives many classes exactly the same.
-    earlier = tf.range(tf.shape(probabilities, tf.int64)[1])[None] < labels[:, None]
-    before = (probabilities > of_label) | ((probabilities == of_label) & earlier)
-    better = tf.reduce_sum(tf.cast(before, tf.float32), axis=1)
+    label_probability = tf.gather(probabilities, labels, axis=1, batch_dims=1)[:, None]
+    # Ties are ranked by ascending class, as in argmax: `fcn` gives many classes exactly the same probability.
+    lower_class = tf.range(tf.shape(probabilities, tf.int64)[1])[None] < labels[:, None]
+    ranked_before = (probabilities > label_probability) | ((probabilities == label_probability) & lower_class)
+    rank = tf.reduce_sum(tf.cast(ranked_before, tf.float32), axis=1)
     predicted = tf.cast(tf.argmax(probabilities, axis=1), tf.float32)
-    in_first_5 = tf.cast(better < 5, tf.float32)
-    return tf.stack([predicted, tf.reduce_max(probabilities, axis=1), in_first_5, losses], axis=1)
+    in_top_5 = tf.cast(rank < 5, tf.float32)
+    return tf.stack([predicted, tf.reduce_max(probabilities, axis=1), in_top_5, losses], axis=1)
 
 
 class Inference:
-    """A classifier, compiled to predict in this process."""
+    """A classifier with compiled functions for prediction in this process."""
 
     def __init__(self, model: keras.Model) -> None:
         self.model = model
-        self._rows = crops_per_step(model)
+        self._batch_size = crops_per_step(model)
 
         def predict(images: Any, labels: Any) -> Any:
             return predictions_of(model, images, labels)
@@ -63,23 +67,26 @@ class Inference:
     def predict(
         self, images: NDArray[np.uint8], labels: NDArray[np.int64], advance: Callable[[int], None] = lambda _: None
     ) -> NDArray[np.float32]:
-        """(N, 4) float32, as `predictions_of`. advance: called with the number of crops after each step."""
+        """Predict crops in batches and return `predictions_of` all of them, (N, 4) float32.
+
+        images: N x 80 x 80 x 1. labels: (N,). advance: called after each batch with its number of crops.
+        """
         parts = [np.empty((0, 4), np.float32)]
-        for at in range(0, len(labels), self._rows):
-            rows = slice(at, at + self._rows)
+        for start in range(0, len(labels), self._batch_size):
+            rows = slice(start, start + self._batch_size)
             parts.append(self._predict(images[rows], labels[rows]).numpy())
             advance(len(parts[-1]))
         return np.concatenate(parts)
 
     def top(self, images: NDArray[np.uint8], count: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """The likeliest classes of each crop and their probabilities, both (N, count), or (N, K) with fewer classes.
+        """Return the most probable classes of each crop and their probabilities, both (N, min(count, K)).
 
-        Among equal probabilities the lower class goes first.
+        images: N x 80 x 80 x 1, N at least 1. Ties are ranked by ascending class.
         """
         classes, probabilities = [], []
         count = min(count, self.model.output_shape[-1])
-        for at in range(0, len(images), self._rows):
-            values, indices = self._top(images[at : at + self._rows], count)
+        for start in range(0, len(images), self._batch_size):
+            values, indices = self._top(images[start : start + self._batch_size], count)
             classes.append(indices.numpy().astype(np.int64))
             probabilities.append(values.numpy())
         return np.concatenate(classes), np.concatenate(probabilities)

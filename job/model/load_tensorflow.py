@@ -1,4 +1,4 @@
-"""Loading TensorFlow: the backend of Keras, no noise on the terminal, and the memory of GPUs."""
+"""Load TensorFlow as the backend of Keras: without messages on the terminal, and with GPU memory growth."""
 
 import os
 import sys
@@ -9,19 +9,19 @@ from cluster.progress import waiting
 
 
 def choose_backend() -> None:
-    """Let Keras use TensorFlow in this process, whatever the user's `~/.keras/keras.json` names.
+    """Make Keras use TensorFlow in this process, whatever the user's `~/.keras/keras.json` says.
 
-    Keras reads the variable when it is imported: commands and workers call this first.
+    Keras reads the variable at import: commands and workers call this before.
     """
     os.environ["KERAS_BACKEND"] = "tensorflow"
 
 
 @contextmanager
 def without_chatter() -> Iterator[None]:
-    """Silence standard error while TensorFlow loads and looks for devices.
+    """Redirect standard error to /dev/null while TensorFlow loads and looks for devices.
 
-    No setting controls what its libraries print then (github.com/tensorflow/tensorflow/issues/79029). Nothing is lost:
-    a failure to load raises.
+    No setting turns off the messages of its C++ libraries (github.com/tensorflow/tensorflow/issues/79029). Failures to
+    load are not hidden: they raise exceptions.
     """
     sys.stderr.flush()
     stderr = os.dup(2)
@@ -36,19 +36,19 @@ def without_chatter() -> Iterator[None]:
 
 
 def load_tensorflow(gpus: bool = True) -> None:
-    """Import TensorFlow and let it find its devices. Without `gpus`, leave the GPUs to other processes."""
+    """Import TensorFlow and initialize its devices. gpus: False leaves the GPUs to other processes."""
     choose_backend()
     with waiting("TensorFlow loads ..."), without_chatter():
         import tensorflow as tf
 
         configure_gpus(gpus)
-        # TensorFloat-32 (10 bits of mantissa) is enough to train, but a finished model must give what it gives on CPUs.
+        # TensorFloat-32 (10 bits of mantissa) is enough for training, but inference must give the results of CPUs.
         tf.config.experimental.enable_tensor_float_32_execution(False)
         tf.config.list_logical_devices()
 
 
 def configure_gpus(gpus: bool) -> None:
-    """Let the use of GPU memory grow as needed, or, without `gpus`, hide the GPUs. Before TensorFlow runs anything."""
+    """Set memory growth for all GPUs, or hide them if `gpus` is False. Call it before TensorFlow runs any operation."""
     import tensorflow as tf
 
     if not gpus:

@@ -1,6 +1,6 @@
-"""The weights that a base begins with: found or fetched once, kept beside the models, shared with the workers.
+"""Pretrained weights of the bases: downloaded or copied once, then shared with all workers.
 
-They stand in `<models>/.weights/`, which `pull` leaves out. Only HDF5 is read: it holds numbers, no code.
+They are stored in `<models>/.weights/`, which `pull` ignores. Only HDF5 files are read: they hold numbers, no code.
 """
 
 import logging
@@ -23,14 +23,14 @@ from job.model.load_tensorflow import load_tensorflow
 log = logging.getLogger("kuzushiji")
 
 WEIGHTS_FOLDER = ".weights"
-SECONDS_OF_SILENCE = 60.0
-# Keras reads a name that ends so in its own form, and other .h5 in the older one.
-KERAS_SUFFIX, OLD_SUFFIX = ".weights.h5", ".h5"
+DOWNLOAD_TIMEOUT_SECONDS = 60.0
+# Keras chooses the format by the suffix: its current one for the first, its legacy format for other .h5 files.
+KERAS_SUFFIX, LEGACY_SUFFIX = ".weights.h5", ".h5"
 
 
 @dataclass(frozen=True)
 class Published:
-    """A file of ImageNet weights without the top, as `keras.applications` fetches it."""
+    """A file of ImageNet weights without the top, as `keras.applications` downloads it."""
 
     url: str
     md5: str
@@ -57,61 +57,66 @@ IMAGENET = {
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """Where a file is, and what its bytes are."""
+    """A file of weights, identified by its SHA-256."""
 
     place: str
+    """Path or address."""
     sha256: str
 
     @property
     def identity(self) -> str:
-        """What `TrainConfig.weights` says of it."""
+        """The value of `TrainConfig.weights` for this file."""
         return f"sha256:{self.sha256}"
 
     @property
     def suffix(self) -> str:
-        return KERAS_SUFFIX if self.place.endswith(KERAS_SUFFIX) else OLD_SUFFIX
+        return KERAS_SUFFIX if self.place.endswith(KERAS_SUFFIX) else LEGACY_SUFFIX
 
 
-def handed_over(text: str | None) -> WeightsFile | None:
-    """The file that `--weights` names; None for `imagenet`, `none` and no option.
+def weights_option_file(value: str | None) -> WeightsFile | None:
+    """Return the file that `--weights` names; None for `imagenet`, `none`, and None (option not given).
 
     Raises:
-        OptionError: its name does not end in .h5.
-        InputError: it is not there.
+        OptionError: the file's name does not end in .h5.
+        InputError: the file does not exist.
     """
-    if text in (None, "imagenet", "none"):
+    if value in (None, "imagenet", "none"):
         return None
-    file = place(text)
-    if not file.name.endswith(OLD_SUFFIX):
-        raise OptionError(f"--weights must be imagenet, none, or a file that ends in {OLD_SUFFIX}. Received: {text}")
+    file = place(value)
+    if not file.name.endswith(LEGACY_SUFFIX):
+        raise OptionError(
+            f"--weights must be imagenet, none, or a file that ends in {LEGACY_SUFFIX}. Received: {value}"
+        )
     if not is_file(file):
-        raise InputError(f"--weights must be imagenet, none, or a file. Received: {text}, which is not there")
+        raise InputError(f"--weights must be imagenet, none, or a file. Received: {value}, which does not exist")
     return WeightsFile(str(file), sha256_of(file))
 
 
-def obtain(config: TrainConfig, handed: WeightsFile | None, models: UPath) -> WeightsFile | None:
-    """Put what a training begins with beside the models, where every worker reads it; None where it begins by chance.
+def obtain(config: TrainConfig, file: WeightsFile | None, models: UPath) -> WeightsFile | None:
+    """Store the initial weights of a training in `<models>/.weights/`, where all workers read them.
+
+    file: the file of `--weights`, if the config has one. Returns None for random initialization.
 
     Raises:
-        OptionError: the config is of another file than `handed`.
-        InputError: it can't be fetched, or does not fit the architecture.
+        OptionError: `file` is not the file of the config.
+        InputError: the weights can't be downloaded, or do not fit the architecture.
     """
     if config.weights == "none":
         return None
     if config.weights == "imagenet":
         shared = _imagenet(config.architecture, models / WEIGHTS_FOLDER)
         return WeightsFile(str(shared), sha256_of(shared))
-    if handed is None or handed.identity != config.weights:
-        raise OptionError(f"--weights must be the file of the config. Received: {handed}, not {config.weights}")
-    _check_fit(config.architecture, handed)
-    shared = models / WEIGHTS_FOLDER / f"{handed.sha256}{handed.suffix}"
-    if not is_file(shared) or sha256_of(shared) != handed.sha256:
-        _copy(place(handed.place), shared)
-    return WeightsFile(str(shared), handed.sha256)
+    if file is None or file.identity != config.weights:
+        raise OptionError(f"--weights must be the file of the config. Received: {file}, not {config.weights}")
+    _check_fit(config.architecture, file)
+    shared = models / WEIGHTS_FOLDER / f"{file.sha256}{file.suffix}"
+    if not is_file(shared) or sha256_of(shared) != file.sha256:
+        _copy(place(file.place), shared)
+    return WeightsFile(str(shared), file.sha256)
 
 
 def _imagenet(architecture: str, folder: UPath) -> UPath:
-    """The published file, checked by its hash: from the folder, else through Keras' own cache and download."""
+    """Return the published file in `folder`, downloaded through Keras' cache if it is missing or its MD5 differs."""
     load_tensorflow(gpus=False)
     import keras
 
@@ -120,23 +125,23 @@ def _imagenet(architecture: str, folder: UPath) -> UPath:
     if is_file(shared):
         if md5_of(shared) == published.md5:
             return shared
-        log.warning("%s is not what its publisher's hash says: it is fetched again", shared)
-    log.info("%s: fetches ImageNet weights, unless Keras has them: %s", architecture, published.url)
-    keras.config.disable_interactive_logging()  # else its bar goes into logs, where it is noise
-    waited = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(SECONDS_OF_SILENCE)  # Keras would wait for ever
+        log.warning("%s does not match its published MD5: it is downloaded again", shared)
+    log.info("%s: downloads ImageNet weights, unless Keras has cached them: %s", architecture, published.url)
+    keras.config.disable_interactive_logging()  # its progress bar would fill the log
+    previous_timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_SECONDS)  # Keras sets none
     try:
-        got = keras.utils.get_file(
+        cached = keras.utils.get_file(
             published.name, published.url, cache_subdir="models", file_hash=published.md5, hash_algorithm="md5"
         )
-    except Exception as error:  # Keras raises a plain one
+    except Exception as error:  # Keras raises a plain Exception
         raise InputError(
-            f"--weights imagenet must reach {published.url}. Received: {' '.join(str(error).split())}. Fetch it "
-            f"where you can and put it at {shared}, or, for one architecture, name it with --weights"
+            f"--weights imagenet must reach {published.url}. Received: {' '.join(str(error).split())}. Download "
+            f"it elsewhere and copy it to {shared}, or, for one architecture, name it with --weights"
         ) from None
     finally:
-        socket.setdefaulttimeout(waited)
-    _copy(place(got), shared)
+        socket.setdefaulttimeout(previous_timeout)
+    _copy(place(cached), shared)
     return shared
 
 
@@ -146,35 +151,41 @@ def _copy(source: UPath, target: UPath) -> None:
 
 
 def _check_fit(architecture: str, file: WeightsFile) -> None:
-    """Load it here once: on the workers, Ray Train would try a file that does not fit again and again."""
+    """Load the weights once on the driver: if they failed on a worker, Ray Train would retry the training.
+
+    Raises:
+        InputError: the file does not fit the architecture, or holds values that are not finite.
+    """
     load_tensorflow(gpus=False)
     from job.model.architectures import base
 
     with local_copy(file) as local, warnings.catch_warnings():
-        # Keras only warns of layers that a file does not hold.
+        # Keras only warns about layers that are missing in the file.
         warnings.simplefilter("error", UserWarning)
         try:
             model = base(architecture, local)
             if not all(np.isfinite(weight.numpy()).all() for weight in model.weights):
                 raise ValueError("it holds values that are not finite")
-        except Exception as error:  # Keras and h5py raise all kinds, by what is wrong with a file
+        except Exception as error:  # Keras and h5py raise many types for invalid files
             raise InputError(
                 f"--weights must be a file of the base of {architecture} without its top, as Keras saves it "
-                f"({KERAS_SUFFIX}, or {OLD_SUFFIX} in its older form). Received: {file.place}: "
+                f"({KERAS_SUFFIX}, or {LEGACY_SUFFIX} in its legacy format). Received: {file.place}: "
                 f"{' '.join(str(error).split())[:200]}"
             ) from None
 
 
 @contextmanager
 def local_copy(file: WeightsFile) -> Iterator[str]:
-    """A path on this machine that holds the file while the block runs.
+    """Copy the file to this machine and yield the path of the copy, which is removed when the block ends.
 
     Raises:
-        DamageError: it was changed since.
+        DamageError: the file was changed since `obtain`.
     """
     with tempfile.TemporaryDirectory() as folder:
         local = Path(folder) / f"base{file.suffix}"
         fetch(place(file.place), local)
         if sha256_of(place(local)) != file.sha256:
-            raise DamageError(f"{file.place} was changed while a training needed it. Run the same command again")
+            raise DamageError(
+                f"{file.place} must not change during a training. Received: other bytes. Run the same command again"
+            )
         yield str(local)

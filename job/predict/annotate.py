@@ -1,4 +1,4 @@
-"""A page beside what was read on it, for the eye."""
+"""Pictures for checking predictions by eye: a page, and next to it the predicted characters."""
 
 import io
 from collections.abc import Sequence
@@ -15,9 +15,9 @@ from preprocessing.crop import clip_box
 from preprocessing.fonts import coverage, packaged_font
 from preprocessing.labels import code_point_name
 
-MOST_PIXELS = 2400  # of the longer side of the page
-SURE = 0.5  # at least so probable
-LEGEND = "black: at least 50 % sure; orange: less; red: wrong; 〓: a rare character, beside it what else it may be"
+MAX_PIXELS = 2400  # of the longer side of the page
+CONFIDENT = 0.5  # minimum probability
+LEGEND = "black: probability at least 50 %; orange: less; red: wrong; 〓: rare, with the next best characters beside it"
 
 
 def annotated(
@@ -27,14 +27,17 @@ def annotated(
     probabilities: NDArray[np.float32],
     wrong: NDArray[np.bool_],
 ) -> bytes:
-    """A JPEG: the page with its boxes, and to its right the characters where they stand.
+    """Draw a JPEG: on the left the page with its boxes, on the right the predicted characters at the same positions.
 
-    data: the page's JPEG file, which was read before. boxes: (n, 4) x, y, width, height. readings: of each box the
-    best character first, then what it may be else, shown where there is more than one. wrong: (n,) what is known to be
-    another character.
+    Args:
+        data: the page's JPEG file; it must be decodable.
+        boxes: (n, 4) x, y, width, height.
+        readings: n lists, the best character first; the others are drawn small beside it.
+        probabilities: (n,) of the best character.
+        wrong: (n,) True if the labels have another character.
     """
     page: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, colorspace="RGB")
-    ratio = min(1.0, MOST_PIXELS / max(page.shape[:2]))
+    ratio = min(1.0, MAX_PIXELS / max(page.shape[:2]))
     height, width = (max(1, round(side * ratio)) for side in page.shape[:2])
     small = cv2.resize(page, (width, height), interpolation=cv2.INTER_AREA)
     size = max(12, height // 80)
@@ -42,14 +45,14 @@ def annotated(
     sheet.paste(Image.fromarray(small), (0, 0))
     draw = ImageDraw.Draw(sheet)
     for box, shown, probability, is_wrong in zip(boxes.tolist(), readings, probabilities, wrong, strict=True):
-        colour = VERMILLION if is_wrong else BLACK if probability >= SURE else ORANGE
+        colour = VERMILLION if is_wrong else BLACK if probability >= CONFIDENT else ORANGE
         x, y, w, h = (ratio * side for side in clip_box(box, page.shape[:2]))
         draw.rectangle((x, y, x + w, y + h), outline=colour, width=2)
         middle = (width + x + w / 2, y + h / 2)
         best, *others = map(_legible, shown)
-        draw.text(middle, best, colour, _font(_fitting(w, h) if len(best) == 1 else size), anchor="mm")
+        draw.text(middle, best, colour, _font(_font_size(w, h) if len(best) == 1 else size), anchor="mm")
         for i, other in enumerate(others):
-            third = max(8, _fitting(w, h) // 3)
+            third = max(8, _font_size(w, h) // 3)
             draw.text((width + x + w, y + i * third), other, colour, _font(third), anchor="lt")
     draw.text((size, height + size), LEGEND, BLACK, _font(size), anchor="lm")
     encoded = io.BytesIO()
@@ -58,12 +61,12 @@ def annotated(
 
 
 def _legible(character: str) -> str:
-    """The character, or its code point where the font has no shape for it."""
+    """Return the character, or its code point (U+XXXX) if the font has no glyph for it."""
     return character if ord(character) in coverage(packaged_font()) else code_point_name(ord(character))
 
 
-def _fitting(width: float, height: float) -> int:
-    """Of a font, in pixels, for a character in a box."""
+def _font_size(width: float, height: float) -> int:
+    """Return the font size in pixels for a character in a box."""
     return max(8, min(200, round(0.8 * max(width, height))))
 
 

@@ -1,26 +1,28 @@
-"""In which order the characters of a page are read: columns from right to left, each from top to bottom."""
+"""Reading order of a page: columns from right to left, each from top to bottom."""
 
 import numpy as np
 from numpy.typing import NDArray
 
-# How many of a column's last characters tell where it runs: columns lean, and a narrow character stands anywhere in it.
+# A column's position is that of its last characters: columns lean, and a narrow character may be off its middle.
 TAIL = 3
 
 
 def columns(boxes: NDArray[np.int64]) -> list[list[int]]:
-    """Numbers of the boxes (n, 4: x, y, width, height) of a page, column by column.
+    """Group the boxes of a page into columns. Return the indices of the boxes, column by column.
 
-    From the top down, a box joins the column whose end it shares most of its width with, if that is more than half of
-    it, or of the end's. Notes above a text, and two texts one above the other, are taken for one column each: the
-    boxes alone do not tell.
+    boxes: (n, 4) x, y, width, height.
+
+    The boxes are processed from top to bottom. A box joins the column whose end overlaps it most horizontally, if the
+    overlap is more than half of the narrower of the two; otherwise it starts a new column. Notes above a text become
+    part of the text's columns, and so do two texts one above the other: boxes alone do not distinguish them.
     """
     left, width = boxes[:, 0], boxes[:, 2]
     right = left + width
     found: list[list[int]] = []
-    ends = np.empty((0, 2), np.int64)  # left and right of each column's last characters
+    ends = np.empty((0, 2), np.int64)  # left and right edge of each column's last characters
     for box in np.argsort(boxes[:, 1] * 2 + boxes[:, 3], kind="stable").tolist():
-        shared = np.minimum(ends[:, 1], right[box]) - np.maximum(ends[:, 0], left[box])
-        share = shared / np.maximum(1, np.minimum(ends[:, 1] - ends[:, 0], width[box]))
+        overlap = np.minimum(ends[:, 1], right[box]) - np.maximum(ends[:, 0], left[box])
+        share = overlap / np.maximum(1, np.minimum(ends[:, 1] - ends[:, 0], width[box]))
         column = int(np.argmax(share)) if len(found) else 0
         if not found or share[column] <= 0.5:
             column = len(found)

@@ -1,4 +1,4 @@
-"""Contract with everyone who uses predictions: a folder of tables, sealed by its manifest.
+"""The folder of predictions, a contract with its users: tables, sealed by a manifest.
 
 predictions-00000-of-00016.parquet ...   one row per box, in reading order
 pages-00000-of-00016.parquet ...         one row per page: its text
@@ -24,13 +24,13 @@ class PredictionsManifest(Manifest):
 
     kind: Literal["predictions"] = "predictions"
     counts: Annotated[dict[str, Count], FailFast()]
-    """`boxes` in the file, those that were `read`, and the `pages` in the file."""
+    """`boxes` and `pages` in the file of boxes, and how many boxes were `read`."""
     accuracy: Annotated[dict[str, int | float | None], FailFast()]
     """Over the boxes whose characters are in the file; empty if there are none."""
     losses: Losses
-    """Boxes that were not read."""
+    """Boxes that could not be read."""
     clipped: ClippedBoxes
-    """Boxes partly off their page; the rest of each was read."""
+    """Boxes partly off their page; the part on the page was read."""
     model_manifest_sha256: str
     fingerprint: str
     """Hash of the bytes of the file of boxes and of the names and sizes of the pages."""
@@ -38,21 +38,21 @@ class PredictionsManifest(Manifest):
 
 
 def table_name(kind: str, group: int, groups: int, form: str) -> str:
-    """kind: `predictions` or `pages`. form: `parquet` or `csv`."""
+    """Return the file name of a group's table. kind: `predictions` or `pages`. form: `parquet` or `csv`."""
     return f"{kind}-{group:05d}-of-{groups:05d}.{form}"
 
 
 def clear(out: UPath) -> None:
-    """Remove the tables of an attempt that was killed, and nothing else.
+    """Remove the tables and temporary files of an earlier attempt that did not finish.
 
     Raises:
-        OptionError: the folder holds something else.
+        OptionError: the folder is sealed, or holds other files; nothing is removed.
     """
     if is_sealed(out):
         raise OptionError(f"--out must be a new or empty folder. Received: {out}, a finished one")
-    there = [name for name in list_files(out) if not name.startswith(TEMPORARY_PREFIX)]
-    if others := [*list_folders(out), *(name for name in there if not _TABLE.fullmatch(name))]:
+    names = [name for name in list_files(out) if not name.startswith(TEMPORARY_PREFIX)]
+    if others := [*list_folders(out), *(name for name in names if not _TABLE.fullmatch(name))]:
         raise OptionError(f"--out must be a new or empty folder. Received: {out}, with {sorted(others)[0]}")
-    for name in there:
+    for name in names:
         remove_file(out / name)
     remove_temporaries(out)

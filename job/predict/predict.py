@@ -1,4 +1,4 @@
-"""`predict`: page scans and boxes in, a sealed folder of characters and text out."""
+"""`predict`: read the characters in the boxes of page scans, and write tables and text to a sealed folder."""
 
 import socket
 from dataclasses import dataclass
@@ -28,12 +28,12 @@ from preprocessing.pages import fingerprint, list_pages, page_reader
 from preprocessing.plan import Group, group_pages, number_of_groups
 
 BOXES_PER_GROUP = 2_000  # some seconds of work
-PICTURE_SUFFIX = ".jpeg"  # not the suffix of pages: no scan can be overwritten
+PICTURE_SUFFIX = ".jpeg"  # differs from that of pages, so that no scan can be overwritten
 VERSIONED = ("kuzushiji", "keras", "opencv-python-headless", "pandas", "pyarrow", "simplejpeg", "tensorflow")
 
 
 class GroupReport(BaseModel):
-    """What was read in a group."""
+    """The result of a group."""
 
     files: list[FileEntry]
     losses: list[Loss]
@@ -53,16 +53,25 @@ def predict(
     annotate: UPath | None = None,
     gpus: int = 0,
 ) -> PredictionsManifest:
-    """Read the boxes of a file on their pages.
+    """Predict the characters of boxes on page scans with Ray Data.
 
-    form: `parquet` or `csv`. annotate: folder for the annotated pages. gpus: number of processes with one GPU each;
-    0: one process on each CPU.
+    Args:
+        model: a model folder, or an architecture's folder for its latest run.
+        pages: folder or archive of page scans.
+        boxes: a label file, whose boxes may have no characters.
+        out: new or empty folder for the tables.
+        form: `parquet` or `csv`.
+        annotate: folder for pictures of the pages with the predictions; None: no pictures.
+        gpus: number of processes with one GPU each; 0: one process on each CPU.
+
+    Returns:
+        The manifest of `out`.
 
     Raises:
-        OptionError: `out` holds something else, or is also the folder for the annotated pages; or this machine has
-            fewer GPUs.
+        OptionError: `out` holds other files, or is also the folder for pictures; or this machine has fewer GPUs.
         InputError: boxes or pages can't be used, or no box could be read.
-        DamageError: the model is not what its manifest says, or the workers wrote into different folders.
+        DamageError: the model does not match its manifest, or the workers do not share the folder `out`.
+        KuzushijiError: TensorFlow can't use the GPUs.
     """
     if annotate and str(annotate) == str(out):
         raise OptionError(f"--annotate must be another folder than --out. Received: {out} for both")
@@ -94,13 +103,13 @@ def predict(
     )
     losses = [loss for report in reports for loss in report.losses]
     if len(losses) == len(labels.boxes):
-        raise InputError(f"a box at least must be readable. Received: {len(losses)} lost, first: {losses[0]['what']}")
+        raise InputError(f"at least one box must be readable. Received: {len(losses)} lost, first: {losses[0]['what']}")
     written = [entry for report in reports for entry in report.files]
-    there = list_files(out)
-    if faults := [fault for entry in written if (fault := size_fault_of(entry, there))]:
-        raise DamageError(f"--out must be one folder for all workers. Received: {out}, where {faults[0]}")
+    sizes = list_files(out)
+    if faults := [fault for entry in written if (fault := size_fault_of(entry, sizes))]:
+        raise DamageError(f"--out must be a folder that all workers share. Received: {out}, where {faults[0]}")
     read = sum(report.read for report in reports)
-    assert read + len(losses) == len(labels.boxes), "boxes in the file = boxes read + listed losses"
+    assert read + len(losses) == len(labels.boxes), "boxes in the file = boxes read + losses"
     manifest = PredictionsManifest(
         files=written,
         counts={"boxes": len(labels.boxes), "read": read, "pages": len(labels.page_ids)},
@@ -118,31 +127,34 @@ def predict(
 
 @dataclass
 class ReadGroup:
-    """The work of `predict` on a group. An instance loads the model with its first group and keeps it.
+    """The work of `predict` on a group of pages. An instance loads the model with its first group and keeps it.
 
-    Not when it is made: Ray Data loses what the constructor of an actor raises.
+    The constructor does not load it: Ray Data loses exceptions of an actor's constructor.
     """
 
     model: str
     model_sha256: str
-    """Of its manifest."""
+    """SHA-256 of the model's manifest."""
     pages: str
     out: str
     annotate: str | None
     form: str
     groups: int
-    """Number of all groups, for the names of the tables."""
+    """Total number of groups, for the names of the tables."""
     on_gpu: bool
 
     def __call__(self, group: Group) -> GroupReport:
-        """Raises:
-        KuzushijiError: TensorFlow can't use the GPU.
-        DamageError: the model was replaced.
-        OSError: pages can't be read, or tables can't be written.
+        """Read a group and write its tables and pictures.
+
+        Raises:
+            KuzushijiError: TensorFlow can't use the GPU.
+            DamageError: the model does not match its manifest, or was replaced.
+            InputError: the pages were changed.
+            OSError: pages can't be read, or tables can't be written.
         """
         inference, class_names = self._loaded
         code_points = np.array(group.code_points, np.int32)
-        readings = Readings.of(cut_boxes(group, place(self.pages)), inference, class_names, code_points)
+        readings = Readings.from_cuts(cut_boxes(group, place(self.pages)), inference, class_names, code_points)
         tables = {"predictions": readings.predictions(), "pages": readings.texts(group.page_ids)}
         files = [self._write(kind, table, group) for kind, table in tables.items()]
         if self.annotate:
@@ -151,30 +163,31 @@ class ReadGroup:
             files=files,
             losses=readings.losses(),
             clipped=[{"box": cut.box, "page": cut.page_id} for cut in readings.cuts if cut.clipped],
-            read=len(readings.found),
+            read=len(readings.read),
             correct=readings.correct(),
         )
 
     @cached_property
     def _loaded(self) -> tuple[Any, list[str]]:
-        """The `Inference` of the model, and the names of its classes."""
+        """The model's `Inference` and its class names."""
         with without_chatter():
             import tensorflow as tf
 
-            # One thread: Ray runs such a process on each core, and the same number of threads gives the same bits.
+            # One thread: Ray runs one process per core, and results are bit-identical for the same number of threads.
             tf.config.threading.set_intra_op_parallelism_threads(1)
             tf.config.threading.set_inter_op_parallelism_threads(1)
             tf.config.experimental.enable_op_determinism()
-            # Ray does not hide GPUs from processes that ask for none: each would take memory of each GPU.
+            # Ray does not hide GPUs from actors with num_gpus=0: each process would allocate memory on each GPU.
             configure_gpus(self.on_gpu)
         if self.on_gpu and not tf.config.list_logical_devices("GPU"):
             raise KuzushijiError(
-                f"--gpus must be GPUs that TensorFlow can use. Received: none on {socket.gethostname()}. Look whether "
-                "requirements-gpu.lock is installed there, and a driver for CUDA 12"
+                f"--gpus must be GPUs that TensorFlow can use. Received: none on {socket.gethostname()}. Check that "
+                "requirements-gpu.lock and a driver for CUDA 12 are installed there"
             )
         if read_manifest(place(self.model), ModelManifest).sha256 != self.model_sha256:
             raise DamageError(
-                f"--model must stay as it is while it is used. Received: {self.model}, another one meanwhile"
+                f"--model must not change while it is used. Received: {self.model}, replaced in the meantime. "
+                "Run the same command again"
             )
         model, class_names, _ = load_model(place(self.model))
         from job.model.inference import Inference
@@ -190,6 +203,6 @@ def _annotate(group: Group, readings: Readings, pages: UPath, folder: UPath) -> 
     """Write a picture of each page that has readings."""
     with page_reader(pages) as read_page:
         for page in group.pages:
-            if page.id in readings.of_page:
+            if page.id in readings.page_columns:
                 picture = annotated(read_page(page.file_name), *readings.for_picture(page.id))
                 write_bytes(folder / f"{page.id}{PICTURE_SUFFIX}", picture)

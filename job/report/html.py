@@ -1,4 +1,4 @@
-"""A page of HTML that needs nothing beside itself: no network, no script, no font of the reader's machine."""
+"""Self-contained HTML pages: no network, no scripts, no fonts of the reader's machine."""
 
 import base64
 import html
@@ -39,10 +39,10 @@ td.number, th.number { text-align: right; }
 
 
 def page(title: str, sections: Iterable[str]) -> bytes:
-    """The whole file. sections: HTML. Characters that its font lacks are told by their code points."""
+    """Return the HTML file. sections: HTML. Characters that the font lacks are replaced by their code points."""
     body = "\n".join(sections)
-    lacking = {ord(character) for character in body if ord(character) > 0x7F} - coverage(packaged_font())
-    body = body.translate({code: code_point_name(code) for code in lacking})
+    missing = {ord(character) for character in body if ord(character) > 0x7F} - coverage(packaged_font())
+    body = body.translate({code: code_point_name(code) for code in missing})
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -61,7 +61,7 @@ def page(title: str, sections: Iterable[str]) -> bytes:
 
 
 def _font_face(text: str) -> str:
-    """The Japanese characters of a text, in a font of their own."""
+    """Return a CSS rule that embeds a font with the non-ASCII characters of a text."""
     font = TTFont(packaged_font().path)
     options = Options()
     options.flavor = "woff"
@@ -71,7 +71,7 @@ def _font_face(text: str) -> str:
     subsetter.populate(unicodes=sorted({ord(character) for character in text if ord(character) > 0x7F}))
     subsetter.subset(font)
     font.flavor = "woff"
-    font["head"].modified = font["head"].created  # the same bytes whenever it is made
+    font["head"].modified = font["head"].created  # for the same bytes at any time
     font.recalcTimestamp = False
     written = io.BytesIO()
     font.save(written)
@@ -80,22 +80,24 @@ def _font_face(text: str) -> str:
 
 
 def section(title: str, *parts: str) -> str:
+    """Return a section with a heading. parts: HTML."""
     return f"<section>\n<h2>{html.escape(title)}</h2>\n" + "\n".join(parts) + "\n</section>"
 
 
-def paragraph(text: str, kind: str = "") -> str:
-    named = f' class="{kind}"' if kind else ""
-    return f"<p{named}>{html.escape(text)}</p>"
+def paragraph(text: str, css_class: str = "") -> str:
+    """Return a paragraph. text: plain text, which is escaped."""
+    attribute = f' class="{css_class}"' if css_class else ""
+    return f"<p{attribute}>{html.escape(text)}</p>"
 
 
-def plots(*drawn: tuple[str, str]) -> str:
-    """Figures side by side where there is room. drawn: an SVG, and what it shows."""
-    figures = (f"<figure>{svg}<figcaption>{html.escape(caption)}</figcaption></figure>" for svg, caption in drawn)
+def plots(*captioned: tuple[str, str]) -> str:
+    """Return figures, side by side if the page is wide enough. captioned: SVG and caption of each."""
+    figures = (f"<figure>{svg}<figcaption>{html.escape(caption)}</figcaption></figure>" for svg, caption in captioned)
     return f'<div class="plots">{"".join(figures)}</div>'
 
 
 def crops(images: Sequence[NDArray[np.uint8]], captions: Sequence[str]) -> str:
-    """Pictures of crops, 64 pixels high, each with what stands under it."""
+    """Return pictures, shown 64 pixels high, with captions below. images: uint8, height x width."""
     figures = (
         f'<figure><img src="{_png(image)}" alt="{html.escape(caption)}">'
         f"<figcaption>{html.escape(caption)}</figcaption></figure>"
@@ -111,21 +113,21 @@ def _png(image: NDArray[np.uint8]) -> str:
 
 
 def lines(texts: Sequence[str]) -> str:
-    """A list, a text a line."""
+    """Return a list with one text per line."""
     return '<ul class="lines">' + "".join(f"<li>{html.escape(text)}</li>" for text in texts) + "</ul>"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Numbers stand to the right. A float is shown with four places."""
+    """Return a table. Columns of numbers are right-aligned; floats have four decimals, NaN is shown as `-`."""
     rows = list(rows)
-    numbers = [all(isinstance(row[i], int | float) for row in rows) and bool(rows) for i in range(len(header))]
-    kinds = [' class="number"' if number else "" for number in numbers]
-    head = "".join(f"<th{kind}>{html.escape(text)}</th>" for kind, text in zip(kinds, header, strict=True))
-    lines = (
-        "<tr>" + "".join(f"<td{kind}>{_cell(value)}</td>" for kind, value in zip(kinds, row, strict=True)) + "</tr>"
+    numeric = [all(isinstance(row[i], int | float) for row in rows) and bool(rows) for i in range(len(header))]
+    classes = [' class="number"' if is_numeric else "" for is_numeric in numeric]
+    head = "".join(f"<th{css}>{html.escape(text)}</th>" for css, text in zip(classes, header, strict=True))
+    body = (
+        "<tr>" + "".join(f"<td{css}>{_cell(value)}</td>" for css, value in zip(classes, row, strict=True)) + "</tr>"
         for row in rows
     )
-    return f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+    return f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
 
 
 def _cell(value: object) -> str:

@@ -1,4 +1,4 @@
-"""What trained models reached, and what they get wrong: `report.html`."""
+"""The HTML report of trained models: metrics, learning curves, confusions, and responses of convolutions."""
 
 import hashlib
 import io
@@ -21,31 +21,30 @@ from job.data.staging import Crops, StagedDataset, staged
 from job.metrics import confusions, shown
 from job.model.folder import METRICS_FILE, load_model
 from job.model.load_tensorflow import load_tensorflow
-from job.report import html as page
-from job.report import plots
+from job.report import html, plots
 from preprocessing.config import SPLITS
 from preprocessing.labels import book_of
 
 if TYPE_CHECKING:
     import keras
 
-SIDES = ("x", "y", "width", "height")  # of a box
-# What is read of a model folder.
-OF_SPLIT = ("examples", "accuracy", "accuracy_without_rare", "top5", "macro_f1", "loss")
-OF_RUN = ("parameters", "seconds", "best_epoch")
+BOX_FIELDS = ("x", "y", "width", "height")
+# The keys and columns that the report reads from a model folder.
+SPLIT_METRICS = ("examples", "accuracy", "accuracy_without_rare", "top5", "macro_f1", "loss")
+RUN_METRICS = ("parameters", "seconds", "best_epoch")
 CURVES = ("loss", "val_loss", "accuracy", "val_accuracy", "seconds", "crops_per_s", "data_wait")
 PER_CLASS = {"label": str, "examples": np.int64, "recall": np.float64}
-MISCLASSIFIED = dict.fromkeys(("image_id", "label", "predicted"), str) | dict.fromkeys(SIDES, np.int64)
+MISCLASSIFIED = dict.fromkeys(("image_id", "label", "predicted"), str) | dict.fromkeys(BOX_FIELDS, np.int64)
 
-MOST_LINES = 100  # of the list of what was taken for what
-MOST_PAIRS = 24
-MOST_CHANNELS = 24  # of a convolution
-MOST_LAYERS = 4
+MAX_LINES = 100  # of the list of confusions
+MAX_PAIRS = 24  # pictures of confusions
+MAX_CHANNELS = 24  # of a convolution
+MAX_LAYERS = 4  # convolutions
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A run's own numbers."""
+    """The content of a model folder that the report shows."""
 
     architecture: str
     folder: UPath
@@ -57,32 +56,40 @@ class Trained:
 
 
 def model_report(models: UPath, dataset: UPath | None = None) -> bytes:
-    """The page of the latest runs. dataset: what they were trained on, to show crops and books; staged meanwhile.
+    """Return the report of the latest run of each architecture as HTML.
+
+    dataset: the dataset of the trainings, to show crops, books and responses of convolutions. It is staged on this
+    machine's disk for the time of the call.
 
     Raises:
-        InputError: there is no model.
-        OptionError: they were trained on another dataset.
-        DamageError: a file is not what its manifest says.
+        InputError: there is no model, or the dataset can't be used.
+        OptionError: a model was trained on another dataset.
+        DamageError: a file does not match its manifest.
     """
     runs = [_read(models, name) for name in _architectures(models)]
     title = f"Models: {models.name}"
     if dataset is None:
-        return page.page(title, [*_compared(runs), *(part for run in runs for part in _of_run(run, None, None))])
+        sections = (section for run in runs for section in _run_sections(run, None, None))
+        return html.page(title, [*_comparison(runs), *sections])
     load_tensorflow()
     with staged(dataset, SPLITS) as data:
         for run in runs:
             if run.dataset_manifest_sha256 != data.manifest.sha256:
                 raise OptionError(
-                    f"--dataset must be what the models were trained on. Received: other than {run.folder}'s"
+                    f"--dataset must be the one that the models were trained on. Received: {dataset}, another one than "
+                    f"that of {run.folder}"
                 )
-        parts = (part for run in runs for part in _of_run(run, data, load_model(run.folder)[0]))
-        return page.page(title, [*_compared(runs), *parts])
+        sections = (section for run in runs for section in _run_sections(run, data, load_model(run.folder)[0]))
+        return html.page(title, [*_comparison(runs), *sections])
 
 
 def run_report(folder: UPath, texts: Mapping[str, str], model: "keras.Model", data: StagedDataset) -> bytes:
-    """The page of one run, by the worker that trained it. texts: what will stand in its folder."""
-    run = _parsed(folder, data.manifest.sha256, lambda name: texts[name].encode())
-    return page.page(f"{run.architecture}, run {folder.name}", _of_run(run, data, model))
+    """Return the report of one run as HTML; the worker that trained it calls this.
+
+    texts: name to content of the files in the model folder. data: the staged dataset of the training.
+    """
+    run = _parse(folder, data.manifest.sha256, lambda name: texts[name].encode())
+    return html.page(f"{run.architecture}, run {folder.name}", _run_sections(run, data, model))
 
 
 def _architectures(models: UPath) -> list[str]:
@@ -93,6 +100,11 @@ def _architectures(models: UPath) -> list[str]:
 
 
 def _read(models: UPath, architecture: str) -> Trained:
+    """Read the latest run of an architecture, and check each file that is used.
+
+    Raises:
+        DamageError: a file does not match the manifest, or does not have the expected content.
+    """
     latest = read_latest(models / architecture)
     assert latest is not None
     folder = models / architecture / latest.run
@@ -105,13 +117,19 @@ def _read(models: UPath, architecture: str) -> Trained:
             raise ValueError(f"{name}, whose SHA-256 is not the manifest's")
         return data
 
-    return _parsed(folder, manifest.dataset_manifest_sha256, content)
+    return _parse(folder, manifest.dataset_manifest_sha256, content)
 
 
-def _parsed(folder: UPath, dataset_manifest_sha256: str, content: Callable[[str], bytes]) -> Trained:
-    def table(name: str, kinds: dict[str, Any]) -> pd.DataFrame:
-        read = pd.read_csv(io.BytesIO(content(name)), dtype=str, keep_default_na=False)
-        return read[list(kinds)].astype(kinds)
+def _parse(folder: UPath, dataset_manifest_sha256: str, content: Callable[[str], bytes]) -> Trained:
+    """Parse the files of a model folder. content: returns the bytes of a file, by its name.
+
+    Raises:
+        DamageError: a file does not have the expected content.
+    """
+
+    def table(name: str, dtypes: dict[str, Any]) -> pd.DataFrame:
+        texts = pd.read_csv(io.BytesIO(content(name)), dtype=str, keep_default_na=False)
+        return texts[list(dtypes)].astype(dtypes)
 
     try:
         metrics = json.loads(content(METRICS_FILE))
@@ -120,8 +138,8 @@ def _parsed(folder: UPath, dataset_manifest_sha256: str, content: Callable[[str]
             folder.parent.name,
             folder,
             dataset_manifest_sha256,
-            {split: {key: metrics[split][key] for key in OF_SPLIT} for split in SPLITS}
-            | {key: float(metrics[key]) for key in OF_RUN},
+            {split: {key: metrics[split][key] for key in SPLIT_METRICS} for split in SPLITS}
+            | {key: float(metrics[key]) for key in RUN_METRICS},
             history[["epoch", *CURVES]].astype(float),
             table("per_class.csv", PER_CLASS),
             table("misclassified.csv", MISCLASSIFIED),
@@ -131,29 +149,29 @@ def _parsed(folder: UPath, dataset_manifest_sha256: str, content: Callable[[str]
             *trained.misclassified["label"],
             *trained.misclassified["predicted"],
         }:
-            shown(label)
+            shown(label)  # raises ValueError if it is not the name of a class
         return trained
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamageError(f"{folder} must be as it was sealed. Received: {one_line(error)}") from None
 
 
-def _of_run(run: Trained, data: StagedDataset | None, model: Any) -> Iterator[str]:
-    """model: with `data`, to show what it responds to."""
-    yield page.section(f"{run.architecture}, run {run.folder.name}: what it reached", *_numbers(run))
-    yield page.section(f"{run.architecture}: what it gets wrong", *_wrong(run, data))
+def _run_sections(run: Trained, data: StagedDataset | None, model: Any) -> Iterator[str]:
+    """Yield the sections of a run. model: used only with `data`."""
+    yield html.section(f"{run.architecture}, run {run.folder.name}: metrics", *_metrics(run))
+    yield html.section(f"{run.architecture}: errors", *_errors(run, data))
     if data:
-        yield page.section(f"{run.architecture}: what its convolutions respond to", *_responses(model, data))
+        yield html.section(f"{run.architecture}: responses of convolutions", *_responses(model, data))
 
 
-def _compared(runs: list[Trained]) -> Iterator[str]:
+def _comparison(runs: list[Trained]) -> Iterator[str]:
     if len(runs) > 1:
-        yield page.section("All architectures", *_side_by_side(runs))
+        yield html.section("All architectures", *_comparison_parts(runs))
 
 
-def _side_by_side(runs: list[Trained]) -> Iterator[str]:
+def _comparison_parts(runs: list[Trained]) -> Iterator[str]:
     histories = {run.architecture: run.history for run in runs}
     names, accuracies = list(histories), [run.metrics["test"]["accuracy"] for run in runs]
-    yield page.plots(
+    yield html.plots(
         (plots.curves(histories, ["val_accuracy"], "accuracy"), "Validation accuracy."),
         (plots.curves(histories, ["val_loss"], "loss"), "Validation loss."),
         (
@@ -176,92 +194,107 @@ def _side_by_side(runs: list[Trained]) -> Iterator[str]:
         )
         for run, accuracy in zip(runs, accuracies, strict=True)
     ]
-    header = ["architecture", "test accuracy", "macro F1", "the study's", "its macro F1", "parameters", "minutes"]
-    yield page.table(header, rows)
-    yield page.paragraph("The study's figures are of a random split of Kaggle's 683,464 crops.", "quiet")
+    header = [
+        "architecture", "test accuracy", "macro F1", "study: accuracy", "study: macro F1", "parameters", "minutes",
+    ]  # fmt: skip
+    yield html.table(header, rows)
+    yield html.paragraph("The study used a random split of Kaggle's 683,464 crops.", "quiet")
 
 
-def _numbers(run: Trained) -> Iterator[str]:
+def _metrics(run: Trained) -> Iterator[str]:
     rows = [
-        (split, *(float("nan") if (value := run.metrics[split][key]) is None else value for key in OF_SPLIT))
+        (split, *(float("nan") if (value := run.metrics[split][key]) is None else value for key in SPLIT_METRICS))
         for split in SPLITS
     ]
-    yield page.table(["split", "crops", "accuracy", "without rare", "top 5", "macro F1", "loss"], rows)
+    yield html.table(["split", "crops", "accuracy", "without rare", "top 5", "macro F1", "loss"], rows)
     history = run.history
-    yield page.plots(
-        (plots.curves({"": history}, ["loss", "val_loss"], "loss"), "Loss in training and in validation (dashed)."),
-        (plots.curves({"": history}, ["accuracy", "val_accuracy"], "accuracy"), "Accuracy, likewise."),
+    yield html.plots(
+        (plots.curves({"": history}, ["loss", "val_loss"], "loss"), "Loss: training, and validation (dashed)."),
         (
-            plots.accuracy_by_frequency(*_seen(run.per_class)),
-            "Each class of the test: how many crops it has, and how many of them were recognised.",
+            plots.curves({"": history}, ["accuracy", "val_accuracy"], "accuracy"),
+            "Accuracy: training, and validation (dashed).",
+        ),
+        (
+            plots.accuracy_by_frequency(*_examples_and_recall(run.per_class)),
+            "Recall of each class over its number of crops in the test split.",
         ),
     )
-    yield page.paragraph(
-        f"{history['crops_per_s'].median():,.0f} crops/s, {history['seconds'].median():,.1f} s an epoch; "
-        f"at most {history['data_wait'].median():.1%} of a step waited for data. The weights are those of epoch "
+    yield html.paragraph(
+        f"{history['crops_per_s'].median():,.0f} crops/s, {history['seconds'].median():,.1f} s per epoch, "
+        f"at most {history['data_wait'].median():.1%} of it waiting for data (medians). The weights are those of epoch "
         f"{run.metrics['best_epoch']:.0f}."
     )
 
 
-def _seen(per_class: pd.DataFrame) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    seen = per_class[per_class["examples"] > 0]
-    return seen["examples"].to_numpy(np.int64), seen["recall"].to_numpy(np.float64)
+def _examples_and_recall(per_class: pd.DataFrame) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Return number of examples and recall of the classes that have examples."""
+    present = per_class[per_class["examples"] > 0]
+    return present["examples"].to_numpy(np.int64), present["recall"].to_numpy(np.float64)
 
 
-def _wrong(run: Trained, data: StagedDataset | None) -> Iterator[str]:
-    wrong = run.misclassified
+def _errors(run: Trained, data: StagedDataset | None) -> Iterator[str]:
+    misclassified = run.misclassified
     if data:
-        yield from _books(wrong, data.splits["test"])
-        yield page.paragraph("The worst confusions: a crop of the test, and one to train on of what it was taken for.")
-        yield from _pairs(wrong, data)
-    lines = confusions(wrong, run.per_class)
-    yield page.paragraph("Character (its crops in the test): what they were taken for.")
-    yield page.lines(lines[:MOST_LINES])
-    if len(lines) > MOST_LINES:
-        yield page.paragraph(f"... and {len(lines) - MOST_LINES:,} more: misclassified.csv lists each crop.")
+        yield from _books(misclassified, data.splits["test"])
+        yield html.paragraph(
+            "The most frequent confusions: a test crop, and a training crop of the class that was predicted for it."
+        )
+        yield from _pairs(misclassified, data)
+    lines = confusions(misclassified, run.per_class)
+    yield html.paragraph("Character (number of its test crops): characters predicted by mistake.")
+    yield html.lines(lines[:MAX_LINES])
+    if len(lines) > MAX_LINES:
+        yield html.paragraph(f"... and {len(lines) - MAX_LINES:,} more: misclassified.csv lists each crop.")
 
 
-def _books(wrong: pd.DataFrame, test: Crops) -> Iterator[str]:
-    of_books = pd.Series([book_of(page_id) for page_id in test.page_ids]).value_counts()
-    missed = wrong["image_id"].map(book_of).value_counts().reindex(of_books.index, fill_value=0)
-    accuracy = (1 - missed / of_books).sort_values(kind="stable")
-    caption = f"Accuracy of each book of the test; the lowest of {len(accuracy):,}."
-    yield page.plots((plots.shares(list(accuracy.index), np.asarray(accuracy, np.float64), "recognised"), caption))
+def _books(misclassified: pd.DataFrame, test: Crops) -> Iterator[str]:
+    """Plot the accuracy per book of the test split, in ascending order."""
+    examples = pd.Series([book_of(page_id) for page_id in test.page_ids]).value_counts()
+    errors = misclassified["image_id"].map(book_of).value_counts().reindex(examples.index, fill_value=0)
+    accuracy = (1 - errors / examples).sort_values(kind="stable")
+    caption = f"Test accuracy per book: the lowest of {len(accuracy):,} books."
+    yield html.plots((plots.shares(list(accuracy.index), np.asarray(accuracy, np.float64), "accuracy"), caption))
 
 
-def _pairs(wrong: pd.DataFrame, data: StagedDataset) -> Iterator[str]:
+def _pairs(misclassified: pd.DataFrame, data: StagedDataset) -> Iterator[str]:
+    """Show a pair of crops for each of the most frequent confusions.
+
+    Left: a misclassified test crop. Right: a training crop of the predicted class; black if there is none.
+    """
     test, train = data.splits["test"], data.splits["train"]
-    where = {
+    test_index = {
         (page_id, *box): i for i, (page_id, box) in enumerate(zip(test.page_ids, test.boxes.tolist(), strict=True))
     }
-    index = {name: i for i, name in enumerate(data.class_names)}
+    class_index = {name: i for i, name in enumerate(data.class_names)}
     images, captions = [], []
-    counts = wrong.groupby(["label", "predicted"], sort=True).size().sort_values(ascending=False, kind="stable")
-    for label, predicted, count in counts.head(MOST_PAIRS).reset_index().itertuples(index=False, name=None):
-        first = wrong[(wrong["label"] == label) & (wrong["predicted"] == predicted)].iloc[0]
-        crop = where[first["image_id"], *(int(first[side]) for side in SIDES)]
-        taken_for = np.flatnonzero(train.labels == index[predicted])
+    counts = misclassified.groupby(["label", "predicted"], sort=True).size()
+    counts = counts.sort_values(ascending=False, kind="stable")
+    for label, predicted, count in counts.head(MAX_PAIRS).reset_index().itertuples(index=False, name=None):
+        confused = misclassified[(misclassified["label"] == label) & (misclassified["predicted"] == predicted)]
+        first = confused.iloc[0]
+        crop = test_index[first["image_id"], *(int(first[field]) for field in BOX_FIELDS)]
+        of_predicted = np.flatnonzero(train.labels == class_index[predicted])
         pair = [test.images[crop][:, :, 0]]
-        pair.append(train.images[taken_for[0]][:, :, 0] if len(taken_for) else np.zeros_like(pair[0]))
+        pair.append(train.images[of_predicted[0]][:, :, 0] if len(of_predicted) else np.zeros_like(pair[0]))
         images.append(np.hstack(pair))
         captions.append(f"{shown(label)} → {shown(predicted)} ({count})")
-    yield page.crops(images, captions)
+    yield html.crops(images, captions)
 
 
 def _responses(model: Any, data: StagedDataset) -> Iterator[str]:
-    """Of the first convolutions, to one crop of the test."""
+    """Show the outputs of the first convolutions for one test crop."""
     import keras
 
     crop = data.splits["test"].images[:1]
-    yield page.crops([crop[0, :, :, 0]], [chr(int(data.splits["test"].code_points[0]))])
-    layers = [layer for layer in model.layers if isinstance(layer, keras.layers.Conv2D)][:MOST_LAYERS]
+    yield html.crops([crop[0, :, :, 0]], [chr(int(data.splits["test"].code_points[0]))])
+    layers = [layer for layer in model.layers if isinstance(layer, keras.layers.Conv2D)][:MAX_LAYERS]
     if not layers:
         return
     outputs = keras.Model(model.inputs[0], [layer.output for layer in layers])(crop, training=False)
     for layer, output in zip(layers, outputs if len(layers) > 1 else [outputs], strict=True):
-        channels = np.moveaxis(np.asarray(output, np.float32)[0], -1, 0)[:MOST_CHANNELS]
+        channels = np.moveaxis(np.asarray(output, np.float32)[0], -1, 0)[:MAX_CHANNELS]
         low, high = channels.min(axis=(1, 2), keepdims=True), channels.max(axis=(1, 2), keepdims=True)
         grey = (255 * (channels - low) / np.maximum(high - low, 1e-9)).astype(np.uint8)
         shape = f"{channels.shape[1]} x {channels.shape[2]}"
-        yield page.paragraph(f"{layer.name}: {len(grey)} of {output.shape[-1]} filters, {shape}", "quiet")
-        yield page.crops(list(grey), [""] * len(grey))
+        yield html.paragraph(f"{layer.name}: {len(grey)} of {output.shape[-1]} filters, {shape}", "quiet")
+        yield html.crops(list(grey), [""] * len(grey))

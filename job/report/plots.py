@@ -1,4 +1,4 @@
-"""Plots as SVG that takes the colours of the page around it, and needs no font: letters are drawn as shapes."""
+"""Plots as SVG for HTML pages: in the page's text colour, and without fonts, since letters are drawn as paths."""
 
 import io
 import itertools
@@ -17,9 +17,9 @@ from job.colours import BLUE, PALETTE, VERMILLION
 from preprocessing.config import SPLITS
 from preprocessing.fonts import packaged_font
 
-INK = "#010203"  # becomes the colour of the page's text
+INK = "#010203"  # placeholder for the page's text colour
 SPLIT_COLOURS = dict(zip(SPLITS, PALETTE, strict=False))
-MOST_BARS = 40
+MAX_BARS = 40
 SETTINGS: Any = {
     "font.family": ["DejaVu Sans", packaged_font().name],
     "axes.spines.top": False,
@@ -27,12 +27,12 @@ SETTINGS: Any = {
     "legend.frameon": False,
     "svg.fonttype": "path",
     "text.parse_math": False,
-    "svg.hashsalt": "kuzushiji",  # else the same plot has other bytes each time
+    "svg.hashsalt": "kuzushiji",  # for the same bytes each time
 } | dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
 
 
 def _svg(draw: Callable[[Any], None], height: float = 3.4) -> str:
-    """What `draw` does to a pair of axes. height: in hundreds of pixels; the width is 6.4."""
+    """Call `draw` with new axes and return the SVG. height: in inches; the width is 6.4."""
     fontManager.addfont(packaged_font().path)
     written = io.StringIO()
     with mpl.rc_context(SETTINGS):
@@ -43,85 +43,87 @@ def _svg(draw: Callable[[Any], None], height: float = 3.4) -> str:
     return text[text.index("<svg") :].replace(INK, "currentColor")
 
 
-def _plain(logarithmic: Any) -> None:
-    """Numbers on a logarithmic axis as 1,000: powers of ten would be formulas, which are off."""
-    logarithmic.set_major_formatter("{x:,.0f}")
-    logarithmic.set_minor_formatter(NullFormatter())
+def _plain_numbers(axis: Any) -> None:
+    """Label a logarithmic axis with numbers such as 1,000: powers of ten need math text, which is turned off."""
+    axis.set_major_formatter("{x:,.0f}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def class_frequency(counts: NDArray[np.int64], kept: int, coverage: float | None) -> str:
-    """counts: of each character, falling. kept: how many have a class of their own. coverage: the cut, if one made
-    the classes.
+    """Plot the cumulative share of crops over the characters.
+
+    counts: crops of each character, in descending order. kept: number of characters that have a class of their own.
+    coverage: share of boxes that decided which characters keep a class; None if the classes were given.
     """
 
     def draw(axes: Any) -> None:
         axes.plot(np.arange(1, len(counts) + 1), np.cumsum(counts) / counts.sum(), color=BLUE)
         if coverage is not None:
             axes.axhline(coverage, color=VERMILLION, linewidth=1, linestyle="--")
-        if coverage is not None and kept:  # else the classes are not the most frequent ones
+        if coverage is not None and kept:  # given classes need not be the most frequent characters
             axes.axvline(kept, color=VERMILLION, linewidth=1, linestyle="--")
             axes.annotate(f"{kept:,} classes", (kept, 0.03), (-4, 0), textcoords="offset points", ha="right")
         axes.set(
             xlabel="characters, the most frequent first", ylabel="share of all crops", xscale="log", ylim=(0, 1.02)
         )
-        _plain(axes.xaxis)
+        _plain_numbers(axes.xaxis)
         axes.yaxis.set_major_formatter(PercentFormatter(1))
 
     return _svg(draw)
 
 
-def crops_per_class(of_splits: Mapping[str, NDArray[np.int64]]) -> str:
-    """of_splits: split to (K,) crops of each class, in the order of the classes; `rare` is the last."""
+def crops_per_class(counts_by_split: Mapping[str, NDArray[np.int64]]) -> str:
+    """Plot the number of crops over the classes. counts_by_split: (K,) crops of each class; `rare` is the last."""
 
     def draw(axes: Any) -> None:
-        for split, counts in of_splits.items():
+        for split, counts in counts_by_split.items():
             ranks = np.arange(1, len(counts) + 1)
             axes.plot(ranks, counts, ".", label=split, color=SPLIT_COLOURS[split], markersize=3)
         axes.set(
             xlabel="class, the most frequent first; the last is rare", ylabel="crops", yscale="symlog", ylim=(0, None)
         )
-        _plain(axes.yaxis)
+        _plain_numbers(axes.yaxis)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend()
 
     return _svg(draw)
 
 
-def stacked(names: Sequence[str], of_splits: Mapping[str, NDArray[np.int64]], unit: str) -> str:
-    """A bar a name, with a part a split; the first `MOST_BARS`."""
-    names = list(names[:MOST_BARS])
+def stacked(names: Sequence[str], counts_by_split: Mapping[str, NDArray[np.int64]], unit: str) -> str:
+    """Plot a horizontal bar per name, stacked by split. Only the first `MAX_BARS` names are drawn."""
+    names = list(names[:MAX_BARS])
 
     def draw(axes: Any) -> None:
-        begin = np.zeros(len(names))
-        for split, counts in of_splits.items():
-            axes.barh(names, counts[: len(names)], left=begin, label=split, color=SPLIT_COLOURS[split])
-            begin += counts[: len(names)]
+        left = np.zeros(len(names))
+        for split, counts in counts_by_split.items():
+            axes.barh(names, counts[: len(names)], left=left, label=split, color=SPLIT_COLOURS[split])
+            left += counts[: len(names)]
         axes.invert_yaxis()
         axes.set(xlabel=unit)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(of_splits))
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(counts_by_split))
 
     return _svg(draw, height=max(1.8, 1.0 + 0.24 * len(names)))
 
 
 def box_sizes(boxes: NDArray[np.int32]) -> str:
-    """boxes: (N, 4) x, y, width, height. The largest in two hundred are left out."""
+    """Plot histograms of widths and heights. boxes: (N, 4) x, y, width, height. The largest 0.5 % are left out."""
 
     def draw(axes: Any) -> None:
-        most = int(np.percentile(boxes[:, 2:], 99.5)) + 1
+        largest = int(np.percentile(boxes[:, 2:], 99.5)) + 1
         for name, sides, colour in (("width", boxes[:, 2], BLUE), ("height", boxes[:, 3], VERMILLION)):
-            axes.hist(sides, bins=60, range=(0, most), histtype="step", label=name, color=colour, linewidth=1.5)
+            axes.hist(sides, bins=60, range=(0, largest), histtype="step", label=name, color=colour, linewidth=1.5)
         axes.set(xlabel="pixels on the page", ylabel="boxes")
         axes.legend()
 
     return _svg(draw)
 
 
-def curves(of_runs: Mapping[str, pd.DataFrame], columns: Sequence[str], unit: str) -> str:
-    """of_runs: name to a row an epoch. columns: at most two; the second is dashed."""
+def curves(histories: Mapping[str, pd.DataFrame], columns: Sequence[str], unit: str) -> str:
+    """Plot columns over the epochs. histories: name to a table with a row per epoch. columns: one, or two (dashed)."""
 
     def draw(axes: Any) -> None:
-        for (name, history), colour in zip(of_runs.items(), itertools.cycle(PALETTE), strict=False):
+        for (name, history), colour in zip(histories.items(), itertools.cycle(PALETTE), strict=False):
             for column, line in zip(columns, ("-", "--"), strict=False):
                 label = f"{name} {column}".replace("_", " ").strip()
                 axes.plot(history["epoch"], history[column], line, marker=".", label=label, color=colour)
@@ -133,20 +135,20 @@ def curves(of_runs: Mapping[str, pd.DataFrame], columns: Sequence[str], unit: st
 
 
 def accuracy_by_frequency(examples: NDArray[np.int64], recall: NDArray[np.float64]) -> str:
-    """A point a class: its crops in the test, and the share of them that was recognised."""
+    """Plot a point per class: its number of test crops, at least 1, and its recall. examples, recall: (n,)."""
 
     def draw(axes: Any) -> None:
         axes.plot(examples, recall, ".", color=BLUE, alpha=0.6, markeredgewidth=0)
-        axes.set(xlabel="crops of the class in the test", ylabel="recognised", xscale="log", ylim=(-0.03, 1.03))
-        _plain(axes.xaxis)
+        axes.set(xlabel="test crops of the class", ylabel="recall", xscale="log", ylim=(-0.03, 1.03))
+        _plain_numbers(axes.xaxis)
         axes.yaxis.set_major_formatter(PercentFormatter(1))
 
     return _svg(draw)
 
 
 def shares(names: Sequence[str], values: NDArray[np.float64], unit: str) -> str:
-    """A bar a name, from 0 to 1; the first `MOST_BARS`."""
-    names = list(names[:MOST_BARS])
+    """Plot a horizontal bar from 0 to 1 per name. Only the first `MAX_BARS` names are drawn."""
+    names = list(names[:MAX_BARS])
 
     def draw(axes: Any) -> None:
         axes.barh(names, values[: len(names)], color=BLUE)
@@ -157,14 +159,14 @@ def shares(names: Sequence[str], values: NDArray[np.float64], unit: str) -> str:
     return _svg(draw, height=max(1.8, 1.0 + 0.24 * len(names)))
 
 
-def points(names: Sequence[str], across: Sequence[float], accuracies: Sequence[float], unit: str) -> str:
-    """A named point each: accuracy over what it costs."""
+def points(names: Sequence[str], costs: Sequence[float], accuracies: Sequence[float], unit: str) -> str:
+    """Plot a named point each: test accuracy over cost, such as parameters or minutes. unit: of the costs."""
 
     def draw(axes: Any) -> None:
-        for name, x, y, colour in zip(names, across, accuracies, itertools.cycle(PALETTE), strict=False):
+        for name, x, y, colour in zip(names, costs, accuracies, itertools.cycle(PALETTE), strict=False):
             axes.plot([x], [y], "o", color=colour)
             axes.annotate(name, (x, y), (6, 4), textcoords="offset points")
-        axes.set(xlabel=unit, ylabel="test accuracy", xlim=(0, 1.35 * max(across)))
+        axes.set(xlabel=unit, ylabel="test accuracy", xlim=(0, 1.35 * max(costs)))
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
 
     return _svg(draw)

@@ -1,4 +1,4 @@
-"""What stands beside sealed folders, only to be looked at: when it can't be written, nothing else is lost."""
+"""Side files: reports and curves next to sealed folders. Failures to write them are logged, and harm nothing else."""
 
 import logging
 from collections.abc import Callable
@@ -15,17 +15,22 @@ log = logging.getLogger("kuzushiji")
 
 
 def report_file(folder: UPath) -> UPath:
+    """Return the path of the report of a sealed folder."""
     return folder.parent / f"{folder.name}{REPORT_SUFFIX}"
 
 
-def write_beside(target: UPath, make: Callable[[], bytes], say: Callable[[str], object]) -> bool:
-    """Write what `make` makes, and tell whether it is there; of a failure of any kind, `say` is called with a line."""
+def write_side_file(target: UPath, make: Callable[[], bytes], warn: Callable[[str], object]) -> bool:
+    """Write the bytes that `make` returns. Return False if `make` or writing fails.
+
+    No exception is raised. On failure, `warn` is called with one line, the traceback is logged at debug level, and an
+    existing `target` is removed.
+    """
     try:
         write_bytes(target, make())
     except Exception as error:
-        say(f"{target} could not be written: {one_line(error).removesuffix(' (see --debug)')}")
-        log.debug("where:", exc_info=error)
+        warn(f"{target} could not be written: {one_line(error).removesuffix(' (see --debug)')}")
+        log.debug("traceback:", exc_info=error)
         with suppress(Exception):
-            remove_file(target)  # an earlier one may tell of something else
+            remove_file(target)  # an earlier version may be outdated
         return False
     return True

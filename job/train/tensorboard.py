@@ -6,7 +6,7 @@ from threading import Thread
 
 from upath import UPath
 
-from job.report.side_files import write_beside
+from job.report.side_files import write_side_file
 from job.train.result import EpochRow
 from preprocessing.records import frame
 
@@ -33,7 +33,7 @@ def begin_to_write(folder: UPath, row: EpochRow, say: Callable[[str], object]) -
     read to the end; an epoch that is written again, after a worker was lost, takes the place of the first.
     """
     target = folder / f"events.out.tfevents.{row.epoch:05d}"
-    thread = Thread(target=write_beside, args=(target, lambda: events_of(row), say), daemon=True)
+    thread = Thread(target=write_side_file, args=(target, lambda: events_of(row), say), daemon=True)
     thread.start()
     return thread
 

@@ -33,7 +33,7 @@ from job.metrics import metrics
 from job.model.architectures import ARCHITECTURES, XLA_COMPILES
 from job.model.folder import write_model
 from job.model.pretrained import local_copy
-from job.report.side_files import report_file, write_beside
+from job.report.side_files import report_file, write_side_file
 from job.train.checkpoint import (
     State,
     changing_variables,
@@ -318,7 +318,7 @@ class Training:
         )
         write_model(target, model, texts, self.dataset.manifest.sha256)
         report = report_file(target)
-        if write_beside(report, lambda: _report_of(target, texts, model, self.dataset), self.reporter.log):
+        if write_side_file(report, lambda: _report_of(target, texts, model, self.dataset), self.reporter.log):
             self.reporter.log(f"report: {report}")
         if self.writing_curves:
             self.writing_curves.join(timeout=SECONDS_FOR_CURVES)
