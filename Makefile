@@ -30,7 +30,7 @@ check: .venv/.installed-dev
 # In so many processes: much of the time is waiting for other processes.
 TEST_PROCESSES ?= 2
 test: .venv/.installed-dev
-	.venv/bin/pytest -q -n $(TEST_PROCESSES) --dist loadgroup --no-loadscope-reorder -m 'not cloud and not long'
+	.venv/bin/pytest -q -n $(TEST_PROCESSES) -m 'not cloud and not long'
 
 test-long: .venv/.installed-dev
 	.venv/bin/pytest -q -m long

@@ -58,13 +58,27 @@ LONGEST = (
 )  # fmt: skip
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for the groups
+def group_of(file: str) -> str:
+    name = Path(file).stem
+    return TOGETHER.get(name, name)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Group the tests, the longest groups first."""
-    groups = {item: TOGETHER.get(item.path.stem, item.path.stem) for item in items}
-    for item, group in groups.items():
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: LONGEST.index(groups[item]) if groups[item] in LONGEST else len(LONGEST))
+    groups = [*LONGEST, *sorted({group_of(item.path.name) for item in items} - set(LONGEST))]
+    items.sort(key=lambda item: groups.index(group_of(item.path.name)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """As `--dist loadgroup`, whose marks pytest-xdist 3.8 loses with pytest 9.2."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid.partition("::")[0])
+
+    config.option.loadscopereorder = False  # by the number of tests
+    return Groups(config, log)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -128,7 +128,8 @@ def started_head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
     try:
         deadline = time.monotonic() + SECONDS_AT_MOST
-        while answer(f"http://127.0.0.1:{dashboard}/api/version", token.read_text()) != 200:
+        # Once it takes a job, all parts of it are there.
+        while answer(f"http://127.0.0.1:{dashboard}/api/jobs/", token.read_text(), b'{"entrypoint": "true"}') != 200:
             if process.poll() is not None:
                 raise OverdueError((home / "log").read_text()[-2000:])
             below |= below_it(process.pid)
@@ -151,10 +152,11 @@ def below_it(pid: int) -> set[psutil.Process]:
         return set()
 
 
-def answer(url: str, token: str | None) -> int | None:
-    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"} if token else {})  # noqa: S310
+def answer(url: str, token: str | None, body: bytes | None = None) -> int | None:
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    request = urllib.request.Request(url, body, headers | {"Content-Type": "application/json"})  # noqa: S310
     try:
-        with urllib.request.urlopen(request, timeout=10) as response:  # noqa: S310
+        with urllib.request.urlopen(request, timeout=60) as response:  # noqa: S310
             return int(response.status)
     except urllib.error.HTTPError as error:
         return error.code
