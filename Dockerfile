@@ -1,4 +1,4 @@
-# One image for the head and the workers of a Ray cluster, with or without GPUs:
+# One image for the head and the workers of a Ray cluster, with Python 3.11, with or without GPUs:
 #   docker build --tag IMAGE .
 #   docker build --tag IMAGE --build-arg REQUIREMENTS=requirements-gpu.lock .   # with CUDA's libraries
 # Plain instructions only (no RUN --mount), so that every builder can build it, Cloud Build's default too.
