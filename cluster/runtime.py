@@ -175,9 +175,7 @@ def _mapped(
     if not keep:
         return dataset.map(call.function(), num_cpus=1)
     processes = gpus or min(len(rows), max(1, int(ray.cluster_resources().get("CPU", 1))))
-    pool = ray.data.ActorPoolStrategy(
-        min_size=gpus or 1, max_size=gpus or len(rows), initial_size=processes, max_tasks_in_flight_per_actor=1
-    )
+    pool = ray.data.ActorPoolStrategy(min_size=gpus or 1, max_size=gpus or len(rows), initial_size=processes)
     return dataset.map(
         call.actor(), fn_constructor_kwargs={"call": call}, num_cpus=1, num_gpus=1 if gpus else 0, compute=pool
     )
