@@ -254,7 +254,7 @@ def test_a_host_that_is_gone_changes_nothing_of_the_model(cluster: Cluster, trai
         cluster.cloud.delete(cluster.of_type("gpu")[0].name)
         out = job.communicate(timeout=900)[0]
     assert job.returncode == 0, out[-3000:]
-    assert "goes on after epoch" in out
+    assert "resumes after epoch" in out
     assert cluster.weights("disturbed") == cluster.weights("undisturbed")
     assert "files are right" in cluster.laptop("kuzushiji", "verify", f"gs://{BUCKET}/models/baseline/disturbed").stdout
 
