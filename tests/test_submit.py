@@ -266,7 +266,7 @@ def job_of(line: str) -> str:
 def test_a_job_runs_and_its_log_and_outcome_come_back(head: Head, dataset: Path) -> None:
     done = head.submit("--", "verify", str(dataset))
     assert done.returncode == 0, done.stderr
-    assert "files are right" in done.stdout
+    assert "files are valid" in done.stdout
     assert "succeeded" in done.stderr
 
 
@@ -295,7 +295,7 @@ def test_a_job_that_is_not_waited_for_can_be_followed_later(head: Head, dataset:
     assert handed_in.returncode == 0, handed_in.stderr
     job = json.loads(handed_in.stdout.splitlines()[-1])["job"]
     followed = head.submit("--attach", job)
-    assert (followed.returncode, "files are right" in followed.stdout) == (0, True)
+    assert (followed.returncode, "files are valid" in followed.stdout) == (0, True)
     unknown = head.submit("--attach", "nobody")
     assert unknown.returncode == 1
     assert "must be the id of a job" in unknown.stderr.splitlines()[-1]
@@ -318,7 +318,7 @@ def test_ctrl_c_leaves_the_job_running_and_says_how_to_go_on(head: Head, pages: 
     source = ["--pages", str(pages / "train_images"), "--labels", str(pages / "train.csv")]
     job = ["--", "prepare", *source, "--dataset", str(tmp_path / "crops")]
     with head.popen(*job) as here:
-        wait_for("was handed in", here.stderr)
+        wait_for("was submitted", here.stderr)
         time.sleep(2)
         here.send_signal(signal.SIGINT)
         said = here.communicate(timeout=30)[1]
@@ -377,7 +377,7 @@ def test_whoever_reads_the_log_may_leave_and_the_job_goes_on(head: Head, waiting
         said = here.stderr.read().splitlines()
     (tmp_path / "end").touch()
     assert here.returncode == 1
-    assert "was handed in" in said[-2], said
+    assert "was submitted" in said[-2], said
     assert "goes on. Follow it: kuzushiji submit" in said[-1]
     assert "reach" not in said[-1]
 
@@ -410,7 +410,7 @@ def test_no_proxy_is_asked_for_what_is_on_this_machine(
         asks = {"http_proxy": url, "all_proxy": url, "NO_PROXY": "", "no_proxy": ""}
         done = head.submit(*waiting, str(tmp_path), **asks)
         assert done.returncode == 7, done.stderr
-        job = done.stderr.partition(" was handed in")[0].split()[-1]
+        job = done.stderr.partition(" was submitted")[0].split()[-1]
         assert cluster.submit("--attach", job, **asks).returncode == 7
         with pytest.raises(BlockingIOError):  # nobody came
             proxy.accept()
