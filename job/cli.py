@@ -1,4 +1,4 @@
-"""The command line. Each command imports what it needs when it runs: `--help` loads neither TensorFlow nor Ray."""
+"""The command line. Commands import their dependencies when they run: `--help` loads neither TensorFlow nor Ray."""
 
 import logging
 import shlex
@@ -13,7 +13,7 @@ from job.config import TrainConfig
 from preprocessing.config import SPLITS, PrepareConfig
 
 SHOWN_CONFUSIONS = 20
-# What makes sense on a cluster; the others read or write the disk of the machine that they run on.
+# Commands that can run as jobs on a cluster. The others read or write the local disk.
 JOBS = ("prepare", "train", "evaluate", "predict", "report", "export", "verify")
 
 log = logging.getLogger("kuzushiji")
@@ -23,12 +23,18 @@ log = logging.getLogger("kuzushiji")
 @click.option(
     "--out", required=True, metavar="DIR", help="New folder for train.csv, train_images/, unicode_translation.csv."
 )
-@click.option("--num-pages", required=True, type=int, help="How many pages to draw, some 190 characters each.")
-@click.option("--seed", default=42, show_default=True, type=int, help="The same seed and fonts give the same bytes.")
-@click.option("--scale", default=1.0, show_default=True, type=float, help="1 is some 2,400 x 3,900 px a page.")
-@click.option("--layouts", metavar="FILE", help="Draw the first pages of a label file: its ids, boxes and characters.")
+@click.option("--num-pages", required=True, type=int, help="Number of pages to draw, about 190 characters each.")
+@click.option(
+    "--seed", default=42, show_default=True, type=int, help="Random seed. The same seed and fonts give the same bytes."
+)
+@click.option(
+    "--scale", default=1.0, show_default=True, type=float, help="Scale of the pages; 1: about 2,400 x 3,900 px."
+)
+@click.option(
+    "--layouts", metavar="FILE", help="Label file; its first pages are drawn, with their ids, boxes, characters."
+)
 def sample(out: str, num_pages: int, seed: int, scale: float, layouts: str | None) -> Outcome:
-    """Draw pages in Kaggle's format, for trials without data."""
+    """Draw synthetic pages in Kaggle's format, to test without data."""
     from cluster.storage import local_path
     from preprocessing.sample.pages import sample as draw
 
@@ -40,8 +46,8 @@ def sample(out: str, num_pages: int, seed: int, scale: float, layouts: str | Non
 
 @command
 @click.option("--pages", required=True, metavar="PLACE", help="Folder or .zip of <image_id>.jpg.")
-@click.option("--labels", required=True, metavar="PLACE", help="Kaggle's train.csv, or a file of its form.")
-@click.option("--dataset", required=True, metavar="PLACE", help="New folder, or one to finish or mend.")
+@click.option("--labels", required=True, metavar="PLACE", help="Kaggle's train.csv, or a file in the same format.")
+@click.option("--dataset", required=True, metavar="PLACE", help="New folder, or one to complete or repair.")
 @option(PrepareConfig, "split")
 @option(PrepareConfig, "seed")
 @option(PrepareConfig, "val_fraction")
@@ -51,7 +57,7 @@ def sample(out: str, num_pages: int, seed: int, scale: float, layouts: str | Non
 @option(PrepareConfig, "shards")
 @option(PrepareConfig, "max_bad_fraction")
 def prepare(pages: str, labels: str, dataset: str, classes: str | None, **options: Any) -> Outcome:
-    """Cut labelled pages into crops: a dataset of TFRecords."""
+    """Cut labelled pages into crops, written as TFRecords."""
     from cluster.storage import reachable_place
     from job.report.dataset import write_dataset_report
     from preprocessing.classes import read_class_names
@@ -65,7 +71,7 @@ def prepare(pages: str, labels: str, dataset: str, classes: str | None, **option
     result = {"dataset": dataset, "written": new, "crops": counts, "shards": len(manifest.shards)} | lost
     reported = write_dataset_report(reachable_place(dataset), manifest, new)
     if not new:
-        return result, [f"{dataset} is there and right: nothing written", *reported]
+        return result, [f"{dataset} is complete and valid: nothing written", *reported]
     split_line = ", ".join(f"{split} {count:,}" for split, count in counts.items())
     return result, [
         f"{sum(counts.values()):,} crops in {len(manifest.shards)} shards ({split_line}): {dataset}",
@@ -77,10 +83,10 @@ def prepare(pages: str, labels: str, dataset: str, classes: str | None, **option
 
 @command
 @click.option("--dataset", required=True, metavar="PLACE", help="Folder made by `prepare`.")
-@click.option("--models", required=True, metavar="PLACE", help="Where <architecture>/<run>/ is written.")
+@click.option("--models", required=True, metavar="PLACE", help="Folder for the models: <architecture>/<run>/.")
 @click.option("--architecture", "architectures", required=True, multiple=True, metavar="NAME",
-              help="baseline, xception, resnet152v2, inceptionresnetv2, fcn (costs 550 times baseline), all; "
-              "may be given again.")  # fmt: skip
+              help="baseline, xception, resnet152v2, inceptionresnetv2, fcn (550 times the cost of baseline), "
+              "or all. Can be repeated.")  # fmt: skip
 @option(TrainConfig, "weights", metavar="imagenet|none|FILE")
 @option(TrainConfig, "unfreeze")
 @option(TrainConfig, "workers")
@@ -105,7 +111,7 @@ def prepare(pages: str, labels: str, dataset: str, classes: str | None, **option
 def train(
     dataset: str, models: str, architectures: tuple[str, ...], weights: str | None, run: str | None, **options: Any
 ) -> Outcome:
-    """Train classifiers with Ray Train, evaluate them, write their folders."""
+    """Train and evaluate classifiers with Ray Train."""
     from cluster.storage import reachable_place
     from job.config import configs_of
     from job.model.pretrained import weights_option_file
@@ -115,46 +121,44 @@ def train(
 
     if options["cpus_per_worker"] is None:
         options["cpus_per_worker"] = default_cpus_per_worker(max(1, options["workers"]))
-    handed = weights_option_file(weights)
-    configs = configs_of(architectures, weights=handed.identity if handed else weights, **options)
-    outcomes = start(reachable_place(dataset), reachable_place(models), configs, run or new_run_name(), handed)
+    file = weights_option_file(weights)
+    configs = configs_of(architectures, weights=file.identity if file else weights, **options)
+    outcomes = start(reachable_place(dataset), reachable_place(models), configs, run or new_run_name(), file)
     return outcome_result(outcomes), outcome_lines(outcomes)
 
 
 @command
-@click.option(
-    "--model", required=True, metavar="PLACE", help="A model folder, or its architecture's for the latest run."
-)
+@click.option("--model", required=True, metavar="PLACE", help="Model folder, or architecture folder (latest run).")
 @click.option("--dataset", required=True, metavar="PLACE", help="Folder made by `prepare`, with the same classes.")
-@click.option("--split", type=click.Choice(SPLITS), default="test", show_default=True, help="Which crops.")
-@click.option("--out", metavar="DIR", help="Write metrics.json, per_class.csv and misclassified.csv here.")
+@click.option("--split", type=click.Choice(SPLITS), default="test", show_default=True, help="Split to evaluate.")
+@click.option("--out", metavar="DIR", help="Folder for metrics.json, per_class.csv and misclassified.csv.")
 def evaluate(model: str, dataset: str, split: str, out: str | None) -> Outcome:
-    """Accuracy of a model on a split, and what it takes for what."""
+    """Evaluate a model on a split, and list its confusions."""
     from cluster.storage import reachable_place
     from job.evaluate import evaluate as run
     from job.evaluate import write_evaluation
     from job.tables import splits_table
 
-    result = reachable_place(out) if out else None
-    evaluation = run(reachable_place(model), reachable_place(dataset), split, result)
-    if result:
-        write_evaluation(evaluation, result)
-    seen = evaluation.per_class.query("examples > 0").sort_values(
+    folder = reachable_place(out) if out else None
+    evaluation = run(reachable_place(model), reachable_place(dataset), split, folder)
+    if folder:
+        write_evaluation(evaluation, folder)
+    weakest_first = evaluation.per_class.query("examples > 0").sort_values(
         ["f1", "examples"], ascending=[True, False], kind="stable"
     )
     columns = ["character", "label", "examples", "precision", "recall", "f1"]
-    listed = evaluation.confusions
+    confusions = evaluation.confusions
     more = (
-        [f"... and {len(listed) - SHOWN_CONFUSIONS} more: --out DIR writes them all"]
-        if len(listed) > SHOWN_CONFUSIONS
+        [f"... and {len(confusions) - SHOWN_CONFUSIONS} more; --out DIR writes all misclassified crops"]
+        if len(confusions) > SHOWN_CONFUSIONS
         else []
     )
     return {"split": split} | asdict(evaluation.metrics), [
-        f"weakest classes of {len(seen)}:",
-        seen.head(10)[columns].to_string(index=False, float_format="{:.3f}".format),
+        f"weakest of {len(weakest_first)} classes:",
+        weakest_first.head(10)[columns].to_string(index=False, float_format="{:.3f}".format),
         "",
-        "taken for others, character (crops): what it was taken for:",
-        *listed[:SHOWN_CONFUSIONS],
+        "confusions, as character (crops): predicted characters",
+        *confusions[:SHOWN_CONFUSIONS],
         *more,
         "",
         *splits_table({split: asdict(evaluation.metrics)}),
@@ -162,58 +166,58 @@ def evaluate(model: str, dataset: str, split: str, out: str | None) -> Outcome:
 
 
 @command
-@click.option("--model", required=True, metavar="PLACE", help="A model folder, or its architecture's for the latest.")
+@click.option("--model", required=True, metavar="PLACE", help="Model folder, or architecture folder (latest run).")
 @click.option("--pages", required=True, metavar="PLACE", help="Folder or .zip of <image_id>.jpg.")
 @click.option("--boxes", required=True, metavar="PLACE",
-              help="As Kaggle's train.csv; U+... may be left out of a row.")  # fmt: skip
-@click.option("--out", required=True, metavar="PLACE", help="New folder for the tables of boxes and of pages.")
+              help="Label file as Kaggle's train.csv; the code points (U+...) may be missing.")  # fmt: skip
+@click.option("--out", required=True, metavar="PLACE", help="New folder for a table of boxes and a table of pages.")
 @click.option("--format", "form", type=click.Choice(["parquet", "csv"]), default="parquet", show_default=True,
-              help="Of the tables.")  # fmt: skip
-@click.option("--annotate", metavar="PLACE", help="Draw each page with what was read into this folder.")
+              help="Format of the tables.")  # fmt: skip
+@click.option("--annotate", metavar="PLACE", help="Folder for pictures of the pages with the predicted characters.")
 @click.option("--gpus", default=0, show_default=True, type=click.IntRange(min=0),
-              help="Actors with a GPU each that read; 0: a task on each CPU.")  # fmt: skip
+              help="Number of actors, each with one GPU; 0: one task per CPU.")  # fmt: skip
 def predict(model: str, pages: str, boxes: str, out: str, form: str, annotate: str | None, gpus: int) -> Outcome:
-    """Read boxes on new pages: top 5 characters of each, and the text."""
+    """Predict the characters in boxes of new pages, and their text."""
     from cluster.storage import reachable_place
     from job.predict.predict import predict as run
 
-    model_place, pages_place, boxes_place, result_place = map(reachable_place, (model, pages, boxes, out))
+    model_place, pages_place, boxes_place, out_place = map(reachable_place, (model, pages, boxes, out))
     pictures = reachable_place(annotate) if annotate else None
-    manifest = run(model_place, pages_place, boxes_place, result_place, form, pictures, gpus)
+    manifest = run(model_place, pages_place, boxes_place, out_place, form, pictures, gpus)
     counts, accuracy, lost = manifest.counts, manifest.accuracy, len(manifest.losses)
     result = {"out": out} | counts | {"losses": lost, "clipped": len(manifest.clipped), "accuracy": accuracy}
-    lines = [f"{counts['read']:,} of {counts['boxes']:,} boxes read, of {counts['pages']:,} pages: {out}"]
+    lines = [f"{counts['read']:,} of {counts['boxes']:,} boxes on {counts['pages']:,} pages read: {out}"]
     if accuracy:
         names = {"accuracy": "accuracy", "accuracy_without_rare": "without rare", "top5": "top 5"}
-        told = ", ".join(f"{name} {value:.4f}" for key, name in names.items() if (value := accuracy[key]) is not None)
-        lines.append(f"{told}, {accuracy['examples']:,} boxes with a character")
+        scores = ", ".join(f"{name} {value:.4f}" for key, name in names.items() if (value := accuracy[key]) is not None)
+        lines.append(f"{scores}, {accuracy['examples']:,} boxes with a character")
     lines.append(f"{lost} boxes lost, {len(manifest.clipped)} clipped: each is listed in manifest.json")
     return result, lines
 
 
 @command
-@click.option("--model", required=True, metavar="PLACE", help="A model folder, or its architecture's for the latest.")
+@click.option("--model", required=True, metavar="PLACE", help="Model folder, or architecture folder (latest run).")
 @click.option("--format", "form", type=click.Choice(["savedmodel", "tflite"]), required=True,
-              help="For TensorFlow Serving and the like; for LiteRT on small devices.")  # fmt: skip
+              help="savedmodel: TensorFlow Serving; tflite: LiteRT on small devices.")  # fmt: skip
 @click.option("--out", required=True, metavar="PLACE", help="New folder.")
 def export(model: str, form: str, out: str) -> Outcome:
-    """Write a model for other programs, checked to predict the same."""
+    """Convert a model for other runtimes, and compare predictions."""
     from cluster.storage import reachable_place
     from job.export import export as run
 
     difference = run(reachable_place(model), form, reachable_place(out))
     return {"out": out, "largest_difference": difference}, [
         f"{form}: {out}",
-        f"probabilities differ by {difference:.1g} at most from the model's",
+        f"probabilities differ from the model's by at most {difference:.1g}",
     ]
 
 
 @command
-@click.option("--dataset", metavar="PLACE", help="Folder made by `prepare`; with --models: to show their crops.")
-@click.option("--models", metavar="PLACE", help="Where trained models are: the latest run of each architecture.")
+@click.option("--dataset", metavar="PLACE", help="Folder made by `prepare`; with --models: for pictures of its crops.")
+@click.option("--models", metavar="PLACE", help="Folder of trained models; shows the latest run of each architecture.")
 @click.option("--out", required=True, metavar="PLACE", help="Folder for report.html.")
 def report(dataset: str | None, models: str | None, out: str) -> Outcome:
-    """Show a dataset, or models, on a page of HTML that needs no network."""
+    """Write a self-contained HTML report of a dataset or of models."""
     from cluster.storage import reachable_place, write_bytes
     from job.evaluate import check_out
     from job.report.dataset import dataset_report
@@ -233,23 +237,26 @@ def report(dataset: str | None, models: str | None, out: str) -> Outcome:
 
 
 @command
-@click.option("--models", required=True, metavar="PLACE", help="Where trained models are.")
-@click.option("--to", required=True, metavar="DIR", help="Local folder; becomes a models place of the same form.")
+@click.option("--models", required=True, metavar="PLACE", help="Folder of trained models.")
+@click.option("--to", required=True, metavar="DIR", help="Local folder; gets the same structure.")
 @click.argument("names", nargs=-1, metavar="[NAME[/RUN]]...")
 def pull(models: str, to: str, names: tuple[str, ...]) -> Outcome:
-    """Fetch trained models, checked and resumable: all latest runs, or those named."""
+    """Download and verify trained models: the latest runs, or those named."""
     from cluster.pull import pull as fetch
     from cluster.storage import local_path, place, reachable_place
 
     pulled = fetch(reachable_place(models), place(local_path(to, "--to")), names)
-    lines = [f"{one.name}/{one.run}: {one.new_bytes:,} new bytes, checked: {one.folder}" for one in pulled]
-    return {"models": [vars(one) for one in pulled]}, lines
+    lines = [
+        f"{model.name}/{model.run}: {model.new_bytes:,} bytes downloaded, all files verified: {model.folder}"
+        for model in pulled
+    ]
+    return {"models": [vars(model) for model in pulled]}, lines
 
 
 @command
 @click.argument("folder", metavar="PLACE")
 def verify(folder: str) -> Outcome:
-    """Check a dataset, model or predictions folder against its manifest, or a cluster file (.yaml) before `ray up`."""
+    """Verify a dataset, model or predictions folder, or check a cluster file (.yaml) before `ray up`."""
     from cluster.cluster_file import SUFFIXES, faults_of_cluster_file
     from cluster.models import resolve_model
     from cluster.storage import local_path, reachable_place
@@ -257,33 +264,35 @@ def verify(folder: str) -> Outcome:
 
     if folder.endswith(SUFFIXES):
         faults = faults_of_cluster_file(local_path(folder, "a cluster file"))
-        verdict = f"{len(faults)} faults" if faults else "can go up"
+        verdict = f"{len(faults)} faults" if faults else "ready for `ray up`"
         return {"place": folder, "kind": "cluster", "faults": faults}, [*faults, f"cluster file {folder}: {verdict}"]
     checked = resolve_model(reachable_place(folder))
-    manifest, faults, strangers = check(checked)
-    for name in strangers:
+    manifest, faults, unlisted = check(checked)
+    for name in unlisted:
         log.warning("%s is not listed in the manifest", name)
     result = {
         "place": str(checked),
         "kind": manifest.kind,
         "files": len(manifest.entries),
         "faults": faults,
-        "unlisted": strangers,
+        "unlisted": unlisted,
     }
     verdict = (
-        f"{len(faults)} of {len(manifest.entries)} files are wrong"
+        f"{len(faults)} of {len(manifest.entries)} files are damaged"
         if faults
-        else f"{len(manifest.entries)} files are right"
+        else f"{len(manifest.entries)} files are valid"
     )
     return result, [*faults, f"{manifest.kind} {checked}: {verdict}"]
 
 
 @command
-@click.option("--cluster", metavar="FILE", help="What `ray up` was given.  [default: ray_cluster.yaml]")
-@click.option("--address", metavar="URL", help="A head in reach, as http://127.0.0.1:8265, instead of a cluster file.")
-@click.option("--working-dir", metavar="DIR", help="Ship this checkout and run its code instead of the image's.")
-@click.option("--no-wait", is_flag=True, help="Hand it in and come back at once.")
-@click.option("--attach", metavar="JOB", help="Follow a job that was handed in before.")
+@click.option("--cluster", metavar="FILE", help="Cluster file that `ray up` was given.  [default: ray_cluster.yaml]")
+@click.option(
+    "--address", metavar="URL", help="Address of a head node, such as http://127.0.0.1:8265, instead of --cluster."
+)
+@click.option("--working-dir", metavar="DIR", help="Checkout to upload; the job runs its code instead of the image's.")
+@click.option("--no-wait", is_flag=True, help="Return as soon as the job is submitted.")
+@click.option("--attach", metavar="JOB", help="Follow a job that was submitted before.")
 @click.argument("arguments", nargs=-1, metavar="[-- prepare|train|evaluate|predict|... ...]")
 def submit(
     cluster: str | None,
@@ -293,15 +302,18 @@ def submit(
     attach: str | None,
     arguments: tuple[str, ...],
 ) -> Outcome:
-    """Run a command as a job on a cluster, follow its log, end as it ends."""
+    """Run a command as a job on a cluster, and follow its log.
+
+    The exit code is that of the job.
+    """
     from cluster.storage import local_path, plain_name
     from cluster.submit import Head, connected, follow, submit_job
 
     if cluster and address:
-        raise OptionError("--cluster or --address must be given, not both")
+        raise OptionError("only one of --cluster and --address must be given. Received: both")
     if bool(attach) == bool(arguments):
         raise OptionError(
-            f"a command after -- or --attach JOB must be given. Received: {' '.join(arguments) or 'none'}"
+            f"either a command after -- or --attach JOB must be given. Received: {' '.join(arguments) or 'none'}"
         )
     if arguments:
         _check_job(arguments)
@@ -312,19 +324,24 @@ def submit(
             raise OptionError(str(error)) from None
     folder = local_path(working_dir, "--working-dir") if working_dir else None
     if folder and not folder.is_dir():
-        raise OptionError(f"--working-dir must be a folder that is there. Received: {working_dir}")
+        raise OptionError(f"--working-dir must be an existing folder. Received: {working_dir}")
     head = Head(address, None if address else local_path(cluster or "ray_cluster.yaml", "--cluster"))
     with connected(head) as client:
         job = attach or submit_job(client, arguments, folder, head)
-        log.info("job %s%s", job, "" if attach else f" was handed in: kuzushiji {shlex.join(arguments)}")
+        log.info("job %s%s", job, "" if attach else f" was submitted: kuzushiji {shlex.join(arguments)}")
         if no_wait:
-            return {"job": job}, [f"follow it: kuzushiji submit {head.option} --attach {job}"]
+            return {"job": job}, [f"to follow it: kuzushiji submit {head.option} --attach {job}"]
         code = follow(client, job, head)
     return {"job": job, "exit_code": code}, []
 
 
 def _check_job(arguments: tuple[str, ...]) -> None:
-    """Usage errors are found here, not after minutes on a cluster."""
+    """Find usage errors before the job is submitted, not after minutes on a cluster.
+
+    Raises:
+        OptionError: the command can't run as a job.
+        click.UsageError: its options are invalid.
+    """
     name, *rest = arguments
     if name not in JOBS:
         raise OptionError(f"a job must be one of {', '.join(JOBS)}. Received: {name}")

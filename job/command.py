@@ -1,4 +1,4 @@
-"""What every command has: failures in one line, `--json`, `--debug`, exit codes."""
+"""What all commands share: one-line failures, `--json`, `--debug`, exit codes."""
 
 import functools
 import json
@@ -14,12 +14,12 @@ from cluster.progress import log_to_stderr
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-# What a command gives back: an object for `--json`, and lines for people.
+# What a command returns: an object for `--json`, and lines for the terminal.
 Outcome = tuple[dict[str, Any], list[str]]
 
 
 class OneLine(click.Group):
-    """A group whose usage errors are one line as well."""
+    """A click group that prints usage errors in one line, too."""
 
     def main(
         self,
@@ -29,7 +29,7 @@ class OneLine(click.Group):
         standalone_mode: bool = True,
         **extra: Any,
     ) -> Any:
-        """As click's, but for how an error is shown."""
+        """As in click, except for how errors are printed."""
         if not standalone_mode:
             return super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
         try:
@@ -50,12 +50,15 @@ class OneLine(click.Group):
 def main() -> None:
     """From scans of old Japanese pages to a trained classifier of their characters.
 
-    A PLACE is a path or an address (/data/pages, gs://bucket/pages). Exit: 0 done, 1 failed, 2 used wrongly.
+    A PLACE is a path or an address (/data/pages, gs://bucket/pages). Exit codes: 0 success, 1 failure, 2 usage error.
     """
 
 
 def command(function: Callable[..., Outcome]) -> click.Command:
-    """Register a command: prints what it gives back, and its failures in one line."""
+    """Register a command. Its result is printed, and its failures in one line.
+
+    The command exits with `exit_code` of the result if it has one, with 1 if the result has `faults`, else with 0.
+    """
 
     @functools.wraps(function)
     def run(as_json: bool, debug: bool, **options: Any) -> None:
@@ -81,33 +84,37 @@ def command(function: Callable[..., Outcome]) -> click.Command:
 
     registered: click.Command = main.command(run)
     registered.params += [
-        click.Option(["--json", "as_json"], is_flag=True, help="One JSON object as the last line, for scripts."),
+        click.Option(["--json", "as_json"], is_flag=True, help="Print one JSON object as the last line, for scripts."),
         click.Option(["--debug"], is_flag=True, help="Show the traceback of a failure."),
     ]
     return registered
 
 
 def option(model: "type[BaseModel]", field: str, *names: str, **settings: Any) -> Callable[..., Any]:
-    """A click option for a field of a config: its name, type, default and help are those of the field.
+    """Return a click option for a field of a config, with the field's name, type, default and help.
 
-    names: other names than `--field-name`. settings: of `click.option`, instead of what the field has.
+    names: names of the option instead of `--field-name`. settings: of `click.option`; they override those of the field.
     """
-    about = model.model_fields[field]
-    of_field = get_args(about.annotation) or (about.annotation,)  # of `X | None`, of a Literal, else the type itself
-    kinds = [getattr(kind, "__origin__", kind) for kind in of_field if kind is not type(None)]
-    choices = [kind for kind in kinds if isinstance(kind, str)]
-    has_default = not about.is_required() and about.default is not None and "[default:" not in (about.description or "")
+    info = model.model_fields[field]
+    arguments = get_args(info.annotation) or (info.annotation,)  # of `X | None` or a Literal, else the type itself
+    types = [getattr(argument, "__origin__", argument) for argument in arguments if argument is not type(None)]
+    choices = [choice for choice in types if isinstance(choice, str)]
+    has_default = not info.is_required() and info.default is not None and "[default:" not in (info.description or "")
     settings = {
-        "type": click.Choice(choices) if choices else kinds[0],
-        "help": about.description,
-        "default": about.default if has_default else None,
+        "type": click.Choice(choices) if choices else types[0],
+        "help": info.description,
+        "default": info.default if has_default else None,
         "show_default": has_default,
     } | settings
     return click.option(*(names or [f"--{field.replace('_', '-')}"]), **settings)
 
 
 def config_of(model: Any, **values: Any) -> Any:
-    """A pydantic config, or an OptionError with its first complaint."""
+    """Return a pydantic config.
+
+    Raises:
+        OptionError: a value is invalid; the message names the first one.
+    """
     from pydantic import ValidationError
 
     try:

@@ -1,4 +1,4 @@
-"""The one representation of a training: command line -> `TrainConfig` -> workers -> `config.json` beside the model."""
+"""The config of a training, the same for the command line, the workers, and `config.json` in the model folder."""
 
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
@@ -11,12 +11,12 @@ ArchitectureName = Literal["baseline", "xception", "resnet152v2", "inceptionresn
 NAMES: tuple[ArchitectureName, ...] = get_args(ArchitectureName)
 ALL = "all"
 
-# The architectures with a base, for which there are ImageNet weights.
+# Architectures with a pretrained base: ImageNet weights exist.
 TRANSFER: tuple[ArchitectureName, ...] = ("xception", "resnet152v2", "inceptionresnetv2")
 
 
 class Study(NamedTuple):
-    """What the earlier study reached on Kaggle's 683,464 crops with a random split."""
+    """Results of the earlier study on Kaggle's 683,464 crops with a random split."""
 
     accuracy: float
     """On the test split."""
@@ -24,7 +24,7 @@ class Study(NamedTuple):
 
 
 class Recipe(BaseModel):
-    """How the study trained an architecture, with Adam on one GPU: the defaults of `train`."""
+    """Settings with which the study trained an architecture, with Adam on one GPU. The defaults of `train`."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -61,7 +61,7 @@ MAY_DIFFER = {
 
 
 class TrainConfig(BaseModel):
-    """A training of one architecture, besides the dataset. The docstring of a field is its `--help`.
+    """Options of a training of one architecture. The docstring of a field is its `--help`.
 
     B is the global batch size, W the number of workers.
     """
@@ -69,7 +69,7 @@ class TrainConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     architecture: ArchitectureName
-    weights: str = Field("none", pattern=r"^(none|imagenet|sha256:[0-9a-f]{64})$")  # a file is known by its hash
+    weights: str = Field("none", pattern=r"^(none|imagenet|sha256:[0-9a-f]{64})$")  # a file is identified by its hash
     """Pretrained weights of the base; none: random.  [default: imagenet]"""
     unfreeze: Literal["last", "all"] = "all"
     """Layers of the base to train.  [default: last; all with --weights none]"""
@@ -108,13 +108,13 @@ class TrainConfig(BaseModel):
 def configs_of(
     architectures: Sequence[str], weights: str | None, unfreeze: str | None, **options: Any
 ) -> list[TrainConfig]:
-    """One config for each of the architectures (`all`: all of them), in the order of `NAMES`.
+    """Return one config per architecture (`all`: all of them), in the order of `NAMES`.
 
-    An option that is None gets the value of the architecture's recipe; `deterministic` is then on for CPUs and off for
-    GPUs. weights, unfreeze: ignored for architectures without a base.
+    An option that is None gets its default, from the recipe of the architecture if it has one; the default of
+    `deterministic` is True on CPUs and False on GPUs. weights, unfreeze: ignored for architectures without a base.
 
     Raises:
-        OptionError: an architecture is unknown, or options contradict one another.
+        OptionError: an architecture is unknown, an option is invalid, or options contradict each other.
     """
     if unknown := sorted(set(architectures) - {*NAMES, ALL}):
         raise OptionError(f"--architecture must be one of {', '.join(NAMES)}, {ALL}. Received: {unknown[0]!r}")
@@ -130,12 +130,12 @@ def configs_of(
             "--unfreeze last must come with weights. Received: --weights none, which trains the whole base"
         )
     base = {"weights": weights or "imagenet", "unfreeze": unfreeze or ("all" if weights == "none" else "last")}
-    given: dict[str, Any] = {"deterministic": not options.get("gpus_per_worker")}
-    given |= {key: value for key, value in options.items() if value is not None}
+    values: dict[str, Any] = {"deterministic": not options.get("gpus_per_worker")}
+    values |= {key: value for key, value in options.items() if value is not None}
     try:
         return [
             TrainConfig(
-                **{"architecture": name, **RECIPES[name].model_dump(), **(base if name in TRANSFER else {}), **given}
+                **{"architecture": name, **RECIPES[name].model_dump(), **(base if name in TRANSFER else {}), **values}
             )
             for name in names
         ]

@@ -1,4 +1,4 @@
-"""A finished model on a split of a dataset, in this process."""
+"""Evaluation of a finished model on a split of a dataset, in this process."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -17,7 +17,7 @@ from job.model.folder import load_model
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Numbers of one split, its classes, and what was taken for what."""
+    """Metrics of a split, of its classes, and its misclassified crops."""
 
     metrics: SplitMetrics
     per_class: pd.DataFrame
@@ -29,12 +29,12 @@ class Evaluation:
 
 
 def evaluate(model_place: UPath, dataset_place: UPath, split: str, out: UPath | None = None) -> Evaluation:
-    """Predict each crop of a split once. out: where the result will be written, looked at before the work.
+    """Predict each crop of a split once. out: folder for the result, checked before the work starts.
 
     Raises:
-        OptionError: the dataset's classes are not the model's, or `out` is sealed.
-        KuzushijiError: `out` is read-only or no folder.
-        InputError, DamageError: model or dataset can't be used, or are not what their manifests say.
+        OptionError: the classes of the dataset and of the model differ, or `out` is sealed.
+        KuzushijiError: `out` is read-only or not a folder.
+        InputError, DamageError: the model or the dataset can't be used, or does not match its manifest.
     """
     if out:
         check_out(out)
@@ -43,23 +43,26 @@ def evaluate(model_place: UPath, dataset_place: UPath, split: str, out: UPath | 
         if dataset.class_names != class_names:
             raise OptionError(
                 f"the classes of --dataset must be the model's. Received: {len(dataset.class_names)} and "
-                f"{len(class_names)} classes, not the same. Prepare the dataset with --classes {folder / 'labels.txt'}"
+                f"{len(class_names)} classes, which differ. Prepare the dataset with --classes {folder / 'labels.txt'}"
             )
         from job.model.inference import Inference
 
         crops = dataset.splits[split]
         with progress(f"{split} crops read", len(crops), "crops") as advance:
             predictions = Inference(model).predict(crops.images, crops.labels, advance)
-        numbers = metrics(predictions, crops.labels, class_names)
-        table = per_class(predictions, crops.labels, class_names)
-        return Evaluation(numbers, table, misclassified(predictions, crops, class_names))
+        return Evaluation(
+            metrics(predictions, crops.labels, class_names),
+            per_class(predictions, crops.labels, class_names),
+            misclassified(predictions, crops, class_names),
+        )
 
 
 def write_evaluation(evaluation: Evaluation, out: UPath) -> None:
-    """The same files as in a model folder, of this split.
+    """Write metrics.json, per_class.csv and misclassified.csv of the split, as in a model folder.
 
     Raises:
-        OptionError: `out` is sealed, and would not be what its manifest says any more.
+        OptionError: `out` is sealed: its files would no longer match its manifest.
+        KuzushijiError: `out` is read-only or not a folder.
     """
     check_out(out)
     write_bytes(out / "metrics.json", (json.dumps(asdict(evaluation.metrics), indent=2) + "\n").encode())
@@ -68,11 +71,11 @@ def write_evaluation(evaluation: Evaluation, out: UPath) -> None:
 
 
 def check_out(out: UPath) -> None:
-    """Look at where a result will be written, before the work.
+    """Check that a result can be written into a folder, before the work starts. Creates a local folder.
 
     Raises:
-        OptionError: it is sealed.
-        KuzushijiError: it is read-only or no folder.
+        OptionError: the folder is sealed.
+        KuzushijiError: it is read-only or not a folder.
     """
     if is_sealed(out):
         raise OptionError(f"--out must not be a finished dataset or model folder. Received: {out}")

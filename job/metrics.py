@@ -1,4 +1,4 @@
-"""Honest numbers from predictions: metrics of a split, a table of its classes, the list of what was taken for what."""
+"""Metrics from predictions: metrics of a split, a table of its classes, the misclassified crops, the confusions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,23 +11,23 @@ from job.data.staging import Crops
 from preprocessing.classes import RARE
 from preprocessing.labels import code_point_name, parse_code_point
 
-RARE_SHOWN = "〓"  # printers' sign for a character that is not in the case
+RARE_SHOWN = "〓"  # geta mark: printers' sign for a character that they lack
 
 
 def shown(class_name: str) -> str:
-    """The character of a class, for people."""
+    """Return the character of a class, for display."""
     return RARE_SHOWN if class_name == RARE else chr(parse_code_point(class_name))
 
 
 @dataclass(frozen=True)
 class SplitMetrics:
-    """How well a model predicts a split."""
+    """Metrics of a model on a split."""
 
     accuracy: float
     accuracy_without_rare: float | None
     """Over crops whose label is not `rare`; None if there are none."""
     top5: float
-    """Fraction of crops whose label is among the 5 likeliest classes."""
+    """Fraction of crops whose label is among the 5 most probable classes."""
     macro_f1: float
     """Mean F1 of the classes present in the split."""
     loss: float
@@ -36,7 +36,10 @@ class SplitMetrics:
 
 
 def metrics(predictions: NDArray[np.float32], labels: NDArray[np.int64], class_names: Sequence[str]) -> SplitMetrics:
-    """predictions: (N, 4), as `inference.predictions_of`. labels: (N,)."""
+    """Compute the metrics of a split.
+
+    predictions: (N, 4) float32, as `inference.predictions_of`. labels: (N,) int64. class_names: `rare` is the last one.
+    """
     correct = predictions[:, 0] == labels
     not_rare = labels != len(class_names) - 1
     present = per_class(predictions, labels, class_names).query("examples > 0")
@@ -51,21 +54,24 @@ def metrics(predictions: NDArray[np.float32], labels: NDArray[np.int64], class_n
 
 
 def per_class(predictions: NDArray[np.float32], labels: NDArray[np.int64], class_names: Sequence[str]) -> pd.DataFrame:
-    """One row a class: label, character, examples, predicted (how often it was), correct, precision, recall, f1."""
+    """Return one row per class: label, character, examples, predicted, correct, precision, recall, f1.
+
+    `predicted` is the number of crops that were predicted as the class. Undefined ratios are 0.
+    """
     classes = len(class_names)
     predicted = predictions[:, 0].astype(np.int64)
     examples = np.bincount(labels, minlength=classes)
-    as_predicted = np.bincount(predicted, minlength=classes)
+    predicted_counts = np.bincount(predicted, minlength=classes)
     correct = np.bincount(labels[predicted == labels], minlength=classes)
     with np.errstate(divide="ignore", invalid="ignore"):
-        precision, recall = correct / as_predicted, correct / examples
-        f1 = 2 * correct / (as_predicted + examples)
+        precision, recall = correct / predicted_counts, correct / examples
+        f1 = 2 * correct / (predicted_counts + examples)
     return pd.DataFrame(
         {
             "label": class_names,
             "character": [shown(name) for name in class_names],
             "examples": examples,
-            "predicted": as_predicted,
+            "predicted": predicted_counts,
             "correct": correct,
             "precision": np.nan_to_num(precision),
             "recall": np.nan_to_num(recall),
@@ -75,8 +81,9 @@ def per_class(predictions: NDArray[np.float32], labels: NDArray[np.int64], class
 
 
 def misclassified(predictions: NDArray[np.float32], crops: Crops, class_names: Sequence[str]) -> pd.DataFrame:
-    """One row a crop that was taken for another class: page and box, its own code point, label, predicted,
-    probability.
+    """Return one row per misclassified crop: image_id, box, unicode, label, predicted, probability.
+
+    `unicode` is the code point of the box, also if the label is `rare`. `probability` is that of the predicted class.
     """
     wrong = np.flatnonzero(predictions[:, 0] != crops.labels)
     names = np.array(class_names)
@@ -96,15 +103,16 @@ def misclassified(predictions: NDArray[np.float32], crops: Crops, class_names: S
     )
 
 
-def confusions(wrong: pd.DataFrame, table: pd.DataFrame) -> list[str]:
-    """The study's list, most mistakes first: `王 (12): 玉 玉 玉 ヱ` is a character, its crops, what they were taken
-    for.
+def confusions(misclassified: pd.DataFrame, per_class: pd.DataFrame) -> list[str]:
+    """Return the study's list of confusions, one line per class, most errors first.
+
+    `王 (12): 玉 玉 玉 ヱ`: a character, its number of crops, and the prediction of each misclassified crop.
     """
-    examples = dict(zip(table["label"], table["examples"], strict=True))
+    examples = dict(zip(per_class["label"], per_class["examples"], strict=True))
     lines = []
-    for label, group in wrong.groupby("label", sort=False):
+    for label, group in misclassified.groupby("label", sort=False):
         counts = group["predicted"].value_counts(sort=False)
         order = sorted(counts.index, key=lambda name: (-counts[name], name))
-        taken_for = " ".join(shown(name) for name in order for _ in range(counts[name]))
-        lines.append((len(group), str(label), f"{shown(str(label))} ({examples[label]}): {taken_for}"))
+        predicted = " ".join(shown(name) for name in order for _ in range(counts[name]))
+        lines.append((len(group), str(label), f"{shown(str(label))} ({examples[label]}): {predicted}"))
     return [line for _, _, line in sorted(lines, key=lambda entry: (-entry[0], entry[1]))]

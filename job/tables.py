@@ -1,4 +1,4 @@
-"""Numbers of finished models as text for the terminal."""
+"""Metrics of finished models: as JSON for scripts, and as tables for the terminal."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def outcome_result(outcomes: "Sequence[Outcome]") -> dict[str, Any]:
-    """For scripts: `models`, those that are finished; `faults`, a line for each of the others."""
+    """Return the object for `--json`: `models`, the finished ones; `faults`, a line for each failed one."""
     finished = [outcome for outcome in outcomes if outcome.error is None]
     return {
         "models": [
@@ -28,17 +28,17 @@ def outcome_result(outcomes: "Sequence[Outcome]") -> dict[str, Any]:
 
 
 def outcome_lines(outcomes: "Sequence[Outcome]") -> list[str]:
-    """For people: every split of one model, or a table of the tests of several."""
+    """Return the lines for the terminal: all splits of one model, or the test splits of several models."""
     if len(outcomes) > 1:
         return _table(outcomes)
     outcome, numbers = outcomes[0], outcomes[0].metrics
-    head = [] if outcome.trained else [f"run {outcome.folder.name} is finished already: nothing to do"]
-    return [*head, *splits_table({split: numbers[split] for split in SPLITS}), f"model: {outcome.folder}"]
+    header = [] if outcome.trained else [f"run {outcome.folder.name} is already finished: nothing to do"]
+    return [*header, *splits_table({split: numbers[split] for split in SPLITS}), f"model: {outcome.folder}"]
 
 
 def _table(outcomes: "Sequence[Outcome]") -> list[str]:
-    form = "{:<18} {:>8} {:>12} {:>7} {:>8} {:>12} {:>8}  {}"
-    lines = [form.format("test", "accuracy", "without rare", "top 5", "macro F1", "parameters", "minutes", "model")]
+    row = "{:<18} {:>8} {:>12} {:>7} {:>8} {:>12} {:>8}  {}"
+    lines = [row.format("test", "accuracy", "without rare", "top 5", "macro F1", "parameters", "minutes", "model")]
     for outcome in outcomes:
         if outcome.error is not None:
             lines.append(f"{outcome.architecture:<18} failed: {one_line(outcome.error)}")
@@ -47,19 +47,20 @@ def _table(outcomes: "Sequence[Outcome]") -> list[str]:
         test, parameters = numbers["test"], f"{numbers['parameters']:,}"
         scores = [optional(test[key]) for key in ("accuracy", "accuracy_without_rare", "top5", "macro_f1")]
         minutes = f"{numbers['seconds'] / 60:.1f}"
-        lines.append(form.format(outcome.architecture, *scores, parameters, minutes, outcome.folder))
+        lines.append(row.format(outcome.architecture, *scores, parameters, minutes, outcome.folder))
     return lines
 
 
-def splits_table(of_splits: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """of_splits: split to `metrics.SplitMetrics`, as JSON."""
-    form = "{:<10} {:>8} {:>9} {:>13} {:>7} {:>9} {:>8}"
-    lines = [form.format("split", "crops", "accuracy", "without rare", "top 5", "macro F1", "loss")]
-    for split, numbers in of_splits.items():
+def splits_table(metrics: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return a table with one row per split. metrics: split to the fields of `metrics.SplitMetrics`."""
+    row = "{:<10} {:>8} {:>9} {:>13} {:>7} {:>9} {:>8}"
+    lines = [row.format("split", "crops", "accuracy", "without rare", "top 5", "macro F1", "loss")]
+    for split, numbers in metrics.items():
         keys = ("accuracy", "accuracy_without_rare", "top5", "macro_f1", "loss")
-        lines.append(form.format(split, f"{numbers['examples']:,}", *(optional(numbers[key]) for key in keys)))
+        lines.append(row.format(split, f"{numbers['examples']:,}", *(optional(numbers[key]) for key in keys)))
     return lines
 
 
 def optional(value: float | None) -> str:
+    """Format a metric with four decimals, or `-` if it is undefined."""
     return "-" if value is None else f"{value:.4f}"

@@ -1,4 +1,4 @@
-"""`verify`: a folder of any kind, checked against its manifest."""
+"""`verify`: check a folder of any kind against its manifest."""
 
 from upath import UPath
 
@@ -12,5 +12,8 @@ KINDS = (DatasetManifest, ModelManifest, PredictionsManifest)
 
 
 def verify(folder: UPath) -> tuple[Manifest, list[str], list[str]]:
-    """As `cluster.manifest.verify`, for every kind of folder that the project writes."""
+    """As `cluster.manifest.verify`, for all kinds of folders that the project writes.
+
+    Returns the manifest, the faults (one line per file), and the names of files that the manifest does not list.
+    """
     return manifest.verify(folder, KINDS)

@@ -183,7 +183,7 @@ def test_reports_and_curves_are_on_the_bucket_beside_what_they_tell_of(cluster: 
 def test_the_model_comes_to_the_laptop_checked(cluster: Cluster, trained: str) -> None:
     pulled = cluster.laptop("kuzushiji", "pull", "--models", f"gs://{BUCKET}/models", "--to", "here").stdout
     assert "baseline/undisturbed" in pulled
-    assert "files are right" in cluster.laptop("kuzushiji", "verify", "here/baseline").stdout
+    assert "files are valid" in cluster.laptop("kuzushiji", "verify", "here/baseline").stdout
 
 
 CURL = "curl -s -o /dev/null -w '%{http_code}' --max-time 20"
@@ -254,9 +254,9 @@ def test_a_host_that_is_gone_changes_nothing_of_the_model(cluster: Cluster, trai
         cluster.cloud.delete(cluster.of_type("gpu")[0].name)
         out = job.communicate(timeout=900)[0]
     assert job.returncode == 0, out[-3000:]
-    assert "goes on after epoch" in out
+    assert "resumes after epoch" in out
     assert cluster.weights("disturbed") == cluster.weights("undisturbed")
-    assert "files are right" in cluster.laptop("kuzushiji", "verify", f"gs://{BUCKET}/models/baseline/disturbed").stdout
+    assert "files are valid" in cluster.laptop("kuzushiji", "verify", f"gs://{BUCKET}/models/baseline/disturbed").stdout
 
 
 NODES = """

@@ -221,7 +221,7 @@ def test_prepare_writes_the_report_beside_the_dataset_without_tensorflow_and_mak
     assert made.stderr.splitlines()[-1] == "TensorFlow was loaded here: False"  # 5 seconds and 600 MB
     first = target.read_bytes()
     Page(first.decode())
-    assert kuzushiji(*asked).stdout == "crops is there and right: nothing written\n"
+    assert kuzushiji(*asked).stdout == "crops is complete and valid: nothing written\n"
     target.unlink()
     assert kuzushiji(*asked).stdout.splitlines()[-1] == f"report: {target}"
     assert target.read_bytes() == first

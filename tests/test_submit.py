@@ -306,7 +306,7 @@ def job_of(line: str) -> str:
 def test_a_job_runs_and_its_log_and_outcome_come_back(head: Head, dataset: Path) -> None:
     done = head.submit("--", "verify", str(dataset))
     assert done.returncode == 0, done.stderr
-    assert "files are right" in done.stdout
+    assert "files are valid" in done.stdout
     assert "succeeded" in done.stderr
 
 
@@ -337,7 +337,7 @@ def test_a_job_that_is_not_waited_for_can_be_followed_later(head: Head, dataset:
     assert handed_in.returncode == 0, handed_in.stderr
     job = json.loads(handed_in.stdout.splitlines()[-1])["job"]
     followed = head.submit("--attach", job)
-    assert (followed.returncode, "files are right" in followed.stdout) == (0, True)
+    assert (followed.returncode, "files are valid" in followed.stdout) == (0, True)
     unknown = head.submit("--attach", "nobody")
     assert unknown.returncode == 1
     assert "must be the id of a job" in unknown.stderr.splitlines()[-1]
@@ -418,7 +418,7 @@ def test_whoever_reads_the_log_may_leave_and_the_job_goes_on(head: Head, waiting
         said = here.stderr.read().splitlines()
     (tmp_path / "end").touch()
     assert here.returncode == 1
-    assert "was handed in" in said[-2], said
+    assert "was submitted" in said[-2], said
     assert "continues. Follow it: kuzushiji submit" in said[-1]
     assert "reach" not in said[-1]
 
@@ -451,7 +451,7 @@ def test_no_proxy_is_asked_for_what_is_on_this_machine(
         asks = {"http_proxy": url, "all_proxy": url, "NO_PROXY": "", "no_proxy": ""}
         done = head.submit(*waiting, str(tmp_path), **asks)
         assert done.returncode == 7, done.stderr
-        job = done.stderr.partition(" was handed in")[0].split()[-1]
+        job = done.stderr.partition(" was submitted")[0].split()[-1]
         assert cluster.submit("--attach", job, **asks).returncode == 7
         with pytest.raises(BlockingIOError):  # nobody came
             proxy.accept()

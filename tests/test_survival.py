@@ -78,9 +78,9 @@ def test_a_killed_and_a_silent_worker_change_no_bit_and_leave_no_checkpoint_behi
     given = TrainConfig.model_validate(GIVEN | {"checkpoint_every": 2, "step_limit": 15})
     folder = train(place(few), place(tmp_path), [given], "disturbed")[0].folder
     assert {path.name for path in tmp_path.glob("happened-*")} == {"happened-7", "happened-13", "happened-left"}
-    assert "goes on after epoch 1" in caplog.text  # and 1 step of the next, if its upload was quicker
+    assert "resumes after epoch 1" in caplog.text  # and 1 step of the next, if its upload was quicker
     assert "a step must end in 15 s" in caplog.text
-    assert "goes on after epoch 2 and 2 steps of the next" in caplog.text
+    assert "resumes after epoch 2 and 2 steps of the next" in caplog.text
     assert (tmp_path / "happened-left").read_text() == "False 2"
     assert result(Path(folder.path)) == result(trained)
 
@@ -112,7 +112,7 @@ def test_a_run_whose_driver_is_killed_goes_on_within_the_epoch_also_on_another_n
     with pytest.raises(OptionError, match="seed .then 42, now 1."):
         again("two", seed=1)
     assert result(again("two", max_failures=0)) == result(trained)
-    assert re.search("goes on after epoch [0-2] and [1-4] steps of the next", caplog.text)
+    assert re.search("resumes after epoch [0-2] and [1-4] steps of the next", caplog.text)
     curves = sorted((tmp_path / "two" / "tensorboard" / "baseline" / "killed").iterdir())
     assert [path.suffix for path in curves] == [".00001", ".00002", ".00003"]
     # What is only looked at can't be written.
@@ -181,7 +181,7 @@ try:
         from job.train import watchdog as interruption
         from job.train import worker
 
-        interruption.SECONDS_BETWEEN_LOOKS = 0
+        interruption.SECONDS_BETWEEN_CHECKS = 0
         rows_of = worker.Training.rows_of
 
         def in_time(training, *arguments):
@@ -234,5 +234,5 @@ def test_a_node_that_is_drained_is_left_with_a_checkpoint_of_just_then_and_no_bi
         cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "goes on after epoch 1 and 3 steps of the next" in done.stderr
+    assert "resumes after epoch 1 and 3 steps of the next" in done.stderr
     assert result(tmp_path / "baseline" / "drained") == result(trained)

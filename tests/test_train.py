@@ -328,11 +328,11 @@ def test_the_real_pages_are_learned_by_heart_though_they_are_less_than_a_batch(
     told = ", ".join(rf"{part} [0-9.]+" for part in parts)
     begun = [
         r"1 workers start, [0-9.]+ s after the command",
-        "the workers are there",
+        "the workers have started",
         rf"first step [0-9.]+ s \({told}\)",
     ]
     assert re.search(".*".join(begun), caplog.text, re.DOTALL)
-    assert caplog.text.count("after the worker was there") == 1
+    assert caplog.text.count("after the worker started") == 1
     history = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
     assert [row["step"] for row in history] == list(range(1, 9))
     events = sorted((tmp_path / "tensorboard" / "baseline" / "heart").iterdir())

@@ -275,7 +275,7 @@ def test_a_lost_worker_repeats_one_saved_epoch_at_most_and_frozen_layers_stay_as
     config = configs_of(["xception"], handed.identity, "last", epochs=5, global_batch_size=16, learning_rate=1e-3)
     outcome = train(place(few), place(tmp_path), config, "lost", handed)[0]
     assert Path(marker).exists()
-    assert "xception: goes on after epoch 3" in caplog.text
+    assert "xception: resumes after epoch 3" in caplog.text
     assert set(Path(marker + ".pending").read_text().split()) <= {"0", "1", "2"}
     history = (outcome.folder / "history.jsonl").read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in history] == [1, 2, 3, 4, 5]

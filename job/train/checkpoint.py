@@ -1,7 +1,7 @@
-"""What a training goes on from, and how it gets to Ray Train.
+"""Checkpoints: what a training needs to resume, and how Ray Train saves and restores it.
 
-`state.json`, and `arrays.npz`, which holds what training changes, once.
-Frozen layers are not in it: a training that goes on reads their weights where it began. No pickle.
+A checkpoint is a folder with `state.json` and `arrays.npz`. The arrays hold each variable that training changes, once.
+Weights of frozen layers are not saved: a resumed training loads them from the pretrained weights again. No pickle.
 """
 
 import json
@@ -26,42 +26,62 @@ ARRAYS_FILE = "arrays.npz"
 
 @dataclass
 class State:
-    """Where a training stands, besides its weights."""
+    """Progress of a training, without its weights."""
 
     epoch: int = 0
-    """Epochs done."""
+    """Finished epochs."""
     step: int = 0
-    """Steps done of the next one; what follows is of these."""
+    """Finished steps of the current epoch. `sums`, `seconds` and `waited` cover these steps."""
     sums: list[list[float]] = field(default_factory=list)
-    """A row a worker: its sums of cross-entropy and of correct predictions."""
+    """One row per worker: its sums of cross-entropy and of correct predictions. Set when a checkpoint is saved."""
     seconds: float = 0.0
+    """Seconds of training."""
     waited: float = 0.0
+    """Seconds of training spent waiting for crops."""
     best_epoch: int = 0
+    """The epoch with the highest validation accuracy, the earliest on ties; 0 before the first one ends."""
     best_accuracy: float = -1.0
     history: list[EpochRow] = field(default_factory=list)
 
     @property
     def is_best(self) -> bool:
-        """Whether the weights are those of the best epoch."""
+        """Whether the current weights are those of the best epoch."""
         return self.step == 0 and self.epoch == self.best_epoch
 
+    def is_finished(self, epochs: int, patience: int | None) -> bool:
+        """Whether all epochs are done, or `patience` epochs have passed without a better validation accuracy."""
+        since_best = self.epoch - self.best_epoch
+        return self.epoch >= epochs or (patience is not None and since_best >= patience)
+
+    def end_epoch(self, row: EpochRow) -> bool:
+        """Add a finished epoch to the history. Returns whether it is the best epoch so far."""
+        self.epoch = row.epoch
+        self.step, self.sums, self.seconds, self.waited = 0, [], 0.0, 0.0
+        self.history.append(row)
+        improved = row.val_accuracy > self.best_accuracy
+        if improved:
+            self.best_epoch, self.best_accuracy = row.epoch, row.val_accuracy
+        return improved
+
     def sums_of(self, rank: int, workers: int) -> list[float]:
-        """What a worker goes on from; of a run of another number of workers, an equal share of all."""
+        """The sums a worker resumes with; an equal share of the total if the number of workers has changed."""
         if len(self.sums) == workers:
             return self.sums[rank]
         return [sum(column) / workers for column in zip(*self.sums, strict=True)] or [0.0, 0.0]
 
 
 def changing_variables(model: keras.Model) -> list[Any]:
-    """Weights and batch norm statistics of the layers that are not frozen."""
+    """Return the variables of all layers that are not frozen: weights and batch norm statistics."""
     return [variable for layer in model.layers if layer.trainable for variable in layer.variables]
 
 
 def write_checkpoint(folder: Path, state: State, variables: Sequence[Any], best: Sequence[NDArray[Any]]) -> None:
-    """variables: the model's changing ones, then the optimizer's. best: the model's at its best epoch, left out where
-    these are the variables.
+    """Write a checkpoint into an existing folder.
+
+    variables: the model's changing variables, then the optimizer's. best: values of the model's changing variables at
+    the best epoch; not written if they are the current values.
     """
-    # Variables go in as they are: NumPy copies one at a time out of TensorFlow.
+    # Variables are passed as they are: NumPy copies them out of TensorFlow one at a time.
     arrays = {f"variable_{i}": variable for i, variable in enumerate(variables)}
     if not state.is_best:
         arrays |= {f"best_{i}": weights for i, weights in enumerate(best)}
@@ -70,7 +90,7 @@ def write_checkpoint(folder: Path, state: State, variables: Sequence[Any], best:
 
 
 def read_checkpoint(folder: Path, variables: Sequence[Any]) -> tuple[State, list[NDArray[Any]]]:
-    """Set the variables; returns the state, and the best weights, empty where they are the variables."""
+    """Assign the variables. Returns the state and the best weights, which are empty if they are the current ones."""
     content = json.loads((folder / STATE_FILE).read_text())
     content["history"] = [EpochRow(**row) for row in content["history"]]
     state = State(**content)
@@ -81,35 +101,48 @@ def read_checkpoint(folder: Path, variables: Sequence[Any]) -> tuple[State, list
     return state, best
 
 
+def restore_checkpoint(variables: Sequence[Any]) -> tuple[State, list[NDArray[Any]]] | None:
+    """Read the run's last checkpoint as `read_checkpoint` does. Returns None if Ray Train has none."""
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        return None
+    with checkpoint.as_directory() as folder:
+        return read_checkpoint(Path(folder), variables)
+
+
 def upload_checkpoint(
     row: dict[str, Any], state: State, variables: Sequence[Any], best: Sequence[NDArray[Any]], scratch: Path
 ) -> None:
-    """Write a checkpoint into a folder within `scratch`, and hand it to Ray Train with a row of numbers."""
+    """Write a checkpoint into a new folder in `scratch`, and report it to Ray Train with a row of metrics."""
     wait_for_upload()
     folder = tempfile.mkdtemp(dir=scratch)
     try:
         write_checkpoint(Path(folder), state, variables, best)
-    except OSError as error:  # that of a full disk names no place
+    except OSError as error:  # the error of a full disk names no path
         raise OSError(error.errno, error.strerror, folder) from error
     ray.train.report(
         row,
         checkpoint=ray.train.Checkpoint.from_directory(folder),
-        # Training goes on meanwhile. Ray removes the folder after it; if it can't, it goes with `scratch`.
+        # Training continues during the upload. Ray removes the folder afterwards; if it can't, the folder goes with
+        # `scratch`.
         checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
     )
 
 
 def wait_for_upload() -> list[Any]:
-    """For the last checkpoint, on the rank that uploads; returns all that Ray Train keeps. One at a time: Ray queues
-    any number, of which a lost worker would lose all.
+    """Wait until the last checkpoint is uploaded; call it on the rank that uploads. Returns all kept checkpoints.
+
+    Uploads run one at a time: Ray would queue any number of them, and a lost worker would lose the whole queue.
     """
     kept: list[Any] = ray.train.get_all_reported_checkpoints(ray.train.CheckpointConsistencyMode.COMMITTED)
     return kept
 
 
 def remove_unknown(folder: UPath) -> None:
-    """Remove what Ray Train does not keep, by its own form of name: what a lost worker had not wholly uploaded, or what
-    should have been removed when the controller was lost.
+    """Remove checkpoints that Ray Train does not keep.
+
+    These are incomplete uploads of a lost worker, and checkpoints that a lost controller did not remove. Only folders
+    with Ray Train's own naming (`checkpoint_...`) are removed.
     """
     known = {PurePosixPath(reported.checkpoint.path).name for reported in wait_for_upload()}
     for name in list_folders(folder):

@@ -1,6 +1,7 @@
-"""The driver of trainings: checks what can be checked at once, then hands each architecture to Ray Train.
+"""The driver of trainings: checks the options and the dataset, then starts one Ray Train run per architecture.
 
-They run side by side where the hosts hold them, else one after the other. One that fails takes no other along.
+Runs are concurrent if the cluster has room for them, else they start one after the other. A failed run does not stop
+the others.
 """
 
 import importlib
@@ -31,81 +32,82 @@ from preprocessing.dataset import DatasetManifest
 
 log = logging.getLogger("kuzushiji")
 
-SECONDS_BETWEEN_LOOKS = 1.0
+SECONDS_BETWEEN_CHECKS = 1.0
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How the run of one architecture ended."""
+    """Result of the run of one architecture."""
 
     architecture: str
     folder: UPath
-    """Sealed, if there is no error."""
+    """The model folder; sealed if there is no error."""
     trained: bool
-    """False: the run was finished before."""
+    """False if the run was finished before, or failed."""
     metrics: dict[str, Any]
-    """What `metrics.json` holds; nothing, if there is an error."""
+    """Content of `metrics.json`; empty if there is an error."""
     error: Exception | None = None
 
 
 def new_run_name() -> str:
-    """A name that no earlier run has: the time, to the microsecond."""
+    """Return a unique name: the time in UTC, to the microsecond."""
     return datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f")
 
 
 def default_cpus_per_worker(workers: int) -> int:
-    """An equal share of this machine, or 1 on a cluster, whose hosts this machine does not know."""
+    """Return an equal share of this machine's CPUs, or 1 on a cluster, since the CPUs of its hosts are unknown here."""
     return 1 if os.environ.get("RAY_ADDRESS") else max(1, (os.cpu_count() or 1) // workers)
 
 
 def train(
-    dataset: UPath, models: UPath, configs: Sequence[TrainConfig], run: str, handed: WeightsFile | None = None
+    dataset: UPath, models: UPath, configs: Sequence[TrainConfig], run: str, weights_file: WeightsFile | None = None
 ) -> list[Outcome]:
-    """Train, evaluate and seal `<models>/<architecture>/<run>/` for each config; a run that is called again continues.
+    """Train, evaluate and seal `<models>/<architecture>/<run>/` for each config. An unfinished run is resumed.
 
-    handed: the file of `TrainConfig.weights`, if one was handed over. The outcomes come in the order of the configs,
-    which need the same workers, CPUs and GPUs. Failures are in them, unless there is one config alone.
+    run: name of the runs. weights_file: the file that `TrainConfig.weights` names by its hash. The configs need the
+    same workers, CPUs and GPUs. Returns the outcomes in the order of the configs, with the failures in them; with one
+    config alone, its failure is raised.
 
     Raises:
-        Exception: what the training of a config alone failed of.
-        OptionError: more workers than crops in a batch, or a run was begun with other options; nothing was started.
-        InputError, DamageError: the dataset can't be used, or is not what its manifest says.
+        OptionError: more replicas than crops in a batch, or a run was started with other options; nothing is started.
+        InputError, DamageError: the dataset can't be used, or does not match its manifest.
+        Exception: the failure of the only config.
     """
     began = time.monotonic()
-    _check_run(run)
+    _check_run_name(run)
     manifest = _check_dataset(dataset)
-    runs = [Run(run, _fit_batch(manifest, config), dataset, manifest.sha256, models) for config in configs]
+    runs = [Run(run, _fit_batch_size(manifest, config), dataset, manifest.sha256, models) for config in configs]
     alone = len(runs) == 1
-    if len({one.folder for one in runs}) < len(runs):
+    if len({training.folder for training in runs}) < len(runs):
         raise OptionError("each architecture must be given once. Received: one with two configs")
     outcomes: dict[Run, Outcome] = {}
-    for one in runs:
+    for training in runs:
         try:
-            if one.is_finished():
-                one.tidy()
-                outcomes[one] = Outcome(one.config.architecture, one.folder, False, one.metrics())
-        except OptionError:  # of the command as a whole; nothing was started
+            if training.is_finished():
+                training.tidy()
+                outcomes[training] = _succeeded(training, trained=False)
+        except OptionError:  # concerns the whole command: nothing is started
             raise
         except Exception as error:
-            outcomes[one] = _failed(one, error, alone)
+            outcomes[training] = _failed(training, error, alone)
     ready: dict[Run, WeightsFile | None] = {}
-    for one in runs:
+    for training in runs:
         try:
-            if one not in outcomes:
-                ready[one] = obtain(one.config, handed, models)
+            if training not in outcomes:
+                ready[training] = obtain(training.config, weights_file, models)
         except Exception as error:
-            outcomes[one] = _failed(one, error, alone)
+            outcomes[training] = _failed(training, error, alone)
     if ready:
         _log_determinism(configs[0])
-        with ray_session(at_least_cpus=configs[0].workers * configs[0].cpus_per_worker), _said_how_to_go_on(run):
-            for one, failure in _side_by_side(ready, began):
+        with ray_session(at_least_cpus=configs[0].workers * configs[0].cpus_per_worker), _log_how_to_resume(run):
+            for training, failure in _run_concurrently(ready, began):
                 try:
                     if failure:
                         raise failure
-                    outcomes[one] = Outcome(one.config.architecture, one.folder, True, one.metrics())
+                    outcomes[training] = _succeeded(training, trained=True)
                 except Exception as error:
-                    outcomes[one] = _failed(one, error, alone)
-    return [outcomes[one] for one in runs]
+                    outcomes[training] = _failed(training, error, alone)
+    return [outcomes[training] for training in runs]
 
 
 def _log_determinism(config: TrainConfig) -> None:
@@ -116,30 +118,37 @@ def _log_determinism(config: TrainConfig) -> None:
 
 
 @contextmanager
-def _said_how_to_go_on(run: str) -> Iterator[None]:
-    """Here, since Ray ends this process, with 1, when it is shut down while threads wait for it."""
+def _log_how_to_resume(run: str) -> Iterator[None]:
+    """Use it within the Ray session: a shutdown of Ray while threads wait for it exits this process with code 1."""
     try:
         yield
     except KeyboardInterrupt:
-        log.warning("stopped; the same command with --run %s goes on from the last checkpoint, if there is one", run)
+        log.warning(
+            "stopped; run the same command with --run %s to resume from the last checkpoint, if there is one", run
+        )
         raise
+
+
+def _succeeded(run: Run, trained: bool) -> Outcome:
+    return Outcome(run.config.architecture, run.folder, trained, run.metrics())
 
 
 def _failed(run: Run, error: Exception, alone: bool) -> Outcome:
     if alone:
         raise error
     log.error("%s: failed: %s", run.config.architecture, one_line(error))
-    log.debug("where:", exc_info=error)
+    log.debug("traceback:", exc_info=error)
     return Outcome(run.config.architecture, run.folder, trained=False, metrics={}, error=error)
 
 
-def _side_by_side(ready: Mapping[Run, WeightsFile | None], began: float) -> Iterator[tuple[Run, Exception | None]]:
-    """Start the next run whenever the hosts hold one more, until all have ended. Yields each as it ends, with what it
-    failed of. began: `time.monotonic()` of the command.
+def _run_concurrently(ready: Mapping[Run, WeightsFile | None], began: float) -> Iterator[tuple[Run, Exception | None]]:
+    """Start each run as soon as the cluster has room for it. Yields each run when it ends, with its failure or None.
+
+    ready: the runs and their pretrained weights. began: `time.monotonic()` at the start of the command.
     """
     from job.train.display import RunState, watched
 
-    importlib.import_module("ray.train.v2.api.data_parallel_trainer")  # seconds; before there are threads
+    importlib.import_module("ray.train.v2.api.data_parallel_trainer")  # takes seconds; imported before threads start
     ended: queue.SimpleQueue[tuple[Run, Exception | None]] = queue.SimpleQueue()
     waiting, running = deque(ready), 0
     with watched([run.config.architecture for run in ready]) as board:
@@ -148,13 +157,13 @@ def _side_by_side(ready: Mapping[Run, WeightsFile | None], began: float) -> Iter
             error: Exception | None = None
             try:
                 run.fit(ready[run], board)
-            except BaseException as raised:  # whatever it is, the loop below waits to hear of it
+            except BaseException as raised:  # of any kind: the loop below waits for an entry in the queue
                 error = raised if isinstance(raised, Exception) else RuntimeError(repr(raised))
             ended.put((run, error))
 
         while waiting or running:
-            # The first starts in any case: a cluster may add hosts for it.
-            while waiting and running < max(1, _runs_held(waiting[0].config)):
+            # The first one starts in any case: a cluster may add hosts for it.
+            while waiting and running < max(1, _runs_that_fit(waiting[0].config)):
                 run = waiting.popleft()
                 running += 1
                 board.post.remote(RunState(run.config.architecture, "workers start", starts=True))
@@ -164,61 +173,63 @@ def _side_by_side(ready: Mapping[Run, WeightsFile | None], began: float) -> Iter
                     run.config.workers,
                     time.monotonic() - began,
                 )
-                # Ray Train blocks the thread that calls it. A daemon: Ctrl-C ends the command and Ray, not only it.
+                # Ray Train blocks the calling thread. A daemon thread does not keep the process alive after Ctrl-C.
                 threading.Thread(target=fit, args=(run,), daemon=True).start()
             with suppress(queue.Empty):
-                run, error = ended.get(timeout=SECONDS_BETWEEN_LOOKS)
+                run, error = ended.get(timeout=SECONDS_BETWEEN_CHECKS)
                 running -= 1
                 board.post.remote(RunState(run.config.architecture, "failed" if error else "finished"))
                 yield run, error
 
 
-def _runs_held(config: TrainConfig) -> int:
-    """How many runs of this size the living hosts hold at once; a worker stays on one host."""
+def _runs_that_fit(config: TrainConfig) -> int:
+    """Return how many runs like this one fit on the live hosts at the same time. A worker does not span hosts."""
     import ray
 
     workers = 0
     for node in ray.nodes():
-        has = node["Resources"] if node["Alive"] else {}
-        held = has.get("CPU", 0) // config.cpus_per_worker
+        resources = node["Resources"] if node["Alive"] else {}
+        fitting = resources.get("CPU", 0) // config.cpus_per_worker
         if config.gpus_per_worker:
-            held = min(held, has.get("GPU", 0) // config.gpus_per_worker)
-        workers += int(held)
+            fitting = min(fitting, resources.get("GPU", 0) // config.gpus_per_worker)
+        workers += int(fitting)
     return workers // config.workers
 
 
-def _check_run(run: str) -> None:
+def _check_run_name(run: str) -> None:
     try:
         plain_name(run, "--run")
     except InputError as error:
         raise OptionError(str(error)) from None
     if run.endswith((".json", REPORT_SUFFIX)):
         raise OptionError(
-            f"--run must not end in .json or {REPORT_SUFFIX}, which name files beside the runs. Received: {run}"
+            f"--run must not end in .json or {REPORT_SUFFIX}, as files next to the runs do. Received: {run}"
         )
 
 
 def _check_dataset(dataset: UPath) -> DatasetManifest:
-    """The manifest, after all files of a local dataset were hashed: a retry of the workers would not mend them."""
+    """Return the manifest. All files of a local dataset are hashed first: a restart of workers would not fix them."""
     manifest = read_manifest(dataset, DatasetManifest)
     faults = verify(dataset, [DatasetManifest])[1] if is_local(dataset) else []
     if faults:
-        raise DamageError(f"{dataset}: {'; '.join(faults)}. Run the same prepare again: it makes again what is damaged")
+        raise DamageError(f"{dataset}: {'; '.join(faults)}. Run the same `prepare` again, which repairs it")
     return manifest
 
 
-def _fit_batch(manifest: DatasetManifest, config: TrainConfig) -> TrainConfig:
-    """Lower the global batch size to the number of crops where there are fewer, and say so, as well as what a batch
-    size other than the recipe's does not change.
+def _fit_batch_size(manifest: DatasetManifest, config: TrainConfig) -> TrainConfig:
+    """Return the config with a global batch size of at most the number of training crops. Logs what it changes.
+
+    Raises:
+        InputError: a split has no crops.
+        OptionError: more replicas than crops in a batch.
     """
-    of_split = {split: sum(shard.examples for shard in manifest.shards_of(split)) for split in SPLITS}
-    if not all(of_split.values()):
-        raise InputError(f"--dataset must have crops in every split. Received: {of_split}")
-    crops = of_split["train"]
-    size = min(config.global_batch_size, crops)
+    crops_by_split = {split: sum(shard.examples for shard in manifest.shards_of(split)) for split in SPLITS}
+    if not all(crops_by_split.values()):
+        raise InputError(f"--dataset must have crops in every split. Received: {crops_by_split}")
+    size = min(config.global_batch_size, crops_by_split["train"])
     if size < config.global_batch_size:
         log.warning(
-            "%s: --global-batch-size %d is lowered to %d, all crops there are to train on",
+            "%s: --global-batch-size %d is lowered to %d, the number of training crops",
             config.architecture,
             config.global_batch_size,
             size,
@@ -226,7 +237,8 @@ def _fit_batch(manifest: DatasetManifest, config: TrainConfig) -> TrainConfig:
     replicas = config.workers * max(1, config.gpus_per_worker)
     if replicas > size:
         raise OptionError(
-            f"each worker (and GPU) must get a crop of each batch. Received: {replicas} for a batch of {size}"
+            f"each worker (and GPU) must get a crop of each batch. Received: {replicas} for a batch of {size}. "
+            "Lower --workers or --gpus-per-worker"
         )
     recipe = RECIPES[config.architecture].global_batch_size
     if size != recipe:

@@ -1,7 +1,7 @@
-"""Dropout with one mask for the whole global batch, of which each replica uses its rows.
+"""Dropout with one mask for the whole global batch; each replica uses the rows of its crops.
 
-`keras.layers.Dropout` draws the same mask on every worker, so that crops share masks by accident and the number of
-workers matters. Here a mask is a pure function of (seed, layer, step): nothing to be saved with a checkpoint either.
+`keras.layers.Dropout` draws the same mask on every worker: crops of different workers share masks, and results depend
+on the number of workers. Here a mask is a pure function of (seed, layer, step), so checkpoints need no random state.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,10 +16,11 @@ import tensorflow as tf
 
 @dataclass(frozen=True)
 class BatchRows:
-    """Which rows of which global batch a replica works on; tensors while the step is traced."""
+    """The rows of a global batch that a replica works on. `step` and `first` are scalar tensors in a traced step."""
 
     step: Any
     first: Any
+    """First row of the replica."""
     global_batch_size: int
 
 
@@ -28,8 +29,9 @@ _masks: ContextVar[Mapping[str, Any] | None] = ContextVar("masks", default=None)
 
 @contextmanager
 def dropout_masks(masks: Mapping[str, Any]) -> Iterator[None]:
-    """Dropout is on within: layer name to its mask. A context variable, since Keras hands nothing else through to a
-    layer.
+    """Enable dropout in `SharedDropout` layers.
+
+    masks: layer name to its mask. A context variable passes them, since Keras passes no extra arguments to layers.
     """
     token = _masks.set(masks)
     try:
@@ -39,7 +41,7 @@ def dropout_masks(masks: Mapping[str, Any]) -> Iterator[None]:
 
 
 class SharedDropout(keras.layers.Layer):  # type: ignore[misc]  # Keras has no types
-    """Stands in for `keras.layers.Dropout` while training; outside of `dropout_masks` it passes its input on."""
+    """Replaces `keras.layers.Dropout` in training. Outside `dropout_masks` it returns its input."""
 
     def __init__(self, rate: float, seed: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -49,8 +51,9 @@ class SharedDropout(keras.layers.Layer):  # type: ignore[misc]  # Keras has no t
         self.features = input_shape[1:]
 
     def mask(self, rows: BatchRows, count: Any) -> Any:
-        """(count, ...) bool, what is kept of each of the rows. Drawn outside of what XLA compiles, which would draw
-        other numbers.
+        """Return a (count, *features) bool mask: True for the values to keep. rows: the replica's; count: their number.
+
+        Call it outside functions that XLA compiles: XLA draws other random numbers.
         """
         shape = (rows.global_batch_size, *self.features)
         drawn = tf.random.stateless_uniform(shape, seed=tf.stack([tf.cast(self.seed, tf.int64), rows.step]))

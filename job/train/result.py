@@ -1,44 +1,76 @@
-"""What a finished training says of itself: the texts of its model folder."""
+"""The result of a finished training: the texts of its model folder (metrics, tables, card), and its report."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from upath import UPath
 
+from cluster.storage import place
 from job.config import TRANSFER, TrainConfig
 from job.data.staging import StagedDataset
 from job.metrics import metrics, misclassified, per_class
-from job.model.folder import CONFIG_FILE, LABELS_FILE, METRICS_FILE, MODEL_FILE
+from job.model.folder import CONFIG_FILE, LABELS_FILE, METRICS_FILE, MODEL_FILE, write_model
+from job.report.side_files import report_file, write_side_file
 from job.tables import optional
 from preprocessing.config import SPLITS
 
 if TYPE_CHECKING:
     import keras
 
+    from job.train.run import TrainJob
+
 
 @dataclass(frozen=True)
 class EpochRow:
-    """The numbers of one epoch: a line of `history.jsonl`."""
+    """Metrics of one epoch: a line of `history.jsonl`."""
 
     epoch: int
-    """From 1."""
+    """Counted from 1."""
     step: int
-    """Steps done since the training began."""
+    """Finished steps since the start of the training."""
     loss: float
-    """Mean cross-entropy over the crops trained on, each before the update of its step."""
+    """Mean cross-entropy over the training crops, each computed before the update of its step."""
     accuracy: float
     val_loss: float
     val_accuracy: float
     learning_rate: float
     seconds: float
-    """Of training, without validation."""
+    """Seconds of training, without validation."""
     crops_per_s: float
     data_wait: float
     """Fraction of `seconds` spent waiting for crops."""
+
+
+def write_result(
+    job: "TrainJob",
+    model: "keras.Model",
+    predictions: Mapping[str, NDArray[np.float32]],
+    dataset: StagedDataset,
+    history: Sequence[EpochRow],
+    best_epoch: int,
+    log: Callable[[str], object],
+) -> None:
+    """Write and seal the model folder, then write its report next to it. Other parameters: as `folder_texts`.
+
+    A report that can't be written is logged; it does not fail the training.
+    """
+    target = place(job.folder)
+    texts = folder_texts(job.config, job.run, model, predictions, dataset, history, best_epoch)
+    write_model(target, model, texts, dataset.manifest.sha256)
+    report = report_file(target)
+    if write_side_file(report, lambda: _report_of(target, texts, model, dataset), log):
+        log(f"report: {report}")
+
+
+def _report_of(folder: UPath, texts: dict[str, str], model: "keras.Model", dataset: StagedDataset) -> bytes:
+    from job.report.models import run_report  # imports the plotting library, which must not delay the first step
+
+    return run_report(folder, texts, model, dataset)
 
 
 def folder_texts(
@@ -50,9 +82,9 @@ def folder_texts(
     history: Sequence[EpochRow],
     best_epoch: int,
 ) -> dict[str, str]:
-    """All files of a model folder except the model: name to content.
+    """Return the text files of a model folder: name to content. The manifest and the model are not among them.
 
-    predictions: (N, 4) of each split, as `inference.predictions_of`.
+    predictions: split to (N, 4) float32, as `inference.predictions_of`.
     """
     names, test = dataset.class_names, dataset.splits["test"]
     recorded = config.model_dump()
@@ -78,7 +110,10 @@ def folder_texts(
 
 
 def model_card(config: Mapping[str, Any], metrics: Mapping[str, Any], run: str, dataset: str) -> str:
-    """README.md of a model folder, in Markdown."""
+    """Return the model card, `README.md` of a model folder, in Markdown.
+
+    config, metrics: contents of `config.json` and `metrics.json`. run: name of the run. dataset: unit of the split.
+    """
     header = "| split | crops | accuracy | without rare | top 5 | macro F1 | loss |\n|---|---|---|---|---|---|---|"
     rows = "\n".join(
         f"| {split} | {m['examples']:,} | {m['accuracy']:.4f} | {optional(m['accuracy_without_rare'])} "
@@ -88,30 +123,31 @@ def model_card(config: Mapping[str, Any], metrics: Mapping[str, Any], run: str, 
     return f"""# {config["architecture"]}, run {run}
 
 A classifier of Kuzushiji characters: {metrics["parameters"]:,} parameters, {metrics["classes"]} classes
-(`{LABELS_FILE}`, a line each).
+(`{LABELS_FILE}`, one per line).
 
 {header}
 {rows}
 
-- Input: N x 80 x 80 x 1, uint8 or float, 0..255, cut as in `kuzushiji prepare`; scaling is inside.{_any_size(config)}
-  Output: probabilities.
-- Load it: `keras.saving.load_model("{MODEL_FILE}", compile=False)`, safe mode on, no package of ours needed.
-- Trained with Adam, learning rate {config["learning_rate"]:g}, global batch {config["global_batch_size"]},
-  epochs at most: {config["epochs"]}, seed {config["seed"]}, {config["precision"]},
-  class weights: {config["class_weights"]}; the weights are those of epoch {metrics["best_epoch"]},
-  the best in validation.{_base(config)}
-- Split of the dataset: {dataset}. What `rare` holds is not told apart.
-- The licence of the training data binds what is made from them: CC BY-SA 4.0 for Kaggle's *Kuzushiji Recognition*
-pages.
+- Input: N x 80 x 80 x 1, uint8 or float, 0 to 255: crops as `kuzushiji prepare` cuts them. The model scales them
+  itself.{_any_size(config)} Output: class probabilities, N x {metrics["classes"]}.
+- To load the model: `keras.saving.load_model("{MODEL_FILE}", compile=False)`. It loads in safe mode and does not need
+  the kuzushiji package.
+- Training: Adam, learning rate {config["learning_rate"]:g}, global batch size {config["global_batch_size"]},
+  at most {config["epochs"]} epochs, seed {config["seed"]}, precision {config["precision"]},
+  class weights: {config["class_weights"]}. The weights are those of epoch {metrics["best_epoch"]}, which has the best
+  validation accuracy.{_base(config)}
+- Split of the dataset: {dataset}. The class `rare` stands for all characters that have no class of their own.
+- The licence of the training data also covers works derived from them: CC BY-SA 4.0 for the pages of Kaggle's
+  *Kuzushiji Recognition*.
 """
 
 
 def _any_size(config: Mapping[str, Any]) -> str:
-    return " Any height and width will do." if config["architecture"] == "fcn" else ""
+    return " It accepts any height and width." if config["architecture"] == "fcn" else ""
 
 
 def _base(config: Mapping[str, Any]) -> str:
     if config["architecture"] not in TRANSFER:
         return ""
     trained = {"last": "its last layers were trained", "all": "all its layers were trained"}[config["unfreeze"]]
-    return f"\n- The base began with the weights: {config['weights']}; {trained}."
+    return f"\n- Initial weights of the base: {config['weights']}; {trained}."

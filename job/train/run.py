@@ -1,4 +1,4 @@
-"""One Ray Train run: an architecture on a dataset, from the workers' start to the sealed model folder."""
+"""One Ray Train run: an architecture on a dataset, from the start of the workers to the sealed model folder."""
 
 import json
 import logging
@@ -36,7 +36,7 @@ RUNS_FOLDER = ".runs"
 
 @dataclass(frozen=True)
 class TrainJob:
-    """What each worker of a run gets."""
+    """Input of each worker of a run."""
 
     config: TrainConfig
     weights: WeightsFile | None
@@ -46,9 +46,9 @@ class TrainJob:
     folder: str
     """Place of the model folder to write."""
     checkpoints: str
-    """Place of the folder of all checkpoints of the run."""
+    """Place of the folder with all checkpoints of the run."""
     curves: str
-    """Place of the folder of the curves for TensorBoard."""
+    """Place of the folder with the curves for TensorBoard."""
     run: str
     """Name of the run."""
     board: Any
@@ -57,19 +57,17 @@ class TrainJob:
 
 @dataclass(frozen=True)
 class Failure:
-    """A failure that all workers have alike, and that a restart would not mend. (Ray Train retries what is raised.)"""
+    """A failure that all workers share and a restart would not fix. (Ray Train retries exceptions.)"""
 
-    what: str
+    message: str
     """One line for the user."""
-    where: str
-    """The traceback, for --debug."""
+    traceback: str
+    """For --debug."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A training with a name. While it is not finished, `<models>/.runs/` holds what it was begun with and its
-    checkpoints.
-    """
+    """A named training. Until it is finished, `<models>/.runs/` holds its options and its checkpoints."""
 
     name: str
     config: TrainConfig
@@ -90,52 +88,55 @@ class Run:
         return self.models / RUNS_FOLDER / self._train_name
 
     @property
-    def _begun_with(self) -> UPath:
+    def _options_file(self) -> UPath:
         return self.models / RUNS_FOLDER / f"{self._train_name}.json"
 
     def is_finished(self) -> bool:
-        """Whether there is nothing to do.
+        """Return whether the model folder is sealed.
 
         Raises:
-            OptionError: the run was begun with other options.
-            DamageError: what it was begun with can't be read.
+            OptionError: the run was started with other options.
+            DamageError: the options that it was started with can't be read.
         """
         finished = finished_config(self.folder)
         if finished is not None:
-            self._refuse_other(finished)
-        elif is_file(self._begun_with):
-            self._refuse_other(read_json(self._begun_with))
+            self._check_same_options(finished)
+        elif is_file(self._options_file):
+            self._check_same_options(read_json(self._options_file))
         return finished is not None
 
     def metrics(self) -> dict[str, Any]:
-        """Of the finished run.
+        """Return `metrics.json` of the finished run.
 
         Raises:
-            DamageError: they can't be read.
+            DamageError: it can't be read.
         """
         return read_json(self.folder / METRICS_FILE)
 
     def _options(self) -> dict[str, Any]:
         return self.config.model_dump() | {"dataset_manifest_sha256": self.dataset_manifest_sha256}
 
-    def _refuse_other(self, earlier: dict[str, Any]) -> None:
+    def _check_same_options(self, earlier: dict[str, Any]) -> None:
         now = self._options()
         differing = [key for key in now if key not in MAY_DIFFER and earlier.get(key) != now[key]]
         if differing:
-            what = ", ".join(
+            changes = ", ".join(
                 f"{key} (then {str(earlier.get(key))[:16]}, now {str(now[key])[:16]})" for key in differing
             )
             raise OptionError(
-                f"a run that is called again must have the same options. Received: {what}. "
-                f"Name another --run than {self.name}"
+                f"a run must be resumed with the same options. Received: {changes}. "
+                f"Use the same options, or another --run than {self.name}"
             )
 
     def fit(self, weights: WeightsFile | None, board: Any) -> None:
-        """A process a worker, spread over the hosts; all begin again from the last checkpoint when one is lost.
+        """Train with Ray Train: one process per worker, spread over the hosts.
+
+        If a worker fails, all workers restart from the last checkpoint. weights: pretrained weights; None: random
+        initialization. board: handle of the actor `display.Board`.
 
         Raises:
-            KuzushijiError: the training itself can't go on; nothing is tried again.
-            Exception: whatever the last of the tries failed of; the run can be called again.
+            KuzushijiError: a failure that a restart would not fix; it is not retried.
+            Exception: the failure of the last attempt. The run can be resumed.
         """
         from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
         from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
@@ -144,7 +145,7 @@ class Run:
         from job.train.rendezvous import Rendezvous
 
         self._drop_torn_list()
-        write_bytes(self._begun_with, (json.dumps(self._options(), indent=2) + "\n").encode())
+        write_bytes(self._options_file, (json.dumps(self._options(), indent=2) + "\n").encode())
         config, storage = self.config, self.models / RUNS_FOLDER
         job = TrainJob(
             config=config,
@@ -170,7 +171,7 @@ class Run:
                 name=self._train_name,
                 storage_path=storage.path,
                 storage_filesystem=arrow_filesystem(storage),
-                # Two: a recovery can begin from the checkpoint before the last.
+                # Two: a restart may use the checkpoint before the last one.
                 checkpoint_config=CheckpointConfig(num_to_keep=2),
                 failure_config=FailureConfig(max_failures=config.max_failures),
                 callbacks=[LogFailures(board, config.architecture)],
@@ -180,39 +181,42 @@ class Run:
             failure: Failure | None = trainer.fit().return_value
         except Exception as error:
             with writing_in(self.models):
-                raise cause_of(error) from error  # which holds the worker's traceback, for --debug
+                raise cause_of(error) from error  # `error` holds the worker's traceback, for --debug
         if failure:
-            raise KuzushijiError(failure.what) from RuntimeError(failure.where)
+            raise KuzushijiError(failure.message) from RuntimeError(failure.traceback)
         self.tidy()
 
     def _drop_torn_list(self) -> None:
-        """Begin anew, with the same result, where Ray Train's list of checkpoints can't be used: it is written in
-        place, so that who is killed just then leaves a part of it. Ray would refuse it each time.
+        """Remove all checkpoints if Ray Train's list of them is corrupt, so that the run restarts with the same result.
+
+        Ray Train writes the list in place: a process that is killed meanwhile leaves a part of it, and Ray Train would
+        fail on it each time.
         """
         snapshot = self._checkpoints / "checkpoint_manager_snapshot.json"
         if not is_file(snapshot):
             return
-        for _ in range(3):  # who was left behind may just be writing it
+        for _ in range(3):  # a process of an earlier attempt may still be writing it
             try:
                 listed = json.loads(read_bytes(snapshot))["checkpoint_results"]
-                if {one["checkpoint_dir_name"] for one in listed} <= set(list_folders(self._checkpoints)):
+                if {entry["checkpoint_dir_name"] for entry in listed} <= set(list_folders(self._checkpoints)):
                     return
             except (ValueError, KeyError, TypeError):
                 pass
             time.sleep(1)
-        log.warning("%s is torn, or names what is gone: %s begins anew", snapshot, self._train_name)
+        log.warning("%s is corrupt or lists missing checkpoints: %s restarts from epoch 1", snapshot, self._train_name)
         remove_folder(self._checkpoints)
 
     def tidy(self) -> None:
-        """After the folder was sealed: nobody goes on from the checkpoints, which are larger than the model."""
-        point_to_latest(self.folder, read_manifest(self.folder, ModelManifest))  # it may have been killed just before
+        """Remove the checkpoints and the options of a finished run. Checkpoints are larger than the model."""
+        # `latest.json`, too: the run may have been killed between sealing the folder and pointing to it.
+        point_to_latest(self.folder, read_manifest(self.folder, ModelManifest))
         remove_temporaries(self.folder)
         remove_folder(self._checkpoints)
-        remove_file(self._begun_with)
+        remove_file(self._options_file)
 
 
 def _work(config: dict[str, TrainJob]) -> Failure | None:
-    """The function that Ray Train runs on each worker. The rest is imported there: the driver needs no TensorFlow."""
+    """The function that Ray Train runs on each worker. Its imports are local: the driver does not load TensorFlow."""
     job = config["job"]
     choose_backend()
     from job.train.display import LogLine, StartUp

@@ -1,11 +1,11 @@
-"""What a training computes: its step, its validation, and the statistics of batch norm, on one device or on many.
+"""What a training computes: the training step, predictions, and batch norm statistics, on one or many devices.
 
-One custom loop, since `keras.Model.fit` fails under MultiWorkerMirroredStrategy with Keras 3
-(github.com/keras-team/keras/issues/20585). A worker hands its rows of the global batch to `strategy.run` as one
-plain tensor, of which each of its replicas takes a slice. Legend: B global batch size, n rows of this worker, K
-classes.
+A custom loop, since `keras.Model.fit` fails under MultiWorkerMirroredStrategy with Keras 3
+(github.com/keras-team/keras/issues/20585). A worker passes its rows of the global batch to `strategy.run` as one plain
+tensor, and each of its replicas takes a slice. Legend: B global batch size, n rows of this worker, K classes.
 """
 
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -20,7 +20,9 @@ from job.train.dropout import BatchRows, SharedDropout, dropout_masks
 
 
 def balanced_weights(labels: NDArray[np.int64], classes: int) -> NDArray[np.float32]:
-    """(K,) what a crop of each class counts: as much as all others of its class together, 1 on average over the crops.
+    """Return (K,) float32 weights of a crop of each class: equal totals of all classes, mean 1 over the crops.
+
+    labels: (N,). A class without crops gets 0.
 
     King and Zeng, Logistic Regression in Rare Events Data, 2001; scikit-learn's `class_weight="balanced"`.
     """
@@ -30,32 +32,40 @@ def balanced_weights(labels: NDArray[np.int64], classes: int) -> NDArray[np.floa
 
 
 def training_form(model: keras.Model, seed: int, dropout: bool, synchronized: bool = True) -> keras.Model:
-    """The same model with batch norm that is synchronized over replicas, and dropout that does not depend on their
-    number.
+    """Return a copy with batch norm synchronized over replicas, and dropout that is independent of their number.
 
-    The weights stay in the same order: `model.set_weights(trained.get_weights())` brings them back. synchronized: off
-    for a single replica on a GPU, where it costs time and changes nothing but rounding.
+    The order of the weights stays the same: `model.set_weights(trained.get_weights())` copies them back. dropout: False
+    sets all rates to 0. synchronized: False for a single replica on a GPU, where synchronization costs time and changes
+    only rounding.
     """
-    drops: list[str] = []
+    dropout_names: list[str] = []
 
-    def swap(layer: keras.Layer) -> keras.Layer:
+    def replace(layer: keras.Layer) -> keras.Layer:
         config = layer.get_config()
         if isinstance(layer, keras.layers.BatchNormalization):
             return layer.from_config(config | {"synchronized": synchronized})
         if isinstance(layer, keras.layers.Dropout):
-            drops.append(layer.name)
+            dropout_names.append(layer.name)
             rate = config["rate"] if dropout else 0.0
-            seed_of_layer = seed + (len(drops) << 32)
-            return SharedDropout(rate, seed=seed_of_layer, name=layer.name, dtype=layer.dtype_policy)
+            layer_seed = seed + (len(dropout_names) << 32)
+            return SharedDropout(rate, seed=layer_seed, name=layer.name, dtype=layer.dtype_policy)
         return layer.from_config(config)
 
-    trained = keras.models.clone_model(model, clone_function=swap)
+    trained = keras.models.clone_model(model, clone_function=replace)
     trained.set_weights(model.get_weights())
     return trained
 
 
+def out_of_memory_message(error: Exception) -> str:
+    """Return one line that names the allocation that failed, from TensorFlow's long message."""
+    text = " ".join(str(error).split())
+    found = re.search(r"(OOM when|Out of memory while)[^\[]*(\[[^\[\]]+\])?", text)
+    received = found[0].strip() if found else text[:200]
+    return f"a step must fit into memory. Received: {received}. Lower --global-batch-size, or use more --workers"
+
+
 class Steps:
-    """The compiled functions of one training, on this worker's replicas."""
+    """The compiled functions of a training, on this worker's replicas."""
 
     def __init__(
         self,
@@ -67,10 +77,10 @@ class Steps:
         class_weights: NDArray[np.float32] | None = None,
         xla: bool = False,
     ) -> None:
-        """The model and the built optimizer must be made within `strategy.scope()`.
+        """The model and the built optimizer must be created within `strategy.scope()`.
 
-        class_weights: (K,) weight of a crop of each class in the loss that is minimised; None: 1. xla: compile what a
-        replica computes; only for a single replica.
+        class_weights: (K,) weight of a crop of each class in the loss to minimize; None: 1. xla: compile the
+        computation of a replica with XLA; for a single replica only.
         """
         self.strategy, self.model, self.optimizer = strategy, model, optimizer
         self.global_batch_size, self.class_weights, self.xla = global_batch_size, class_weights, xla
@@ -87,30 +97,30 @@ class Steps:
         self._statistics_step: Any = None
 
     def _train(self, images: Any, labels: Any, first_row: Any) -> Any:
-        """One step on this worker's rows, which begin at `first_row` of the global batch.
+        """Train one step on this worker's n rows, which begin at `first_row` of the global batch.
 
-        Returns (2,) float32 sums over the rows, as they were before the update: cross-entropy (each crop counts 1, to
-        compare with other splits), correct predictions.
+        images: (n, 80, 80, 1) uint8. labels: (n,) int64. Returns (2,) float32 sums over the rows, computed before the
+        update: cross-entropy without class weights (to compare with other splits), and correct predictions.
         """
 
         def replica() -> Any:
-            first, end = self._my_rows(tf.shape(images)[0])
+            first, end = self._replica_rows(tf.shape(images)[0])
             step = tf.cast(self.optimizer.iterations.value, tf.int64)
-            mine = BatchRows(step, first_row + first, self.global_batch_size)
-            masks = {layer.name: layer.mask(mine, end - first) for layer in self._dropouts}
+            batch_rows = BatchRows(step, first_row + first, self.global_batch_size)
+            masks = {layer.name: layer.mask(batch_rows, end - first) for layer in self._dropouts}
             return self._compiled_train(images[first:end], labels[first:end], masks)
 
         return tf.add_n(self.strategy.experimental_local_results(self.strategy.run(replica)))
 
     def _train_replica(self, images: Any, labels: Any, masks: Any) -> Any:
-        """One step on a replica's rows; the sums of `_train` over them."""
+        """Train one step on a replica's rows. Returns the sums of `_train` over these rows."""
         with dropout_masks(masks), tf.GradientTape() as tape:
             probabilities = self.model(images, training=True)
             losses = keras.losses.sparse_categorical_crossentropy(labels, probabilities)
             weighted = losses
             if self.class_weights is not None:
                 weighted *= tf.gather(self.class_weights, labels)
-            # Summed by `apply` over all replicas, so divided by B and not by the rows of this one.
+            # `apply` sums gradients over all replicas, so the loss is divided by B, not by the rows of this replica.
             loss = tf.reduce_sum(weighted) / self.global_batch_size
         variables = self.model.trainable_variables
         self.optimizer.apply(tape.gradient(loss, [v.value for v in variables]), variables)
@@ -118,16 +128,16 @@ class Steps:
         return tf.stack([tf.reduce_sum(losses), tf.reduce_sum(tf.cast(correct, tf.float32))])
 
     def predict(self, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> NDArray[np.float32]:
-        """(n, 4) float32 of this worker's crops, as `inference.predictions_of`."""
+        """Return (n, 4) float32 predictions of this worker's crops, as `inference.predictions_of`."""
         parts = [np.empty((0, 4), np.float32)]
-        for at in range(0, len(labels), self.predict_rows):
-            rows = slice(at, at + self.predict_rows)
+        for first in range(0, len(labels), self.predict_rows):
+            rows = slice(first, first + self.predict_rows)
             parts.append(self._predict_step(images[rows], labels[rows]).numpy())
         return np.concatenate(parts)
 
     def _predict(self, images: Any, labels: Any) -> Any:
         def replica() -> Any:
-            first, end = self._my_rows(tf.shape(images)[0])
+            first, end = self._replica_rows(tf.shape(images)[0])
             return self._compiled_predict(images[first:end], labels[first:end])
 
         return tf.concat(self.strategy.experimental_local_results(self.strategy.run(replica)), axis=0)
@@ -136,23 +146,24 @@ class Steps:
         return predictions_of(self.model, images, labels)
 
     def sum_over_workers(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The sum of the workers' arrays of one shape (rows, columns); every worker calls it, and gets it."""
+        """Return the sum over all workers of arrays of the same shape (rows, columns). All workers call it together."""
         total: NDArray[np.float32] = self._sum_step(values).numpy()
         return total
 
     def _sum(self, values: Any) -> Any:
         def replica() -> Any:
             context = tf.distribute.get_replica_context()
-            once = tf.cast(context.replica_id_in_sync_group % self.local_replicas == 0, tf.float32)
-            return context.all_reduce(tf.distribute.ReduceOp.SUM, values * once)
+            is_first = tf.cast(context.replica_id_in_sync_group % self.local_replicas == 0, tf.float32)  # of its worker
+            return context.all_reduce(tf.distribute.ReduceOp.SUM, values * is_first)
 
         return self.strategy.experimental_local_results(self.strategy.run(replica))[0]
 
     def estimate_statistics(self, batches: Iterable[NDArray[np.uint8]]) -> None:
-        """Set batch norm's mean and variance to their averages over `batches`, this worker's rows of global batches.
+        """Set the mean and variance of batch norm to their averages over batches.
 
-        Keras' moving averages (momentum .99) need many hundreds of steps to forget where they began: after a short
-        training the model would predict one class for everything. Training itself does not read them.
+        batches: this worker's rows of each global batch, (n, 80, 80, 1) uint8. Keras' moving averages (momentum 0.99)
+        need many hundreds of steps to forget their initial values: after a short training, the model would predict the
+        same class for every crop. Training itself does not read these statistics.
         """
         norms = [
             layer
@@ -172,16 +183,19 @@ class Steps:
             variable.assign((total / count).astype(np.float32))
 
     def _trace_statistics(self, norms: list[Any]) -> Callable[[Any], Any]:
-        """A forward pass that leaves the batch's own statistics in the layers: momentum is read while tracing."""
+        """Return a forward pass that assigns the statistics of the batch to the layers.
+
+        With momentum 0 the moving averages are those of the last batch. Keras reads the momentum at tracing time.
+        """
 
         def forward(crops: Any) -> None:
-            self.model(crops, training=True)  # outside of `dropout_masks`: without dropout
+            self.model(crops, training=True)  # outside `dropout_masks`: no dropout
 
         compiled = self._compile(forward)
 
         def all_replicas(images: Any) -> None:
             def replica() -> None:
-                first, end = self._my_rows(tf.shape(images)[0])
+                first, end = self._replica_rows(tf.shape(images)[0])
                 compiled(images[first:end])
 
             self.strategy.run(replica)
@@ -196,11 +210,11 @@ class Steps:
             norm.momentum = momentum
         return traced
 
-    def _compile(self, work: Callable[..., Any]) -> Callable[..., Any]:
-        """`work`, which a replica does on its own; compiled by XLA if that is asked for."""
-        return tf.function(work, autograph=False, jit_compile=True) if self.xla else work
+    def _compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Compile the computation of a replica with XLA if `xla` is set. It must not contain collectives."""
+        return tf.function(function, autograph=False, jit_compile=True) if self.xla else function
 
-    def _my_rows(self, rows: Any) -> tuple[Any, Any]:
-        """First row and end of this replica's part of its worker's rows."""
+    def _replica_rows(self, rows: Any) -> tuple[Any, Any]:
+        """Return the first row and the end of this replica's share of the worker's rows."""
         replica = tf.distribute.get_replica_context().replica_id_in_sync_group % self.local_replicas
         return share(rows, replica, self.local_replicas)

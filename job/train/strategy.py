@@ -1,4 +1,4 @@
-"""Devices, threads, seeds, precision, determinism: what the bits of a training depend on besides its data."""
+"""Devices, threads, seeds, precision, determinism: all that the bits of a training depend on besides its data."""
 
 import keras
 import tensorflow as tf
@@ -8,9 +8,9 @@ from job.model.load_tensorflow import configure_gpus
 
 
 def configure_tensorflow(config: TrainConfig) -> None:
-    """Set all of it in this process, before TensorFlow runs anything."""
+    """Configure threads, GPUs, determinism, precision and seeds of this process. Call it before any operation runs."""
     tf.config.threading.set_intra_op_parallelism_threads(config.cpus_per_worker)
-    # One more, so that gradients travel while others are computed.
+    # One more thread, so that gradients are transferred while others are computed.
     tf.config.threading.set_inter_op_parallelism_threads(config.cpus_per_worker + 1)
     configure_gpus(gpus=config.gpus_per_worker > 0)
     if config.deterministic:
@@ -20,7 +20,7 @@ def configure_tensorflow(config: TrainConfig) -> None:
 
 
 def make_strategy(workers: int) -> tf.distribute.Strategy:
-    """The strategy for several workers, for one worker with several devices, or for a single device."""
+    """Return the strategy for several workers, for one worker with several devices, or for a single device."""
     if workers > 1:
         return tf.distribute.MultiWorkerMirroredStrategy()
     devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")

@@ -1,4 +1,4 @@
-"""A training's curves for TensorBoard, beside its models: `tensorboard --logdir <models>/tensorboard`."""
+"""Curves of a training for TensorBoard, next to the models: `tensorboard --logdir <models>/tensorboard`."""
 
 import time
 from collections.abc import Callable
@@ -26,24 +26,24 @@ def curves_folder(models: UPath, architecture: str, run: str) -> UPath:
     return models / "tensorboard" / architecture / run
 
 
-def begin_to_write(folder: UPath, row: EpochRow, say: Callable[[str], object]) -> Thread:
-    """Write an epoch's numbers, while the training goes on: it must not wait for a slow bucket.
+def write_in_background(folder: UPath, row: EpochRow, log: Callable[[str], object]) -> Thread:
+    """Write the metrics of an epoch in a thread: the training must not wait for a slow bucket.
 
-    Each epoch has a file of its own, for TensorBoard never looks again at one that it has
-    read to the end; an epoch that is written again, after a worker was lost, takes the place of the first.
+    Each epoch has its own file, since TensorBoard does not reread a file that it has read to the end. An epoch that is
+    repeated after a worker failure overwrites its file. A failure to write is logged.
     """
     target = folder / f"events.out.tfevents.{row.epoch:05d}"
-    thread = Thread(target=write_side_file, args=(target, lambda: events_of(row), say), daemon=True)
+    thread = Thread(target=write_side_file, args=(target, lambda: events_of(row), log), daemon=True)
     thread.start()
     return thread
 
 
 def events_of(row: EpochRow) -> bytes:
-    """A file of TensorBoard's: TFRecords, of its version and of one step's numbers."""
+    """Return an event file of TensorBoard: two TFRecords, the version of the format and the scalars of one step."""
     from tensorboardX.proto.event_pb2 import Event
     from tensorboardX.proto.summary_pb2 import Summary
 
     values = [Summary.Value(tag=tag, simple_value=getattr(row, key)) for key, tag in TAGS.items()]
-    head = Event(wall_time=time.time(), file_version="brain.Event:2")
-    numbers = Event(wall_time=time.time(), step=row.step, summary=Summary(value=values))
-    return b"".join(frame(event.SerializeToString()) for event in (head, numbers))
+    header = Event(wall_time=time.time(), file_version="brain.Event:2")
+    scalars = Event(wall_time=time.time(), step=row.step, summary=Summary(value=values))
+    return b"".join(frame(event.SerializeToString()) for event in (header, scalars))

@@ -1,4 +1,4 @@
-"""What a worker looks out for while it trains: a step that does not end, and a node that is about to go."""
+"""What a worker watches while it trains: steps that hang, and nodes that are being drained."""
 
 import contextlib
 import os
@@ -11,65 +11,65 @@ import ray
 import ray.train
 from ray.train.collective import broadcast_from_rank_zero
 
-SECONDS_BETWEEN_LOOKS = 5.0
+SECONDS_BETWEEN_CHECKS = 5.0
 
 
 class StepLimit:
-    """Ends this process when a step takes too long, so that Ray begins again with all workers.
+    """Exits this process when a step takes too long, so that Ray Train restarts all workers.
 
-    A peer that is alive but silent would keep the others waiting for ever: a collective has no limit, and Ray asks
-    whether a worker's process answers, not whether its training goes on.
+    A peer that hangs would block the other workers forever: collectives have no timeout, and Ray checks whether the
+    process of a worker responds, not whether its training makes progress.
     """
 
-    def __init__(self, seconds: float, tell: Callable[[str], Any]) -> None:
-        """tell: posts a line for the user, as a Ray task."""
-        self._seconds, self._tell = seconds, tell
-        self._since: float | None = None
+    def __init__(self, seconds: float, post: Callable[[str], Any]) -> None:
+        """post: posts a log line for the user. Returns a Ray task."""
+        self._seconds, self._post = seconds, post
+        self._began: float | None = None
         threading.Thread(target=self._watch, daemon=True).start()
 
     def begin(self) -> None:
-        """A step begins, and the one before has ended."""
-        self._since = time.monotonic()
+        """Start the clock for a step; the previous step has ended."""
+        self._began = time.monotonic()
 
-    def rest(self) -> None:
-        """The last step has ended."""
-        self._since = None
+    def end(self) -> None:
+        """Stop the clock until the next `begin`."""
+        self._began = None
 
     def _watch(self) -> None:
         while True:
             time.sleep(min(1.0, self._seconds / 4))
-            since = self._since
-            if since is not None and time.monotonic() - since > self._seconds:
+            began = self._began
+            if began is not None and time.monotonic() - began > self._seconds:
                 text = (
-                    f"a step must end in {self._seconds:g} s, and did not: this worker ends, so that all begin again. "
-                    "If no other one is silent, raise --step-limit"
+                    f"a step must end in {self._seconds:g} s. Received: a longer one; this worker exits, and all "
+                    "workers restart. If no other worker hangs, raise --step-limit"
                 )
-                with contextlib.suppress(Exception):  # Ray may be what is silent
-                    ray.get(self._tell(text), timeout=5)
+                with contextlib.suppress(Exception):  # Ray itself may hang
+                    ray.get(self._post(text), timeout=5)
                 os._exit(1)
 
 
 class Preemption:
-    """Whether a node of this training is being drained, as a spot machine is that is taken back.
+    """Detects nodes of this training that are being drained, such as preempted spot machines.
 
-    To ask is a barrier, so all ranks ask after the same steps: rank 0 says after how many the next time is.
+    A check is a barrier, so all ranks check after the same steps. Rank 0 sets the number of steps until the next check.
     """
 
     def __init__(self) -> None:
-        self._steps = 0
-        self._next = 1
-        self._asked_at = time.monotonic()
+        self._steps = 0  # since the last check
+        self._interval = 1  # steps between two checks
+        self._checked_at = time.monotonic()
         self._known: set[str] = set()
 
     def is_new(self) -> bool:
-        """Called once a step: whether one more node is to go. Asks every few seconds only."""
+        """Return whether one more node is being drained. Call it once per step; it checks every few seconds only."""
         self._steps += 1
-        if self._steps < self._next:
+        if self._steps < self._interval:
             return False
         info = ray.train.get_preemption_info()
-        seconds = (time.monotonic() - self._asked_at) / self._next
-        self._next = broadcast_from_rank_zero(max(1, round(SECONDS_BETWEEN_LOOKS / max(seconds, 1e-6))))
-        self._steps, self._asked_at = 0, time.monotonic()
+        seconds = (time.monotonic() - self._checked_at) / self._interval
+        self._interval = broadcast_from_rank_zero(max(1, round(SECONDS_BETWEEN_CHECKS / max(seconds, 1e-6))))
+        self._steps, self._checked_at = 0, time.monotonic()
         nodes = set(info.preempted_node_ids) - self._known if info else set()
         self._known |= nodes
         return bool(nodes)

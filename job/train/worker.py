@@ -1,18 +1,16 @@
 """What each Ray Train worker does, from the staged dataset to the sealed model folder. Reads top to bottom.
 
 Data: crops N x 80 x 80 x 1 uint8, labels N int64. B is the global batch size, W the number of workers, S = N // B
-the steps of an epoch. Global batch s of epoch e is a slice of the permutation seeded by (seed, e); a worker takes
-its part of it.
+the steps per epoch. Global batch s of epoch e is a slice of the permutation seeded by (seed, e); each worker takes
+its share of the rows.
 """
 
 import math
-import re
 import time
 import traceback
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
-from pathlib import Path
 from threading import Thread
 from typing import Any
 
@@ -31,42 +29,42 @@ from job.data.order import permutation, share
 from job.data.staging import Crops, StagedDataset, staged
 from job.metrics import metrics
 from job.model.architectures import ARCHITECTURES, XLA_COMPILES
-from job.model.folder import write_model
 from job.model.pretrained import local_copy
-from job.report.side_files import report_file, write_side_file
 from job.train.checkpoint import (
     State,
     changing_variables,
-    read_checkpoint,
     remove_unknown,
+    restore_checkpoint,
     upload_checkpoint,
     wait_for_upload,
 )
 from job.train.display import Reporter, StartUp
 from job.train.optimizer import FusedAdam
-from job.train.result import EpochRow, folder_texts
+from job.train.result import EpochRow, write_result
 from job.train.run import Failure, TrainJob
-from job.train.step import Steps, balanced_weights, training_form
+from job.train.step import Steps, balanced_weights, out_of_memory_message, training_form
 from job.train.strategy import configure_tensorflow, make_strategy
-from job.train.tensorboard import begin_to_write
+from job.train.tensorboard import write_in_background
 from job.train.watchdog import Preemption, StepLimit
 from preprocessing.config import SPLITS
 
-# Over how much batch norm's statistics are averaged before a validation: a quarter of an epoch, within these bounds.
-STATISTICS_BATCHES = 30
+# Before each validation, batch norm statistics are averaged over a quarter of an epoch: at least STATISTICS_CROPS
+# crops, at most STATISTICS_BATCHES global batches.
 STATISTICS_CROPS = 1024
-SECONDS_FOR_CURVES = 30  # that a finished training waits for them at most
+STATISTICS_BATCHES = 30
+SECONDS_FOR_CURVES = 30  # a finished training waits at most so long until its last curves are written
 
 
 def train_worker(job: TrainJob, start_up: StartUp) -> Failure | None:
     """Train, evaluate, and write the model folder.
 
-    Returns what every worker failed of alike, if anything.
+    Returns None, or a failure that all workers share and a restart would not fix. Ray Train restarts all workers after
+    any exception that is raised here.
     """
-    if is_sealed(place(job.folder)):  # a worker failed between the last line of `write` and its end
+    if is_sealed(place(job.folder)):  # a worker failed after the folder was sealed, and all were restarted
         return None
     configure_tensorflow(job.config)
-    # Before anything else is computed: collectives can be configured only while TensorFlow is at rest.
+    # Before any computation: collectives can be configured only before TensorFlow runs operations.
     strategy = make_strategy(ray.train.get_context().get_world_size())
     with staged(place(job.dataset), SPLITS) as dataset:
         start_up.ends("connecting and staging")
@@ -80,23 +78,15 @@ def train_worker(job: TrainJob, start_up: StartUp) -> Failure | None:
         except KuzushijiError as error:
             return Failure(str(error), traceback.format_exc())
         except tf.errors.ResourceExhaustedError as error:
-            if training.workers > 1:  # the others wait for this process in a collective, until it ends
+            if training.workers > 1:  # the other workers wait for this one in a collective until its process exits
                 raise
-            return Failure(_out_of_memory_line(error), traceback.format_exc())
+            return Failure(out_of_memory_message(error), traceback.format_exc())
         training.write()
     return None
 
 
-def _out_of_memory_line(error: Exception) -> str:
-    """One line with what could not be allocated, out of TensorFlow's long message."""
-    text = " ".join(str(error).split())
-    found = re.search(r"(OOM when|Out of memory while)[^\[]*(\[[^\[\]]+\])?", text)
-    received = found[0].strip() if found else text[:200]
-    return f"a step must fit into memory. Received: {received}. Lower --global-batch-size, or use more --workers"
-
-
 class Training:
-    """One worker's side of a training."""
+    """One worker's part of a training."""
 
     def __init__(
         self,
@@ -106,59 +96,57 @@ class Training:
         start_up: StartUp,
         weights: str | None = None,
     ) -> None:
-        """start_up: logged after the first step. weights: file of the pretrained weights; None: random."""
+        """start_up: timer, logged after the first step. weights: file of pretrained weights; None: random."""
         context = ray.train.get_context()
         self.rank, self.workers = context.get_world_rank(), context.get_world_size()
         self.job, self.config, self.dataset = job, job.config, dataset
-        self.start_up: StartUp | None = start_up  # None once it is logged
+        self.start_up: StartUp | None = start_up  # None after it was logged
         config, batch, classes = job.config, job.config.global_batch_size, len(dataset.class_names)
-        # Built outside of the strategy first: the same seed gives the same weights whatever the strategy.
+        # Built outside the strategy first: the same seed then gives the same weights under every strategy.
         base = {"weights": weights, "unfreeze": config.unfreeze} if config.architecture in TRANSFER else {}
         plain = ARCHITECTURES[config.architecture](classes, **base)
-        self.plain_form = plain.get_config()
+        self.plain_config = plain.get_config()
         on_one_gpu = strategy.num_replicas_in_sync == 1 and bool(tf.config.list_logical_devices("GPU"))
-        # XLA compiles no collectives, and has no deterministic gradient of max pooling on GPUs.
+        # XLA does not compile collectives, and its gradient of max pooling is not deterministic on GPUs.
         xla = on_one_gpu and not config.deterministic and config.architecture in XLA_COMPILES
         with strategy.scope():
             self.model = training_form(plain, config.seed, config.dropout, synchronized=not on_one_gpu)
             self.optimizer = FusedAdam(config.learning_rate)
             self.optimizer.build(self.model.trainable_variables)
-        of_classes = balanced_weights(self._labels("train"), classes) if config.class_weights == "balanced" else None
-        self.steps = Steps(strategy, self.workers, self.model, self.optimizer, batch, of_classes, xla)
+        class_weights = balanced_weights(self._labels("train"), classes) if config.class_weights == "balanced" else None
+        self.steps = Steps(strategy, self.workers, self.model, self.optimizer, batch, class_weights, xla)
         self.state = State()
         self.changing = changing_variables(self.model)
         self.best_weights: list[NDArray[Any]] = []
-        self.writing_curves: Thread | None = None
+        self.curves_thread: Thread | None = None
         self.reporter = Reporter(job.board, config.architecture, self.rank)
-        self.limit = StepLimit(config.step_limit, self.reporter.log_from_any)
+        self.step_limit = StepLimit(config.step_limit, self.reporter.log_from_any)
         self.preemption = Preemption()
 
     # --- checkpoints
 
     def resume(self, checkpoints: UPath) -> None:
-        """Go on from the run's own last checkpoint, if Ray Train has one; else the first weights stay.
+        """Resume from the run's last checkpoint. Without one, keep the initial weights.
 
-        checkpoints: the folder of all of them. Those that Ray Train has not taken, whole or not, are removed.
+        checkpoints: folder of all checkpoints of the run. Those that Ray Train does not keep are removed.
         """
         if self.rank == 0:
             remove_unknown(checkpoints)
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None:
+        restored = restore_checkpoint([*self.changing, *self.optimizer.variables])
+        if restored is None:
             return
-        with checkpoint.as_directory() as folder:
-            variables = [*self.changing, *self.optimizer.variables]
-            self.state, best = read_checkpoint(Path(folder), variables)
+        self.state, best = restored
         self.best_weights = self._weights() if self.state.is_best else best
-        self._write_curves()  # whoever was lost may not have come to it
+        self._write_curves()  # the run may have failed between the checkpoint and the curves
         within = f" and {self.state.step} steps of the next" if self.state.step else ""
-        self.reporter.log(f"goes on after epoch {self.state.epoch}{within}")
+        self.reporter.log(f"resumes after epoch {self.state.epoch}{within}")
 
     def _weights(self) -> list[NDArray[Any]]:
         return [variable.numpy() for variable in self.changing]
 
     def _report(self, row: dict[str, Any]) -> None:
-        """Tell Ray Train, on every rank at once; rank 0's weights are everyone's, so its checkpoint is enough."""
-        self.limit.rest()
+        """Report to Ray Train; all ranks call it together. Only rank 0 saves: the weights are the same on all ranks."""
+        self.step_limit.end()
         if self.rank > 0:
             ray.train.report(row)
         else:
@@ -168,13 +156,13 @@ class Training:
     # --- epochs
 
     def finished(self) -> bool:
-        patience = self.config.patience
-        worse = self.state.epoch - self.state.best_epoch
-        return self.state.epoch >= self.config.epochs or (patience is not None and worse >= patience)
+        return self.state.is_finished(self.config.epochs, self.config.patience)
 
     def run_epoch(self) -> None:
-        """Train on the S global batches of an epoch, or on what a checkpoint leaves of them; validate, keep the best
-        weights, save.
+        """Train on the global batches of an epoch that are left, validate, keep the best weights, save a checkpoint.
+
+        Raises:
+            KuzushijiError: the training loss or the validation loss is not finite.
         """
         crops, size = self.dataset.splits["train"], self.config.global_batch_size
         epoch, steps = self.state.epoch + 1, len(crops) // size
@@ -183,9 +171,9 @@ class Training:
         loss, accuracy = (self.steps.sum_over_workers(sums[None])[0] / (steps * size)).tolist()
         seconds, waited = self.state.seconds, self.state.waited
         batches = min(steps, STATISTICS_BATCHES, max(steps // 4, -(-STATISTICS_CROPS // size)))
-        self.steps.estimate_statistics(self._beginning(crops, order, batches))
+        self.steps.estimate_statistics(self._first_batches(crops, order, batches))
         validation = metrics(self._predict("validation"), self._labels("validation"), self.dataset.class_names)
-        # The training loss is that before each update: what the last one did shows in the validation only.
+        # Training losses are computed before each update: the effect of the last one shows in the validation only.
         if not math.isfinite(loss + validation.loss):
             raise KuzushijiError(
                 f"the loss must stay finite. Received: {loss} in training, {validation.loss} in validation, epoch "
@@ -206,60 +194,57 @@ class Training:
         self._end_epoch(row)
 
     def _train(self, crops: Crops, order: NDArray[np.int64], steps: int) -> NDArray[np.float32]:
-        """The steps of an epoch that are left. Returns this worker's (2,) sums over all of the epoch."""
+        """Train the steps of an epoch that are left. Returns (2,) sums as `Steps.train`, over this worker's epoch."""
         state, size = self.state, self.config.global_batch_size
         sums: Any = tf.constant(state.sums_of(self.rank, self.workers))
-        begin = time.perf_counter() - state.seconds
+        began = time.perf_counter() - state.seconds
         for step in range(state.step, steps):
-            self.limit.begin()
-            asked = time.perf_counter()
+            self.step_limit.begin()
+            gather_began = time.perf_counter()
             first, images, labels = self.rows_of(crops, order, step)
-            state.waited += time.perf_counter() - asked
+            state.waited += time.perf_counter() - gather_began
             sums += self.steps.train(images, labels, first)
             if self.start_up:
-                self._say_started(self.start_up, sums)
-            state.step, state.seconds = step + 1, time.perf_counter() - begin
+                self._log_start_up(self.start_up, sums)
+            state.step, state.seconds = step + 1, time.perf_counter() - began
             if self.reporter.is_due() or step + 1 == steps:
                 self._show_step(state.epoch + 1, step + 1, steps, sums, (step + 1) * size / state.seconds)
-            to_go, every = self.preemption.is_new(), self.config.checkpoint_every
-            if to_go:
+            preempted, every = self.preemption.is_new(), self.config.checkpoint_every
+            if preempted:
                 self.reporter.log(
-                    "a host is about to go: a checkpoint is saved, and all begin again from it once it is gone"
+                    "a host is being drained: saves a checkpoint; all workers restart from it once the host is gone"
                 )
             due = every is not None and (state.epoch * steps + step + 1) % every == 0
-            # The epoch's own comes after the last step, unless it has to be quick.
-            if to_go or (due and step + 1 < steps):
+            # After the last step, the checkpoint at the end of the epoch is enough, unless a host is being drained.
+            if preempted or (due and step + 1 < steps):
                 self._save_within_epoch(sums)
-        self.limit.begin()
-        all_sums: NDArray[np.float32] = sums.numpy()  # waits for what a GPU has in its queue
-        state.seconds = time.perf_counter() - begin
-        return all_sums
+        self.step_limit.begin()
+        epoch_sums: NDArray[np.float32] = sums.numpy()  # waits for the steps in the queue of a GPU
+        state.seconds = time.perf_counter() - began
+        return epoch_sums
 
-    def _say_started(self, start_up: StartUp, sums: Any) -> None:
+    def _log_start_up(self, start_up: StartUp, sums: Any) -> None:
         sums.numpy()  # waits for the step
         start_up.ends("first step")
-        self.reporter.log(f"first step {start_up} after the worker was there")
+        self.reporter.log(f"first step {start_up} after the worker started")
         self.start_up = None
 
     def _save_within_epoch(self, sums: Any) -> None:
-        row = np.arange(self.workers)[:, None] == self.rank
-        self.state.sums = self.steps.sum_over_workers(row * sums.numpy()).tolist()
+        """sums: (2,) of this worker's steps of the epoch so far."""
+        own_row = np.arange(self.workers)[:, None] == self.rank
+        self.state.sums = self.steps.sum_over_workers(own_row * sums.numpy()).tolist()
         self._report({"epoch": self.state.epoch, "step": self.state.step})
 
-    def _beginning(self, crops: Crops, order: NDArray[np.int64], batches: int) -> Iterator[NDArray[np.uint8]]:
-        """This worker's crops of an epoch's first global batches."""
+    def _first_batches(self, crops: Crops, order: NDArray[np.int64], batches: int) -> Iterator[NDArray[np.uint8]]:
+        """Yield this worker's crops of the first global batches of an epoch."""
         for step in range(batches):
-            self.limit.begin()
+            self.step_limit.begin()
             if self.reporter.is_due():
-                self.reporter.show_activity(f"batch norm's statistics, {step:,} of {batches:,} batches")
+                self.reporter.show_activity(f"estimates batch norm statistics, {step:,} of {batches:,} batches")
             yield self.rows_of(crops, order, step)[1]
 
     def _end_epoch(self, row: EpochRow) -> None:
-        self.state.epoch = row.epoch
-        self.state.step, self.state.sums, self.state.seconds, self.state.waited = 0, [], 0.0, 0.0
-        self.state.history.append(row)
-        if row.val_accuracy > self.state.best_accuracy:
-            self.state.best_epoch, self.state.best_accuracy = row.epoch, row.val_accuracy
+        if self.state.end_epoch(row):
             self.best_weights = self._weights()
         self._report(asdict(row))
         self._write_curves()
@@ -272,7 +257,7 @@ class Training:
     def rows_of(
         self, crops: Crops, order: NDArray[np.int64], step: int
     ) -> tuple[int, NDArray[np.uint8], NDArray[np.int64]]:
-        """This worker's first row in global batch `step`, and its crops and labels."""
+        """Return this worker's first row in global batch `step`, and its n crops and labels: (n, 80, 80, 1), (n,)."""
         size = self.config.global_batch_size
         first, end = share(size, self.rank, self.workers)
         rows = order[step * size + first : step * size + end]
@@ -284,24 +269,24 @@ class Training:
         return self.dataset.splits[split].labels
 
     def _predict(self, split: str) -> NDArray[np.float32]:
-        """(N, 4) predictions of a split, on every worker; each crop is seen once, by one worker."""
+        """Return (N, 4) predictions of a split, on every worker. Each crop is predicted once, by one worker."""
         crops, labels = self.dataset.splits[split], self._labels(split)
         predictions = np.zeros((len(crops), 4), np.float32)
-        # In steps that all workers take together, so that none waits for long for the others.
+        # All workers take each step together, so that none waits long in the collective.
         rows = self.workers * self.steps.predict_rows
         for begin in range(0, len(crops), rows):
-            self.limit.begin()
+            self.step_limit.begin()
             if self.reporter.is_due():
                 self.reporter.show_activity(f"evaluates {split}, {begin:,} of {len(crops):,} crops")
             end = min(begin + rows, len(crops))
             first, last = (begin + row for row in share(end - begin, self.rank, self.workers))
             predictions[first:last] = self.steps.predict(crops.images[first:last], labels[first:last])
             predictions[begin:end] = self.steps.sum_over_workers(predictions[begin:end])
-        self.limit.rest()
+        self.step_limit.end()
         return predictions
 
     def write(self) -> None:
-        """Evaluate every split with the best epoch's weights; rank 0 writes and seals the model folder."""
+        """Evaluate every split with the weights of the best epoch; rank 0 writes and seals the model folder."""
         self.reporter.log(f"evaluates the weights of epoch {self.state.best_epoch}")
         for variable, best in zip(self.changing, self.best_weights, strict=True):
             variable.assign(best)
@@ -309,37 +294,26 @@ class Training:
         if self.rank > 0:
             return
         self.reporter.show_activity("writes the model and its report")
-        wait_for_upload()  # one that fails would begin again what is sealed
-        model = keras.Model.from_config(self.plain_form)
+        wait_for_upload()  # before sealing: a failed upload restarts the workers
+        model = keras.Model.from_config(self.plain_config)
         model.set_weights(self.model.get_weights())
-        target, state = place(self.job.folder), self.state
-        texts = folder_texts(
-            self.config, self.job.run, model, predictions, self.dataset, state.history, state.best_epoch
+        write_result(
+            self.job, model, predictions, self.dataset, self.state.history, self.state.best_epoch, self.reporter.log
         )
-        write_model(target, model, texts, self.dataset.manifest.sha256)
-        report = report_file(target)
-        if write_side_file(report, lambda: _report_of(target, texts, model, self.dataset), self.reporter.log):
-            self.reporter.log(f"report: {report}")
-        if self.writing_curves:
-            self.writing_curves.join(timeout=SECONDS_FOR_CURVES)
+        if self.curves_thread:
+            self.curves_thread.join(timeout=SECONDS_FOR_CURVES)
 
-    # --- what people see
+    # --- curves and progress
 
     def _write_curves(self) -> None:
-        """Of the last epoch."""
+        """Write the last epoch's point of each curve."""
         if self.rank == 0 and self.state.history:
-            self.writing_curves = begin_to_write(place(self.job.curves), self.state.history[-1], self.reporter.log)
+            self.curves_thread = write_in_background(place(self.job.curves), self.state.history[-1], self.reporter.log)
 
     def _show_step(self, epoch: int, step: int, steps: int, sums: Any, crops_per_s: float) -> None:
-        """Of rank 0's rows alone: the sum over workers waits for the end of the epoch."""
+        """Show the means over rank 0's rows: sums over all workers are computed only at the end of the epoch."""
         first, end = share(self.config.global_batch_size, self.rank, self.workers)
         loss, accuracy = (sums.numpy() / (step * (end - first))).tolist()
         self.reporter.show_step(
             epoch, self.config.epochs, step, steps, loss=loss, accuracy=accuracy, crops_per_s=crops_per_s
         )
-
-
-def _report_of(folder: UPath, texts: dict[str, str], model: keras.Model, dataset: StagedDataset) -> bytes:
-    from job.report.models import run_report  # plots: not before the first step
-
-    return run_report(folder, texts, model, dataset)
