@@ -1,1 +1,1 @@
-"""From page scans and labels to a dataset folder. Imports `cluster` only."""
+"""Turn page scans and labels into a dataset folder. Imports from `cluster` only."""

@@ -1,4 +1,4 @@
-"""The class rule: characters that make up the first 90 % of all boxes keep their own class, the others are `rare`."""
+"""The classes of a dataset: one for each frequent character, and `rare` for all others."""
 
 from fractions import Fraction
 
@@ -12,24 +12,29 @@ from preprocessing.labels import code_point_name, parse_code_point
 
 RARE = "rare"
 MAX_CLASSES_BYTES = 10_000_000  # room for all of Unicode
-LABELS_FILE = "label.labels.txt"  # the name that TFDS gives to the class names of a feature called `label`
+LABELS_FILE = "label.labels.txt"  # TFDS expects the class names of a feature `label` in a file of this name
 
 
 def class_names(code_points: NDArray[np.int32], coverage: float) -> list[str]:
-    """Names of the classes, by falling count, then ascending code point; `rare` is always the last.
+    """Return the class names, by descending count, then ascending code point. `rare` is always the last name.
 
-    A character is kept while the share of all boxes up to and with it is at most `coverage` (the study's rule).
+    As in the study, the most frequent characters get a class each as long as they make up at most `coverage` of all
+    boxes together.
+
+    Args:
+        code_points: (N,) int32, the character of each box.
+        coverage: fraction in 0..1.
     """
     characters, counts = np.unique(code_points, return_counts=True)
-    falling = np.lexsort((characters, -counts))
-    # Fractions of the decimal that the user wrote: 0.9 itself is not a binary number.
-    at_most = int(Fraction(str(coverage)) * len(code_points))
-    kept = falling[np.cumsum(counts[falling]) <= at_most]
+    by_frequency = np.lexsort((characters, -counts))
+    # Exact arithmetic with the decimal number that the user wrote: a float cannot represent 0.9 exactly.
+    max_boxes = int(Fraction(str(coverage)) * len(code_points))
+    kept = by_frequency[np.cumsum(counts[by_frequency]) <= max_boxes]
     return [code_point_name(int(c)) for c in characters[kept]] + [RARE]
 
 
 def class_indices(names: list[str], code_points: NDArray[np.int32]) -> NDArray[np.int64]:
-    """(N,) int64: the class of each character; what has no class of its own is `rare`."""
+    """Return the class index of each code point, (N,) int64. Characters without a class of their own are `rare`."""
     index = {parse_code_point(name): i for i, name in enumerate(names[:-1])}
     characters, inverse = np.unique(code_points, return_inverse=True)
     rare = len(names) - 1
@@ -37,10 +42,10 @@ def class_indices(names: list[str], code_points: NDArray[np.int32]) -> NDArray[n
 
 
 def parse_class_names(text: str, where: str) -> list[str]:
-    """The classes of an earlier dataset from its `label.labels.txt`.
+    """Parse the text of a dataset's `label.labels.txt`. `where` names the file in error messages.
 
     Raises:
-        InputError: not one code point a line with `rare` last, or one that stands there twice.
+        InputError: a line is not a code point, a code point is repeated, or the last line is not `rare`.
     """
     names = text.splitlines()
     if not names or names[-1] != RARE:
@@ -56,14 +61,18 @@ def parse_class_names(text: str, where: str) -> list[str]:
 
 
 def read_class_names(path: UPath, where: UPath | None = None) -> list[str]:
-    """As `parse_class_names`, of a file; `where` it came from, if it is a copy.
+    """Read and parse a `label.labels.txt`.
+
+    Args:
+        path: the file to read.
+        where: the file to name in error messages, if `path` is a copy of it.
 
     Raises:
-        InputError: there is no such file, or it is no list of classes.
+        InputError: the file does not exist, is too large, is not UTF-8 text, or is not a list of classes.
     """
     where = where or path
     if not is_file(path):
-        raise InputError(f"a file of classes must be there. Received: {where}")
+        raise InputError(f"a file of class names must exist. Received: {where}")
     if size_of(path) > MAX_CLASSES_BYTES:
         raise InputError(f"{where} must be at most {MAX_CLASSES_BYTES} bytes")
     try:

@@ -1,4 +1,4 @@
-"""The one representation of a preparation: command line -> `PrepareConfig` -> `manifest.json` of the dataset."""
+"""Configuration of `prepare`: command line -> `PrepareConfig` -> `manifest.json` of the dataset."""
 
 from typing import Literal
 
@@ -8,7 +8,10 @@ SPLITS = ("train", "validation", "test")
 
 
 class PrepareConfig(BaseModel):
-    """What decides the bytes of a dataset, besides pages and labels. The docstring of a field is its `--help`."""
+    """Options that determine the bytes of a dataset, in addition to pages and labels.
+
+    The docstring of a field is the `--help` text of its option.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 

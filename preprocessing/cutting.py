@@ -1,4 +1,4 @@
-"""The pages of a group, cut into crops: the same crops to train on and to read."""
+"""Cut the pages of a group into crops, for `prepare` and for `predict`."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,26 +16,26 @@ from preprocessing.plan import Group, Page
 
 @dataclass(frozen=True)
 class Cut:
-    """What became of one box."""
+    """Result for one box: a crop, or the reason why there is none."""
 
     page_id: str
     box: list[int]
     """x, y, width, height, as in the labels."""
     crop: NDArray[np.uint8] | None
-    """(80, 80)."""
+    """(80, 80) uint8; None if the box was lost."""
     clipped: bool = False
-    """Only a part of the box is on the page, and in the crop."""
+    """Whether the box is partly off its page. The crop shows the part that is on the page."""
     fault: str = ""
-    """Why there is no crop."""
+    """Reason why there is no crop; empty if there is one."""
 
 
 def cut_boxes(group: Group, pages: UPath) -> Iterator[Cut]:
-    """The boxes of a group, in its order. Each page is read once.
+    """Yield one `Cut` for each box of a group, in the order of `group.boxes`. Each page with boxes is read once.
 
     Raises:
-        InputError: a page is not the file that was listed.
+        InputError: a page file was removed or changed after the pages were listed.
     """
-    cv2.setNumThreads(1)  # Ray runs one task on each core
+    cv2.setNumThreads(1)  # Ray runs one task per core
     start, boxes = 0, group.boxes
     with page_reader(pages) as read:
         for page in group.pages:
@@ -43,24 +43,24 @@ def cut_boxes(group: Group, pages: UPath) -> Iterator[Cut]:
             for box in boxes[start : start + page.boxes].tolist():
                 yield _cut(page.id, image, box)
             start += page.boxes
-            del image  # before the next page takes as much memory
+            del image  # free the memory before the next page is decoded
 
 
 def _cut(page_id: str, image: "NDArray[np.uint8] | PageFault", box: list[int]) -> Cut:
     try:
         if isinstance(image, PageFault):
             raise image
-        on_page = clip_box(box, image.shape)
+        clipped_box = clip_box(box, image.shape)
     except PageFault as fault:
         return Cut(page_id, box, None, fault=str(fault))
-    return Cut(page_id, box, crop(image, on_page), clipped=list(on_page) != box)
+    return Cut(page_id, box, crop(image, clipped_box), clipped=list(clipped_box) != box)
 
 
 def _read_page(read: ReadPage, page: Page) -> "NDArray[np.uint8] | PageFault":
-    """The image of a page, or the fault of its file for which it can't be cut.
+    """Return the image of a page, (height, width) uint8, or the fault that makes all its boxes losses.
 
     Raises:
-        InputError: it is not the file that was listed.
+        InputError: the page file was removed or changed after the pages were listed.
     """
     try:
         if not page.file_name:
@@ -73,6 +73,6 @@ def _read_page(read: ReadPage, page: Page) -> "NDArray[np.uint8] | PageFault":
         return fault
     except FileNotFoundError as error:
         raise InputError(
-            "--pages must stay as they are while they are cut, and be one place for all workers. "
+            "--pages must stay unchanged while they are cut, and be the same place for all workers. "
             f"Received: {' '.join(str(error).split())}. Run the same command again"
         ) from None

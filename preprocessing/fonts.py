@@ -1,4 +1,4 @@
-"""Fonts with Japanese characters: the packaged one, and those of this machine."""
+"""Fonts with Japanese characters: the packaged font, and the fonts installed on this machine."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ HIRAGANA = frozenset(range(0x3042, 0x3094))
 
 @dataclass(frozen=True)
 class Font:
-    """One face: its file, its number in the file (0 unless the file is a collection) and its name."""
+    """One font face: its file, its index in the file (0 unless the file is a collection), and its name."""
 
     path: str
     index: int
@@ -25,18 +25,19 @@ class Font:
 
 
 def find_fonts(folders: Iterable[Path] = FONT_FOLDERS) -> tuple[Font, ...]:
-    """Fonts with all hiragana, sorted by file name; the packaged one if there is no other.
+    """Return the installed fonts that have all hiragana, sorted by file name, or the packaged font if there are none.
 
-    Unreadable files are skipped. A collection gives its first such face: its others are mostly the same shapes for
-    other languages.
+    Files that can't be read are skipped. Of a collection, only the first such face is returned: its other faces mostly
+    have the same shapes, for other languages.
     """
     suffixes = (".ttf", ".otf", ".ttc")
     files = {path for folder in folders for path in folder.rglob("*") if path.suffix.lower() in suffixes}
-    found = (_japanese_face(path) for path in sorted(files, key=lambda path: (path.name, str(path))))
-    return tuple(font for font in found if font) or (packaged_font(),)
+    faces = (_japanese_face(path) for path in sorted(files, key=lambda path: (path.name, str(path))))
+    return tuple(font for font in faces if font) or (packaged_font(),)
 
 
 def _japanese_face(path: Path) -> Font | None:
+    """Return the first face of a file that has all hiragana, or None if there is none or the file can't be read."""
     collection = path.suffix.lower() == ".ttc"
     try:
         with path.open("rb") as file:
@@ -44,21 +45,24 @@ def _japanese_face(path: Path) -> Font | None:
             for index, face in enumerate(faces):
                 if HIRAGANA.issubset(face.getBestCmap() or {}):
                     return Font(str(path), index, face["name"].getBestFullName() or path.stem)
-    except Exception:  # fontTools raises many kinds for a damaged file, which is nobody's concern here
+    except Exception:  # fontTools raises many types for damaged files, and any damaged font can be skipped
         return None
     return None
 
 
 @cache
 def coverage(font: Font) -> frozenset[int]:
-    """The code points that a font draws."""
+    """Return the code points that a font maps to a glyph. The glyph may be blank."""
     with TTFont(font.path, fontNumber=font.index, lazy=True) as face:
         return frozenset(face.getBestCmap() or {})
 
 
 @cache
 def packaged_font() -> Font:
-    """The font that comes with a package we depend on. The package isn't imported: that would load matplotlib."""
+    """Return the font that the dependency matplotlib-fontja ships.
+
+    The package is located without importing it, because importing it would load matplotlib.
+    """
     package = find_spec("matplotlib_fontja")
     assert package is not None
     assert package.origin is not None

@@ -1,10 +1,14 @@
-"""One crop as a `tf.train.Example` in a TFRecord file, without TensorFlow (which takes 5 s and 700 MB a process).
+"""Read and write crops as `tf.train.Example` records in TFRecord files, without TensorFlow.
 
-    image      6,400 bytes, uint8, 80 x 80 row-major       box    4 x int64: x, y, width, height as in the labels
-    label      int64, the line of label.labels.txt         image_id    the page
-    unicode    the box's own code point, `U+306F`, also where the label is `rare`
+Importing TensorFlow takes 5 s and 700 MB per process. Features of a record:
 
-Formats: tensorflow/core/example/{example,feature}.proto, and the framing of
+    image      6,400 bytes: uint8, 80 x 80, row-major
+    label      int64: class index, the line number in label.labels.txt, from 0
+    unicode    bytes: the code point of the box, `U+306F`, also if the label is `rare`
+    image_id   bytes: the id of the page
+    box        4 x int64: x, y, width, height as in the labels
+
+Formats: tensorflow/core/example/{example,feature}.proto, and the TFRecord framing described at
 tensorflow.org/tutorials/load_data/tfrecord.
 """
 
@@ -20,17 +24,18 @@ from google.protobuf.message import DecodeError
 
 from cluster.errors import DamageError
 
-SIDE = 80  # pixels, of a crop
-FRAME_BYTES = 16  # length, its checksum, the checksum of the data
-MOST_RECORD_BYTES = 8192  # a crop, and what is told of it; no more memory is taken for a record, whatever it claims
+SIDE = 80  # side of a crop in pixels
+FRAME_BYTES = 16  # length (8), checksum of the length (4), checksum of the data (4)
+# A crop with its other features fits. Longer records are rejected, so that a corrupt length allocates no memory.
+MAX_RECORD_BYTES = 8192
 
 Value = bytes | Sequence[int]
 
-# Numbers of protobuf fields. The first of each message: Example.features, Features.feature, the key of its entries,
-# BytesList.value, Int64List.value. Then: the value of an entry, Feature.bytes_list, Feature.int64_list.
+# Protobuf field numbers. FIELD: Example.features, Features.feature, FeatureEntry.key, BytesList.value and
+# Int64List.value. VALUE: FeatureEntry.value. BYTES_LIST, INT64_LIST: Feature.bytes_list, Feature.int64_list.
 FIELD, VALUE, BYTES_LIST, INT64_LIST = 1, 2, 1, 3
 
-# The same for protobuf's own reader: TensorFlow's description of it loads all of TensorFlow.
+# The message definitions for protobuf's parser. Importing TensorFlow's own definitions would load all of TensorFlow.
 _EXAMPLE = """
 name: "example.proto" package: "kuzushiji" syntax: "proto3"
 message_type { name: "BytesList" field { name: "value" number: 1 type: TYPE_BYTES label: LABEL_REPEATED } }
@@ -55,7 +60,7 @@ message_type { name: "Example" field { name: "features" number: 1 type: TYPE_MES
 
 
 class Record(NamedTuple):
-    """What a record holds, as it came: nothing of it is checked but its kind."""
+    """The features of a record. Only their types are checked, not their values."""
 
     image: bytes
     label: int
@@ -65,32 +70,32 @@ class Record(NamedTuple):
 
 
 def encode_example(features: Mapping[str, Value]) -> bytes:
-    """Bytes of a `tf.train.Example`, features in the order of their names (protobuf leaves the order of a map open)."""
+    """Serialize a `tf.train.Example`, features sorted by name. Protobuf itself does not define the order of a map."""
     parts = []
     for name, value in sorted(features.items()):
         if isinstance(value, bytes):
             kind, payload = BYTES_LIST, value
         else:
             kind, payload = INT64_LIST, b"".join(map(_varint, value))
-        parts += [_before(name, kind, len(payload)), payload]
+        parts += [_feature_header(name, kind, len(payload)), payload]
     return b"".join([_header(FIELD, sum(map(len, parts))), *parts])
 
 
-@lru_cache(maxsize=1 << 14)  # what records are made of is of few lengths
-def _before(name: str, kind: int, length: int) -> bytes:
-    """All that stands in a feature's entry before its payload of so many bytes: a value, or packed numbers."""
-    after = _header(FIELD, length)
+@lru_cache(maxsize=1 << 14)  # features have few distinct lengths
+def _feature_header(name: str, kind: int, length: int) -> bytes:
+    """Return the bytes of a feature's map entry that precede its payload: one bytes value, or packed integers."""
+    value = _header(FIELD, length)
     for number in (kind, VALUE):
-        after = _header(number, len(after) + length) + after
+        value = _header(number, len(value) + length) + value
     key = _header(FIELD, len(name.encode())) + name.encode()
-    return _header(FIELD, len(key) + len(after) + length) + key + after
+    return _header(FIELD, len(key) + len(value) + length) + key + value
 
 
 def decode_example(data: bytes) -> Record:
-    """Read a record.
+    """Parse a serialized `tf.train.Example`.
 
     Raises:
-        ValueError: it is no `tf.train.Example`, or one of its features is missing or of another kind.
+        ValueError: the data is not a `tf.train.Example`, or a feature is missing or has another type or length.
     """
     try:
         features = _example().FromString(data).features.feature
@@ -100,49 +105,51 @@ def decode_example(data: bytes) -> Record:
         (image_id,) = features["image_id"].bytes_list.value
         x, y, width, height = features["box"].int64_list.value
     except (DecodeError, ValueError):
-        raise ValueError("a record without image, label, unicode, image_id and box as they should be") from None
+        raise ValueError("a record must have the features image, label, unicode, image_id and box") from None
     return Record(image, label, code_point, image_id, [x, y, width, height])
 
 
 @cache
 def _example() -> Any:
-    """The class of protobuf's messages. In a pool of its own: nothing of another package is in its way."""
+    """Return the message class. Its own descriptor pool prevents conflicts with TensorFlow's definitions."""
     pool = descriptor_pool.DescriptorPool()
     pool.Add(text_format.Parse(_EXAMPLE, descriptor_pb2.FileDescriptorProto()))
     return message_factory.GetMessageClass(pool.FindMessageTypeByName("kuzushiji.Example"))
 
 
 def frame(data: bytes) -> bytes:
-    """A TFRecord: little-endian length and data, each followed by its masked CRC-32C."""
+    """Return a TFRecord: the little-endian length and the data, each followed by its masked CRC-32C."""
     length = struct.pack("<Q", len(data))
     return b"".join((length, _masked_crc(length), data, _masked_crc(data)))
 
 
 def read_frames(shard: bytes | mmap) -> Iterator[bytes]:
-    """The data of each TFRecord of a shard whose SHA-256 was checked before (so that the CRCs need not be).
+    """Yield the data of each TFRecord of a shard.
+
+    The CRCs are not checked: the caller has checked the SHA-256 of the shard.
 
     Raises:
-        DamageError: it ends within a record, or one is larger than any of ours.
+        DamageError: the shard ends within a record, or a record is longer than `MAX_RECORD_BYTES`.
     """
-    at = 0
-    while at < len(shard):
-        end = at + FRAME_BYTES
+    start = 0
+    while start < len(shard):
+        end = start + FRAME_BYTES
         if end <= len(shard):
-            end += struct.unpack_from("<Q", shard, at)[0]
+            end += struct.unpack_from("<Q", shard, start)[0]
         if end > len(shard):
-            raise DamageError("a TFRecord file must end with a whole record")
-        if end - at > MOST_RECORD_BYTES:
-            raise DamageError(f"a record must have at most {MOST_RECORD_BYTES} bytes. Received: {end - at}")
-        yield shard[at + 12 : end - 4]
-        at = end
+            raise DamageError("a TFRecord file must end with a complete record")
+        if end - start > MAX_RECORD_BYTES:
+            raise DamageError(f"a record must have at most {MAX_RECORD_BYTES} bytes. Received: {end - start}")
+        yield shard[start + 12 : end - 4]
+        start = end
 
 
 def _header(number: int, length: int) -> bytes:
-    """What stands before a length-delimited protobuf field."""
+    """Return tag and length of a length-delimited protobuf field."""
     return _varint(number << 3 | 2) + _varint(length)
 
 
-@lru_cache(maxsize=1 << 14)  # labels and boxes are of few numbers
+@lru_cache(maxsize=1 << 14)  # labels and boxes have few distinct numbers
 def _varint(value: int) -> bytes:
     value &= 0xFFFFFFFFFFFFFFFF  # negative numbers in two's complement
     out = bytearray()
