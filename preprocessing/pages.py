@@ -47,7 +47,7 @@ def list_pages(pages: UPath) -> dict[str, tuple[str, int]]:
         # Read the directory of a remote archive twice: unlike the pages, it has no checksum.
         if not is_local(pages) and members != _list_members(pages):
             raise DamageError(
-                f"{pages} must arrive unchanged. Received: different file lists in two reads. Run the same command again"
+                f"{pages} must arrive unchanged. Received: two different lists of files. Run the same command again"
             )
         files = [(name, size) for name, size in members if not name.startswith("__MACOSX/")]
     else:
@@ -129,7 +129,7 @@ def _read_member(archive: zipfile.ZipFile, name: str) -> bytes:
 
 @contextmanager
 def _broken_archive_as(error_type: Callable[[str], Exception], message: str) -> Iterator[None]:
-    """Convert errors that zipfile raises for broken archives to `error_type`. Errors of disk and bucket pass through."""
+    """Convert what zipfile raises for broken archives to `error_type`. Errors of disk and bucket pass through."""
     try:
         with explaining():
             yield

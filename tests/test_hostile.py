@@ -161,7 +161,7 @@ def test_an_archive_that_can_not_be_listed_is_refused_in_one_line(odd: str, tmp_
         data[end + 8 : end + 16] = struct.pack("<HHL", 2, 2, end - at)
     (tmp_path / "pages.zip").write_bytes(data)
     with pytest.raises(
-        InputError, match="--pages must be a folder or a whole .zip|must hold one file a page"
+        InputError, match="--pages must be a folder or a valid .zip|must hold one file per page"
     ) as caught:
         list_pages(place(tmp_path / "pages.zip"))
     one_line(caught)
@@ -273,7 +273,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ([example(box=[1, 2, 3])], 1, "crops as prepare writes them"),
         ([example(box=[1, 2, 3, 1 << 40])], 1, "a box with more than nine digits"),
         ([example(box=[-(1 << 63), 2, 3, 4])], 1, "a box with more than nine digits"),
-        ([example(unicode=b"U+D800")], 1, "a code point looks like"),
+        ([example(unicode=b"U+D800")], 1, "a code point must look like"),
         ([example(unicode=b"\xff")], 1, "can't decode"),
         ([example(image_id=b"a\nb")], 1, "an image_id must be"),
         ([example(image_id=b"../../evil")], 1, "an image_id must be"),
@@ -299,7 +299,7 @@ def test_a_shard_that_ends_within_a_record_is_named(tmp_path: Path, cache: Path)
     shard = frame(example()) + frame(example())
     dataset = write_dataset(tmp_path / "dataset", shard[:-5], 1)
     with (
-        pytest.raises(DamageError, match="tfrecord-00000-of-00001 must .* whole record"),
+        pytest.raises(DamageError, match="tfrecord-00000-of-00001 must .* complete record"),
         staged(place(dataset), ["test"]),
     ):
         pass

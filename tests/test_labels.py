@@ -44,10 +44,10 @@ def test_a_byte_order_mark_and_windows_line_ends_are_read(tmp_path: Path) -> Non
     [
         ("a,U+306F 1 2 3\n", "groups of 5 fields"),
         ("a,U+306F 1 2 3 4 5\n", "groups of 5 fields"),
-        ("a,306F 1 2 3 4\n", "a code point looks like"),
-        ("a,U+D800 1 2 3 4\n", "a code point looks like"),
-        ("a,U+110000 1 2 3 4\n", "a code point looks like"),
-        ("a,U+00306F 1 2 3 4\n", "a code point looks like"),
+        ("a,306F 1 2 3 4\n", "a code point must look like"),
+        ("a,U+D800 1 2 3 4\n", "a code point must look like"),
+        ("a,U+110000 1 2 3 4\n", "a code point must look like"),
+        ("a,U+00306F 1 2 3 4\n", "a code point must look like"),
         ("a,U+306F 1.5 2 3 4\n", "whole numbers"),
         ("a,U+306F 1 2 3 99999999999\n", "whole numbers"),
         ("a,U+306F 1 2 3 ４\n", "whole numbers"),
@@ -56,7 +56,7 @@ def test_a_byte_order_mark_and_windows_line_ends_are_read(tmp_path: Path) -> Non
         ("..,U+306F 1 2 3 4\n", "an image_id must be"),
         ("a" * 252 + ",U+306F 1 2 3 4\n", "at most 251 characters"),
         ("a,U+306F 1 2 3 " + "4" * 100_000 + "\n", "whole numbers"),
-        ("a," + "U" * 100_000 + " 1 2 3 4\n", "a code point looks like"),
+        ("a," + "U" * 100_000 + " 1 2 3 4\n", "a code point must look like"),
         (",U+306F 1 2 3 4\n", "an image_id must be"),
         ("a,U+306F 1 2 3 4\na,U+306F 1 2 3 4\n", "one row only"),
         ("a,U+306F 1 2 3 4,x\n", "2 columns"),
@@ -79,7 +79,7 @@ def test_a_wrong_or_missing_header_is_refused(tmp_path: Path, text: str) -> None
 
 
 def test_a_file_that_is_not_there_or_not_text_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="which is not there"):
+    with pytest.raises(InputError, match="which does not exist"):
         read_labels(place(tmp_path / "none.csv"))
     with pytest.raises(InputError, match="UTF-8"):
         read(tmp_path, b"\xff\xfe\x00")

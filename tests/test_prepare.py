@@ -337,7 +337,7 @@ def test_pages_that_are_no_pages_are_refused_before_any_work(bad: str, pages: Pa
         with zipfile.ZipFile(tmp_path / name, "w") as archive:
             archive.writestr("a/p.jpg", b"")
             archive.writestr("b/p.jpg", b"")
-    with pytest.raises(InputError, match="--pages must be|must hold one file a page"):
+    with pytest.raises(InputError, match="--pages must be|must hold one file per page"):
         run(tmp_path, tmp_path / "out", pages=name)
     assert not (tmp_path / "out").exists()
 
@@ -374,6 +374,6 @@ def test_a_page_that_changes_under_prepare_is_no_loss_but_one_line(source: str, 
     else:
         (files / "a_1.jpg").write_bytes(page(150) if change == "longer" else bytes(MAX_PAGE_BYTES + 2))
     shutil.make_archive(str(tmp_path / "pages"), "zip", files)
-    with pytest.raises(InputError, match=r"--pages must stay as they are .* Received: [^\n]*a_1\.jpg"):
+    with pytest.raises(InputError, match=r"--pages must stay unchanged .* Received: [^\n]*a_1\.jpg"):
         CutGroup(str(places[0]), str(tmp_path / "out"))(group)
     assert not list(tmp_path.glob("out/*.tfrecord-*"))
