@@ -163,9 +163,9 @@ def dataset_card(
         f"| {split} | {c['examples']:,} | {c['pages']:,} | {c['books']:,} |" for split, c in counts.items()
     )
     rule = {
-        "random": "single boxes at random: crops of one page and book stand on both sides, which flatters accuracy",
-        "page": "whole pages at random: crops of one book stand on both sides, which flatters accuracy",
-        "book": "whole books: no book stands on both sides, the honest one",
+        "random": "by box: crops of one page and book are in several splits (leakage), which inflates accuracy",
+        "page": "by page: crops of one book are in several splits (leakage), which inflates accuracy",
+        "book": "by book: each book is in one split, so the numbers hold for books that the model has not seen",
     }[config["split"]]
     kept = len(class_names) - 1
     return f"""# Kuzushiji crops
@@ -176,12 +176,11 @@ def dataset_card(
 |---|---|---|---|
 {rows}
 
-- Split rule: {rule}. Test {config["test_fraction"]}, validation {config["val_fraction"]}, seed {config["seed"]}.
-- Classes: {kept} characters and `{RARE}`, in `{LABELS_FILE}`; the characters of the first {config["coverage"]} of
-all boxes keep
-  their own class, or those of the file given with `--classes`.
-- Crops: the box in grayscale, longer side scaled to {SIDE} pixels, in the middle of a black square.
-- Lost boxes: {losses}, clipped at the edge of their page: {clipped}; each is listed in `manifest.json`.
+- Split: {rule}. Test {config["test_fraction"]}, validation {config["val_fraction"]}, seed {config["seed"]}.
+- Classes: {kept} characters and `{RARE}`, one per line of `{LABELS_FILE}`. The most frequent characters, up to
+  {config["coverage"]} of all boxes, have a class of their own, unless the classes of an earlier dataset were given.
+- Crops: the box in grayscale, its longer side scaled to {SIDE} pixels, centred on a black square.
+- Boxes lost: {losses}. Boxes clipped at the edge of their page: {clipped}. Each is listed in `manifest.json`.
 
 Read it with `tfds.builder_from_directory(...)`, `kuzushiji train`, or any reader of TFRecords; a record is a
 `tf.train.Example` with `image` ({SIDE * SIDE:,} bytes, uint8, row-major), `label`, `unicode`, `image_id` and `box`
@@ -191,5 +190,5 @@ Read it with `tfds.builder_from_directory(...)`, `kuzushiji train`, or any reade
 The crops have the licence of the pages that they were cut from. Kaggle's *Kuzushiji Recognition* data are adapted
 from the "Kuzushiji Dataset" (created by the National Institute of Japanese Literature and others, published by the
 Center for Open Data in the Humanities), doi:10.20676/00000341, CC BY-SA 4.0.
-Pages drawn by `kuzushiji sample` copy no scan.
+Pages drawn by `kuzushiji sample` contain no scanned material.
 """

@@ -1,4 +1,4 @@
-"""`prepare`: page scans and labels in, a sealed dataset folder out."""
+"""Run `prepare`: turn page scans and labels into a sealed dataset folder, or resume an earlier attempt."""
 
 import json
 import logging
@@ -30,7 +30,7 @@ log = logging.getLogger("kuzushiji")
 
 
 def prepare(pages: UPath, labels: UPath, dataset: UPath, config: PrepareConfig) -> tuple[DatasetManifest, bool]:
-    """Make the dataset, or finish what an earlier attempt began.
+    """Make the dataset, or finish it if an earlier attempt was interrupted.
 
     Returns its manifest, and whether anything was written (False: it was there and right).
 
@@ -49,7 +49,7 @@ def prepare(pages: UPath, labels: UPath, dataset: UPath, config: PrepareConfig) 
         try:
             return _make(plan, pages, dataset, config), True
         except Exception:
-            # Another prepare of this folder may have been faster, and have removed what this one was writing.
+            # Another prepare of this folder may have sealed it first and removed the files of this one.
             if not is_sealed(dataset):
                 raise
             manifest, faults = _sealed(dataset, plan)
@@ -74,7 +74,7 @@ def _make(plan: Plan, pages: UPath, dataset: UPath, config: PrepareConfig) -> Da
         _check_losses(losses, plan, config, dataset)
     except InputError:
         for group, report in zip(plan.groups, reports, strict=True):
-            if report.losses:  # the next attempt cuts it again: the pages may be readable then
+            if report.losses:  # so that the next attempt cuts the group again: its pages may be readable then
                 remove_file(report_path(dataset, group.number))
         raise
     return _finish(plan, dataset, config, reports)
@@ -91,20 +91,20 @@ def _check_losses(losses: Sequence[Loss], plan: Plan, config: PrepareConfig, dat
 
 
 def _earlier_attempt(dataset: UPath, plan: Plan) -> DatasetManifest | None:
-    """The manifest of a folder that is right already. Otherwise the folder is made ready for (more) work.
+    """Return the manifest if the folder is complete and valid. Otherwise prepare the folder for (more) work.
 
     Raises:
         OptionError: the folder is neither empty nor of the same job.
     """
     plan_path = dataset / PROGRESS_FOLDER / PLAN_FILE
-    # In this order: an attempt that runs beside this one writes its plan first and removes it after the manifest.
+    # In this order: a concurrent attempt writes its plan first and removes it after it has written the manifest.
     there, begun = list_files(dataset), is_file(plan_path)
     if is_sealed(dataset):
         manifest, faults = _sealed(dataset, plan)
         if not faults:
             return manifest
-        _refuse_other(dataset, plan, _made_as(manifest))  # other versions may cut other crops
-        log.warning("%s: %s; what is damaged is made again", dataset, "; ".join(faults))
+        _refuse_other(dataset, plan, _made_as(manifest))  # other versions of the libraries may cut different crops
+        log.warning("%s: %s; damaged files are made again", dataset, "; ".join(faults))
         _write_reports(dataset, plan, manifest)
         write_bytes(plan_path, json.dumps(plan.identity).encode())
         remove_file(dataset / MANIFEST_FILE)
@@ -119,13 +119,13 @@ def _earlier_attempt(dataset: UPath, plan: Plan) -> DatasetManifest | None:
             return None
 
         change_bytes(plan_path, first)
-        if is_sealed(dataset):  # by another attempt, since it was looked
+        if is_sealed(dataset):  # by a concurrent attempt, after the check above
             return _earlier_attempt(dataset, plan)
     return None
 
 
 def _sealed(dataset: UPath, plan: Plan) -> tuple[DatasetManifest, list[str]]:
-    """The manifest of a sealed folder of this job, and what is wrong with its files.
+    """Return the manifest of a sealed folder of this job, and the faults of its files, one line each.
 
     Raises:
         OptionError: it is of another job.
@@ -148,8 +148,8 @@ def _made_as(manifest: DatasetManifest) -> dict[str, Any]:
 
 
 def _remove_traces(dataset: UPath) -> None:
-    """What attempts leave beside a sealed dataset: the progress of the last, temporaries of those that were killed."""
-    for _ in range(2):  # a task that was left behind may add to what is being removed
+    """Remove what attempts leave in a sealed dataset: the progress of the last one, temporary files of killed ones."""
+    for _ in range(2):  # a task of a killed attempt may still add a file during the removal
         remove_folder(dataset / PROGRESS_FOLDER)
     remove_temporaries(dataset)
 
@@ -167,7 +167,8 @@ def _refuse_other(dataset: UPath, plan: Plan, earlier: dict[str, Any]) -> None:
     if differing:
         what = ", ".join(f"{k} (there {str(earlier.get(k))[:40]}, now {str(plan.identity[k])[:40]})" for k in differing)
         raise OptionError(
-            f"--dataset {dataset} holds a dataset made otherwise: {what}. Name another folder or remove it"
+            f"--dataset must be a new folder, or one made with the same options and input. Received: {dataset}, where "
+            f"these differ: {what}. Name another folder or remove it"
         )
 
 

@@ -1,8 +1,8 @@
-"""One task of `prepare`: the crops of a group, written into the shards planned for it, one for each split.
+"""A task of `prepare`: cut the crops of a group and write them into its shards, one shard per split.
 
-The report of a group stays in `.prepare/` until the dataset is sealed, so that a later attempt finds what is done and
-does not make it again. Shards are begun in that folder too, which a task does not create: a task that outlives its job
-writes nothing once the folder is gone.
+The report of a group stays in `.prepare/` until the dataset is sealed: a later attempt skips the groups that are
+complete. Temporary files of shards are in that folder too. Tasks do not create the folder, so that a task that outlives
+its job writes nothing after the folder was removed.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ def report_path(dataset: UPath, group: int) -> UPath:
 
 
 def finished_report(dataset: UPath, group: int) -> GroupReport | None:
-    """The report of a group whose files are all there and right; None if there is work to do."""
+    """Return the report of a group if all its shards are complete; None if the group is to be cut."""
     path = report_path(dataset, group)
     if not is_file(path):
         return None
@@ -113,7 +113,7 @@ def _open_writer(stack: ExitStack, folder: UPath, name: str) -> "_ShardWriter":
 
 
 class _ShardWriter:
-    """Writes one TFRecord file and hashes it on the way."""
+    """Writes one TFRecord file and computes its SHA-256."""
 
     def __init__(self, name: str, stream: BinaryIO) -> None:
         self.name, self.stream = name, stream
