@@ -103,7 +103,6 @@ def map_tasks(
     what: str,
     unit: str,
     sizes: Sequence[int],
-    keep: bool = False,
     gpus: int = 0,
 ) -> list[ReportT]:
     """Run `work` on each task with Ray Data and show the progress.
@@ -115,9 +114,7 @@ def map_tasks(
         what: text of the progress display, such as "pages cut".
         unit: what `sizes` counts, such as "pages".
         sizes: number of units in each task.
-        keep: run in actors, because `work` keeps something large, such as a model: each process unpickles `work` once
-            instead of once per task.
-        gpus: number of actors with one GPU each; 0: a process for each CPU.
+        gpus: number of actors with one GPU each; 0: tasks, one on each CPU.
 
     On a terminal, Ray Data draws its own progress bar, which counts tasks and shows the use of CPUs.
 
@@ -131,8 +128,6 @@ def map_tasks(
     reports: dict[int, ReportT] = {}
     rays_own_bar = on_terminal() and sys.stdout.isatty()  # Ray Data draws its bar only if both are terminals
     bar = nullcontext(lambda _: None) if rays_own_bar else progress(what, sum(sizes), unit)
-    if keep:  # Ray logs a spurious error for each actor (github.com/ray-project/ray/issues/53727)
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     with ray_session(), bar as advance:
         import ray
 
@@ -142,7 +137,7 @@ def map_tasks(
                 f"--gpus must be at most the GPUs of this machine. Received: {gpus}, Ray found {gpus_here}"
             )
         try:
-            for row in _mapped(tasks, work, rays_own_bar, keep or gpus > 0, gpus).iter_rows():
+            for row in _mapped(tasks, work, rays_own_bar, gpus).iter_rows():
                 reports[row["index"]] = report.model_validate_json(row["report"])
                 advance(sizes[row["index"]])
         except BaseException as error:
@@ -157,9 +152,7 @@ def map_tasks(
     return [reports[index] for index in range(len(tasks))]
 
 
-def _mapped(
-    tasks: Sequence[TaskT], work: Callable[[TaskT], ReportT], show_bar: bool, keep: bool, gpus: int
-) -> "Dataset":
+def _mapped(tasks: Sequence[TaskT], work: Callable[[TaskT], ReportT], show_bar: bool, gpus: int) -> "Dataset":
     """Return a dataset with one row per task: its `index` and its `report` as JSON."""
     import ray.data
 
@@ -172,13 +165,12 @@ def _mapped(
     rows = [{"index": index, **vars(task)} for index, task in enumerate(tasks)]
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
     call = _Call(type(tasks[0]), work)
-    if not keep:
+    # Actors for GPUs only: for each of them Ray prints an error, which is none, to the terminal
+    # (github.com/ray-project/ray/issues/53727).
+    if not gpus:
         return dataset.map(call.function(), num_cpus=1)
-    processes = gpus or min(len(rows), max(1, int(ray.cluster_resources().get("CPU", 1))))
-    pool = ray.data.ActorPoolStrategy(min_size=gpus or 1, max_size=gpus or len(rows), initial_size=processes)
-    return dataset.map(
-        call.actor(), fn_constructor_kwargs={"call": call}, num_cpus=1, num_gpus=1 if gpus else 0, compute=pool
-    )
+    pool = ray.data.ActorPoolStrategy(size=gpus)
+    return dataset.map(call.actor(), fn_constructor_kwargs={"call": call}, num_cpus=1, num_gpus=1, compute=pool)
 
 
 class _Call(Generic[TaskT, ReportT]):

@@ -325,7 +325,7 @@ def test_what_is_used_wrongly_is_told_before_any_job(head: Head) -> None:
         "Missing option": ["--", "prepare", "--pages", "x"],
         "": ["--", "pull", "--models", "x", "--to", "y"],
         "--attach must be letters": ["--attach", "../x"],
-        "--working-dir must be a folder": ["--working-dir", "/nowhere", "--", "verify", "x"],
+        "--working-dir must be an existing folder": ["--working-dir", "/nowhere", "--", "verify", "x"],
     }
     for text, done in zip(says, head.submit_each(*says.values()), strict=True):
         assert done.returncode == 2

@@ -2,7 +2,7 @@
 
 import socket
 from dataclasses import dataclass
-from functools import cached_property
+from functools import lru_cache
 from importlib.metadata import version
 from typing import Any
 
@@ -98,7 +98,6 @@ def predict(
         what="pages read",
         unit="pages",
         sizes=[len(group.page_ids) for group in groups],
-        keep=True,
         gpus=gpus,
     )
     losses = [loss for report in reports for loss in report.losses]
@@ -127,9 +126,9 @@ def predict(
 
 @dataclass
 class ReadGroup:
-    """The work of `predict` on a group of pages. An instance loads the model with its first group and keeps it.
+    """The work of `predict` on a group of pages.
 
-    The constructor does not load it: Ray Data loses exceptions of an actor's constructor.
+    The model is loaded with the first group, not by the constructor: Ray Data loses exceptions of an actor's constructor.
     """
 
     model: str
@@ -152,7 +151,7 @@ class ReadGroup:
             InputError: the pages were changed.
             OSError: pages can't be read, or tables can't be written.
         """
-        inference, class_names = self._loaded
+        inference, class_names = _load(self.model, self.model_sha256, self.on_gpu)
         code_points = np.array(group.code_points, np.int32)
         readings = Readings.from_cuts(cut_boxes(group, place(self.pages)), inference, class_names, code_points)
         tables = {"predictions": readings.predictions(), "pages": readings.texts(group.page_ids)}
@@ -167,36 +166,42 @@ class ReadGroup:
             correct=readings.correct(),
         )
 
-    @cached_property
-    def _loaded(self) -> tuple[Any, list[str]]:
-        """The model's `Inference` and its class names."""
-        with without_chatter():
-            import tensorflow as tf
-
-            # One thread: Ray runs one process per core, and results are bit-identical for the same number of threads.
-            tf.config.threading.set_intra_op_parallelism_threads(1)
-            tf.config.threading.set_inter_op_parallelism_threads(1)
-            tf.config.experimental.enable_op_determinism()
-            # Ray does not hide GPUs from actors with num_gpus=0: each process would allocate memory on each GPU.
-            configure_gpus(self.on_gpu)
-        if self.on_gpu and not tf.config.list_logical_devices("GPU"):
-            raise KuzushijiError(
-                f"--gpus must be GPUs that TensorFlow can use. Received: none on {socket.gethostname()}. Check that "
-                "requirements-gpu.lock and a driver for CUDA 12 are installed there"
-            )
-        if read_manifest(place(self.model), ModelManifest).sha256 != self.model_sha256:
-            raise DamageError(
-                f"--model must not change while it is used. Received: {self.model}, replaced in the meantime. "
-                "Run the same command again"
-            )
-        model, class_names, _ = load_model(place(self.model))
-        from job.model.inference import Inference
-
-        return Inference(model), class_names
-
     def _write(self, kind: str, table: pd.DataFrame, group: Group) -> FileEntry:
         data = table.to_csv(index=False).encode() if self.form == "csv" else table.to_parquet(index=False)
         return write_listed(place(self.out) / table_name(kind, group.number, self.groups, self.form), data)
+
+
+@lru_cache(maxsize=1)
+def _load(model: str, model_sha256: str, on_gpu: bool) -> tuple[Any, list[str]]:
+    """Return the `Inference` of a model and its class names. A process of Ray loads them once, for all its groups.
+
+    Raises:
+        KuzushijiError: TensorFlow can't use the GPU.
+        DamageError: the model does not match its manifest, or was replaced.
+    """
+    with without_chatter():
+        import tensorflow as tf
+
+        # One thread: Ray runs one process per core, and results are bit-identical for the same number of threads.
+        tf.config.threading.set_intra_op_parallelism_threads(1)
+        tf.config.threading.set_inter_op_parallelism_threads(1)
+        tf.config.experimental.enable_op_determinism()
+        # Ray does not hide GPUs from actors with num_gpus=0: each process would allocate memory on each GPU.
+        configure_gpus(on_gpu)
+    if on_gpu and not tf.config.list_logical_devices("GPU"):
+        raise KuzushijiError(
+            f"--gpus must be GPUs that TensorFlow can use. Received: none on {socket.gethostname()}. Check that "
+            "requirements-gpu.lock and a driver for CUDA 12 are installed there"
+        )
+    if read_manifest(place(model), ModelManifest).sha256 != model_sha256:
+        raise DamageError(
+            f"--model must not change while it is used. Received: {model}, replaced in the meantime. "
+            "Run the same command again"
+        )
+    loaded, class_names, _ = load_model(place(model))
+    from job.model.inference import Inference
+
+    return Inference(loaded), class_names
 
 
 def _annotate(group: Group, readings: Readings, pages: UPath, folder: UPath) -> None:
