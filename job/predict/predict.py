@@ -128,7 +128,7 @@ def predict(
 class ReadGroup:
     """The work of `predict` on a group of pages.
 
-    The model is loaded with the first group, not by the constructor: Ray Data loses exceptions of an actor's constructor.
+    The model is loaded with the first group, not by the constructor: Ray Data loses what an actor's constructor raises.
     """
 
     model: str
