@@ -8,6 +8,7 @@ import fcntl
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -30,6 +31,8 @@ _CACHE = tempfile.TemporaryDirectory(prefix="kuzushiji-tests-")
 os.environ["XDG_CACHE_HOME"] = _CACHE.name
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 os.environ.pop("RAY_ADDRESS", None)
+# A shell ignores Ctrl-C in what it runs in the background, and the commands that the tests start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from cluster.errors import KuzushijiError  # noqa: E402
 from cluster.progress import log  # noqa: E402
