@@ -1,10 +1,10 @@
-"""Contract with everyone who reads a dataset: a folder of TFRecord shards, sealed by its manifest.
+"""The format of a dataset folder, which other programs rely on: TFRecord shards, metadata, and a manifest.
 
 kuzushiji-train.tfrecord-00000-of-00064 ...  dataset_info.json  features.json  label.labels.txt  README.md
 manifest.json
 
-`tfds.builder_from_directory(folder)` reads the folder as it is; the forms of the two JSON files are those that
-`tfds.folder_dataset.write_metadata` writes (64-bit numbers are strings in protobuf's JSON).
+`tfds.builder_from_directory(folder)` reads the folder. `dataset_info.json` and `features.json` have the format that
+`tfds.folder_dataset.write_metadata` writes (protobuf's JSON has 64-bit numbers as strings).
 """
 
 import json
@@ -26,31 +26,31 @@ _FEATURE = "tensorflow_datasets.core.features."
 
 
 class Loss(TypedDict):
-    """A box without a crop."""
+    """A box that could not be cut."""
 
     box: list[int]
     """x, y, width, height, as in the labels."""
     page: str
     unicode: str | None
-    """`U+306F`; None where a file of boxes to read has no character."""
+    """`U+306F`; None if the label file of `predict` has no character for the box."""
     what: str
-    """The reason."""
+    """Reason for the loss."""
 
 
 class Clipped(TypedDict):
-    """A box that is partly off its page; the crop is of the rest."""
+    """A box that is partly off its page. The crop shows the part that is on the page."""
 
     box: list[int]
     page: str
 
 
-# FailFast: without it pydantic makes a complaint for each of a million entries, of which one is shown.
+# FailFast: otherwise pydantic creates an error for each of up to a million entries, of which only one is shown.
 Losses = Annotated[list[Loss], FailFast()]
 ClippedBoxes = Annotated[list[Clipped], FailFast()]
 
 
 class Shard(FileEntry):
-    """A TFRecord file, with the number of its crops."""
+    """A TFRecord file. `examples` is the number of its crops."""
 
     examples: Count
 
@@ -61,7 +61,7 @@ class DatasetManifest(Manifest):
     kind: Literal["dataset"] = "dataset"
     shards: Annotated[list[Shard], FailFast()]
     counts: Annotated[dict[str, Annotated[dict[str, Count], FailFast()]], FailFast()]
-    """Per split: `boxes` planned, `examples` written, and the number of `pages` and `books` of these boxes."""
+    """Per split, the numbers of planned `boxes`, written `examples`, and the `pages` and `books` of these boxes."""
     losses: Losses
     clipped: ClippedBoxes
     unlabelled: Annotated[list[str], FailFast()]
@@ -71,10 +71,11 @@ class DatasetManifest(Manifest):
     """`PrepareConfig`, as JSON."""
     versions: Annotated[dict[str, str], FailFast()]
     fingerprint: str
-    """Hash of the bytes of the labels and of the names and sizes of the pages."""
+    """Hex digest of the labels' bytes and of the ids and sizes of the pages, see `preprocessing.pages.fingerprint`."""
 
     @property
     def entries(self) -> list[FileEntry]:
+        """Shards and other files."""
         return [*self.shards, *self.files]
 
     @model_validator(mode="after")
@@ -85,7 +86,7 @@ class DatasetManifest(Manifest):
         return self
 
     def shards_of(self, split: str) -> list[Shard]:
-        """In the order of their pages."""
+        """Return the shards of a split, in the order of their pages."""
         return [shard for shard in self.shards if f"-{split}.tfrecord-" in shard.name]
 
 
@@ -94,7 +95,7 @@ def shard_name(split: str, index: int, count: int) -> str:
 
 
 def dataset_files(class_names: Sequence[str], shards: Mapping[str, Sequence[Shard]], card: str) -> dict[str, str]:
-    """Name to text of every file of a dataset folder but shards and manifest."""
+    """Return file name to text for every file of a dataset folder except shards and manifest."""
     return {
         "dataset_info.json": _json(_dataset_info(shards)),
         "features.json": _json(_features(len(class_names))),
@@ -155,9 +156,14 @@ def dataset_card(
     losses: int,
     clipped: int,
 ) -> str:
-    """README.md of a dataset folder, in Markdown.
+    """Return the README.md of a dataset folder, in Markdown.
 
-    counts: split to `boxes` planned, `examples` written, `pages` and `books` they are of.
+    Args:
+        class_names: the classes, `rare` last.
+        counts: as in `DatasetManifest.counts`.
+        config: `PrepareConfig`, as JSON.
+        losses: number of lost boxes.
+        clipped: number of clipped boxes.
     """
     rows = "\n".join(
         f"| {split} | {c['examples']:,} | {c['pages']:,} | {c['books']:,} |" for split, c in counts.items()
@@ -182,7 +188,7 @@ def dataset_card(
 - Crops: the box in grayscale, its longer side scaled to {SIDE} pixels, centred on a black square.
 - Boxes lost: {losses}. Boxes clipped at the edge of their page: {clipped}. Each is listed in `manifest.json`.
 
-Read it with `tfds.builder_from_directory(...)`, `kuzushiji train`, or any reader of TFRecords; a record is a
+Read it with `tfds.builder_from_directory(...)`, `kuzushiji train`, or any reader of TFRecords; each record is a
 `tf.train.Example` with `image` ({SIDE * SIDE:,} bytes, uint8, row-major), `label`, `unicode`, `image_id` and `box`
 (x, y, width, height).
 

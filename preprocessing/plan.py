@@ -1,4 +1,4 @@
-"""Labels to work: all that is known before a page is read. Classes, splits, groups of pages, names of files."""
+"""Plan the work of `prepare` before any page is read: classes, splits, groups of pages, file names."""
 
 import itertools
 import os
@@ -20,11 +20,11 @@ from preprocessing.labels import Labels, read_labels
 from preprocessing.pages import fingerprint, list_pages
 from preprocessing.split import split_of_boxes
 
-# A crop makes a record of about 6.5 kB: 64 MB per shard, a size that readers of object stores handle well.
+# A record has about 6.5 kB, so the largest shards have about 64 MB, a size that readers of object stores handle well.
 BOXES_PER_GROUP = 10_000
-# Small sets are cut into enough groups for the cores of a laptop. A constant: bytes must not depend on the machine.
+# Small datasets get enough groups for the cores of a laptop. A constant: the bytes must not depend on the machine.
 MIN_GROUPS = 16
-# The libraries that decide the bytes of the crops.
+# The packages whose versions determine the bytes of the crops.
 VERSIONED = ("kuzushiji", "numpy", "opencv-python-headless", "ray", "simplejpeg")
 
 
@@ -33,18 +33,18 @@ class Page(NamedTuple):
 
     id: str
     file_name: str
-    """In the folder or archive of the pages; empty if the page has no file."""
+    """Name in the folder or archive of the pages; empty if the page has no file."""
     file_bytes: int
-    """How many bytes to read."""
+    """Number of bytes to read: the size of the file, at most `MAX_PAGE_BYTES` + 1."""
     boxes: int
     """Number of boxes."""
 
 
 @dataclass
 class Group:
-    """Consecutive pages and their boxes: what one task of `prepare` or `predict` gets. P pages, N boxes.
+    """Consecutive pages and their boxes: the input of one task of `prepare` or `predict`. P pages, N boxes.
 
-    Lists of numbers and strings, so that Ray Data moves groups as Arrow columns.
+    The fields are lists of numbers and strings, so that Ray Data transfers groups as Arrow columns.
     """
 
     number: int
@@ -54,7 +54,7 @@ class Group:
     file_names: list[str]
     """P names in the folder or archive of the pages; empty if a page has no file."""
     file_bytes: list[int]
-    """P sizes in bytes."""
+    """P numbers of bytes to read, see `Page`."""
     boxes_per_page: list[int]
     """P counts that add up to N."""
     box_numbers: list[int]
@@ -82,21 +82,21 @@ class Group:
 
 @dataclass(frozen=True)
 class Plan:
-    """A preparation before any page is read. N boxes."""
+    """The work of one `prepare`, planned before any page is read. N boxes."""
 
     labels: Labels
     class_names: list[str]
     splits: NDArray[np.int8]
-    """(N,) index into `SPLITS` of each box."""
+    """(N,): index into `SPLITS` of each box."""
     groups: list[Group]
     unlabelled: list[str]
     """Ids of pages that have a file and no row in the labels."""
     identity: dict[str, Any]
-    """JSON that is equal for two preparations that write the same bytes: options, input, versions."""
+    """Options, input fingerprint and package versions, as JSON. Equal identities give equal bytes."""
 
 
 def make_plan(pages: UPath, labels_path: UPath, config: PrepareConfig) -> Plan:
-    """Read the labels, list the pages, and decide classes, splits and files.
+    """Read the labels, list the pages, and assign classes, splits and shards.
 
     Raises:
         OptionError: a split would be empty.
@@ -121,43 +121,55 @@ def plan_groups(
     files: Mapping[str, tuple[str, int]],
     groups: int | None,
 ) -> list[Group]:
-    """The groups of `prepare`, in the order of their pages.
+    """Return the groups of `prepare`, in the order of their pages.
 
-    classes, splits: (N,) of each box. files: as for `group_pages`. groups: how many; None: by size.
+    Args:
+        labels: P pages, N boxes.
+        classes: (N,), class index of each box.
+        splits: (N,), index into `SPLITS` of each box.
+        files: as in `group_pages`.
+        groups: maximum number of groups; None: chosen by the number of boxes.
     """
     planned = group_pages(labels, files, groups or number_of_groups(len(labels.boxes), BOXES_PER_GROUP))
     ends = np.cumsum([len(group.code_points) for group in planned])
-    for group, of_group, in_split in zip(planned, np.split(classes, ends), np.split(splits, ends), strict=False):
-        group.labels, group.splits = of_group.tolist(), in_split.tolist()
+    parts = zip(planned, np.split(classes, ends), np.split(splits, ends), strict=False)  # np.split adds an empty part
+    for group, group_classes, group_splits in parts:
+        group.labels, group.splits = group_classes.tolist(), group_splits.tolist()
         group.shard_names = [""] * len(SPLITS)
-    for split, name in enumerate(SPLITS):  # number the files of a split over the groups that have boxes in it
-        of_split = [group for group in planned if split in group.splits]
-        for index, group in enumerate(of_split):
-            group.shard_names[split] = shard_name(name, index, len(of_split))
+    for split, name in enumerate(SPLITS):  # number the shards of a split over the groups that have boxes in it
+        members = [group for group in planned if split in group.splits]
+        for index, group in enumerate(members):
+            group.shard_names[split] = shard_name(name, index, len(members))
     return planned
 
 
 def number_of_groups(boxes: int, per_group: int) -> int:
-    """Groups of `per_group` boxes, but at least `MIN_GROUPS`."""
+    """Return how many groups of about `per_group` boxes are needed, at least `MIN_GROUPS`."""
     return max(MIN_GROUPS, -(-boxes // per_group))
 
 
 def group_pages(labels: Labels, files: Mapping[str, tuple[str, int]], groups: int) -> list[Group]:
-    """All pages, sorted by id, in at most `groups` groups of nearly equal numbers of boxes, each with one at least.
+    """Divide all pages, sorted by id, into at most `groups` groups with nearly equal numbers of boxes.
 
-    files: page id to file name and size in bytes, for the pages that have a file.
+    Each group has at least one box.
+
+    Args:
+        labels: the pages and their boxes.
+        files: page id to file name and size in bytes, for the pages that have a file, see `list_pages`.
+        groups: maximum number of groups. There are fewer if there are fewer pages with boxes, or if one page has the
+            boxes of several groups.
     """
     planned = []
     for number, (first, last) in enumerate(itertools.pairwise(_bounds(labels, groups))):
         boxes = slice(labels.starts[first], labels.starts[last])
         page_ids = labels.page_ids[first:last]
-        of_pages = [files.get(page_id, ("", 0)) for page_id in page_ids]
+        page_files = [files.get(page_id, ("", 0)) for page_id in page_ids]
         group = Group(
             number=number,
             page_ids=page_ids,
-            file_names=[name for name, _ in of_pages],
-            # No reader reads more than that, whatever an archive says.
-            file_bytes=[min(size, MAX_PAGE_BYTES + 1) for _, size in of_pages],
+            file_names=[name for name, _ in page_files],
+            # `page_reader` reads no more than this, even if an archive claims a larger size.
+            file_bytes=[min(size, MAX_PAGE_BYTES + 1) for _, size in page_files],
             boxes_per_page=labels.boxes_per_page[first:last].tolist(),
             box_numbers=labels.boxes[boxes].ravel().tolist(),
             code_points=labels.code_points[boxes].tolist(),
@@ -167,13 +179,13 @@ def group_pages(labels: Labels, files: Mapping[str, tuple[str, int]], groups: in
 
 
 def _bounds(labels: Labels, groups: int) -> Sequence[int]:
-    """Numbers of the pages at which groups begin, and the number of pages."""
+    """Return the index of the first page of each group, and the number of pages."""
     total, pages = len(labels.boxes), len(labels.page_ids)
     groups = min(groups, pages)
     targets = np.arange(1, groups) * total / groups
-    # The bound nearest to each target; bounds that fall together leave fewer groups.
+    # The page boundary nearest to each target. Where targets share a boundary, there are fewer groups.
     after = np.clip(np.searchsorted(labels.starts, targets), 1, pages)
     nearest = np.where(targets - labels.starts[after - 1] <= labels.starts[after] - targets, after - 1, after)
-    # One bound is enough for each number of boxes before it, and none where this is 0 or all boxes.
+    # Keep one boundary for each number of boxes before it, and none at 0 or all boxes: groups must not be empty.
     inner = {int(labels.starts[bound]): int(bound) for bound in nearest}
     return [0, *(bound for boxes, bound in sorted(inner.items()) if 0 < boxes < total), pages]

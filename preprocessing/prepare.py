@@ -32,11 +32,14 @@ log = logging.getLogger("kuzushiji")
 def prepare(pages: UPath, labels: UPath, dataset: UPath, config: PrepareConfig) -> tuple[DatasetManifest, bool]:
     """Make the dataset, or finish it if an earlier attempt was interrupted.
 
-    Returns its manifest, and whether anything was written (False: it was there and right).
+    Returns:
+        The manifest, and whether anything was written (False: the dataset was already complete and valid).
 
     Raises:
-        OptionError: a split would be empty, or the folder holds something else.
+        OptionError: a split would be empty, or the folder holds other files or another dataset.
         InputError: labels or pages can't be used, or more than `max_bad_fraction` of the boxes were lost.
+        DamageError: the manifest or plan in the folder is damaged, or the workers do not share the folder.
+        KuzushijiError: the folder is full, read-only or gone, or a page can't be read.
     """
     if config.val_fraction + config.test_fraction >= 1:
         total = config.val_fraction + config.test_fraction
@@ -86,7 +89,7 @@ def _check_losses(losses: Sequence[Loss], plan: Plan, config: PrepareConfig, dat
         raise InputError(
             f"at most {config.max_bad_fraction:g} of the boxes may be lost (--max-bad-fraction). "
             f"Received: {len(losses)} of {boxes}, first page {losses[0]['page']}: {losses[0]['what']}. "
-            f"Allow more and run again, or mend the input and remove {dataset}"
+            f"Allow more and run again, or fix the input and remove {dataset}"
         )
 
 
@@ -98,27 +101,30 @@ def _earlier_attempt(dataset: UPath, plan: Plan) -> DatasetManifest | None:
     """
     plan_path = dataset / PROGRESS_FOLDER / PLAN_FILE
     # In this order: a concurrent attempt writes its plan first and removes it after it has written the manifest.
-    there, begun = list_files(dataset), is_file(plan_path)
+    files, has_plan = list_files(dataset), is_file(plan_path)
     if is_sealed(dataset):
         manifest, faults = _sealed(dataset, plan)
         if not faults:
             return manifest
-        _refuse_other(dataset, plan, _made_as(manifest))  # other versions of the libraries may cut different crops
+        _refuse_other(dataset, plan, _identity_of(manifest))  # other versions of the libraries may cut different crops
         log.warning("%s: %s; damaged files are made again", dataset, "; ".join(faults))
         _write_reports(dataset, plan, manifest)
         write_bytes(plan_path, json.dumps(plan.identity).encode())
         remove_file(dataset / MANIFEST_FILE)
-    elif there and not begun:
-        raise OptionError(f"--dataset must be a new or empty folder, or one of the same job. Received: {dataset}")
+    elif files and not has_plan:
+        raise OptionError(
+            f"--dataset must be a new or empty folder, or one of the same job. Received: {dataset}, with other files. "
+            "Name another folder or empty it"
+        )
     else:
 
-        def first(old: bytes | None) -> bytes | None:
+        def write_plan_once(old: bytes | None) -> bytes | None:
             if old is None:
                 return json.dumps(plan.identity).encode()
             _refuse_other(dataset, plan, _parse_plan(plan_path, old))
             return None
 
-        change_bytes(plan_path, first)
+        change_bytes(plan_path, write_plan_once)
         if is_sealed(dataset):  # by a concurrent attempt, after the check above
             return _earlier_attempt(dataset, plan)
     return None
@@ -128,22 +134,23 @@ def _sealed(dataset: UPath, plan: Plan) -> tuple[DatasetManifest, list[str]]:
     """Return the manifest of a sealed folder of this job, and the faults of its files, one line each.
 
     Raises:
-        OptionError: it is of another job.
-        DamageError: the manifest is not whole.
+        OptionError: the folder belongs to another job.
+        DamageError: the manifest is damaged, or lists other shards than planned.
     """
     manifest = read_manifest(dataset, DatasetManifest)
-    _refuse_other(dataset, plan, _made_as(manifest) | {"versions": plan.identity["versions"]})
+    _refuse_other(dataset, plan, _identity_of(manifest) | {"versions": plan.identity["versions"]})
     if {shard.name for shard in manifest.shards} != {
         name for group in plan.groups for name in group.shard_names if name
     }:
         raise DamageError(
             f"{dataset / MANIFEST_FILE} must list the planned shards. Remove the folder and prepare again"
         )
-    there = list_files(dataset)
-    return manifest, [fault for entry in manifest.entries if (fault := fault_of(dataset, entry, there))]
+    sizes = list_files(dataset)
+    return manifest, [fault for entry in manifest.entries if (fault := fault_of(dataset, entry, sizes))]
 
 
-def _made_as(manifest: DatasetManifest) -> dict[str, Any]:
+def _identity_of(manifest: DatasetManifest) -> dict[str, Any]:
+    """Return options, input and versions that the dataset was made with, under the keys of `Plan.identity`."""
     return manifest.config | {"input": manifest.fingerprint, "versions": manifest.versions}
 
 
@@ -163,17 +170,20 @@ def _parse_plan(path: UPath, content: bytes) -> dict[str, Any]:
 
 
 def _refuse_other(dataset: UPath, plan: Plan, earlier: dict[str, Any]) -> None:
+    """Raise OptionError if `earlier`, the identity of an earlier attempt, differs from the plan's."""
     differing = [key for key, value in plan.identity.items() if earlier.get(key) != value]
     if differing:
-        what = ", ".join(f"{k} (there {str(earlier.get(k))[:40]}, now {str(plan.identity[k])[:40]})" for k in differing)
+        differences = ", ".join(
+            f"{k} (there {str(earlier.get(k))[:40]}, now {str(plan.identity[k])[:40]})" for k in differing
+        )
         raise OptionError(
             f"--dataset must be a new folder, or one made with the same options and input. Received: {dataset}, where "
-            f"these differ: {what}. Name another folder or remove it"
+            f"these differ: {differences}. Name another folder or remove it"
         )
 
 
 def _write_reports(dataset: UPath, plan: Plan, manifest: DatasetManifest) -> None:
-    """Turn a manifest back into the reports of its groups, so that only damaged groups are made again."""
+    """Recreate the reports of all groups from a manifest, so that only groups with damaged shards are cut again."""
     shards = {shard.name: shard for shard in manifest.shards}
     for group in plan.groups:
         ids = set(group.page_ids)
@@ -186,22 +196,22 @@ def _write_reports(dataset: UPath, plan: Plan, manifest: DatasetManifest) -> Non
 
 
 def _finish(plan: Plan, dataset: UPath, config: PrepareConfig, reports: Sequence[GroupReport]) -> DatasetManifest:
-    """Check the counts, write the files beside the shards, seal the folder, clean up."""
+    """Check the counts, write the other files of the dataset, seal the folder, and clean up."""
     shards = {split: [report.shards[split] for report in reports if split in report.shards] for split in SPLITS}
-    all_shards = [shard for of_split in shards.values() for shard in of_split]
+    all_shards = [shard for split_shards in shards.values() for shard in split_shards]
     losses = [loss for report in reports for loss in report.losses]
     clipped = [box for report in reports for box in report.clipped]
     written = sum(shard.examples for shard in all_shards)
     assert written + len(losses) == len(plan.labels.boxes), "boxes in the labels = crops + listed losses"
-    there = list_files(dataset)
+    sizes = list_files(dataset)
     for shard in all_shards:
-        if there.get(shard.name) != shard.bytes:  # hosts that do not share the folder, or another prepare's doing
+        if sizes.get(shard.name) != shard.bytes:  # the hosts do not share the folder, or another prepare changed it
             raise DamageError(
-                f"--dataset must be one folder for all workers. Received: {dataset}, without {shard.name}"
+                f"--dataset must be a folder that all workers share. Received: {dataset}, without {shard.name}"
             )
     counts = _counts(plan, shards)
-    recorded = config.model_dump()
-    card = dataset_card(plan.class_names, counts, recorded, len(losses), len(clipped))
+    config_json = config.model_dump()
+    card = dataset_card(plan.class_names, counts, config_json, len(losses), len(clipped))
     texts = dataset_files(plan.class_names, shards, card)
     manifest = DatasetManifest(
         shards=all_shards,
@@ -211,19 +221,19 @@ def _finish(plan: Plan, dataset: UPath, config: PrepareConfig, reports: Sequence
         clipped=clipped,
         unlabelled=plan.unlabelled,
         seed=config.seed,
-        config=recorded,
+        config=config_json,
         versions=plan.identity["versions"],
         fingerprint=plan.identity["input"],
     )
-    for folder in (dataset, dataset / PROGRESS_FOLDER):  # of attempts that were killed
+    for folder in (dataset, dataset / PROGRESS_FOLDER):  # left by killed attempts
         remove_temporaries(folder)
     seal(dataset, manifest)
-    _remove_traces(dataset)  # after sealing: a folder without a plan and a manifest belongs to no job
+    _remove_traces(dataset)  # after sealing: a folder with neither plan nor manifest would be refused as unknown
     return manifest
 
 
 def _counts(plan: Plan, shards: dict[str, list[Shard]]) -> dict[str, dict[str, int]]:
-    """Per split: boxes planned, crops written, and of how many pages and books the boxes are."""
+    """Return, per split, the numbers of planned boxes, written crops, and pages and books that the boxes are from."""
     page_of_box = np.repeat(np.arange(len(plan.labels.page_ids)), plan.labels.boxes_per_page)
     counts = {}
     for split, name in enumerate(SPLITS):

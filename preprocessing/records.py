@@ -105,7 +105,7 @@ def decode_example(data: bytes) -> Record:
         (image_id,) = features["image_id"].bytes_list.value
         x, y, width, height = features["box"].int64_list.value
     except (DecodeError, ValueError):
-        raise ValueError("a record must have the features image, label, unicode, image_id and box") from None
+        raise ValueError("a record without image, label, unicode, image_id and box of the expected types") from None
     return Record(image, label, code_point, image_id, [x, y, width, height])
 
 

@@ -27,50 +27,54 @@ PLAN_FILE = "plan.json"
 
 
 class GroupReport(BaseModel):
-    """What became of a group."""
+    """Result of a group: the shards that were written, and the boxes that were lost or clipped."""
 
     shards: dict[str, Shard]
-    """Split to the file that was written; no entry for a split without a box in the group."""
+    """Split to shard; no entry for a split without a box in the group."""
     losses: list[Loss]
     clipped: list[Clipped]
 
 
 def report_path(dataset: UPath, group: int) -> UPath:
+    """Return where the `GroupReport` of a group is stored until the dataset is sealed."""
     return dataset / PROGRESS_FOLDER / f"group-{group:05d}.json"
 
 
 def finished_report(dataset: UPath, group: int) -> GroupReport | None:
-    """Return the report of a group if all its shards are complete; None if the group is to be cut."""
+    """Return the report of a group if all its shards exist with the right size and SHA-256, otherwise None."""
     path = report_path(dataset, group)
     if not is_file(path):
         return None
     report = GroupReport.model_validate_json(read_bytes(path))
-    there = list_files(dataset)
+    sizes = list_files(dataset)
     for shard in report.shards.values():
-        if there.get(shard.name) != shard.bytes or sha256_of(dataset / shard.name) != shard.sha256:
+        if sizes.get(shard.name) != shard.bytes or sha256_of(dataset / shard.name) != shard.sha256:
             return None
     return report
 
 
 @dataclass
 class CutGroup:
-    """The work of `prepare` on a group: cut its pages into its shards, unless an earlier attempt did.
-
-    pages, dataset: places, as text.
-    """
+    """The Ray task of `prepare`: write the shards of a group, unless an earlier attempt has done so."""
 
     pages: str
+    """Place of the pages, as text."""
     dataset: str
+    """Place of the dataset folder, as text."""
 
     def __call__(self, group: Group) -> GroupReport:
-        """Raises:
-        DamageError: the folder of the dataset is not the one of the plan.
-        OSError: pages can't be read, or shards can't be written.
+        """Cut a group and write its report.
+
+        Raises:
+            DamageError: the dataset folder has no plan: it was removed, or this worker sees another folder.
+            InputError: a page file was removed or changed after the pages were listed.
+            KuzushijiError: the dataset folder is full, read-only or gone.
+            OSError: pages can't be read.
         """
         folder = place(self.dataset)
-        if not is_file(folder / PROGRESS_FOLDER / PLAN_FILE):  # writing would create the folder, without its shards
+        if not is_file(folder / PROGRESS_FOLDER / PLAN_FILE):  # in a bucket, writing would recreate the folder
             raise DamageError(
-                "--dataset must stay while it is made, and be one folder for all workers. "
+                "--dataset must stay in place while it is made, and be a folder that all workers share. "
                 f"Received: {self.dataset}, without its plan. Run the same command again"
             )
         report = finished_report(folder, group.number)
@@ -101,7 +105,7 @@ def _cut_group(group: Group, pages: UPath, folder: UPath) -> GroupReport:
                 "box": cut.box,
             }
             writer = writers[group.splits[i]]
-            assert writer is not None, "files are planned for every split of a group"
+            assert writer is not None, "a shard is planned for every split that has a box in the group"
             writer.write(example)
         shards = {split: writer.close() for split, writer in zip(SPLITS, writers, strict=True) if writer}
     return GroupReport(shards=shards, losses=losses, clipped=clipped)
@@ -128,6 +132,6 @@ class _ShardWriter:
         self.examples += 1
 
     def close(self) -> Shard:
-        """Flush the file. Returns its entry for the manifest."""
+        """Close the file and return its entry for the manifest."""
         self.stream.close()
         return Shard(name=self.name, bytes=self.bytes, sha256=self.digest.hexdigest(), examples=self.examples)

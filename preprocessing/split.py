@@ -1,7 +1,8 @@
 """Assign each box to training, validation or test. Labels and seed alone decide.
 
-The unit of the split is a box (`random`, as in the study), a page, or a book. With boxes, one page, writer and book is
-in several splits: this leakage inflates accuracy. With books, accuracy holds for books that the model has not seen.
+The unit of the split is a box (`random`, as in the study), a page, or a book. A split by box puts boxes of the same
+page, writer and book into several splits: this leakage inflates accuracy. A split by book measures accuracy on books
+that the model has not seen.
 """
 
 from fractions import Fraction
@@ -41,11 +42,11 @@ def split_of_boxes(labels: Labels, by: str, seed: int, val_fraction: float, test
         _, unit_of_page = np.unique(units, return_inverse=True)
         unit_of_box = np.repeat(unit_of_page, labels.boxes_per_page)
         sizes = np.bincount(unit_of_box)
-        rest = [int(unit) for unit in rng.permutation(len(sizes)) if sizes[unit]]
+        remaining = [int(unit) for unit in rng.permutation(len(sizes)) if sizes[unit]]
         for split, wanted, leave in ((TEST, test_boxes, 2), (VALIDATION, validation_boxes, 1)):
-            chosen = _fill([int(sizes[unit]) for unit in rest], wanted, leave)
-            splits[np.isin(unit_of_box, [rest[i] for i in chosen])] = split
-            rest = [unit for i, unit in enumerate(rest) if i not in chosen]
+            chosen = _fill([int(sizes[unit]) for unit in remaining], wanted, leave)
+            splits[np.isin(unit_of_box, [remaining[i] for i in chosen])] = split
+            remaining = [unit for i, unit in enumerate(remaining) if i not in chosen]
     for split, name in enumerate(SPLITS):
         if not np.any(splits == split):
             raise OptionError(
@@ -65,39 +66,39 @@ def _fill(sizes: list[int], wanted: int, leave: int) -> set[int]:
     """
     chosen: set[int] = set()
     first_exact = max(0, len(sizes) - _EXACT_UNITS)
-    # Half of what is held back is left to fill: there the sums of its subsets are densest.
-    to_fill = sum(sizes[first_exact:]) // 2
+    # The greedy part leaves half the size of the last units for the exact part: there, the subset sums are densest.
+    exact_part = sum(sizes[first_exact:]) // 2
     for i in range(first_exact):
-        if wanted - sizes[i] >= to_fill:
+        if wanted - sizes[i] >= exact_part:
             chosen.add(i)
             wanted -= sizes[i]
-    # reachable[k][s]: bit b is set when some of the first k units add up to b and s of them (or more, for the last
-    # s) are left.
+    # reachable[k][s]: bit b is set if some of the first k units add up to b, and s of the k units are not chosen. The
+    # last s, `leave`, stands for `leave` or more.
     reachable: list[list[int]] = [[1] + [0] * leave]
     for size in sizes[first_exact:]:
-        before = reachable[-1]
-        after = [sums << size for sums in before]
-        for left, sums in enumerate(before):
-            after[min(left + 1, leave)] |= sums
-        reachable.append(after)
-    sums_in_all = reachable[-1][leave]
+        previous = reachable[-1]
+        current = [sums << size for sums in previous]
+        for left, sums in enumerate(previous):
+            current[min(left + 1, leave)] |= sums
+        reachable.append(current)
+    final_sums = reachable[-1][leave]
     if not chosen:
-        sums_in_all &= ~1  # the empty sum is no choice
-    if not sums_in_all:
+        final_sums &= ~1  # at least one unit must be chosen: exclude the empty sum
+    if not final_sums:
         return chosen
-    total, left = _nearest_bit(sums_in_all, wanted), leave
+    total, left = _nearest_bit(final_sums, wanted), leave
     for k in range(len(reachable) - 2, -1, -1):
-        size, of_first = sizes[first_exact + k], reachable[k]
-        if total >= size and of_first[left] >> (total - size) & 1:
+        size, reached = sizes[first_exact + k], reachable[k]
+        if total >= size and reached[left] >> (total - size) & 1:
             chosen.add(first_exact + k)
             total -= size
-        elif not (left == leave and of_first[left] >> total & 1):
+        elif not (left == leave and reached[left] >> total & 1):
             left -= 1
     return chosen
 
 
 def _nearest_bit(bits: int, wanted: int) -> int:
-    """The set bit nearest to position `wanted`, the lower one on a tie; `bits` has one at least."""
+    """Return the position of the set bit nearest to `wanted`, the lower one on a tie. `bits` must not be 0."""
     below = (bits & ((1 << wanted + 1) - 1)).bit_length() - 1
     above = bits >> wanted + 1
     lowest_above = wanted + (above & -above).bit_length()

@@ -1,1 +1,1 @@
-"""Drawn pages in the format of Kaggle, for trials without data."""
+"""Draw synthetic pages in Kaggle's format, to try the package without data."""

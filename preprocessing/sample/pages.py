@@ -1,8 +1,8 @@
-"""Pages in Kaggle's format for people who have no data yet, and for tests and benchmarks: `kuzushiji sample`.
+"""Draw synthetic pages in Kaggle's format, for first trials, tests and benchmarks: `kuzushiji sample`.
 
-`train.csv` (`image_id,labels`), `train_images/<image_id>.jpg` and `unicode_translation.csv` (`Unicode,char`). The
-characters are random, as frequent as in real books, and stand in columns; a book is one hand. A page depends on the
-seed, its id, the scale and the fonts alone.
+Writes `train.csv` (`image_id,labels`), `train_images/<image_id>.jpg` and `unicode_translation.csv` (`Unicode,char`).
+The characters are random, with the frequencies of real books, and are arranged in columns. All pages of a book have
+the same handwriting (`Hand`). A page depends only on the seed, its id, its layout, the scale and the fonts.
 """
 
 import csv
@@ -33,16 +33,16 @@ from preprocessing.sample.hand import Box, Hand, Ink, Tones, draw_glyph, fit, jo
 
 PAGE_WIDTH, PAGE_HEIGHT = 2400, 3900  # px at full size
 PAGES_PER_BOOK = 4
-INVENTORY = 4212  # distinct characters of the competition's data
-# Zipf-Mandelbrot: the character of rank k comes 1 / (k + SHIFT) ** EXPONENT times as often. Gives the competition's
-# frequencies to within a few percent: the first is 3.6 % of all, the 513th 0.018 %.
+INVENTORY = 4212  # number of distinct characters in the competition's data
+# Zipf-Mandelbrot law: the frequency of the character with rank k is proportional to 1 / (k + SHIFT) ** EXPONENT. This
+# matches the competition's frequencies within a few percent: 3.6 % for the first character, 0.018 % for the 513th.
 SHIFT, EXPONENT = 14.7, 1.5
-CROWDING = 1.75  # em squares that a character takes with the space around it, found by trial
-MARGIN = 60  # px at full size between a layout's boxes and the edges of its page
-FEWEST_FOR_PROCESSES = 4  # pages; fewer are drawn before processes would have started
+CROWDING = 1.75  # area per character, with the space around it, in square ems; found by trial
+MARGIN = 60  # px at full size between the boxes of a layout and the right and lower edges of its page
+MIN_PAGES_FOR_PROCESSES = 4  # fewer pages are drawn before worker processes would have started
 
-# Roughly as frequent as in books of the time. Hiragana, katakana and kanji that are missing here follow in the order
-# of the JIS table, whose first level holds the usual kanji.
+# Ordered by their approximate frequency in books of the time. The other hiragana, katakana and kanji follow in the
+# order of the JIS table, whose first level has the common kanji.
 KANA = "にのしてりをはともなかるらいたへまきれさふつんがうすあやおこよひけばせそゝめだでどみねアわち〱ろずべじほぬゆむ"
 KANJI = (
     "一人事見出入大子三二日上中下小十山水手心女五今立名本生月年天気千正王先男目四八六七九百石田町花草村"
@@ -54,7 +54,7 @@ Glyph = tuple[int, Box]  # code point, box
 
 @dataclass(frozen=True)
 class SampleSummary:
-    """What `sample` has drawn."""
+    """Result of `sample`."""
 
     pages: int
     characters: int
@@ -65,7 +65,7 @@ class SampleSummary:
 @dataclass(frozen=True)
 class _Page:
     image_id: str
-    layout: tuple[Glyph, ...] | None  # None: free to choose; boxes in px at full size
+    layout: tuple[Glyph, ...] | None  # boxes in px at full size; None: characters and boxes are random
 
 
 def sample(
@@ -76,28 +76,28 @@ def sample(
     layouts: Path | None = None,
     processes: int | None = None,
 ) -> SampleSummary:
-    """Draw pages into `out`. The same seed and fonts give the same bytes, however many processes draw them.
+    """Draw pages into `out`. The same seed and fonts give the same bytes, for any number of processes.
 
-    The processes are spawned: a script that calls this needs the usual `if __name__ == "__main__"`.
+    The processes are spawned: a script that calls this function needs the usual `if __name__ == "__main__"`.
 
     Args:
-        out: a folder that is not there yet, or empty. `train.csv` is written last.
+        out: a new or empty folder. `train.csv` is written last.
         num_pages: at least 1.
         seed: 0 or more.
-        scale: of lengths, in (0, 1]; 1.0 gives pages of about 2,400 x 3,900 px.
-        layouts: a label file whose first `num_pages` rows give ids, boxes and characters.
-        processes: default: one for each CPU this process may use.
+        scale: scale of all lengths, in (0, 1]; 1.0 gives pages of about 2,400 x 3,900 px.
+        layouts: a label file whose first `num_pages` rows give ids, boxes and characters; None: all are random.
+        processes: number of processes; None: one per usable CPU, or this process for fewer than 4 pages.
 
     Raises:
-        OptionError: a number is out of its range, `out` holds something, `layouts` has fewer rows.
-        InputError: `layouts` is not in Kaggle's format.
-        KuzushijiError: `out` is full, read-only or gone; what was drawn is removed.
+        OptionError: a number is out of its range, `out` is not a new or empty folder, or `layouts` has too few rows.
+        InputError: `layouts` can't be read, is not in Kaggle's format, repeats an id, or has an invalid box.
+        KuzushijiError: `out` is full, read-only or gone. The files that were written are removed.
     """
     _check_options(out, num_pages, seed, scale)
     pages = _read_layouts(layouts, num_pages) if layouts else _new_pages(num_pages, seed)
     try:
         return _draw_all(pages, out, seed, scale, processes)
-    except Exception:  # so that the same command can be run again, which takes an empty folder
+    except Exception:  # empty the folder, so that the same command can be run again
         remove_folder(place(out / "train_images"))
         with suppress(OSError):
             (out / "unicode_translation.csv").unlink()
@@ -123,13 +123,13 @@ def _draw_all(pages: list[_Page], out: Path, seed: int, scale: float, processes:
     ids = (page.image_id for page in pages)
     _write_csv(out / "train.csv", ("image_id", "labels"), zip(ids, labels, strict=True))
     books = {book_of(page.image_id) for page in pages}
-    own = {_hand(book, seed, fonts).fonts[0].name for book in books}
-    return SampleSummary(len(pages), len(drawn), len(books), tuple(sorted(own)))
+    font_names = {_hand(book, seed, fonts).fonts[0].name for book in books}
+    return SampleSummary(len(pages), len(drawn), len(books), tuple(sorted(font_names)))
 
 
 @cache
 def inventory() -> tuple[int, ...]:
-    """Code points from the most to the least frequent: 4,212, first kana, then kanji."""
+    """Return the 4,212 code points to draw, from the most to the least frequent."""
     table = [bytes([row, cell]).decode("euc_jp", "ignore") for row in range(0xA1, 0xF5) for cell in range(0xA1, 0xFF)]
     hiragana = [c for c in table if "ぁ" <= c <= "ん"]
     katakana = [c for c in table if "ァ" <= c <= "ヴ"]
@@ -146,11 +146,11 @@ def _check_options(out: Path, num_pages: int, seed: int, scale: float) -> None:
     if not 0 < scale <= 1:
         raise OptionError(f"--scale must be more than 0 and at most 1. Received: {scale}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise OptionError(f"--out must be a new or an empty folder. Received: {out}. Name another one, or empty it")
+        raise OptionError(f"--out must be a new or an empty folder. Received: {out}. Name another folder or empty it")
 
 
 def _new_pages(num_pages: int, seed: int) -> list[_Page]:
-    """Pages of about four to a book: `100241706_00004_2` is the left half of the book's fourth opening."""
+    """Return pages with new ids, about four per book. `100241706_00004_2` is the left half of opening 4 of its book."""
     rng = np.random.default_rng([seed, 0])
     books = max(1, round(num_pages / PAGES_PER_BOOK))
     starts = np.sort(100_000_000 + rng.choice(900_000_000, books, replace=False))
@@ -163,37 +163,38 @@ def _new_pages(num_pages: int, seed: int) -> list[_Page]:
 
 
 def _read_layouts(layouts: Path, num_pages: int) -> list[_Page]:
-    """The first rows in the file's order.
+    """Return the first `num_pages` rows of a label file, in the order of the file.
 
     Raises:
-        OptionError: fewer than `num_pages`.
-        InputError: not in Kaggle's format, an id comes twice, or a box is empty or off the upper left of its page.
+        OptionError: the file has fewer rows.
+        InputError: the file can't be read or is not in Kaggle's format, an id is repeated, or a box has no area or a
+            negative coordinate.
     """
     try:
         rows = list(itertools.islice(parse_rows(layouts.read_bytes(), str(layouts)), num_pages))
     except OSError as error:
         raise InputError(f"--layouts must be a readable file. Received: {layouts} ({error})") from None
     if len(rows) < num_pages:
-        raise OptionError(f"--num-pages must be at most the rows of {layouts}, {len(rows)}. Received: {num_pages}")
+        raise OptionError(f"--num-pages must be at most {len(rows)}, the rows of {layouts}. Received: {num_pages}")
     pages = [_Page(page_id, tuple((row[0], (*row[1:],)) for row in table.tolist())) for page_id, table in rows]
     for page in pages:
         if any(min(x, y, width - 1, height - 1) < 0 for _, (x, y, width, height) in page.layout or ()):
             raise InputError(
-                f"a box must have an area and be on its page. Received: one of {page.image_id} in {layouts}"
+                f"a box must have an area and no negative coordinate. Received: others in {page.image_id} of {layouts}"
             )
-    repeated = [image_id for image_id, times in Counter(page.image_id for page in pages).items() if times > 1]
+    repeated = [image_id for image_id, count in Counter(page.image_id for page in pages).items() if count > 1]
     if repeated:
-        raise InputError(f"a page must have one row. Received: {repeated[0]} more than once in {layouts}")
+        raise InputError(f"an image_id must have one row only. Received: {repeated[0]} more than once in {layouts}")
     return pages
 
 
 def _in_processes(
     draw: Callable[[_Page], list[Glyph]], pages: list[_Page], processes: int | None
 ) -> Iterator[list[Glyph]]:
-    """What `draw` gives for each page, in their order. Spawned processes, since forking beside threads may hang."""
+    """Yield `draw(page)` for each page, in order. Processes are spawned, because forking with threads may hang."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     count = min(processes or usable, len(pages))
-    if count == 1 or (processes is None and len(pages) < FEWEST_FOR_PROCESSES):
+    if count == 1 or (processes is None and len(pages) < MIN_PAGES_FOR_PROCESSES):
         yield from map(draw, pages)
         return
     context = multiprocessing.get_context("spawn")
@@ -201,17 +202,17 @@ def _in_processes(
         try:
             yield from pool.map(draw, pages)
         except BaseException:
-            pool.shutdown(cancel_futures=True)  # waits, so that nobody writes after the failure was told
+            pool.shutdown(cancel_futures=True)  # waits, so that no process writes after the failure is reported
             raise
 
 
 def _start_worker() -> None:
-    """One thread of OpenCV's, since the processes share the CPUs; and an end when the parent is killed."""
+    """Limit OpenCV to one thread, because the processes share the CPUs. Exit when the parent process is killed."""
     cv2.setNumThreads(1)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def _end_with_parent() -> None:
+def _exit_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -224,27 +225,32 @@ def _draw_to_file(page: _Page, out: Path, seed: int, scale: float, fonts: tuple[
     if page.layout is None:
         ink, glyphs = _compose(hand, rng, scale)
     else:
-        ink, glyphs = _follow(page.layout, hand, rng, scale)
-    image = scan(ink, hand, rng, _around(glyphs))
+        ink, glyphs = _trace(page.layout, hand, rng, scale)
+    image = scan(ink, hand, rng, _bounding_box(glyphs))
     with new_file(place(out / "train_images" / f"{page.image_id}.jpg")) as temporary:
         image.save(temporary, format="JPEG", quality=75, subsampling="4:2:0")
     return glyphs
 
 
 def _hand(book: str, seed: int, fonts: tuple[Font, ...]) -> Hand:
+    """Return the hand of a book, which depends only on the book, the seed and the fonts."""
     return new_hand(np.random.default_rng([seed, 1, zlib.crc32(book.encode())]), fonts)
 
 
 @cache
 def _cumulative() -> NDArray[np.float64]:
-    """float64 (4212,): the probability that a character's rank is at most this one."""
+    """Return (4212,) float64: for each rank, the probability that a character has at most this rank."""
     weights = (np.arange(1, len(inventory()) + 1) + SHIFT) ** -EXPONENT
     cumulative: NDArray[np.float64] = np.cumsum(weights) / weights.sum()
     return cumulative
 
 
 def _compose(hand: Hand, rng: np.random.Generator, scale: float) -> tuple[Tones, list[Glyph]]:
-    """A page's ink and labels: columns from the right to the left, each filled from the top."""
+    """Draw a page of random characters. Columns run from right to left, each from top to bottom.
+
+    Returns:
+        The ink, (height, width) uint8, and the characters with their boxes, sorted by height, width, y and x.
+    """
     width, height = (max(1, round(scale * (full + rng.integers(-30, 31)))) for full in (PAGE_WIDTH, PAGE_HEIGHT))
     ink = np.zeros((height, width), np.uint8)
     left, right, top, bottom = (round(r * s) for r, s in ((0.1, width), (0.9, width), (0.16, height), (0.92, height)))
@@ -270,8 +276,12 @@ def _compose(hand: Hand, rng: np.random.Generator, scale: float) -> tuple[Tones,
     return ink, sorted(glyphs, key=lambda glyph: (glyph[1][3], glyph[1][2], glyph[1][1], glyph[1][0]))
 
 
-def _follow(layout: tuple[Glyph, ...], hand: Hand, rng: np.random.Generator, scale: float) -> tuple[Tones, list[Glyph]]:
-    """A page's ink and labels as a layout has them; the page is larger than usual where the boxes need it."""
+def _trace(layout: tuple[Glyph, ...], hand: Hand, rng: np.random.Generator, scale: float) -> tuple[Tones, list[Glyph]]:
+    """Draw the characters of a layout into its boxes, scaled. The page is larger than usual if the boxes need it.
+
+    Returns:
+        The ink, (height, width) uint8, and the characters with their scaled boxes, in the order of the layout.
+    """
     glyphs = [(code_point, _scaled(box, scale)) for code_point, box in layout]
     width = max([1, round(scale * PAGE_WIDTH), *(x + w + round(scale * MARGIN) for _, (x, _, w, _) in glyphs)])
     height = max([1, round(scale * PAGE_HEIGHT), *(y + h + round(scale * MARGIN) for _, (_, y, _, h) in glyphs)])
@@ -287,25 +297,25 @@ def _scaled(box: Box, scale: float) -> Box:
 
 
 def _put(ink: Tones, glyph: Ink, x: int, y: int) -> Box:
-    """Add a glyph to the page's ink, in place, moved as little as needed to be inside; returns its box."""
+    """Add a glyph to the page's ink, in place, and return its box. The glyph is moved into the page if necessary."""
     height, width = glyph.shape
     x, y = max(0, min(x, ink.shape[1] - width)), max(0, min(y, ink.shape[0] - height))
-    spot = ink[y : y + height, x : x + width]
-    np.maximum(spot, (glyph * 255).astype(np.uint8), out=spot)
+    region = ink[y : y + height, x : x + width]
+    np.maximum(region, (glyph * 255).astype(np.uint8), out=region)
     return x, y, width, height
 
 
 def _padded(box: Box, rng: np.random.Generator, scale: float, shape: tuple[int, ...]) -> Box:
-    """A box with up to 3 px (at full size) to spare on each side, as people draw them, inside a page of `shape`."""
+    """Enlarge a box by up to 3 px (at full size) per side, as annotators do, within a page of shape (height, width)."""
     x, y, width, height = box
-    spare = np.round(rng.uniform(0, 3, 4) * scale).astype(int).tolist()
-    left, top = max(0, x - spare[0]), max(0, y - spare[1])
-    right, bottom = min(shape[1], x + width + spare[2]), min(shape[0], y + height + spare[3])
+    padding = np.round(rng.uniform(0, 3, 4) * scale).astype(int).tolist()
+    left, top = max(0, x - padding[0]), max(0, y - padding[1])
+    right, bottom = min(shape[1], x + width + padding[2]), min(shape[0], y + height + padding[3])
     return left, top, right - left, bottom - top
 
 
-def _around(glyphs: list[Glyph]) -> Box | None:
-    """The smallest box that holds all boxes; None if there are none."""
+def _bounding_box(glyphs: list[Glyph]) -> Box | None:
+    """Return the smallest box that contains the boxes of all glyphs; None if there are no glyphs."""
     if not glyphs:
         return None
     boxes = np.array([box for _, box in glyphs])
