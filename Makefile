@@ -27,7 +27,7 @@ check: .venv/.installed-dev
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
-# In so many processes: much of the time is waiting for other processes.
+# The number of test processes (pytest-xdist), which spend much of their time waiting for other processes.
 TEST_PROCESSES ?= 2
 test: .venv/.installed-dev
 	.venv/bin/pytest -q -n $(TEST_PROCESSES) -m 'not cloud and not long'

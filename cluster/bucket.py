@@ -265,7 +265,7 @@ def explained(error: BaseException) -> KuzushijiError | None:
         )
     if code == 404 and "specified bucket" in text:
         return KuzushijiError(
-            f"{bucket} must be there. Received: {text[:200]}. Run `gcloud storage buckets create {bucket}`"
+            f"{bucket} must exist. Received: {text[:200]}. Run `gcloud storage buckets create {bucket}`"
         )
     unreached = RetryError | TransportError | RequestException
     if isinstance(error, unreached) or (isinstance(code, int) and (code == 429 or code >= 500)):

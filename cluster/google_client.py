@@ -35,7 +35,7 @@ def credentials() -> Any:
         if file := os.environ.get("GOOGLE_APPLICATION_CREDENTIALS"):
             raise KuzushijiError(
                 "GOOGLE_APPLICATION_CREDENTIALS must name a file with credentials. "
-                f"Received: {file}: {' '.join(str(error).split())[:200]}. Mend it, or unset the variable"
+                f"Received: {file}: {' '.join(str(error).split())[:200]}. Fix the file, or unset the variable"
             ) from None
         if isinstance(error, DefaultCredentialsError):
             return None

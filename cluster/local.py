@@ -99,8 +99,8 @@ def writing_in(folder: Path) -> Iterator[None]:
         if (elsewhere or not (named or full)) and os.path.isdir(folder):
             raise
         raise KuzushijiError(
-            "a folder must be there, writable and have room as long as it is written. "
-            f"Received: {folder}: {error.strerror}. Mend that and run the same command again"
+            "a folder must exist, be writable and have free space while files are written to it. "
+            f"Received: {folder}: {error.strerror}. Fix that and run the same command again"
         ) from error
 
 
@@ -146,7 +146,7 @@ def _locked(folder: UPath) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             # The lock is of the folder that was opened, which another process may have removed and created again.
             if not os.path.samestat(os.fstat(descriptor), os.stat(folder.path)):
-                raise FileNotFoundError(errno.ENOENT, "removed meanwhile, and made anew", folder.path)
+                raise FileNotFoundError(errno.ENOENT, "removed and created again by another process", folder.path)
             yield
         finally:
             os.close(descriptor)

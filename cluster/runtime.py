@@ -10,7 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from cluster.bucket import explained
 from cluster.errors import KuzushijiError, OptionError, one_line
@@ -164,19 +164,24 @@ def _mapped(tasks: Sequence[TaskT], work: Callable[[TaskT], ReportT], show_bar: 
     context.raise_original_map_exception = True  # otherwise the cause is lost between processes
     rows = [{"index": index, **vars(task)} for index, task in enumerate(tasks)]
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
+    if gpus:
+        arguments = {"task": type(tasks[0]), "work": work}
+        pool = ray.data.ActorPoolStrategy(size=gpus)
+        return dataset.map(_Call, fn_constructor_kwargs=arguments, num_cpus=1, num_gpus=1, compute=pool)
+    # No actors on CPUs: Ray prints a spurious error for each actor (github.com/ray-project/ray/issues/53727).
     call = _Call(type(tasks[0]), work)
-    # Actors for GPUs only: for each of them Ray prints an error, which is none, to the terminal
-    # (github.com/ray-project/ray/issues/53727).
-    if not gpus:
-        return dataset.map(call.function(), num_cpus=1)
-    pool = ray.data.ActorPoolStrategy(size=gpus)
-    return dataset.map(call.actor(), fn_constructor_kwargs={"call": call}, num_cpus=1, num_gpus=1, compute=pool)
+
+    def run(row: dict[str, Any]) -> dict[str, Any]:
+        return call(row)
+
+    run.__name__ = run.__qualname__ = type(work).__name__  # Ray shows it as the name of the task
+    return dataset.map(run, num_cpus=1)
 
 
-class _Call(Generic[TaskT, ReportT]):
-    """`work` as Ray Data calls it: from a row to a row."""
+class _Call:
+    """`work` as Ray Data calls it: from a row to a row. Also the actor of a GPU."""
 
-    def __init__(self, task: type[TaskT], work: Callable[[TaskT], ReportT]) -> None:
+    def __init__(self, task: type, work: Callable[[Any], "BaseModel"]) -> None:
         self.task, self.work = task, work
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -185,30 +190,6 @@ class _Call(Generic[TaskT, ReportT]):
             return {"index": index, "report": self.work(self.task(**row)).model_dump_json()}
         except OSError as error:  # Ray Data would replace the file name by a text of its own
             raise explained(error) or KuzushijiError(one_line(error)) from error
-
-    @property
-    def name(self) -> str:
-        """The name of the task in Ray's displays."""
-        return type(self.work).__name__
-
-    def function(self) -> Callable[[dict[str, Any]], dict[str, Any]]:
-        def task(row: dict[str, Any]) -> dict[str, Any]:
-            return self(row)
-
-        task.__name__ = task.__qualname__ = self.name
-        return task
-
-    def actor(self) -> type:
-        """Return an actor class for Ray Data. Its instance lives as long as its process."""
-        return type(self.name, (_Actor,), {})
-
-
-class _Actor:
-    def __init__(self, call: "_Call[Any, Any]") -> None:
-        self.call = call
-
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        return self.call(row)
 
 
 def cause_of(error: BaseException) -> BaseException:

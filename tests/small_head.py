@@ -14,18 +14,18 @@ WORK = "job.train.run._work"
 
 
 def work_after(change: Callable[[dict[str, Any]], object] | None = None) -> Callable[[dict[str, Any]], Any]:
-    """What a worker does, with small heads; `change` is called with its job before. A closure: Ray would import a
-    function of this file.
+    """What a worker does, with small heads; `change` is called before, with {"job": TrainJob}. A closure: Ray would
+    import a function of this file.
     """
 
-    def work(job: dict[str, Any]) -> Any:
+    def work(given: dict[str, Any]) -> Any:
         from job.model import architectures
         from job.train import run
 
         architectures.BASELINE_HEAD = architectures.HEAD = (16, 8)
         if change:
-            change(job)
-        return run._work(job)
+            change(given)
+        return run._work(given)
 
     return work
 

@@ -431,7 +431,7 @@ def test_a_missing_bucket_is_one_line(
     told = kuzushiji(*(word.format(place="gs://nowhere") for word in command))
     (line,) = told.stderr.splitlines()
     assert told.code == 1
-    assert "gs://nowhere must be there." in line
+    assert "gs://nowhere must exist." in line
     assert "gcloud storage buckets create gs://nowhere" in line
 
 
@@ -661,7 +661,7 @@ def test_a_target_that_goes_while_a_model_comes_is_one_line(
             time.sleep(0.01)
         shutil.rmtree(tmp_path / "to")
         strict.faults.clear()
-        with pytest.raises(KuzushijiError, match=f"a folder must be there.* Received: {target}"):
+        with pytest.raises(KuzushijiError, match=f"a folder must exist.* Received: {target}"):
             pulling.result()
     assert not (tmp_path / "to").exists()
     pull(folder, place(tmp_path / "to"))

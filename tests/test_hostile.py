@@ -178,8 +178,10 @@ def test_mutated_manifests_are_read_or_refused_in_one_line(seed: int) -> None:
     [
         ({"files": [1] * 1_000_000}, "files.0"),
         ({"losses": [1] * 1_000_000}, "losses.0"),
-        ({"losses": [{"what": "no page"}]}, r"Received at 'losses.0.box': Field required"),
-        ({"clipped": [{"page": 1}]}, r"Received at 'clipped.0.box': Field required"),
+        ({"losses": [{"what": "no page", "box": [0, 0, 1, 1], "unicode": None}]}, "'losses.0.page': Field required"),
+        ({"losses": [{"page": "p", "box": [0, 0, 1, 1], "unicode": None}]}, "'losses.0.what': Field required"),
+        ({"clipped": [{"page": 1, "box": [0, 0, 1, 1]}]}, "'clipped.0.page': Input should be a valid string"),
+        ({"clipped": [{"page": "p"}]}, "'clipped.0.box': Field required"),
         ({"counts": {str(i): {} for i in range(100_000)}}, "each shard must be of a split"),
         ({"counts": {str(i): 1 for i in range(100_000)}}, "counts.0"),
         ({"counts": {"train": {"examples": 1}}}, "each shard must be of a split"),

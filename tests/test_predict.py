@@ -204,9 +204,7 @@ def test_a_reader_that_is_killed_changes_nothing(read: Path, model: Path, shared
         while not readers:
             assert not done.done(), done.result()
             workers = psutil.Process().children(recursive=True)
-            readers = [
-                one for one in workers if title(one).startswith("ray::ReadGroup") or "Map(ReadGroup)" in title(one)
-            ]
+            readers = [one for one in workers if title(one).startswith("ray::Map(ReadGroup)")]
         for reader in readers:
             reader.kill()
         assert not done.done()

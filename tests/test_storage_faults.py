@@ -103,7 +103,7 @@ def final_files(folder: Path) -> dict[str, bytes]:
     return {str(name): (folder / name).read_bytes() for name in found if not any(p.startswith(".") for p in name.parts)}
 
 
-RULE = "a folder must be there, writable and have room as long as it is written"
+RULE = "a folder must exist, be writable and have free space while files are written to it"
 SMALL = {"prepare": "2m", "pull": "16k", "evaluate": "8k", "sample": "48k"}
 
 

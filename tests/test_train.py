@@ -138,7 +138,7 @@ found = []
 for devices, strategy in ((1, tf.distribute.get_strategy()), (2, make_strategy(1))):
     assert strategy.num_replicas_in_sync == devices
     losses = []
-    for dropout, count in ((True, 2), (False, 10)):
+    for dropout, count in ((True, 2), (False, 20)):
         keras.utils.set_random_seed(1)
         plain = architectures.baseline(20)
         with strategy.scope():

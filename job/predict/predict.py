@@ -1,6 +1,7 @@
 """`predict`: read the characters in the boxes of page scans, and write tables and text to a sealed folder."""
 
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
@@ -23,7 +24,7 @@ from job.predict.folder import PredictionsManifest, clear, table_name
 from job.predict.readings import Readings, accuracy
 from preprocessing.cutting import cut_boxes
 from preprocessing.dataset import Clipped, Loss
-from preprocessing.labels import read_labels
+from preprocessing.labels import Labels, read_labels
 from preprocessing.pages import fingerprint, list_pages, page_reader
 from preprocessing.plan import Group, group_pages, number_of_groups
 
@@ -82,14 +83,14 @@ def predict(
     clear(out)
     groups = group_pages(labels, files, number_of_groups(len(labels.boxes), BOXES_PER_GROUP))
     read_group = ReadGroup(
-        str(folder),
-        model_sha256,
-        str(pages),
-        str(out),
-        str(annotate) if annotate else None,
-        form,
-        len(groups),
-        gpus > 0,
+        model=str(folder),
+        model_sha256=model_sha256,
+        pages=str(pages),
+        out=str(out),
+        annotate=str(annotate) if annotate else None,
+        form=form,
+        groups=len(groups),
+        on_gpu=gpus > 0,
     )
     reports = map_tasks(
         groups,
@@ -100,6 +101,16 @@ def predict(
         sizes=[len(group.page_ids) for group in groups],
         gpus=gpus,
     )
+    manifest = _manifest(out, labels, fingerprint(labels.sha256, files), model_sha256, reports)
+    remove_temporaries(out)
+    seal(out, manifest)
+    return manifest
+
+
+def _manifest(
+    out: UPath, labels: Labels, input_fingerprint: str, model_sha256: str, reports: Sequence[GroupReport]
+) -> PredictionsManifest:
+    """Check that each box was read or is a listed loss, and that all tables are in `out`. Return the manifest."""
     losses = [loss for report in reports for loss in report.losses]
     if len(losses) == len(labels.boxes):
         raise InputError(f"at least one box must be readable. Received: {len(losses)} lost, first: {losses[0]['what']}")
@@ -109,19 +120,16 @@ def predict(
         raise DamageError(f"--out must be a folder that all workers share. Received: {out}, where {faults[0]}")
     read = sum(report.read for report in reports)
     assert read + len(losses) == len(labels.boxes), "boxes in the file = boxes read + losses"
-    manifest = PredictionsManifest(
+    return PredictionsManifest(
         files=written,
         counts={"boxes": len(labels.boxes), "read": read, "pages": len(labels.page_ids)},
         accuracy=accuracy([report.correct for report in reports]),
         losses=losses,
         clipped=[box for report in reports for box in report.clipped],
         model_manifest_sha256=model_sha256,
-        fingerprint=fingerprint(labels.sha256, files),
+        fingerprint=input_fingerprint,
         versions={package: version(package) for package in VERSIONED},
     )
-    remove_temporaries(out)
-    seal(out, manifest)
-    return manifest
 
 
 @dataclass
