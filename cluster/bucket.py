@@ -23,7 +23,7 @@ from upath import UPath
 from cluster.errors import DamageError, KuzushijiError
 from cluster.google_client import client
 from cluster.local import temporary_file
-from cluster.store import Store
+from cluster.storage_interface import Store
 
 if TYPE_CHECKING:
     from google.cloud.storage import Blob

@@ -17,7 +17,7 @@ from typing import BinaryIO
 from upath import UPath
 
 from cluster.errors import KuzushijiError
-from cluster.store import Store
+from cluster.storage_interface import Store
 
 TEMPORARY_PREFIX = ".tmp-"
 

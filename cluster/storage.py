@@ -1,6 +1,6 @@
 """Files in a local folder, in a bucket, or on another fsspec file system, through the same functions.
 
-`_store` picks the implementation of `Store` for a path: `Local`, `Bucket` or `Other`. No implementation ever shows an
+`_store` picks the implementation of `Store` for a path: `Local`, `Bucket` or `Fsspec`. No implementation ever shows an
 incomplete file under its final name.
 """
 
@@ -19,25 +19,25 @@ from upath import UPath
 from cluster import bucket, local
 from cluster.bucket import Bucket
 from cluster.errors import InputError, OptionError
+from cluster.fsspec_storage import Fsspec
 from cluster.google_client import gcsfs_options
 from cluster.local import TEMPORARY_PREFIX as TEMPORARY_PREFIX
 from cluster.local import Local
-from cluster.other import Other
-from cluster.store import CHUNK_BYTES as CHUNK_BYTES
-from cluster.store import Store
+from cluster.storage_interface import CHUNK_BYTES as CHUNK_BYTES
+from cluster.storage_interface import Store
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 
 _LOCAL: Store = Local()
 _BUCKET: Store = Bucket()
-_OTHER: Store = Other()
+_FSSPEC: Store = Fsspec()
 _STORES = {"": _LOCAL, "file": _LOCAL, "local": _LOCAL, "gs": _BUCKET, "gcs": _BUCKET}
 
 
 def _store(path: UPath) -> Store:
     """The only place that asks for the protocol of a path."""
-    return _STORES.get(path.protocol, _OTHER)
+    return _STORES.get(path.protocol, _FSSPEC)
 
 
 # --- addresses
@@ -56,7 +56,7 @@ def place(text: str | os.PathLike[str]) -> UPath:
     try:
         path: UPath = UPath(text)
         store = _store(path)
-        if store is _OTHER:
+        if store is _FSSPEC:
             get_filesystem_class(path.protocol)  # imports the package of the protocol
     except (ValueError, ImportError) as error:
         raise OptionError(f"a place must be a path or an address. Received: {text}: {error}") from None

@@ -36,7 +36,7 @@ log = logging.getLogger("kuzushiji")
 def sample(out: str, num_pages: int, seed: int, scale: float, layouts: str | None) -> Outcome:
     """Draw synthetic pages in Kaggle's format, to test without data."""
     from cluster.storage import local_path
-    from preprocessing.sample.pages import sample as draw
+    from preprocessing.sample.sample import sample as draw
 
     layouts_file = local_path(layouts, "--layouts") if layouts else None
     summary = draw(local_path(out, "--out"), num_pages, seed, scale, layouts_file)

@@ -41,7 +41,7 @@ from cluster.storage import place  # noqa: E402
 from job.cli import main  # noqa: E402
 from preprocessing.config import PrepareConfig  # noqa: E402
 from preprocessing.prepare import prepare  # noqa: E402
-from preprocessing.sample.pages import sample  # noqa: E402
+from preprocessing.sample.sample import sample  # noqa: E402
 
 SHARED = Path(__file__).parents[2] / "shared" / "kuzushiji"
 KUZUSHIJI = Path(sys.executable).with_name("kuzushiji")

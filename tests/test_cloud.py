@@ -25,7 +25,7 @@ from fake_cloud.machines import Instance
 from test_project import ROOT
 
 from cluster.manifest import Manifest
-from preprocessing.sample.pages import sample
+from preprocessing.sample.sample import sample
 
 pytestmark = pytest.mark.cloud
 

@@ -14,9 +14,11 @@ from PIL import Image
 from cluster.errors import InputError, OptionError
 from preprocessing.fonts import find_fonts, packaged_font
 from preprocessing.labels import book_of
-from preprocessing.sample import pages as sampling
+from preprocessing.sample import pages as layout
+from preprocessing.sample import sample as drawing
 from preprocessing.sample.hand import Hand, draw_glyph, fit, new_hand
-from preprocessing.sample.pages import inventory, sample
+from preprocessing.sample.pages import inventory
+from preprocessing.sample.sample import sample
 
 LAYOUTS = Path(__file__).parents[2] / "shared" / "kuzushiji" / "layouts.csv"
 NO_FONT_HAS = (0xE000, 0xE001)  # private use
@@ -27,7 +29,7 @@ Glyph = tuple[str, int, int, int, int]
 @pytest.fixture(autouse=True)
 def only_the_packaged_font(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same pictures on every machine."""
-    monkeypatch.setattr(sampling, "find_fonts", lambda: (packaged_font(),))
+    monkeypatch.setattr(drawing, "find_fonts", lambda: (packaged_font(),))
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +124,7 @@ def test_ink_reaches_every_side_of_its_box() -> None:
 
 def test_twelve_pages_are_three_books_or_more(tmp_path: Path) -> None:
     for pages, books in ((1, 1), (4, 1), (12, 3), (40, 10)):
-        ids = [page.image_id for page in sampling._new_pages(pages, 42)]
+        ids = [page.image_id for page in layout.new_pages(pages, 42)]
         assert len(set(ids)) == pages
         assert len({book_of(image_id) for image_id in ids}) == books
 
@@ -224,10 +226,10 @@ def test_characters_are_distorted_each_on_its_own() -> None:
 
 def test_frequencies_are_zipf_like_so_that_the_90_percent_rule_has_work_to_do(drawn_pages: Path) -> None:
     assert len(inventory()) == len(set(inventory())) == 4212
-    shares = np.diff(sampling._cumulative(), prepend=0)
+    shares = np.diff(layout._cumulative(), prepend=0)
     assert shares[0] == pytest.approx(0.036, rel=0.1)
     assert shares[512] == pytest.approx(0.00018, rel=0.1)
-    ranks = np.searchsorted(sampling._cumulative(), np.random.default_rng(1).random(13_000))
+    ranks = np.searchsorted(layout._cumulative(), np.random.default_rng(1).random(13_000))
     counts = np.array([count for _, count in Counter(ranks.tolist()).most_common()])
     kept = int(np.searchsorted(np.cumsum(counts), 0.9 * counts.sum())) + 1
     assert 300 < kept < len(counts) / 2

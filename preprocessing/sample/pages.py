@@ -1,34 +1,23 @@
-"""Draw synthetic pages in Kaggle's format, for first trials, tests and benchmarks: `kuzushiji sample`.
+"""What stands where on a drawn page: random characters in columns, with the frequencies of real books, or a layout.
 
-Writes `train.csv` (`image_id,labels`), `train_images/<image_id>.jpg` and `unicode_translation.csv` (`Unicode,char`).
-The characters are random, with the frequencies of real books, and are arranged in columns. All pages of a book have
-the same handwriting (`Hand`). A page depends only on the seed, its id, its layout, the scale and the fonts.
+All pages of a book have the same handwriting (`Hand`). A page depends only on the seed, its id, its layout, the scale
+and the fonts.
 """
 
-import csv
-import io
 import itertools
-import multiprocessing
-import os
-import threading
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from cluster.errors import InputError, OptionError
-from cluster.progress import progress
-from cluster.storage import new_file, place, remove_folder, write_bytes
-from preprocessing.fonts import Font, find_fonts
-from preprocessing.labels import book_of, code_point_name, parse_rows
+from preprocessing.fonts import Font
+from preprocessing.labels import book_of, parse_rows
 from preprocessing.sample.hand import Box, Hand, Ink, Tones, draw_glyph, fit, join, new_hand, scan
 
 PAGE_WIDTH, PAGE_HEIGHT = 2400, 3900  # px at full size
@@ -39,7 +28,6 @@ INVENTORY = 4212  # number of distinct characters in the competition's data
 SHIFT, EXPONENT = 14.7, 1.5
 CROWDING = 1.75  # area per character, with the space around it, in square ems; found by trial
 MARGIN = 60  # px at full size between the boxes of a layout and the right and lower edges of its page
-MIN_PAGES_FOR_PROCESSES = 4  # fewer pages are drawn before worker processes would have started
 
 # Ordered by their approximate frequency in books of the time. The other hiragana, katakana and kanji follow in the
 # order of the JIS table, whose first level has the common kanji.
@@ -53,78 +41,9 @@ Glyph = tuple[int, Box]  # code point, box
 
 
 @dataclass(frozen=True)
-class SampleSummary:
-    """Result of `sample`."""
-
-    pages: int
-    characters: int
-    books: int
-    fonts: tuple[str, ...]  # names, sorted
-
-
-@dataclass(frozen=True)
-class _Page:
+class Page:
     image_id: str
     layout: tuple[Glyph, ...] | None  # boxes in px at full size; None: characters and boxes are random
-
-
-def sample(
-    out: Path,
-    num_pages: int,
-    seed: int = 42,
-    scale: float = 1.0,
-    layouts: Path | None = None,
-    processes: int | None = None,
-) -> SampleSummary:
-    """Draw pages into `out`. The same seed and fonts give the same bytes, for any number of processes.
-
-    The processes are spawned: a script that calls this function needs the usual `if __name__ == "__main__"`.
-
-    Args:
-        out: a new or empty folder. `train.csv` is written last.
-        num_pages: at least 1.
-        seed: 0 or more.
-        scale: scale of all lengths, in (0, 1]; 1.0 gives pages of about 2,400 x 3,900 px.
-        layouts: a label file whose first `num_pages` rows give ids, boxes and characters; None: all are random.
-        processes: number of processes; None: one per usable CPU, or this process for fewer than 4 pages.
-
-    Raises:
-        OptionError: a number is out of its range, `out` is not a new or empty folder, or `layouts` has too few rows.
-        InputError: `layouts` can't be read, is not in Kaggle's format, repeats an id, or has an invalid box.
-        KuzushijiError: `out` is full, read-only or gone. The files that were written are removed.
-    """
-    _check_options(out, num_pages, seed, scale)
-    pages = _read_layouts(layouts, num_pages) if layouts else _new_pages(num_pages, seed)
-    try:
-        return _draw_all(pages, out, seed, scale, processes)
-    except Exception:  # empty the folder, so that the same command can be run again
-        remove_folder(place(out / "train_images"))
-        with suppress(OSError):
-            (out / "unicode_translation.csv").unlink()
-        raise
-
-
-def _draw_all(pages: list[_Page], out: Path, seed: int, scale: float, processes: int | None) -> SampleSummary:
-    fonts = find_fonts()
-    draw = partial(_draw_to_file, out=out, seed=seed, scale=scale, fonts=fonts)
-    with progress("pages drawn", len(pages), "pages") as advance:
-        rows = []
-        for row in _in_processes(draw, pages, processes):
-            rows.append(row)
-            advance(1)
-    drawn = [glyph for row in rows for glyph in row]
-    characters = {*inventory(), *(code_point for code_point, _ in drawn)}
-    _write_csv(
-        out / "unicode_translation.csv", ("Unicode", "char"), ((code_point_name(c), chr(c)) for c in sorted(characters))
-    )
-    labels = (
-        " ".join(f"{code_point_name(code_point)} {x} {y} {w} {h}" for code_point, (x, y, w, h) in row) for row in rows
-    )
-    ids = (page.image_id for page in pages)
-    _write_csv(out / "train.csv", ("image_id", "labels"), zip(ids, labels, strict=True))
-    books = {book_of(page.image_id) for page in pages}
-    font_names = {_hand(book, seed, fonts).fonts[0].name for book in books}
-    return SampleSummary(len(pages), len(drawn), len(books), tuple(sorted(font_names)))
 
 
 @cache
@@ -138,18 +57,7 @@ def inventory() -> tuple[int, ...]:
     return tuple(ord(c) for c in list(order)[:INVENTORY])
 
 
-def _check_options(out: Path, num_pages: int, seed: int, scale: float) -> None:
-    if num_pages < 1:
-        raise OptionError(f"--num-pages must be at least 1. Received: {num_pages}")
-    if seed < 0:
-        raise OptionError(f"--seed must be 0 or more. Received: {seed}")
-    if not 0 < scale <= 1:
-        raise OptionError(f"--scale must be more than 0 and at most 1. Received: {scale}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise OptionError(f"--out must be a new or an empty folder. Received: {out}. Name another folder or empty it")
-
-
-def _new_pages(num_pages: int, seed: int) -> list[_Page]:
+def new_pages(num_pages: int, seed: int) -> list[Page]:
     """Return pages with new ids, about four per book. `100241706_00004_2` is the left half of opening 4 of its book."""
     rng = np.random.default_rng([seed, 0])
     books = max(1, round(num_pages / PAGES_PER_BOOK))
@@ -158,11 +66,11 @@ def _new_pages(num_pages: int, seed: int) -> list[_Page]:
     for start, members in zip(starts.tolist(), np.array_split(np.arange(num_pages), books), strict=True):
         opening = int(rng.integers(3, 30))
         for half in range(len(members)):
-            pages.append(_Page(f"{start}_{opening + half // 2:05d}_{half % 2 + 1}", None))
+            pages.append(Page(f"{start}_{opening + half // 2:05d}_{half % 2 + 1}", None))
     return pages
 
 
-def _read_layouts(layouts: Path, num_pages: int) -> list[_Page]:
+def read_layouts(layouts: Path, num_pages: int) -> list[Page]:
     """Return the first `num_pages` rows of a label file, in the order of the file.
 
     Raises:
@@ -176,7 +84,7 @@ def _read_layouts(layouts: Path, num_pages: int) -> list[_Page]:
         raise InputError(f"--layouts must be a readable file. Received: {layouts} ({error})") from None
     if len(rows) < num_pages:
         raise OptionError(f"--num-pages must be at most {len(rows)}, the rows of {layouts}. Received: {num_pages}")
-    pages = [_Page(page_id, tuple((row[0], (*row[1:],)) for row in table.tolist())) for page_id, table in rows]
+    pages = [Page(page_id, tuple((row[0], (*row[1:],)) for row in table.tolist())) for page_id, table in rows]
     for page in pages:
         if any(min(x, y, width - 1, height - 1) < 0 for _, (x, y, width, height) in page.layout or ()):
             raise InputError(
@@ -188,51 +96,18 @@ def _read_layouts(layouts: Path, num_pages: int) -> list[_Page]:
     return pages
 
 
-def _in_processes(
-    draw: Callable[[_Page], list[Glyph]], pages: list[_Page], processes: int | None
-) -> Iterator[list[Glyph]]:
-    """Yield `draw(page)` for each page, in order. Processes are spawned, because forking with threads may hang."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    count = min(processes or usable, len(pages))
-    if count == 1 or (processes is None and len(pages) < MIN_PAGES_FOR_PROCESSES):
-        yield from map(draw, pages)
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(count, mp_context=context, initializer=_start_worker) as pool:
-        try:
-            yield from pool.map(draw, pages)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)  # waits, so that no process writes after the failure is reported
-            raise
-
-
-def _start_worker() -> None:
-    """Limit OpenCV to one thread, because the processes share the CPUs. Exit when the parent process is killed."""
-    cv2.setNumThreads(1)
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-
-
-def _exit_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _draw_to_file(page: _Page, out: Path, seed: int, scale: float, fonts: tuple[Font, ...]) -> list[Glyph]:
+def draw_page(page: Page, seed: int, scale: float, fonts: tuple[Font, ...]) -> tuple[Image.Image, list[Glyph]]:
+    """Draw a page. Returns its picture, and its characters with their boxes in px of the picture."""
     rng = np.random.default_rng([seed, 2, zlib.crc32(page.image_id.encode())])
-    hand = _hand(book_of(page.image_id), seed, fonts)
+    hand = hand_of(book_of(page.image_id), seed, fonts)
     if page.layout is None:
         ink, glyphs = _compose(hand, rng, scale)
     else:
         ink, glyphs = _trace(page.layout, hand, rng, scale)
-    image = scan(ink, hand, rng, _bounding_box(glyphs))
-    with new_file(place(out / "train_images" / f"{page.image_id}.jpg")) as temporary:
-        image.save(temporary, format="JPEG", quality=75, subsampling="4:2:0")
-    return glyphs
+    return scan(ink, hand, rng, _bounding_box(glyphs)), glyphs
 
 
-def _hand(book: str, seed: int, fonts: tuple[Font, ...]) -> Hand:
+def hand_of(book: str, seed: int, fonts: tuple[Font, ...]) -> Hand:
     """Return the hand of a book, which depends only on the book, the seed and the fonts."""
     return new_hand(np.random.default_rng([seed, 1, zlib.crc32(book.encode())]), fonts)
 
@@ -322,9 +197,3 @@ def _bounding_box(glyphs: list[Glyph]) -> Box | None:
     left, top = boxes[:, :2].min(0).tolist()
     right, bottom = (boxes[:, :2] + boxes[:, 2:]).max(0).tolist()
     return left, top, right - left, bottom - top
-
-
-def _write_csv(target: Path, header: tuple[str, str], rows: Iterator[tuple[str, str]]) -> None:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([header, *rows])
-    write_bytes(place(target), text.getvalue().encode())

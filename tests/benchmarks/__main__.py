@@ -20,7 +20,7 @@ from benchmarks import growth, pages, planning, steps, transfer, workers
 from benchmarks.pairs import Ratio
 from cluster.runtime import ray_session
 from job.config import TrainConfig
-from preprocessing.sample.pages import sample
+from preprocessing.sample.sample import sample
 
 
 @dataclass(frozen=True)

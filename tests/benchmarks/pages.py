@@ -24,7 +24,7 @@ from preprocessing.crop import clip_box, crop, decode_page
 from preprocessing.dataset import DatasetManifest
 from preprocessing.labels import read_labels
 from preprocessing.prepare import prepare
-from preprocessing.sample.pages import sample
+from preprocessing.sample.sample import sample
 
 REAL = Path(__file__).parents[3] / "shared" / "kuzushiji"
 

@@ -10,10 +10,10 @@ from typing import Any, BinaryIO
 from upath import UPath
 
 from cluster.local import temporary_file
-from cluster.store import Store
+from cluster.storage_interface import Store
 
 
-class Other(Store):
+class Fsspec(Store):
     """The store of addresses that are neither local nor of Google Cloud Storage."""
 
     def is_file(self, path: UPath) -> bool:

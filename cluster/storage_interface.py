@@ -1,4 +1,4 @@
-"""The interface that each kind of storage implements: `Local`, `Bucket` and `Other`."""
+"""The interface that each kind of storage implements: `Local`, `Bucket` and `Fsspec`."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
