@@ -2,6 +2,7 @@
 
 import gc
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,6 @@ PARAMETERS = {
     "inceptionresnetv2": (125_291_250, 75_225_330),
     "fcn": (11_072_230, 11_067_162),
 }
-TWO_STEPS = {"epochs": 1, "global_batch_size": 16, "workers": 2}
 
 
 @pytest.fixture
@@ -150,40 +150,40 @@ CONFIGS = {
 }
 
 
-@pytest.fixture(scope="module")
-def trained(few: Path, xception_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A models place with four architectures, each trained for 2 steps by the same two Ray Train workers; narrower than
-    they are: small heads, few filters, and but the first blocks of two bases.
-    """
-    import ray
-    from ray.train import RunConfig, ScalingConfig
-    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+def cut_off(whole: Any, last: str) -> Any:
+    """A smaller base of Keras' own, which ends with the layer `last`."""
 
-    from job.train.display import Board
-    from job.train.rendezvous import Rendezvous
-
-    def work(given: dict[str, Any]) -> None:
+    def base(**options: Any) -> Any:
         import keras
 
-        def cut_off(whole: Any, last: str) -> Any:
-            def base(**options: Any) -> keras.Model:
-                model = whole(**options)
-                return keras.Model(model.inputs, model.get_layer(last).output)
+        model = whole(**options)
+        return keras.Model(model.inputs, model.get_layer(last).output)
 
-            return base
+    return base
 
-        from job.data.staging import staged
-        from job.model import architectures
-        from job.train.display import StartUp
-        from job.train.strategy import configure_tensorflow, make_strategy
-        from job.train.worker import Training
 
-        architectures.HEAD, architectures.FCN_FILTERS = (64, 32), (4, 8, 8)
-        keras.applications.ResNet152V2 = cut_off(keras.applications.ResNet50V2, "conv2_block3_out")
-        keras.applications.InceptionResNetV2 = cut_off(keras.applications.InceptionResNetV2, "block35_1_ac")
+def train_narrow(given: dict[str, Any]) -> None:
+    """What each worker does: train and write one model after the other, narrower than they are: small heads, few
+    filters, and but the first blocks of two bases.
+    """
+    import keras
+
+    from job.data.staging import staged
+    from job.model import architectures
+    from job.train.display import StartUp
+    from job.train.strategy import configure_tensorflow, make_strategy
+    from job.train.worker import Training
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(architectures, "HEAD", (64, 32))
+        patch.setattr(architectures, "FCN_FILTERS", (4, 8, 8))
+        inception = cut_off(keras.applications.InceptionResNetV2, "block35_1_ac")
+        patch.setattr(keras.applications, "ResNet152V2", cut_off(keras.applications.ResNet50V2, "conv2_block3_out"))
+        patch.setattr(keras.applications, "InceptionResNetV2", inception)
         jobs = given["jobs"]
-        configure_tensorflow(jobs[0].config)
-        strategy = make_strategy(2)
+        if jobs[0].config.workers > 1:  # else in the process of the tests, which has used TensorFlow before
+            configure_tensorflow(jobs[0].config)
+        strategy = make_strategy(jobs[0].config.workers)
         with staged(place(jobs[0].dataset), ("train", "validation", "test")) as data:
             for job in jobs:
                 config = job.config
@@ -194,9 +194,27 @@ def trained(few: Path, xception_weights: Path, tmp_path_factory: pytest.TempPath
                 training.run_epoch()
                 training.write()
                 keras.utils.clear_session()
+        keras.config.set_dtype_policy("float32")
 
-    models = tmp_path_factory.mktemp("narrow")
-    configs = [{"architecture": name, "learning_rate": 1e-3} | TWO_STEPS | more for name, more in CONFIGS.items()]
+
+@pytest.fixture(scope="module", params=[1, pytest.param(2, marks=pytest.mark.long)], ids="{}-workers".format)
+def trained(
+    request: pytest.FixtureRequest, few: Path, xception_weights: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A models place with four architectures, each trained for 2 steps in this process (Ray Train's local mode), or by
+    two workers, the same ones for all.
+    """
+    import ray
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+    from job.train.display import Board
+    from job.train.rendezvous import Rendezvous
+
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers can't import this file
+    workers, models = request.param, tmp_path_factory.mktemp("narrow")
+    common = {"learning_rate": 1e-3, "epochs": 1, "global_batch_size": 16, "workers": workers}
+    configs = [{"architecture": name} | common | more for name, more in CONFIGS.items()]
     board = ray.remote(num_cpus=0)(Board).remote()
     jobs = [
         job_of(
@@ -206,10 +224,10 @@ def trained(few: Path, xception_weights: Path, tmp_path_factory: pytest.TempPath
         for one in configs
     ]  # fmt: skip
     DataParallelTrainer(
-        work,
+        train_narrow,
         backend_config=Rendezvous(),
         train_loop_config={"jobs": jobs, "weights": str(xception_weights)},
-        scaling_config=ScalingConfig(num_workers=2),
+        scaling_config=ScalingConfig(num_workers=workers if workers > 1 else 0),
         run_config=RunConfig(name="narrow", storage_path=str(models / ".runs")),
     ).fit()
     ray.kill(board)
