@@ -55,6 +55,7 @@ def _name(entry: dict[str, Any]) -> str:
 
 
 def _list(folder: UPath) -> list[dict[str, Any]]:
+    folder.fs.invalidate_cache(folder.path)  # other processes write there, too
     try:
         entries: list[dict[str, Any]] = folder.fs.ls(folder.path, detail=True)
     except FileNotFoundError:

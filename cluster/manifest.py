@@ -161,9 +161,7 @@ def read_manifest(folder: UPath, form: type[ManifestT]) -> ManifestT:
 def _read(folder: UPath) -> tuple[bytes, dict[str, Any]]:
     path = folder / MANIFEST_FILE
     if not is_sealed(folder):
-        raise InputError(
-            f"a finished dataset or model folder must hold {MANIFEST_FILE}. Received: {folder}, without one"
-        )
+        raise InputError(f"a finished folder must hold {MANIFEST_FILE}. Received: {folder}, without one")
     if size_of(path) > MAX_MANIFEST_BYTES:
         raise DamageError(f"{path} must be at most {MAX_MANIFEST_BYTES} bytes")
     raw = read_bytes(path)

@@ -16,6 +16,7 @@ from cluster.models import LATEST_FILE, ModelManifest, point_to_latest, read_lat
 from cluster.progress import progress
 from cluster.storage import (
     is_file,
+    is_local,
     list_files,
     list_folders,
     plain_name,
@@ -47,11 +48,13 @@ def pull(models: UPath, to: UPath, wanted: Sequence[str] = ()) -> list[Pulled]:
     exist with the right content are not downloaded again.
 
     Raises:
-        OptionError: a name is not `NAME` or `NAME/RUN`.
+        OptionError: a name is not `NAME` or `NAME/RUN`, or `to` is `models` itself.
         InputError: there is no model of that name.
         DamageError: a file is missing or does not match its manifest.
         KuzushijiError: `to` is full, read-only or removed, or another pull is writing to it.
     """
+    if is_local(models) and os.path.realpath(models.path) == os.path.realpath(to.path):
+        raise OptionError(f"--to must be another folder than --models. Received: {to} for both")
     chosen = [_resolve(models, name) for name in (wanted or _architectures(models))]
     manifests = [read_manifest(models / name / run, ModelManifest) for name, run in chosen]
     total = sum(entry.bytes for manifest in manifests for entry in manifest.entries)
@@ -144,7 +147,9 @@ def _fetch(source: UPath, target: Path, entry: FileEntry, advance: Callable[[int
                     if fetched // FLUSHED_BYTES > len(flushed):
                         flushed.append(disk.submit(os.fdatasync, out.fileno()))
             except FileNotFoundError:
-                raise DamageError(f"{source}: {entry.name} is missing. Ask the owner of the models") from None
+                raise DamageError(
+                    f"{source}: {entry.name} is missing or was just replaced. Ask the owner of the models"
+                ) from None
             out.flush()
             for flush in flushed:
                 flush.result()  # the kernel reports a write error to one fdatasync only

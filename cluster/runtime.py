@@ -52,6 +52,11 @@ def ray_session(at_least_cpus: int = 1) -> Iterator[None]:
             ray.shutdown()
 
 
+def uses_cluster() -> bool:
+    """Return whether RAY_ADDRESS names a cluster; if it is unset or empty, Ray is local."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
 def _start(at_least_cpus: int) -> bool:
     """Connect to Ray. Return False if this process was connected already."""
     _set_environment()
@@ -59,8 +64,8 @@ def _start(at_least_cpus: int) -> bool:
 
     if ray.is_initialized():
         return False
-    if address := os.environ.get("RAY_ADDRESS"):
-        log.info("using the Ray at %s", address)
+    if uses_cluster():
+        log.info("using the Ray at %s", os.environ["RAY_ADDRESS"])
         ray.init(logging_level=logging.WARNING, log_to_driver=False)
         return True
     cpus = os.cpu_count() or 1
@@ -87,7 +92,7 @@ def _set_environment() -> None:
     # No usage statistics unless the user asks for them.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    if "RAY_ADDRESS" not in os.environ and "ray" not in sys.modules:
+    if not uses_cluster() and "ray" not in sys.modules:
         # Ray requires a token by default, but stores it in a file that other users can read (mode 0644): use a token
         # of this process instead.
         os.environ.setdefault("RAY_AUTH_MODE", "token")
@@ -132,7 +137,7 @@ def map_tasks(
         import ray
 
         gpus_here = int(ray.cluster_resources().get("GPU", 0))
-        if gpus > gpus_here and "RAY_ADDRESS" not in os.environ:
+        if gpus > gpus_here and not uses_cluster():
             raise OptionError(
                 f"--gpus must be at most the GPUs of this machine. Received: {gpus}, Ray found {gpus_here}"
             )

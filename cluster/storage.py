@@ -1,7 +1,7 @@
 """Files in a local folder, in a bucket, or on another fsspec file system, through the same functions.
 
-`_store` picks the implementation of `Store` for a path: `Local`, `Bucket` or `Fsspec`. No implementation ever shows an
-incomplete file under its final name.
+`_store` picks the implementation of `Store` for a path: `Local`, `Bucket` or `Fsspec`. `Local` and `Bucket` never show
+an incomplete file under its final name; whether `Fsspec` does depends on the file system.
 """
 
 import hashlib
@@ -67,7 +67,7 @@ def place(text: str | os.PathLike[str]) -> UPath:
             raise OptionError(
                 f"an address of Google Cloud Storage must be gs://BUCKET/..., in small letters. Received: {text}"
             )
-        path = UPath(text, **gcsfs_options())
+        path = UPath(str(text).rstrip("/"), **gcsfs_options())
     return path
 
 

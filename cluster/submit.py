@@ -100,7 +100,7 @@ def _client(address: str) -> "JobSubmissionClient":
         return JobSubmissionClient(address)
     except (OSError, RuntimeError, ValueError, LookupError, TypeError) as error:  # the last two: JSON not from Ray
         raise KuzushijiError(
-            f"--address must be a Ray head's, such as http://127.0.0.1:{DASHBOARD_PORT}. Received: {address}: "
+            f"the address must be a Ray head's, such as http://127.0.0.1:{DASHBOARD_PORT}. Received: {address}: "
             f"{' '.join(str(error).split())[:200]}"
         ) from None
 

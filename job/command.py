@@ -3,6 +3,7 @@
 import functools
 import json
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -38,11 +39,18 @@ class OneLine(click.Group):
             error.show()
             sys.exit(error.exit_code)
         except click.ClickException as error:
-            click.echo(f"kuzushiji: {' '.join(error.format_message().split())} See --help", err=True)
+            text = f"{' '.join(error.format_message().split())} See --help"
+            _echo_error(text, as_json="--json" in (sys.argv[1:] if args is None else args))
             sys.exit(error.exit_code)
         except click.Abort:
             click.echo("kuzushiji: stopped", err=True)
             sys.exit(1)
+
+
+def _echo_error(text: str, as_json: bool) -> None:
+    click.echo(f"kuzushiji: {text}", err=True)
+    if as_json:
+        click.echo(json.dumps({"error": text}, ensure_ascii=False))
 
 
 @click.group(cls=OneLine, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -69,14 +77,11 @@ def command(function: Callable[..., Outcome]) -> click.Command:
             raise
         except Exception as error:
             if debug:
-                raise
+                traceback.print_exc()
             from cluster.bucket import explained
 
             error = explained(error) or error
-            text = one_line(error)
-            click.echo(f"kuzushiji: {text}", err=True)
-            if as_json:
-                click.echo(json.dumps({"error": text}, ensure_ascii=False))
+            _echo_error(one_line(error), as_json)
             sys.exit(2 if isinstance(error, OptionError) else 1)
         for line in lines if not as_json else [json.dumps(result, ensure_ascii=False)]:
             click.echo(line)

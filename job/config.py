@@ -47,8 +47,8 @@ STUDY: dict[str, Study] = {
     "fcn": Study(0.65, 0.38),
 }
 
-# Options that may change when a run is resumed. None of them changes the weights; the first four change
-# floating-point rounding.
+# Options that may change when a run is resumed. The first four change the weights by rounding alone, the others not at
+# all.
 MAY_DIFFER = {
     "workers",
     "gpus_per_worker",
@@ -76,19 +76,19 @@ class TrainConfig(BaseModel):
     workers: PositiveInt = 1
     """Data-parallel workers, spread over the hosts."""
     gpus_per_worker: int = Field(0, ge=0)
-    """Each GPU holds a replica of the model."""
+    """GPUs of each worker; each GPU holds a replica of the model."""
     cpus_per_worker: PositiveInt = 1
-    """CPUs and threads.  [default: an equal share of this machine; 1 on a cluster]"""
+    """CPUs of each worker, and its threads.  [default: an equal share of this machine; 1 on a cluster]"""
     epochs: PositiveInt
-    """Passes over the training crops.  [default: from the recipe]"""
+    """Passes over the training crops, in whole batches.  [default: from the recipe]"""
     global_batch_size: PositiveInt
     """Crops per step over all workers.  [default: from the recipe]"""
     learning_rate: float = Field(gt=0, allow_inf_nan=False)
-    """Of Adam; not scaled with the batch size.  [default: from the recipe]"""
+    """Learning rate of Adam; not scaled with the batch size.  [default: from the recipe]"""
     precision: Literal["float32", "mixed_bfloat16"] = "float32"
     """Precision of layers; weights are float32."""
     deterministic: bool = True
-    """Bit-identical results, or faster kernels and XLA.  [default: --fast on GPUs]"""
+    """Bit-identical results, or faster kernels.  [default: --fast on GPUs]"""
     class_weights: Literal["none", "balanced"] = "none"
     """balanced: each class has the same total weight."""
     seed: int = Field(42, ge=0, lt=2**31)
@@ -102,7 +102,7 @@ class TrainConfig(BaseModel):
     max_failures: int = Field(5, ge=0)
     """Restarts allowed after a worker failure."""
     step_limit: PositiveInt = 600
-    """Limit of a step; a slower worker is restarted."""
+    """Longest time of a step; after it, all workers restart."""
 
 
 def configs_of(

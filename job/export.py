@@ -5,7 +5,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from upath import UPath
 
 from cluster.errors import KuzushijiError, OptionError
-from cluster.storage import list_files, list_folders, new_file, remove_file, writing_in
+from cluster.storage import list_files, list_folders, new_file, remove_file, remove_folder, writing_in
 from job.model.folder import LABELS_FILE, load_model
 
 log = logging.getLogger("kuzushiji")
@@ -55,7 +55,7 @@ def export(model_place: UPath, form: str, out: UPath) -> float:
         difference = _difference(model, predict)
         (folder / LABELS_FILE).write_text("".join(f"{name}\n" for name in names))
         files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-        with _removed_on_failure(out, files):
+        with _emptied_on_failure(out, files):
             for name in sorted(files, key=lambda name: name in WRITTEN_LAST):
                 with new_file(out / name) as target:
                     target.write_bytes((folder / name).read_bytes())
@@ -63,14 +63,16 @@ def export(model_place: UPath, form: str, out: UPath) -> float:
 
 
 @contextmanager
-def _removed_on_failure(out: UPath, files: Sequence[str]) -> Iterator[None]:
-    """Remove the files from `out` if the block fails, so that the same command can be run again."""
+def _emptied_on_failure(out: UPath, files: Sequence[str]) -> Iterator[None]:
+    """Remove the files and their folders from `out` if the block fails or is stopped, so that the command can be run
+    again.
+    """
     try:
         yield
-    except Exception:
-        for name in files:
+    except BaseException:
+        for name in {PurePosixPath(file).parts[0] for file in files}:
             with suppress(OSError, KuzushijiError):
-                remove_file(out / name)
+                remove_file(out / name) if name in files else remove_folder(out / name)
         raise
 
 

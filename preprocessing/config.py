@@ -8,7 +8,7 @@ SPLITS = ("train", "validation", "test")
 
 
 class PrepareConfig(BaseModel):
-    """Options that determine the bytes of a dataset, in addition to pages and labels.
+    """Options of `prepare`. All but `max_bad_fraction` determine the bytes of the dataset, with pages and labels.
 
     The docstring of a field is the `--help` text of its option.
     """
@@ -24,10 +24,10 @@ class PrepareConfig(BaseModel):
     test_fraction: float = Field(0.15, gt=0, lt=1)
     """Fraction of the boxes for the test."""
     coverage: float = Field(0.9, ge=0, le=1)
-    """Fraction of boxes whose characters get a class; the others are `rare`."""
+    """Most frequent characters get a class, up to this fraction of the boxes; the others are `rare`."""
     classes: list[str] | None = None
     """label.labels.txt of an earlier dataset, to use its classes."""
     shards: PositiveInt | None = None
-    """Groups of pages; each writes one file per split.  [default: by size]"""
+    """Largest number of files per split.  [default: by size]"""
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
     """Fraction of boxes that may be lost."""

@@ -92,7 +92,7 @@ def read_labels(path: UPath, option: str = "--labels", bare: bool = False) -> La
             malformed row, or no boxes.
     """
     if not is_file(path):
-        raise InputError(f"{option} must be a file. Received: {path}, which does not exist")
+        raise InputError(f"{option} must be a file. Received: {path}, where there is none")
     data = read_bytes(path)
     page_ids: list[str] = []
     rows: list[NDArray[np.int32]] = []

@@ -100,7 +100,7 @@ def page_reader(pages: UPath) -> Iterator[ReadPage]:
 
 
 def _is_archive(pages: UPath) -> bool:
-    return pages.suffix == ".zip"
+    return pages.suffix == ".zip" and not (is_local(pages) and os.path.isdir(pages.path))
 
 
 def _list_members(pages: UPath) -> list[tuple[str, int]]:

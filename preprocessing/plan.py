@@ -24,7 +24,7 @@ from preprocessing.split import split_of_boxes
 BOXES_PER_GROUP = 10_000
 # Small datasets get enough groups for the cores of a laptop. A constant: the bytes must not depend on the machine.
 MIN_GROUPS = 16
-# The packages whose versions determine the bytes of the crops.
+# The packages whose versions are recorded: all of these but Ray determine the bytes of the crops.
 VERSIONED = ("kuzushiji", "numpy", "opencv-python-headless", "ray", "simplejpeg")
 
 
@@ -92,7 +92,11 @@ class Plan:
     unlabelled: list[str]
     """Ids of pages that have a file and no row in the labels."""
     identity: dict[str, Any]
-    """Options, input fingerprint and package versions, as JSON. Equal identities give equal bytes."""
+    """Options, input fingerprint and package versions, as JSON. Equal identities give equal bytes.
+
+    The fingerprint has the ids and sizes of the pages, not their content: a page that is replaced by another one of
+    the same size is not noticed.
+    """
 
 
 def make_plan(pages: UPath, labels_path: UPath, config: PrepareConfig) -> Plan:

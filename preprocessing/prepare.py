@@ -15,6 +15,7 @@ from cluster.storage import (
     change_bytes,
     is_file,
     list_files,
+    list_folders,
     remove_file,
     remove_folder,
     remove_temporaries,
@@ -101,7 +102,8 @@ def _earlier_attempt(dataset: UPath, plan: Plan) -> DatasetManifest | None:
     """
     plan_path = dataset / PROGRESS_FOLDER / PLAN_FILE
     # In this order: a concurrent attempt writes its plan first and removes it after it has written the manifest.
-    files, has_plan = list_files(dataset), is_file(plan_path)
+    others = [*list_files(dataset), *(name for name in list_folders(dataset) if name != PROGRESS_FOLDER)]
+    has_plan = is_file(plan_path)
     if is_sealed(dataset):
         manifest, faults = _sealed(dataset, plan)
         if not faults:
@@ -111,10 +113,10 @@ def _earlier_attempt(dataset: UPath, plan: Plan) -> DatasetManifest | None:
         _write_reports(dataset, plan, manifest)
         write_bytes(plan_path, json.dumps(plan.identity).encode())
         remove_file(dataset / MANIFEST_FILE)
-    elif files and not has_plan:
+    elif others and not has_plan:
         raise OptionError(
-            f"--dataset must be a new or empty folder, or one of the same job. Received: {dataset}, with other files. "
-            "Name another folder or empty it"
+            f"--dataset must be a new or empty folder, or one of the same job. Received: {dataset}, with "
+            f"{sorted(others)[0]}. Name another folder or empty it"
         )
     else:
 
@@ -163,9 +165,13 @@ def _remove_traces(dataset: UPath) -> None:
 
 def _parse_plan(path: UPath, content: bytes) -> dict[str, Any]:
     try:
-        plan: dict[str, Any] = json.loads(content)
+        plan = json.loads(content)
+        if not isinstance(plan, dict):
+            raise ValueError("it is no object")
     except ValueError as error:
-        raise DamageError(f"{path} must be JSON. Received: {error}. Remove the folder and prepare again") from None
+        raise DamageError(
+            f"{path} must be a JSON object. Received: {error}. Remove the folder and prepare again"
+        ) from None
     return plan
 
 

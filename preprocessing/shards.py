@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from upath import UPath
 
 from cluster.errors import DamageError
@@ -41,11 +41,16 @@ def report_path(dataset: UPath, group: int) -> UPath:
 
 
 def finished_report(dataset: UPath, group: int) -> GroupReport | None:
-    """Return the report of a group if all its shards exist with the right size and SHA-256, otherwise None."""
+    """Return the report of a group if it is readable and all its shards exist with the right size and SHA-256,
+    otherwise None: the group is cut again.
+    """
     path = report_path(dataset, group)
     if not is_file(path):
         return None
-    report = GroupReport.model_validate_json(read_bytes(path))
+    try:
+        report = GroupReport.model_validate_json(read_bytes(path))
+    except ValidationError:
+        return None
     sizes = list_files(dataset)
     for shard in report.shards.values():
         if sizes.get(shard.name) != shard.bytes or sha256_of(dataset / shard.name) != shard.sha256:

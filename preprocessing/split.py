@@ -1,4 +1,4 @@
-"""Assign each box to training, validation or test. Labels and seed alone decide.
+"""Assign each box to training, validation or test. Labels, options and seed alone decide.
 
 The unit of the split is a box (`random`, as in the study), a page, or a book. A split by box puts boxes of the same
 page, writer and book into several splits: this leakage inflates accuracy. A split by book measures accuracy on books

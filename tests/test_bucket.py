@@ -11,12 +11,15 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
+import fsspec
 import keras
 import numpy as np
 import pytest
 from conftest import Kuzushiji, in_fresh_process
 from fake_cloud.bucket import StrictBucket
+from fsspec.implementations.memory import MemoryFileSystem
 from google.api_core.exceptions import RetryError, ServiceUnavailable
 from google.auth.exceptions import DefaultCredentialsError, RefreshError
 from google.cloud.storage.retry import DEFAULT_RETRY
@@ -144,6 +147,33 @@ def test_a_file_is_written_sized_changed_and_removed_alike_in_each_kind_of_stora
     remove_folder(anywhere)
     remove_folder(anywhere)
     assert (list_files(anywhere), list_folders(anywhere)) == ({}, [])
+
+
+class RemembersListings(MemoryFileSystem):
+    """As file systems of fsspec with a `dircache` do, such as s3fs."""
+
+    protocol = "remembers"
+
+    def ls(self, path: str, detail: bool = True, **options: Any) -> Any:
+        if path not in self.dircache:
+            self.dircache[path] = super().ls(path, detail=True, **options)
+        return self.dircache[path] if detail else [entry["name"] for entry in self.dircache[path]]
+
+    def invalidate_cache(self, path: str | None = None) -> None:
+        self.dircache.pop(path, None)
+
+
+def test_what_another_process_wrote_is_listed(tmp_path: Path) -> None:
+    fsspec.register_implementation("remembers", RemembersListings, clobber=True)
+    folder = place(f"remembers://{tmp_path.name}/x")
+    write_bytes(folder / "a", b"1")
+    assert list_files(folder) == {"a": 1}
+    MemoryFileSystem().pipe_file(f"/{tmp_path.name}/x/b", b"22")  # another process, which `folder.fs` knows nothing of
+    assert list_files(folder) == {"a": 1, "b": 2}
+
+
+def test_the_slash_at_the_end_of_an_address_does_not_matter(folder: UPath) -> None:
+    assert str(place(f"{folder}/")) == str(place(f"{folder}"))
 
 
 def test_a_bucket_is_used_without_gcsfs(folder: UPath, tmp_path: Path) -> None:

@@ -124,12 +124,11 @@ def test_a_failure_is_one_line_with_the_rule_and_what_came(
     assert told.code == code
     (line,) = told.stderr.splitlines()
     assert says in line
-    with_json = kuzushiji(*arguments, "--json")
-    assert with_json.code == code
-    if with_json.stdout:
+    for more in (["--json"], ["--json", "--debug"]):
+        with_json = kuzushiji(*arguments, *more)
+        assert with_json.code == code
         assert says in json.loads(with_json.stdout.splitlines()[-1])["error"]
-    else:  # click's own check of the options comes before `--json` is known
-        assert arguments[0] == "prepare"
+        assert says in with_json.stderr.splitlines()[-1]
     assert list(tmp_path.iterdir()) == []
 
 

@@ -55,20 +55,23 @@ def test_what_predicts_something_else_is_not_written(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("form", "last"), [("tflite", "model.tflite"), ("savedmodel", "saved_model.pb")])
+@pytest.mark.parametrize("reason", [KuzushijiError, KeyboardInterrupt])
 def test_nothing_is_left_of_what_could_not_be_written_whole(
-    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    form: str, last: str, reason: type[BaseException], trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(target: UPath) -> AbstractContextManager[Path]:
-        if target.name == "model.tflite":  # after labels.txt
-            raise KuzushijiError("full")
+        if target.name == last:  # after labels.txt, and the variables of a SavedModel
+            raise reason("full")
         return new_file(target)
 
     with monkeypatch.context() as patch:
         patch.setattr("job.export.new_file", full)
-        with pytest.raises(KuzushijiError, match="full"):
-            export(place(trained), "tflite", place(tmp_path / "out"))
+        with pytest.raises(reason, match="full"):
+            export(place(trained), form, place(tmp_path / "out"))
     assert list((tmp_path / "out").iterdir()) == []
-    export(place(trained), "tflite", place(tmp_path / "out"))
+    if reason is KuzushijiError:
+        export(place(trained), form, place(tmp_path / "out"))
 
 
 def test_a_folder_with_something_in_it_is_refused(trained: Path, tmp_path: Path) -> None:

@@ -79,8 +79,10 @@ def test_a_wrong_or_missing_header_is_refused(tmp_path: Path, text: str) -> None
 
 
 def test_a_file_that_is_not_there_or_not_text_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="which does not exist"):
+    with pytest.raises(InputError, match="where there is none"):
         read_labels(place(tmp_path / "none.csv"))
+    with pytest.raises(InputError, match="where there is none"):
+        read_labels(place(tmp_path))
     with pytest.raises(InputError, match="UTF-8"):
         read(tmp_path, b"\xff\xfe\x00")
 

@@ -255,9 +255,20 @@ def test_an_interrupted_run_is_finished_without_making_again_what_is_done(
     done = [json.loads(path.read_text()) for path in (out / ".prepare").glob("group-*.json")]
     assert not any(report["losses"] for report in done)  # what failed is tried again
     (out / ".tmp-0123").write_bytes(b"left by a killed task")
-    kept = [shard["name"] for report in done for shard in report["shards"].values()]
+    kept = [shard["name"] for report in done[1:] for shard in report["shards"].values()]
+    (torn,) = [path for path in (out / ".prepare").glob("group-*.json") if json.loads(path.read_text()) == done[0]]
+    torn.write_bytes(torn.read_bytes()[:-9])  # its group is cut again
+    again = [shard["name"] for shard in done[0]["shards"].values()]
+    assert again
     before = {name: (out / name).stat().st_ino for name in kept}
     assert kept
+    plan = out / ".prepare" / "plan.json"
+    for damaged in ("[]", "{"):
+        intact = plan.read_bytes()
+        plan.write_text(damaged)
+        with pytest.raises(DamageError, match="plan.json must be a JSON object"):
+            prepare(*source, place(out), config)
+        plan.write_bytes(intact)
     prepare(*source, place(out), config)
     assert contents(out) == contents(dataset)
     assert {name: (out / name).stat().st_ino for name in kept} == before
@@ -273,10 +284,12 @@ def test_a_folder_of_another_job_is_refused_with_what_differs(dataset: Path, pag
     next((other / "train_images").iterdir()).unlink()
     with pytest.raises(OptionError, match="input"):
         run(other, dataset, PrepareConfig(coverage=0.5))
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("mine")
-    with pytest.raises(OptionError, match="new or empty"):
-        run(pages, tmp_path / "mine", PrepareConfig(coverage=0.5))
+    for mine in ("mine/thesis.txt", "my/photos/cat.jpg"):
+        file = tmp_path / mine
+        file.parent.mkdir(parents=True)
+        file.write_text("mine")
+        with pytest.raises(OptionError, match="new or empty folder.*, with (thesis.txt|photos). Name"):
+            run(pages, tmp_path / mine.partition("/")[0], PrepareConfig(coverage=0.5))
 
 
 def test_the_classes_of_an_earlier_dataset_are_used_in_their_order(pages: Path, tmp_path: Path) -> None:
@@ -325,11 +338,11 @@ def test_a_manifest_that_lost_shards_is_damage(dataset: Path, pages: Path, tmp_p
         run(pages, copy, PrepareConfig(coverage=0.5))
 
 
-@pytest.mark.parametrize("bad", ["no folder", "empty folder", "no zip", "twice in a zip"])
+@pytest.mark.parametrize("bad", ["no folder", "empty folder", "no zip", "a folder named as a zip", "twice in a zip"])
 def test_pages_that_are_no_pages_are_refused_before_any_work(bad: str, pages: Path, tmp_path: Path) -> None:
     shutil.copy(pages / "train.csv", tmp_path / "train.csv")
     name = "x.zip" if "zip" in bad else "x"
-    if bad == "empty folder":
+    if bad in ("empty folder", "a folder named as a zip"):
         (tmp_path / name).mkdir()
     elif bad == "no zip":
         (tmp_path / name).write_bytes(b"PK no zip")

@@ -11,10 +11,10 @@ import pytest
 from upath import UPath
 
 from cluster.errors import DamageError, InputError, KuzushijiError, OptionError
-from cluster.manifest import MANIFEST_FILE, seal, write_listed
+from cluster.manifest import MANIFEST_FILE, is_sealed, seal, write_listed
 from cluster.models import ModelManifest, point_to_latest, read_latest, resolve_model
 from cluster.pull import pull
-from cluster.storage import place, write_bytes
+from cluster.storage import is_local, place, write_bytes
 from job.verify import verify
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
@@ -101,6 +101,16 @@ def test_a_changed_file_is_named_and_nothing_stands_under_its_name(models: UPath
     folder = tmp_path / "to" / "other" / "one"
     assert not (folder / "model.keras").exists()
     assert not (folder / MANIFEST_FILE).exists()
+
+
+def test_models_are_not_pulled_onto_themselves(models: UPath, tmp_path: Path) -> None:
+    """A damaged file would be taken from itself, and the only manifest removed."""
+    if is_local(models):
+        (tmp_path / "link").symlink_to(models.path)
+        for to in (models, place(tmp_path / "link")):
+            with pytest.raises(OptionError, match="--to must be another folder than --models"):
+                pull(models, to)
+        assert is_sealed(models / "baseline" / "new")
 
 
 def test_a_missing_file_is_named(models: UPath, tmp_path: Path) -> None:

@@ -1,13 +1,18 @@
 """Made-up pages: Kaggle's format, boxes that hold ink, one look per seed."""
 
 import csv
+import os
 import re
+import signal
+import subprocess
+import time
 from collections import Counter
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+from conftest import KUZUSHIJI
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -182,6 +187,19 @@ def test_malformed_or_short_layouts_are_refused_before_anything_is_drawn(tmp_pat
         sample(tmp_path / "out", 2, layouts=tmp_path / "layouts.csv")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_ctrl_c_leaves_an_empty_folder_for_the_same_command(tmp_path: Path) -> None:
+    command = [KUZUSHIJI, "sample", "--out", tmp_path / "out", "--num-pages", "500", "--scale", "0.2"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as drawing:
+        while not list(tmp_path.glob("out/train_images/*.jpg")):
+            assert drawing.poll() is None
+            time.sleep(0.05)
+        os.killpg(drawing.pid, signal.SIGINT)  # as a terminal does, to all processes
+        assert drawing.stderr
+        assert drawing.stderr.read().splitlines()[-1] == "kuzushiji: stopped"
+    assert drawing.returncode == 1
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_a_folder_that_holds_something_is_left_alone(tmp_path: Path) -> None:

@@ -474,7 +474,7 @@ def test_one_who_takes_connections_and_is_silent_is_no_head(monkeypatch: pytest.
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"http://127.0.0.1:{silent.getsockname()[1]}"
         with (
-            pytest.raises(KuzushijiError, match="--address must be a Ray head's.* timed out"),
+            pytest.raises(KuzushijiError, match="the address must be a Ray head's.* timed out"),
             submit.connected(submit.Head(address)),
         ):
             pass

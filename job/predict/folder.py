@@ -33,7 +33,7 @@ class PredictionsManifest(Manifest):
     """Boxes partly off their page; the part on the page was read."""
     model_manifest_sha256: str
     fingerprint: str
-    """Hash of the bytes of the file of boxes and of the names and sizes of the pages."""
+    """Hash of the bytes of the file of boxes and of the ids and sizes of the pages."""
     versions: Annotated[dict[str, str], FailFast()]
 
 

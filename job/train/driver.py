@@ -21,7 +21,7 @@ from upath import UPath
 
 from cluster.errors import DamageError, InputError, OptionError, one_line
 from cluster.manifest import read_manifest, verify
-from cluster.runtime import ray_session
+from cluster.runtime import ray_session, uses_cluster
 from cluster.storage import is_local, plain_name
 from job.config import RECIPES, TrainConfig
 from job.model.pretrained import WeightsFile, obtain
@@ -56,7 +56,7 @@ def new_run_name() -> str:
 
 def default_cpus_per_worker(workers: int) -> int:
     """Return an equal share of this machine's CPUs, or 1 on a cluster, since the CPUs of its hosts are unknown here."""
-    return 1 if os.environ.get("RAY_ADDRESS") else max(1, (os.cpu_count() or 1) // workers)
+    return 1 if uses_cluster() else max(1, (os.cpu_count() or 1) // workers)
 
 
 def train(

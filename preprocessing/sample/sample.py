@@ -66,7 +66,7 @@ def sample(
     pages = read_layouts(layouts, num_pages) if layouts else new_pages(num_pages, seed)
     try:
         return _draw_all(pages, out, seed, scale, processes)
-    except Exception:  # empty the folder, so that the same command can be run again
+    except BaseException:  # also Ctrl-C: empty the folder, so that the same command can be run again
         remove_folder(place(out / "train_images"))
         with suppress(OSError):
             (out / "unicode_translation.csv").unlink()
