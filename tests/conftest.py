@@ -45,7 +45,7 @@ from preprocessing.sample.sample import sample  # noqa: E402
 
 SHARED = Path(__file__).parents[2] / "shared" / "kuzushiji"
 KUZUSHIJI = Path(sys.executable).with_name("kuzushiji")
-MOST_WORKERS = 4
+CPUS = 2  # of the Ray of the tests: few, since each process of Ray takes seconds to start
 # A training on the dataset `few`: 15 steps in 3 epochs of 5, with dropout.
 GIVEN = {"architecture": "baseline", "epochs": 3, "global_batch_size": 7, "learning_rate": 1e-4, "workers": 2}
 
@@ -161,7 +161,7 @@ def ray_here(bucket_server: StrictBucket, tmp_path_factory: pytest.TempPathFacto
                 at_start.setenv(name, value)
             for tries in range(TRIES_TO_START_RAY):
                 try:
-                    stack.enter_context(ray_session(at_least_cpus=MOST_WORKERS))
+                    stack.enter_context(ray_session(at_least_cpus=CPUS))
                     break
                 except KuzushijiError as error:
                     if str(error) != START_TIMED_OUT or tries + 1 == TRIES_TO_START_RAY:
@@ -213,6 +213,18 @@ def job_of(config: Any, **fields: Any) -> Any:
 
     nowhere = dict.fromkeys(("dataset", "folder", "checkpoints", "curves"), "/nowhere")
     return TrainJob(**{"config": config, "weights": None, "run": "test", "board": None} | nowhere | fields)
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training is one worker, which is this process: Ray Train's local mode. It keeps threads and determinism as they
+    are, for TensorFlow has run here before.
+    """
+    import ray.train
+
+    local = ray.train.ScalingConfig(num_workers=0)
+    monkeypatch.setattr("ray.train.ScalingConfig", lambda **_: local)
+    monkeypatch.setattr("job.train.worker.configure_tensorflow", lambda _: None)
 
 
 WorkersDo = Callable[[Callable[[dict[str, Any]], object] | None], None]
