@@ -106,7 +106,7 @@ def prepare(pages: str, labels: str, dataset: str, classes: str | None, **option
 @click.option(
     "--run",
     metavar="NAME",
-    help="Re-running with the same name resumes the run.  [default: the time]",
+    help="Name of the run; a run that exists is resumed.  [default: the time]",
 )
 def train(
     dataset: str, models: str, architectures: tuple[str, ...], weights: str | None, run: str | None, **options: Any

@@ -76,15 +76,15 @@ class TrainConfig(BaseModel):
     workers: PositiveInt = 1
     """Data-parallel workers, spread over the hosts."""
     gpus_per_worker: int = Field(0, ge=0)
-    """GPUs of each worker; each GPU holds a replica of the model."""
+    """GPUs of each worker; each holds a model replica."""
     cpus_per_worker: PositiveInt = 1
-    """CPUs of each worker, and its threads.  [default: an equal share of this machine; 1 on a cluster]"""
+    """CPUs and threads of a worker.  [default: equal share; on a cluster 1]"""
     epochs: PositiveInt
-    """Passes over the training crops, in whole batches.  [default: from the recipe]"""
+    """Passes over the crops, in whole batches.  [default: from the recipe]"""
     global_batch_size: PositiveInt
     """Crops per step over all workers.  [default: from the recipe]"""
     learning_rate: float = Field(gt=0, allow_inf_nan=False)
-    """Learning rate of Adam; not scaled with the batch size.  [default: from the recipe]"""
+    """Of Adam; not scaled with the batch size.  [default: from the recipe]"""
     precision: Literal["float32", "mixed_bfloat16"] = "float32"
     """Precision of layers; weights are float32."""
     deterministic: bool = True

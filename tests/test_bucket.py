@@ -163,12 +163,14 @@ class RemembersListings(MemoryFileSystem):
         self.dircache.pop(path, None)
 
 
+@pytest.mark.filterwarnings("ignore:UPath 'remembers' filesystem not explicitly implemented")
 def test_what_another_process_wrote_is_listed(tmp_path: Path) -> None:
     fsspec.register_implementation("remembers", RemembersListings, clobber=True)
     folder = place(f"remembers://{tmp_path.name}/x")
     write_bytes(folder / "a", b"1")
     assert list_files(folder) == {"a": 1}
-    MemoryFileSystem().pipe_file(f"/{tmp_path.name}/x/b", b"22")  # another process, which `folder.fs` knows nothing of
+    folder.fs.pipe_file((folder / "b").path, b"22")  # as by another process: the remembered listing is as it was
+    assert list(folder.fs.ls(folder.path, detail=False)) == [(folder / "a").path]
     assert list_files(folder) == {"a": 1, "b": 2}
 
 
