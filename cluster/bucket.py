@@ -220,15 +220,15 @@ def explaining() -> Iterator[None]:
     except PreconditionFailed as error:
         # Only a GET: the caller of a conditional write handles its own 412.
         if error.response is not None and error.response.request.method == "GET":
-            raise FileNotFoundError(" ".join(str(error).split())) from None
+            raise FileNotFoundError(" ".join(str(error).split())) from error
         raise
     except Exception as error:
         told = explained(error)
         if told is None and isinstance(error, NotFound):
-            raise FileNotFoundError(" ".join(str(error).split())) from None
+            raise FileNotFoundError(" ".join(str(error).split())) from error
         if told is None:
             raise
-        raise told from None
+        raise told from error
 
 
 def explained(error: BaseException) -> KuzushijiError | None:

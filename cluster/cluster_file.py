@@ -71,10 +71,10 @@ def _read(path: Path) -> dict[str, Any]:
     logging.getLogger("ray.autoscaler._private.util").setLevel(logging.WARNING)
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"the cluster file must exist. Received: {path}") from None
+    except FileNotFoundError as error:
+        raise InputError(f"the cluster file must exist. Received: {path}") from error
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        raise InputError(f"{path} must be YAML. Received: {' '.join(str(error).split())[:200]}") from None
+        raise InputError(f"{path} must be YAML. Received: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(config, dict) or not isinstance(config.get("provider"), dict):
         raise InputError(f"{path} must be a cluster file of Ray. Received: a file without `provider`")
     if config["provider"].get("type") != "gcp":
@@ -85,7 +85,7 @@ def _read(path: Path) -> dict[str, Any]:
         validate_config(prepared)
     except Exception as error:  # jsonschema's exceptions, and plain ones of Ray
         text = getattr(error, "message", None) or str(error)
-        raise InputError(f"{path} must be a cluster file of Ray. Received: {' '.join(text.split())[:300]}") from None
+        raise InputError(f"{path} must be a cluster file of Ray. Received: {' '.join(text.split())[:300]}") from error
     return prepared
 
 

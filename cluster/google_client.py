@@ -36,7 +36,7 @@ def credentials() -> Any:
             raise KuzushijiError(
                 "GOOGLE_APPLICATION_CREDENTIALS must name a file with credentials. "
                 f"Received: {file}: {' '.join(str(error).split())[:200]}. Fix the file, or unset the variable"
-            ) from None
+            ) from error
         if isinstance(error, DefaultCredentialsError):
             return None
         raise

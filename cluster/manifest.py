@@ -170,7 +170,7 @@ def _read(folder: UPath) -> tuple[bytes, dict[str, Any]]:
     try:
         content = json.loads(raw)
     except (ValueError, RecursionError) as error:
-        raise DamageError(f"{path} must be JSON. Received: {error}") from None
+        raise DamageError(f"{path} must be JSON. Received: {error}") from error
     if not isinstance(content, dict):
         raise DamageError(f"{path} must be a JSON object. Received: {type(content).__name__}")
     return raw, content
@@ -180,9 +180,9 @@ def _parse(folder: UPath, raw: bytes, content: dict[str, Any], form: type[Manife
     try:
         manifest = form.model_validate(content)
     except ValidationError as error:
-        raise DamageError(f"{folder / MANIFEST_FILE} must be a manifest of format 1. {complaint(error)}") from None
+        raise DamageError(f"{folder / MANIFEST_FILE} must be a manifest of format 1. {complaint(error)}") from error
     except InputError as error:
-        raise DamageError(f"{folder / MANIFEST_FILE} must be a manifest of format 1: {error}") from None
+        raise DamageError(f"{folder / MANIFEST_FILE} must be a manifest of format 1: {error}") from error
     manifest._raw = raw
     return manifest
 

@@ -55,9 +55,9 @@ def _parse(path: UPath, content: bytes) -> Latest:
     try:
         return Latest.model_validate_json(content)
     except ValidationError as error:
-        raise DamageError(f"{path} must name a run and when it finished. {complaint(error)}") from None
+        raise DamageError(f"{path} must name a run and when it finished. {complaint(error)}") from error
     except InputError as error:
-        raise DamageError(f"{path} must name a run and when it finished: {error}") from None
+        raise DamageError(f"{path} must name a run and when it finished: {error}") from error
 
 
 def point_to_latest(folder: UPath, manifest: ModelManifest) -> None:

@@ -84,7 +84,7 @@ def _resolve(models: UPath, wanted: str) -> tuple[str, str]:
         if slash:
             return name, plain_name(run, "a run")
     except InputError as error:
-        raise OptionError(str(error)) from None
+        raise OptionError(str(error)) from error
     latest = read_latest(models / name)
     if latest is None:
         raise InputError(
@@ -125,11 +125,11 @@ def _fetch(source: UPath, target: Path, entry: FileEntry, advance: Callable[[int
             fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not os.path.exists(part) or os.fstat(out.fileno()).st_ino != os.stat(part).st_ino:
                 raise BlockingIOError  # another pull renamed the part between `open` and `flock`
-        except BlockingIOError:
+        except BlockingIOError as error:
             raise KuzushijiError(
                 f"only one pull at a time may write a folder. Received: {target}, which another pull is writing. "
                 "Wait for it to end"
-            ) from None
+            ) from error
         # A second attempt from byte 0, in case the part was of another file.
         for begin in dict.fromkeys([min(out.tell(), entry.bytes), 0]):
             out.truncate(begin)
@@ -146,10 +146,10 @@ def _fetch(source: UPath, target: Path, entry: FileEntry, advance: Callable[[int
                     advance(len(chunk))
                     if fetched // FLUSHED_BYTES > len(flushed):
                         flushed.append(disk.submit(os.fdatasync, out.fileno()))
-            except FileNotFoundError:
+            except FileNotFoundError as error:
                 raise DamageError(
                     f"{source}: {entry.name} is missing or was just replaced. Ask the owner of the models"
-                ) from None
+                ) from error
             out.flush()
             for flush in flushed:
                 flush.result()  # the kernel reports a write error to one fdatasync only

@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from cluster.bucket import explained
@@ -31,19 +32,29 @@ START_TIMED_OUT = (
 )
 
 
+CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+MOST_DECLARED = 8  # CPUs that a local Ray may declare for each CPU that this process can use
+
+
 @contextmanager
-def ray_session(at_least_cpus: int = 1) -> Iterator[None]:
+def ray_session(at_least_cpus: int = 1, gpus: int = 0) -> Iterator[None]:
     """Connect to Ray while the block runs. An existing connection of this process is used and left open.
 
-    at_least_cpus: minimum number of CPUs that a local Ray declares, even if the machine has fewer. Otherwise tasks that
-    ask for more would wait for ever.
+    A request that a local Ray can't hold is refused, since it would wait for ever. A cluster may still add hosts.
+
+    Args:
+        at_least_cpus: minimum number of CPUs that a local Ray declares, up to 8 times those of this machine.
+        gpus: number of GPUs that are needed at the same time.
 
     Raises:
+        OptionError: a local Ray can't have so many CPUs, or has fewer GPUs.
         KuzushijiError: a local Ray did not start in time.
     """
     with waiting("Ray starts ..."):
         started = _start(at_least_cpus)
     try:
+        if not uses_cluster():
+            _check_room(at_least_cpus, gpus)
         yield
     finally:
         if started:
@@ -68,7 +79,12 @@ def _start(at_least_cpus: int) -> bool:
         log.info("using the Ray at %s", os.environ["RAY_ADDRESS"])
         ray.init(logging_level=logging.WARNING, log_to_driver=False)
         return True
-    cpus = os.cpu_count() or 1
+    cpus = usable_cpus()
+    if at_least_cpus > MOST_DECLARED * cpus:
+        raise OptionError(
+            f"workers on this machine must have at most {MOST_DECLARED * cpus} CPUs, {MOST_DECLARED} times its own. "
+            f"Received: {at_least_cpus}. Lower --workers or --cpus-per-worker, or set RAY_ADDRESS to use a cluster"
+        )
     if at_least_cpus > cpus:
         log.warning("%d CPUs requested, this machine has %d: processes share them", at_least_cpus, cpus)
     try:
@@ -85,6 +101,30 @@ def _start(at_least_cpus: int) -> bool:
             raise
         raise KuzushijiError(START_TIMED_OUT) from error
     return True
+
+
+def _check_room(cpus: int, gpus: int) -> None:
+    import ray
+
+    resources = ray.cluster_resources()
+    for kind, needed in (("CPU", cpus), ("GPU", gpus)):
+        if needed > (present := int(resources.get(kind, 0))):
+            raise OptionError(
+                f"a local Ray must have all {kind}s that are requested. Received: {needed} requested, Ray has {present}"
+                ". Request fewer, or set RAY_ADDRESS to use a cluster"
+            )
+
+
+def usable_cpus() -> int:
+    """Return how many CPUs this process can use: at most those of its affinity (`taskset`) and of its container's quota
+    (`docker run --cpus`), at least 1.
+    """
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = CGROUP_QUOTA.read_text().split()  # docs.kernel.org/admin-guide/cgroup-v2.html, cpu.max
+        return max(1, min(cpus, int(quota) // int(period)))
+    except (OSError, ValueError):  # no cgroup v2, or no quota: "max"
+        return max(1, cpus)
 
 
 def _set_environment() -> None:
@@ -127,20 +167,13 @@ def map_tasks(
         The reports, in the order of the tasks.
 
     Raises:
-        OptionError: a local Ray has fewer GPUs. A cluster may still add them.
+        OptionError: a local Ray has fewer GPUs.
         Exception: whatever `work` raised. An OSError becomes a KuzushijiError.
     """
     reports: dict[int, ReportT] = {}
     rays_own_bar = on_terminal() and sys.stdout.isatty()  # Ray Data draws its bar only if both are terminals
     bar = nullcontext(lambda _: None) if rays_own_bar else progress(what, sum(sizes), unit)
-    with ray_session(), bar as advance:
-        import ray
-
-        gpus_here = int(ray.cluster_resources().get("GPU", 0))
-        if gpus > gpus_here and not uses_cluster():
-            raise OptionError(
-                f"--gpus must be at most the GPUs of this machine. Received: {gpus}, Ray found {gpus_here}"
-            )
+    with ray_session(gpus=gpus), bar as advance:
         try:
             for row in _mapped(tasks, work, rays_own_bar, gpus).iter_rows():
                 reports[row["index"]] = report.model_validate_json(row["report"])
@@ -197,6 +230,11 @@ class _Call:
             raise explained(error) or KuzushijiError(one_line(error)) from error
 
 
+def _is_collateral(failure: BaseException) -> bool:
+    """Whether a worker failed because another one did: TensorFlow aborts its collectives."""
+    return "Collective ops is aborted" in str(failure)
+
+
 def cause_of(error: BaseException) -> BaseException:
     """Return the exception that a worker raised, without the exceptions that Ray wraps around it."""
     from ray.exceptions import ActorDiedError, RayError
@@ -206,8 +244,9 @@ def cause_of(error: BaseException) -> BaseException:
     while isinstance(cause, RayError | TrainingFailedError):
         inner = getattr(cause, "cause", None) or cause.__cause__
         if inner is None:
-            failures = getattr(cause, "worker_failures", None)
-            inner = next(iter(failures.values()), None) if failures else None
+            # Of several workers: one that failed by itself. When one dies, the collectives of the others abort.
+            failures = getattr(cause, "worker_failures", None) or {}
+            inner = min(failures.values(), key=_is_collateral, default=None)
         if inner is None:
             break
         cause = inner

@@ -59,7 +59,7 @@ def place(text: str | os.PathLike[str]) -> UPath:
         if store is _FSSPEC:
             get_filesystem_class(path.protocol)  # imports the package of the protocol
     except (ValueError, ImportError) as error:
-        raise OptionError(f"a place must be a path or an address. Received: {text}: {error}") from None
+        raise OptionError(f"a place must be a path or an address. Received: {text}: {error}") from error
     if store is _LOCAL:
         return UPath(os.path.abspath(path.path))
     if store is _BUCKET:

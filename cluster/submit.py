@@ -84,7 +84,7 @@ def connected(head: Head) -> Iterator["JobSubmissionClient"]:
         raise KuzushijiError(
             f"the head must accept this machine's token. Received: {str(error).splitlines()[0]}. Put the cluster's "
             "token into ~/.ray/auth_token (mode 600) and set RAY_AUTH_MODE=token"
-        ) from None
+        ) from error
 
 
 def _client(address: str) -> "JobSubmissionClient":
@@ -102,7 +102,7 @@ def _client(address: str) -> "JobSubmissionClient":
         raise KuzushijiError(
             f"the address must be a Ray head's, such as http://127.0.0.1:{DASHBOARD_PORT}. Received: {address}: "
             f"{' '.join(str(error).split())[:200]}"
-        ) from None
+        ) from error
 
 
 def _bypass_proxies(address: str) -> None:
@@ -206,7 +206,7 @@ def submit_job(client: "JobSubmissionClient", arguments: Sequence[str], working_
     except (RuntimeError, ValueError, OSError) as error:
         raise KuzushijiError(
             f"the head must accept the job. Received: {' '.join(str(error).split())[:300]}. Run the same command again"
-        ) from None
+        ) from error
     return job
 
 
@@ -233,8 +233,8 @@ def follow(client: "JobSubmissionClient", job: str, head: Head) -> int:
     except (RuntimeError, OSError, aiohttp.ClientError) as error:  # exceptions of requests are OSErrors
         text = " ".join(str(error).split())[:200]
         if "does not exist" in text:
-            raise InputError(f"--attach must be the id of a job of this cluster. Received: {job}") from None
-        raise KuzushijiError(f"the head must stay reachable. Received: {text}; {continues}") from None
+            raise InputError(f"--attach must be the id of a job of this cluster. Received: {job}") from error
+        raise KuzushijiError(f"the head must stay reachable. Received: {text}; {continues}") from error
     log.info("job %s: %s", job, details.status.value.lower())
     if details.status.value == "SUCCEEDED":
         return 0

@@ -321,7 +321,7 @@ def submit(
         try:
             plain_name(attach, "--attach")
         except InputError as error:
-            raise OptionError(str(error)) from None
+            raise OptionError(str(error)) from error
     folder = local_path(working_dir, "--working-dir") if working_dir else None
     if folder and not folder.is_dir():
         raise OptionError(f"--working-dir must be an existing folder. Received: {working_dir}")

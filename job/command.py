@@ -125,4 +125,4 @@ def config_of(model: Any, **values: Any) -> Any:
     try:
         return model(**values)
     except ValidationError as error:
-        raise OptionError.of(error) from None
+        raise OptionError.of(error) from error

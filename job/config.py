@@ -140,4 +140,4 @@ def configs_of(
             for name in names
         ]
     except ValidationError as error:
-        raise OptionError.of(error) from None
+        raise OptionError.of(error) from error

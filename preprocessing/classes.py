@@ -54,7 +54,7 @@ def parse_class_names(text: str, where: str) -> list[str]:
         for name in names[:-1]:
             parse_code_point(name)
     except ValueError as error:
-        raise InputError(f"{where}: {error}") from None
+        raise InputError(f"{where}: {error}") from error
     if len(set(names)) != len(names):
         raise InputError(f"{where} must hold each class once. Received: {len(names)} lines, {len(set(names))} classes")
     return names
@@ -78,5 +78,5 @@ def read_class_names(path: UPath, where: UPath | None = None) -> list[str]:
     try:
         text = read_bytes(path).decode()
     except UnicodeDecodeError as error:
-        raise InputError(f"{where} must be UTF-8 text. Received: {error}") from None
+        raise InputError(f"{where} must be UTF-8 text. Received: {error}") from error
     return parse_class_names(text, str(where))

@@ -51,7 +51,7 @@ def decode_page(data: bytes) -> NDArray[np.uint8]:
         # with a quality of 95 or higher.
         page: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, colorspace="GRAY", fastdct=True, strict=True)[:, :, 0]
     except ValueError as error:
-        raise PageFault(f"page can't be decoded: {error}") from None
+        raise PageFault(f"page can't be decoded: {error}") from error
     return page
 
 

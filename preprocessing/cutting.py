@@ -75,4 +75,4 @@ def _read_page(read: ReadPage, page: Page) -> "NDArray[np.uint8] | PageFault":
         raise InputError(
             "--pages must stay unchanged while they are cut, and be the same place for all workers. "
             f"Received: {' '.join(str(error).split())}. Run the same command again"
-        ) from None
+        ) from error

@@ -124,7 +124,7 @@ def parse_rows(data: bytes, where: str, bare: bool = False) -> Iterator[tuple[st
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(f"{where} must be a UTF-8 CSV file. Received: {error}") from None
+        raise InputError(f"{where} must be a UTF-8 CSV file. Received: {error}") from error
     csv.field_size_limit(MAX_CELL_CHARS)
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
@@ -136,9 +136,9 @@ def parse_rows(data: bytes, where: str, bare: bool = False) -> Iterator[tuple[st
                 raise ValueError(f"a row must have 2 columns. Received: {len(row)}")
             yield parse_id(row[0]), _parse_cell(row[1], bare)
     except csv.Error as error:
-        raise InputError(f"{where}, line {reader.line_num}: not CSV ({error})") from None
+        raise InputError(f"{where}, line {reader.line_num}: not CSV ({error})") from error
     except ValueError as error:
-        raise InputError(f"{where}, line {reader.line_num}: {error}. Fix that row") from None
+        raise InputError(f"{where}, line {reader.line_num}: {error}. Fix that row") from error
 
 
 def parse_id(text: str) -> str:
@@ -152,7 +152,7 @@ def parse_id(text: str) -> str:
     try:
         return plain_name(text, "an image_id")
     except InputError as error:
-        raise ValueError(str(error)) from None
+        raise ValueError(str(error)) from error
 
 
 def _parse_cell(cell: str, bare: bool) -> NDArray[np.int32]:

@@ -119,8 +119,8 @@ def _read_member(archive: zipfile.ZipFile, name: str) -> bytes:
             stream.MIN_READ_SIZE = step
             while len(data) <= MAX_PAGE_BYTES and (chunk := stream.read(step)):
                 data += chunk
-    except (KeyError, FileNotFoundError):  # FileNotFoundError: the archive was replaced
-        raise FileNotFoundError(f"{name} is no longer in the archive") from None
+    except (KeyError, FileNotFoundError) as error:  # FileNotFoundError: the archive was replaced
+        raise FileNotFoundError(f"{name} is no longer in the archive") from error
     del data[MAX_PAGE_BYTES + 1 :]
     if len(data) != min(info.file_size, MAX_PAGE_BYTES + 1):
         raise PageFault(f"page can't be read from the archive: {len(data)} bytes instead of {info.file_size}")
@@ -137,15 +137,15 @@ def _broken_archive_as(error_type: Callable[[str], Exception], message: str) -> 
         # bz2 (no errno) and seeks to invalid offsets (EINVAL) raise OSError too. Any other errno comes from the disk.
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise
-        raise error_type(f"{message}: {' '.join(str(error).split())}") from None
+        raise error_type(f"{message}: {' '.join(str(error).split())}") from error
 
 
 @contextmanager
 def _open_archive(pages: UPath) -> Iterator[zipfile.ZipFile]:
     try:
         stream = open_read(pages)
-    except FileNotFoundError:
-        raise InputError(f"--pages must exist. Received: {pages}") from None
+    except FileNotFoundError as error:
+        raise InputError(f"--pages must exist. Received: {pages}") from error
     with stream:
         with _broken_archive_as(InputError, f"--pages must be a folder or a valid .zip. Received: {pages}"):
             archive = zipfile.ZipFile(stream)

@@ -171,7 +171,7 @@ def _parse_plan(path: UPath, content: bytes) -> dict[str, Any]:
     except ValueError as error:
         raise DamageError(
             f"{path} must be a JSON object. Received: {error}. Remove the folder and prepare again"
-        ) from None
+        ) from error
     return plan
 
 

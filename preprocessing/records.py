@@ -104,8 +104,8 @@ def decode_example(data: bytes) -> Record:
         (code_point,) = features["unicode"].bytes_list.value
         (image_id,) = features["image_id"].bytes_list.value
         x, y, width, height = features["box"].int64_list.value
-    except (DecodeError, ValueError):
-        raise ValueError("a record without image, label, unicode, image_id and box of the expected types") from None
+    except (DecodeError, ValueError) as error:
+        raise ValueError("a record without image, label, unicode, image_id and box of the expected types") from error
     return Record(image, label, code_point, image_id, [x, y, width, height])
 
 

@@ -132,6 +132,16 @@ def test_a_failure_is_one_line_with_the_rule_and_what_came(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_debug_shows_the_whole_chain_of_causes(kuzushiji: Kuzushiji, tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_bytes(b"\xff")
+    arguments = ["prepare", "--pages", tmp_path, "--labels", tmp_path / "labels.csv", "--dataset", tmp_path / "out"]
+    assert len(kuzushiji(*arguments).stderr.splitlines()) == 1
+    shown = kuzushiji(*arguments, "--debug")
+    assert shown.code == 1
+    assert "UnicodeDecodeError: 'utf-8' codec can't decode byte 0xff" in shown.stderr
+    assert "The above exception was the direct cause of the following exception" in shown.stderr
+
+
 def test_the_readmes_commands_are_used_rightly() -> None:
     blocks = (Path(__file__).parents[1] / "README.md").read_text().split("```")[1::2]
     lines = [line.split("#")[0] for block in blocks for line in block.splitlines() if line.startswith("kuzushiji ")]

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +12,7 @@ import pandas as pd
 import psutil
 import pytest
 from chaos import title
-from conftest import Kuzushiji, until_ray_starts
+from conftest import Kuzushiji
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -270,31 +268,3 @@ def test_every_box_has_its_place_in_the_order_of_reading(boxes: list[tuple[int, 
 
 
 # A Ray that says it has a GPU where there is none, as with the image for CPUs or a driver that does not fit.
-SAYS_IT_HAS_A_GPU = """
-import sys
-import ray
-from cluster.runtime import START_TIMED_OUT, _set_environment
-_set_environment()
-try:
-    ray.init(address="local", num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False)
-except Exception as error:
-    sys.exit(START_TIMED_OUT if "timed out" in str(error) else str(error))
-from job.cli import main
-main()
-"""
-
-
-def test_gpus_that_are_not_there_are_refused_in_a_line(
-    ray_here: None, model: Path, shared: Path, kuzushiji: Kuzushiji, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("RAY_ADDRESS", "")  # no cluster
-    given = ["--model", model, "--pages", shared / "pages", "--boxes", shared / "train.csv", "--out", tmp_path / "out"]
-    arguments = ["predict", *map(str, given), "--gpus", "1"]
-    no_gpu = kuzushiji(*arguments)
-    assert no_gpu.code == 2
-    assert "--gpus must be at most the GPUs of this machine. Received: 1, Ray found 0" in no_gpu.stderr
-    command = [sys.executable, "-c", SAYS_IT_HAS_A_GPU, *arguments]
-    no_driver = until_ray_starts(lambda: subprocess.run(command, capture_output=True, text=True, check=False))
-    assert no_driver.returncode == 1
-    assert "--gpus must be GPUs that TensorFlow can use. Received: none on" in no_driver.stderr
-    assert "Traceback" not in no_driver.stderr

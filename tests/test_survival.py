@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import GIVEN, KUZUSHIJI, KUZUSHIJI_WITH_SMALL_HEAD, WorkersDo
+from conftest import GIVEN, KUZUSHIJI, KUZUSHIJI_WITH_SMALL_HEAD, WorkersDo, in_fresh_process
 
-from cluster.errors import OptionError
+from cluster.errors import DamageError, OptionError
 from cluster.runtime import START_TIMED_OUT
 from cluster.storage import place
 from job.config import TrainConfig
@@ -121,15 +121,26 @@ def test_a_run_whose_driver_is_killed_goes_on_within_the_epoch_also_on_another_n
     assert re.search("resumes after epoch [0-2] and [1-4] steps of the next", caplog.text)
 
 
-def test_a_torn_list_of_checkpoints_is_said_and_the_run_begins_anew(tmp_path: Path) -> None:
+def test_a_torn_list_of_checkpoints_is_said_and_the_run_begins_anew_but_not_understood_ones_stay(
+    tmp_path: Path,
+) -> None:
+    import ray
+
     run = Run("torn", TrainConfig.model_validate(GIVEN), place(tmp_path), "0" * 64, place(tmp_path))
     checkpoints = tmp_path / ".runs" / "baseline-torn"
     (checkpoints / "checkpoint_1").mkdir(parents=True)
     snapshot = checkpoints / "checkpoint_manager_snapshot.json"
-    snapshot.write_text('{"checkpoint_results": [{"checkpoint_dir_name": "checkpoint_1"}]}')
+    whole = {"ray_version": ray.__version__, "checkpoint_results": [{"checkpoint_dir_name": "checkpoint_1"}]}
+    snapshot.write_text(json.dumps(whole))
     run._drop_torn_list()
     assert snapshot.exists()
-    for torn in ('{"checkpoint_results": [', '{"checkpoint_results": [{"checkpoint_dir_name": "checkpoint_2"}]}'):
+    for other in (whole | {"ray_version": "9.0.0"}, {"ray_version": ray.__version__, "results": []}, [1]):
+        snapshot.write_text(json.dumps(other))
+        with pytest.raises(DamageError, match=f"must be a list of checkpoints of Ray {ray.__version__}"):
+            run._drop_torn_list()
+        assert (checkpoints / "checkpoint_1").exists()
+    missing = whole | {"checkpoint_results": [{"checkpoint_dir_name": "checkpoint_2"}]}
+    for torn in ('{"checkpoint_results": [', json.dumps(missing)):
         checkpoints.mkdir(exist_ok=True)
         snapshot.write_text(torn)
         run._drop_torn_list()
@@ -150,6 +161,21 @@ def test_why_workers_were_lost_is_told_once_however_often_ray_tells_it() -> None
         ("worker 1", "gone"), ("worker 0", "gone too"),
     ]  # fmt: skip
     ray.kill(board)
+
+
+STOPPED = """
+import time
+from job.train.watchdog import StepLimit
+limit = StepLimit(1, print)
+limit.begin()
+limit.stop()
+time.sleep(2.5)
+print("alive")
+"""
+
+
+def test_the_limit_of_a_step_ends_with_the_training_that_it_watches(tmp_path: Path) -> None:
+    assert in_fresh_process(STOPPED, cwd=tmp_path) == "alive\n"
 
 
 DRAINED = """

@@ -111,7 +111,7 @@ def _remove_unused(root: Path, keep: str = "") -> None:
 
 def _is_used(folder: Path) -> bool:
     try:
-        with open(folder / LOCK_FILE) as in_use:
+        with open(folder / LOCK_FILE, "r+") as in_use:  # NFS locks exclusively what is open for writing alone
             fcntl.flock(in_use, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except FileNotFoundError:  # the process was killed while staging
         return False
@@ -149,7 +149,7 @@ def _stage(dataset: UPath, manifest: DatasetManifest, splits: Sequence[str], fol
         raise DamageError(
             f"{dataset} must not change while it is staged. Received: {' '.join(str(error).split())}. "
             "Run `prepare` again, or copy the folder again"
-        ) from None
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -190,7 +190,7 @@ def _unpack(dataset: UPath, shard: Shard, local: UPath, writer: "_SplitWriter") 
                 raise DamageError(
                     f"{dataset}: {shard.name} must hold crops as prepare writes them. Received: {error}. "
                     "Run `prepare` again"
-                ) from None
+                ) from error
     parsed = writer.filled - filled_before
     if parsed != shard.examples:
         raise DamageError(f"{dataset}: {shard.name} must hold {shard.examples} crops. Received: {parsed}")

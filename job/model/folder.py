@@ -140,7 +140,7 @@ def read_json(path: UPath) -> dict[str, Any]:
     except (FileNotFoundError, ValueError, RecursionError) as error:
         raise DamageError(
             f"{path} must be a JSON object written by a training. Received: {error}. Name another --run"
-        ) from None
+        ) from error
     if not isinstance(content, dict):
         raise DamageError(
             f"{path} must be a JSON object written by a training. Received: {type(content).__name__}. "

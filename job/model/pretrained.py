@@ -138,7 +138,7 @@ def _imagenet(architecture: str, folder: UPath) -> UPath:
         raise InputError(
             f"--weights imagenet must reach {published.url}. Received: {' '.join(str(error).split())}. Download "
             f"it elsewhere and copy it to {shared}, or, for one architecture, name it with --weights"
-        ) from None
+        ) from error
     finally:
         socket.setdefaulttimeout(previous_timeout)
     _copy(place(cached), shared)
@@ -171,7 +171,7 @@ def _check_fit(architecture: str, file: WeightsFile) -> None:
                 f"--weights must be a file of the base of {architecture} without its top, as Keras saves it "
                 f"({KERAS_SUFFIX}, or {LEGACY_SUFFIX} in its legacy format). Received: {file.place}: "
                 f"{' '.join(str(error).split())[:200]}"
-            ) from None
+            ) from error
 
 
 @contextmanager

@@ -152,7 +152,7 @@ def _parse(folder: UPath, dataset_manifest_sha256: str, content: Callable[[str],
             shown(label)  # raises ValueError if it is not the name of a class
         return trained
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DamageError(f"{folder} must be as it was sealed. Received: {one_line(error)}") from None
+        raise DamageError(f"{folder} must be as it was sealed. Received: {one_line(error)}") from error
 
 
 def _run_sections(run: Trained, data: StagedDataset | None, model: Any) -> Iterator[str]:

@@ -76,10 +76,11 @@ Event = LogLine | RunState | Activity | StepDone
 
 
 class Board:
-    """The actor: events in the order in which they arrive."""
+    """The actor: events in the order in which they arrive, and failures that end a run."""
 
     def __init__(self) -> None:
         self._events: list[Event] = []
+        self._failures: dict[str, Any] = {}
 
     def post(self, event: Event) -> None:
         self._events.append(event)
@@ -88,6 +89,14 @@ class Board:
         """The events since the last call."""
         events, self._events = self._events, []
         return events
+
+    def add_failure(self, architecture: str, failure: Any) -> None:
+        """Keep the first `run.Failure` of an architecture's workers."""
+        self._failures.setdefault(architecture, failure)
+
+    def failure_of(self, architecture: str) -> Any:
+        """The first `run.Failure` of an architecture's workers, or None."""
+        return self._failures.get(architecture)
 
 
 class Reporter:

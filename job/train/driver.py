@@ -6,7 +6,6 @@ the others.
 
 import importlib
 import logging
-import os
 import queue
 import threading
 import time
@@ -21,7 +20,7 @@ from upath import UPath
 
 from cluster.errors import DamageError, InputError, OptionError, one_line
 from cluster.manifest import read_manifest, verify
-from cluster.runtime import ray_session, uses_cluster
+from cluster.runtime import ray_session, usable_cpus, uses_cluster
 from cluster.storage import is_local, plain_name
 from job.config import RECIPES, TrainConfig
 from job.model.pretrained import WeightsFile, obtain
@@ -55,8 +54,8 @@ def new_run_name() -> str:
 
 
 def default_cpus_per_worker(workers: int) -> int:
-    """Return an equal share of this machine's CPUs, or 1 on a cluster, since the CPUs of its hosts are unknown here."""
-    return 1 if uses_cluster() else max(1, (os.cpu_count() or 1) // workers)
+    """Return an equal share of the CPUs of this process, or 1 on a cluster: the CPUs of its hosts are unknown here."""
+    return 1 if uses_cluster() else max(1, usable_cpus() // workers)
 
 
 def train(
@@ -99,7 +98,9 @@ def train(
             outcomes[training] = _failed(training, error, alone)
     if ready:
         _log_determinism(configs[0])
-        with ray_session(at_least_cpus=configs[0].workers * configs[0].cpus_per_worker), _log_how_to_resume(run):
+        cpus, gpus = (configs[0].workers * per for per in (configs[0].cpus_per_worker, configs[0].gpus_per_worker))
+        with ray_session(at_least_cpus=cpus, gpus=gpus), _log_how_to_resume(run):
+            _log_unused_gpus(configs[0])
             for training, failure in _run_concurrently(ready, began):
                 try:
                     if failure:
@@ -115,6 +116,14 @@ def _log_determinism(config: TrainConfig) -> None:
         log.info("weights are not bit-identical from run to run; --deterministic makes them so, with slower kernels")
     elif config.gpus_per_worker:
         log.info("--deterministic on GPUs: without XLA, and with slower kernels; --fast uses XLA and faster kernels")
+
+
+def _log_unused_gpus(config: TrainConfig) -> None:
+    import ray
+
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    if gpus and not config.gpus_per_worker:
+        log.warning("Ray has %d GPUs, and --gpus-per-worker is 0: training runs on CPUs", gpus)
 
 
 @contextmanager
@@ -200,7 +209,7 @@ def _check_run_name(run: str) -> None:
     try:
         plain_name(run, "--run")
     except InputError as error:
-        raise OptionError(str(error)) from None
+        raise OptionError(str(error)) from error
     if run.endswith((".json", REPORT_SUFFIX)):
         raise OptionError(
             f"--run must not end in .json or {REPORT_SUFFIX}, as files next to the runs do. Received: {run}"

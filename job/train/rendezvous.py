@@ -1,4 +1,6 @@
-"""A Ray Train backend that tells the TensorFlow processes of the workers each other's addresses.
+"""What the workers of a training tell each other: their addresses, and a failure of one that ends all.
+
+`Rendezvous` is a Ray Train backend that tells the TensorFlow processes each other's addresses.
 
 `ray.train.tensorflow` does the same, but it imports TensorFlow in the driver and in Ray Train's controller too, before
 any worker starts. That costs 5 seconds and 700 MB in each of them.
@@ -6,15 +8,26 @@ any worker starts. That costs 5 seconds and 700 MB in each of them.
 
 import json
 import os
+import re
 import socket
+import subprocess
+import sys
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.train.backend import Backend, BackendConfig
+from ray.train.collective import barrier
+
+MISSING_GPUS = "KUZUSHIJI_MISSING_GPUS"
+"""Environment variable of all workers: what is wrong with the GPUs of one of them; not set if nothing is."""
 
 
+@dataclass
 class Rendezvous(BackendConfig):  # type: ignore[misc]  # Ray has no types
     """The `backend_config` of a trainer."""
+
+    gpus_per_worker: int = 0
 
     @property
     def backend_cls(self) -> type[Backend]:
@@ -22,11 +35,17 @@ class Rendezvous(BackendConfig):  # type: ignore[misc]  # Ray has no types
 
 
 class _Setup(Backend):  # type: ignore[misc]  # Ray has no types
-    def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
-        """Set the addresses before the workers run; called at each start and restart."""
+    def on_start(self, worker_group: Any, backend_config: Rendezvous) -> None:
+        """Set the addresses before the workers run; called at each start and restart.
+
+        What is wrong with the GPUs of one worker is told to all: each ends with it, and none waits for another one.
+        (If this function raised, Ray Train would repeat it for ever.)
+        """
         addresses = worker_group.execute(_free_address)
+        faults = worker_group.execute(fault_of_gpus, backend_config.gpus_per_worker)
+        fault = next(filter(None, faults), None)
         ranks = range(len(addresses))
-        ray.get([worker_group.execute_single_async(rank, _set_addresses, addresses, rank) for rank in ranks])
+        ray.get([worker_group.execute_single_async(rank, _set_addresses, addresses, rank, fault) for rank in ranks])
 
 
 def _free_address() -> str:
@@ -39,7 +58,54 @@ def _free_address() -> str:
     return f"[{host}]:{port}" if family == socket.AF_INET6 else f"{host}:{port}"
 
 
-def _set_addresses(addresses: list[str], rank: int) -> None:
+WHY = """
+import tensorflow as tf
+tf.config.list_physical_devices("GPU")
+"""
+
+
+def fault_of_gpus(wanted: int) -> str | None:
+    """Return in one line why TensorFlow sees fewer GPUs than `wanted` in this process; None if it sees them."""
+    if not wanted:
+        return None
+    from job.model.load_tensorflow import choose_backend, without_chatter
+
+    choose_backend()
+    with without_chatter():
+        import tensorflow as tf
+
+        found = len(tf.config.list_physical_devices("GPU"))
+    if found >= wanted:
+        return None
+    # TensorFlow says why on standard error alone, and once in a process.
+    environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "0"}
+    again = subprocess.run([sys.executable, "-c", WHY], env=environment, capture_output=True, text=True, check=False)  # noqa: S603 - our own script
+    reasons = [
+        line.rpartition("] ")[2].rstrip(".")
+        for line in again.stderr.splitlines()
+        if re.search("cuda|dlopen", line, re.I)
+    ]
+    return (
+        f"TensorFlow must see the GPUs of --gpus-per-worker. Received: {found} of {wanted} on {socket.gethostname()}: "
+        f"{'; '.join(dict.fromkeys(reasons)) or 'no reason given'}. Install requirements-gpu.lock and a driver for CUDA "
+        "12 there, or use --gpus-per-worker 0"
+    )
+
+
+def _set_addresses(addresses: list[str], rank: int, fault: str | None) -> None:
     """Set `TF_CONFIG` for MultiWorkerMirroredStrategy (tensorflow.org/guide/distributed_training#TF_CONFIG)."""
     cluster = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": rank}}
     os.environ["TF_CONFIG"] = json.dumps(cluster)
+    if fault:
+        os.environ[MISSING_GPUS] = fault
+
+
+def shared_failure(board: Any, architecture: str, own: Any) -> Any:
+    """Return the failure of one worker on all workers; None if no worker has one. All workers call it together.
+
+    board: handle of the actor `display.Board`. own: the `run.Failure` of this worker, or None.
+    """
+    if own:
+        ray.get(board.add_failure.remote(architecture, own))
+    barrier()
+    return ray.get(board.failure_of.remote(architecture))

@@ -2,13 +2,14 @@
 
 import json
 import logging
+import os
 import time
 from dataclasses import dataclass
 from typing import Any
 
 from upath import UPath
 
-from cluster.errors import KuzushijiError, OptionError
+from cluster.errors import DamageError, KuzushijiError, OptionError
 from cluster.manifest import read_manifest
 from cluster.models import ModelManifest, point_to_latest
 from cluster.runtime import cause_of
@@ -159,7 +160,7 @@ class Run:
         )
         trainer = DataParallelTrainer(
             _work,
-            backend_config=Rendezvous(),
+            backend_config=Rendezvous(gpus_per_worker=config.gpus_per_worker),
             train_loop_config={"job": job},
             scaling_config=ScalingConfig(
                 num_workers=config.workers,
@@ -187,24 +188,42 @@ class Run:
         self.tidy()
 
     def _drop_torn_list(self) -> None:
-        """Remove all checkpoints if Ray Train's list of them is corrupt, so that the run restarts with the same result.
+        """Remove all checkpoints if Ray Train's list of them is torn, so that the run restarts with the same result.
 
         Ray Train writes the list in place: a process that is killed meanwhile leaves a part of it, and Ray Train would
         fail on it each time.
+
+        Raises:
+            DamageError: the list is whole, but not one of this version of Ray. Nothing is removed.
         """
         snapshot = self._checkpoints / "checkpoint_manager_snapshot.json"
         if not is_file(snapshot):
             return
         for _ in range(3):  # a process of an earlier attempt may still be writing it
             try:
-                listed = json.loads(read_bytes(snapshot))["checkpoint_results"]
-                if {entry["checkpoint_dir_name"] for entry in listed} <= set(list_folders(self._checkpoints)):
-                    return
-            except (ValueError, KeyError, TypeError):
+                content = json.loads(read_bytes(snapshot))
+            except ValueError:
                 pass
+            else:
+                if self._names_in(snapshot, content) <= set(list_folders(self._checkpoints)):
+                    return
             time.sleep(1)
         log.warning("%s is corrupt or lists missing checkpoints: %s restarts from epoch 1", snapshot, self._train_name)
         remove_folder(self._checkpoints)
+
+    def _names_in(self, snapshot: UPath, content: Any) -> set[str]:
+        """Return the names of the checkpoints that Ray Train lists."""
+        import ray
+
+        try:
+            if content["ray_version"] != ray.__version__:
+                raise ValueError(f"of Ray {content['ray_version']}")
+            return {entry["checkpoint_dir_name"] for entry in content["checkpoint_results"]}
+        except (KeyError, TypeError, ValueError) as error:
+            raise DamageError(
+                f"{snapshot} must be a list of checkpoints of Ray {ray.__version__}. Received: another one ({error}). "
+                f"Finish the run with the Ray that began it, or remove {self._checkpoints}"
+            ) from error
 
     def tidy(self) -> None:
         """Remove the checkpoints and the options of a finished run. Checkpoints are larger than the model."""
@@ -220,6 +239,10 @@ def _work(config: dict[str, TrainJob]) -> Failure | None:
     job = config["job"]
     choose_backend()
     from job.train.display import LogLine, StartUp
+    from job.train.rendezvous import MISSING_GPUS
+
+    if fault := os.environ.get(MISSING_GPUS):
+        return Failure(fault, "")
 
     start_up = StartUp()
     import ray.train

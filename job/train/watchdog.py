@@ -25,6 +25,7 @@ class StepLimit:
         """post: posts a log line for the user. Returns a Ray task."""
         self._seconds, self._post = seconds, post
         self._began: float | None = None
+        self._stopped = threading.Event()
         threading.Thread(target=self._watch, daemon=True).start()
 
     def begin(self) -> None:
@@ -35,9 +36,12 @@ class StepLimit:
         """Stop the clock until the next `begin`."""
         self._began = None
 
+    def stop(self) -> None:
+        """Stop watching."""
+        self._stopped.set()
+
     def _watch(self) -> None:
-        while True:
-            time.sleep(min(1.0, self._seconds / 4))
+        while not self._stopped.wait(min(1.0, self._seconds / 4)):
             began = self._began
             if began is not None and time.monotonic() - began > self._seconds:
                 text = (

@@ -9,7 +9,7 @@ import math
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict
 from threading import Thread
 from typing import Any
@@ -21,7 +21,7 @@ import tensorflow as tf
 from numpy.typing import NDArray
 from upath import UPath
 
-from cluster.errors import KuzushijiError
+from cluster.errors import DamageError, InputError, KuzushijiError
 from cluster.manifest import is_sealed
 from cluster.storage import place
 from job.config import TRANSFER
@@ -40,6 +40,7 @@ from job.train.checkpoint import (
 )
 from job.train.display import Reporter, StartUp
 from job.train.optimizer import FusedAdam
+from job.train.rendezvous import shared_failure
 from job.train.result import EpochRow, write_result
 from job.train.run import Failure, TrainJob
 from job.train.step import Steps, balanced_weights, out_of_memory_message, training_form
@@ -66,22 +67,32 @@ def train_worker(job: TrainJob, start_up: StartUp) -> Failure | None:
     configure_tensorflow(job.config)
     # Before any computation: collectives can be configured only before TensorFlow runs operations.
     strategy = make_strategy(ray.train.get_context().get_world_size())
-    with staged(place(job.dataset), SPLITS) as dataset:
+    with ExitStack() as stack:
+        own, dataset, weights = None, None, None
+        try:
+            dataset = stack.enter_context(staged(place(job.dataset), SPLITS))
+            weights = stack.enter_context(local_copy(job.weights)) if job.weights else None
+        except (DamageError, InputError) as error:
+            own = Failure(str(error), traceback.format_exc())
+        # Of any worker: the others would wait for it in the first collective.
+        failure: Failure | None = shared_failure(job.board, job.config.architecture, own)
+        if failure or not dataset:
+            return failure
         start_up.ends("connecting and staging")
-        with local_copy(job.weights) if job.weights else nullcontext() as weights:
-            training = Training(job, strategy, dataset, start_up, weights)
+        training = Training(job, strategy, dataset, start_up, weights)
+        stack.callback(training.step_limit.stop)
         training.resume(place(job.checkpoints))
         start_up.ends("building the model")
         try:
             while not training.finished():
                 training.run_epoch()
+            training.write()
         except KuzushijiError as error:
             return Failure(str(error), traceback.format_exc())
         except tf.errors.ResourceExhaustedError as error:
             if training.workers > 1:  # the other workers wait for this one in a collective until its process exits
                 raise
             return Failure(out_of_memory_message(error), traceback.format_exc())
-        training.write()
     return None
 
 

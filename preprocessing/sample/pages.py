@@ -81,7 +81,7 @@ def read_layouts(layouts: Path, num_pages: int) -> list[Page]:
     try:
         rows = list(itertools.islice(parse_rows(layouts.read_bytes(), str(layouts)), num_pages))
     except OSError as error:
-        raise InputError(f"--layouts must be a readable file. Received: {layouts} ({error})") from None
+        raise InputError(f"--layouts must be a readable file. Received: {layouts} ({error})") from error
     if len(rows) < num_pages:
         raise OptionError(f"--num-pages must be at most {len(rows)}, the rows of {layouts}. Received: {num_pages}")
     pages = [Page(page_id, tuple((row[0], (*row[1:],)) for row in table.tolist())) for page_id, table in rows]

@@ -19,6 +19,7 @@ import cv2
 
 from cluster.errors import OptionError
 from cluster.progress import progress
+from cluster.runtime import usable_cpus
 from cluster.storage import new_file, place, remove_folder, write_bytes
 from preprocessing.fonts import Font, find_fonts
 from preprocessing.labels import book_of, code_point_name
@@ -111,8 +112,7 @@ def _in_processes(
     draw: Callable[[Page], list[Glyph]], pages: list[Page], processes: int | None
 ) -> Iterator[list[Glyph]]:
     """Yield `draw(page)` for each page, in order. Processes are spawned, because forking with threads may hang."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    count = min(processes or usable, len(pages))
+    count = min(processes or usable_cpus(), len(pages))
     if count == 1 or (processes is None and len(pages) < MIN_PAGES_FOR_PROCESSES):
         yield from map(draw, pages)
         return

@@ -1,0 +1,138 @@
+"""What was asked for is there, or the command ends in one line at once; what one worker lacks ends all of them."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import KUZUSHIJI, Kuzushiji, WorkersDo, until_ray_starts
+
+from cluster.errors import KuzushijiError
+from cluster.runtime import cause_of, usable_cpus
+from cluster.storage import place
+from job.config import TrainConfig
+from job.train.driver import train
+
+pytestmark = pytest.mark.usefixtures("ray_here")
+
+# A machine without a GPU, or whose driver does not fit: the commands, one after the other, and their exit codes.
+CLAIMS_A_GPU = """
+import json, sys
+import ray
+from cluster.runtime import START_TIMED_OUT, _set_environment
+_set_environment()
+try:
+    ray.init(address="local", num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False)
+except Exception as error:
+    sys.exit(START_TIMED_OUT if "timed out" in str(error) else str(error))
+from job.cli import main
+codes = []
+for command in json.loads(sys.argv[1]):
+    try:
+        main(command)
+    except SystemExit as done:
+        codes.append(done.code)
+print(codes)
+"""
+
+
+def of_train(dataset: Path, models: Path, *options: object) -> list[str]:
+    places = ["--dataset", dataset, "--models", models, "--architecture", "baseline"]
+    return ["train", *map(str, [*places, *options])]
+
+
+def of_predict(model: Path, pages: Path, out: Path, *options: object) -> list[str]:
+    places = ["--model", model, "--pages", pages / "train_images", "--boxes", pages / "train.csv", "--out", out]
+    return ["predict", *map(str, [*places, *options])]
+
+
+def test_gpus_that_a_local_ray_does_not_have_are_refused_at_once(
+    trained: Path, few: Path, pages: Path, kuzushiji: Kuzushiji, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "")  # no cluster
+    gpus = ["--workers", 2, "--cpus-per-worker", 1, "--gpus-per-worker", 1]
+    for command, asked in (
+        (of_predict(trained, pages, tmp_path / "out", "--gpus", 1), 1), (of_train(few, tmp_path, *gpus), 2),
+    ):  # fmt: skip
+        refused = kuzushiji(*command)
+        assert refused.code == 2
+        assert f"must have all GPUs that are requested. Received: {asked} requested, Ray has 0" in refused.stderr
+
+
+def test_gpus_that_tensorflow_does_not_see_end_the_command_in_a_line_that_says_why(
+    trained: Path, few: Path, pages: Path, tmp_path: Path
+) -> None:
+    commands = [
+        of_train(few, tmp_path, "--gpus-per-worker", 1, "--cpus-per-worker", 1),
+        of_predict(trained, pages, tmp_path / "out", "--gpus", 1),
+    ]
+    script = [sys.executable, "-c", CLAIMS_A_GPU, json.dumps(commands)]
+    done = until_ray_starts(lambda: subprocess.run(script, capture_output=True, text=True, check=False))
+    assert done.stdout.splitlines()[-1] == "[1, 1]", done.stderr
+    of_command = [line for line in done.stderr.splitlines() if line.startswith("kuzushiji: ")]
+    why = r"TensorFlow must see the GPUs of --gpus-per-worker. Received: 0 of 1 on .*: .*[Cc]uda.* Install requirements"
+    assert re.search(why, of_command[0])
+    assert "--gpus must be GPUs that TensorFlow can use. Received: none on" in of_command[1]
+    assert "workers restart" not in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "baseline").exists()
+
+
+def test_more_cpus_than_a_local_ray_can_have_are_refused_at_once(
+    few: Path, kuzushiji: Kuzushiji, tmp_path: Path
+) -> None:
+    refused = kuzushiji(*of_train(few, tmp_path, "--workers", 5, "--cpus-per-worker", 1))
+    assert refused.code == 2
+    assert "must have all CPUs that are requested. Received: 5 requested, Ray has 2" in refused.stderr
+    command = [str(KUZUSHIJI), *of_train(few, tmp_path, "--workers", 5, "--cpus-per-worker", 1000)]  # a Ray of its own
+    alone = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert alone.returncode == 2
+    assert re.search("must have at most [0-9]+ CPUs, 8 times its own. Received: 5000", alone.stderr.splitlines()[-1])
+
+
+def test_cpus_are_those_that_this_process_can_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quota = tmp_path / "cpu.max"
+    monkeypatch.setattr("cluster.runtime.CGROUP_QUOTA", quota)
+    here = len(os.sched_getaffinity(0))
+    for content, usable in ((None, here), ("max 100000\n", here), ("150000 100000\n", 1), ("9900000 100000\n", here)):
+        if content:
+            quota.write_text(content)
+        assert usable_cpus() == usable
+    limited = ["taskset", "-c", str(min(os.sched_getaffinity(0))), sys.executable, "-c"]
+    printed = subprocess.check_output([*limited, "from cluster.runtime import usable_cpus; print(usable_cpus())"])
+    assert printed == b"1\n"
+
+
+def test_a_dataset_that_one_worker_finds_damaged_is_one_line_and_not_tried_again(
+    few: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, workers_do: WorkersDo
+) -> None:
+    def change(given: dict[str, Any]) -> None:
+        import ray.train
+
+        from cluster.errors import DamageError
+        from job.train import worker
+
+        def damaged(*arguments: Any) -> Any:
+            raise DamageError("a shard was changed")
+
+        if ray.train.get_context().get_world_rank() == 1:
+            worker.staged = damaged
+
+    workers_do(change)
+    caplog.set_level("INFO", "kuzushiji")
+    given = TrainConfig(architecture="baseline", epochs=1, global_batch_size=4, learning_rate=1e-4, workers=2)
+    with pytest.raises(KuzushijiError, match="^a shard was changed$"):
+        train(place(few), place(tmp_path), [given], "damaged")
+    assert "restart" not in caplog.text
+
+
+def test_the_cause_is_that_of_the_worker_that_failed_by_itself() -> None:
+    from ray.train import WorkerGroupError
+
+    aborted = RuntimeError("Collective ops is aborted by: the peer is gone")
+    cause = cause_of(WorkerGroupError("two failed", {0: aborted, 1: OSError("no space")}))
+    assert (type(cause), str(cause)) == (OSError, "no space")
