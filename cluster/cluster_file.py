@@ -5,7 +5,6 @@ machines were started, costs money, or is a security risk. Each rule states its 
 """
 
 import logging
-import os
 import re
 import stat
 from collections.abc import Iterator
@@ -32,7 +31,8 @@ _TYPES: dict[str, tuple[type, ...]] = {
 _RAYS_OWN_SETUP = "pip install google-api-python-client"
 # `ray start` under RAY_AUTH_MODE=token, exported before or set for the command.
 _WITH_TOKEN = re.compile(
-    r"(?:^|;|&&)\s*export RAY_AUTH_MODE=token\s*(?:;|&&)|\bRAY_AUTH_MODE=token(?:\s+\w+=\S+)*\s+ray start\b"
+    r"(?:^|;|&&)\s*export RAY_AUTH_MODE=(['\"]?)token\1\s*(?:;|&&)"
+    r"|\bRAY_AUTH_MODE=(['\"]?)token\2(?:\s+\w+=\S+)*\s+ray start\b"
 )
 # Service accounts with rights over a whole project: Compute Engine's default, and the one that Ray creates.
 _BROAD_ACCOUNT = re.compile(r"\d+-compute@developer\.gserviceaccount\.com|ray-autoscaler-sa-v1@.*")
@@ -58,7 +58,7 @@ def faults_of_cluster_file(path: Path) -> list[str]:
         *_location_faults(config),
         *_version_faults(config),
         *_ray_faults(config),
-        *_token_faults(config, path.parent),
+        *_token_faults(config),
     ]
     return [" ".join(fault.split()) for fault in faults]  # names and commands may contain line breaks
 
@@ -190,17 +190,17 @@ def _ray_faults(config: dict[str, Any]) -> Iterator[str]:
                     f"{key}: must set RAY_AUTH_MODE=token, or anyone who reaches a port can run code. "
                     f"Received: {command}"
                 )
-            host = re.search(r"--dashboard-host[= ](\S+)", command)
-            if host and host[1] not in ("127.0.0.1", "localhost"):
-                yield f"{key}: --dashboard-host must be 127.0.0.1; jobs are submitted through ssh. Received: {host[1]}"
+            host = re.search(r"--dashboard-host[= ](['\"]?)(\S+)\1", command)
+            if host and host[2] not in ("127.0.0.1", "localhost"):
+                yield f"{key}: --dashboard-host must be 127.0.0.1; jobs are submitted through ssh. Received: {host[2]}"
 
 
-def _token_faults(config: dict[str, Any], folder: Path) -> Iterator[str]:
+def _token_faults(config: dict[str, Any]) -> Iterator[str]:
     source = (config.get("file_mounts") or {}).get(TOKEN_FILE)
     if source is None:
         yield f'file_mounts: must copy the token to all machines, "{TOKEN_FILE}": "{TOKEN_FILE}". Received: none'
         return
-    token = folder / os.path.expanduser(source)
+    token = Path(source).expanduser()  # of a relative path, Ray too looks in the current folder
     if not token.is_file():
         yield (
             f"file_mounts: {token} must exist. Received: no such file. "

@@ -5,6 +5,7 @@ The same with Ray's command line: `ray dashboard ray_cluster.yaml` in one termin
 """
 
 import asyncio
+import ipaddress
 import logging
 import os
 import secrets
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from cluster.cluster_file import faults_of_cluster_file
-from cluster.errors import InputError, KuzushijiError
+from cluster.errors import InputError, KuzushijiError, OptionError
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -44,11 +45,15 @@ class Head:
 
     address: str | None = None
     cluster_file: Path | None = None
+    insecure: bool = False
+    """Send the token to `address` without encryption, even to another machine."""
 
     @property
     def option(self) -> str:
         """The option of `kuzushiji submit` that names this head."""
-        return shlex.join(["--address", self.address] if self.address else ["--cluster", str(self.cluster_file)])
+        insecure = ["--insecure"] if self.insecure else []
+        place = ["--address", self.address] if self.address else ["--cluster", str(self.cluster_file)]
+        return shlex.join([*place, *insecure])
 
     def follow_and_stop_hint(self, job: str) -> str:
         """The commands that follow or stop a job which this process does not follow any more."""
@@ -64,9 +69,12 @@ def connected(head: Head) -> Iterator["JobSubmissionClient"]:
     """Connect to a head while the block runs, with the token of this machine (`ray get-auth-token`), if it has one.
 
     Raises:
+        OptionError: the token would travel to another machine without encryption.
         InputError: the cluster file has faults.
         KuzushijiError: the cluster is not up, the head does not answer, or it rejects the token (then or in the block).
     """
+    if head.address and not head.insecure:
+        _check_encrypted(head.address)
     for variable in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):  # Ray's client would prefer these addresses
         os.environ.pop(variable, None)
     if not head.address:
@@ -105,10 +113,26 @@ def _client(address: str) -> "JobSubmissionClient":
         ) from error
 
 
+def _check_encrypted(address: str) -> None:
+    parts = urlsplit(address)
+    if parts.scheme == "http" and not _is_loopback(parts.hostname or ""):
+        raise OptionError(
+            "--address must be https://, or of this machine, as through an ssh tunnel: else others can read the token. "
+            f"Received: {address}. Use --cluster, or --insecure on a network that you trust"
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name
+        return False
+
+
 def _bypass_proxies(address: str) -> None:
     """Add a host of this machine to NO_PROXY, since a proxy would receive the token."""
     host = urlsplit(address).hostname or ""
-    if host in ("localhost", "::1") or host.startswith("127."):
+    if _is_loopback(host):
         existing = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
         os.environ["no_proxy"] = os.environ["NO_PROXY"] = f"{existing},{host}" if existing else host
 

@@ -290,6 +290,7 @@ def verify(folder: str) -> Outcome:
 @click.option(
     "--address", metavar="URL", help="Address of a head node, such as http://127.0.0.1:8265, instead of --cluster."
 )
+@click.option("--insecure", is_flag=True, help="Send the token to --address without encryption.")
 @click.option("--working-dir", metavar="DIR", help="Checkout to upload; the job runs its code instead of the image's.")
 @click.option("--no-wait", is_flag=True, help="Return as soon as the job is submitted.")
 @click.option("--attach", metavar="JOB", help="Follow a job that was submitted before.")
@@ -297,6 +298,7 @@ def verify(folder: str) -> Outcome:
 def submit(
     cluster: str | None,
     address: str | None,
+    insecure: bool,
     working_dir: str | None,
     no_wait: bool,
     attach: str | None,
@@ -325,7 +327,8 @@ def submit(
     folder = local_path(working_dir, "--working-dir") if working_dir else None
     if folder and not folder.is_dir():
         raise OptionError(f"--working-dir must be an existing folder. Received: {working_dir}")
-    head = Head(address, None if address else local_path(cluster or "ray_cluster.yaml", "--cluster"))
+    file = None if address else local_path(cluster or "ray_cluster.yaml", "--cluster")
+    head = Head(address, file, insecure)
     with connected(head) as client:
         job = attach or submit_job(client, arguments, folder, head)
         log.info("job %s%s", job, "" if attach else f" was submitted: kuzushiji {shlex.join(arguments)}")

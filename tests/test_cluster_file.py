@@ -96,6 +96,8 @@ BROAD = "123-compute@developer.gserviceaccount.com"
             change("head_start_ray_commands", [f"RAY_AUTH_MODE=token {START} --dashboard-host=0.0.0.0"]),
             "--dashboard-host must be 127.0.0.1",
         ),
+        (change("head_start_ray_commands", [f'RAY_AUTH_MODE="token" {START} --dashboard-host="127.0.0.1"']), ""),
+        (change("head_start_ray_commands", [f"export RAY_AUTH_MODE='token'; {START}"]), ""),
         (change("head_start_ray_commands", None), "--dashboard-host must be 127.0.0.1"),  # so Ray's own default
         (change("worker_start_ray_commands", ["ray start --address=$HEAD:6379"]), "must set RAY_AUTH_MODE=token"),
         (change("head_setup_commands", None), "head_setup_commands: must be set"),
@@ -128,6 +130,16 @@ def test_a_gpu_on_another_machine_type_needs_the_rule_too(config: Config, tmp_pa
     rules = [{"preemptible": True}, {"onHostMaintenance": "terminate"}]  # the list that Ray's examples have
     config["available_node_types"]["gpu"]["node_config"]["scheduling"] = rules
     assert faults(config, tmp_path) == []
+
+
+def test_a_relative_path_of_the_token_is_of_the_current_folder_as_for_ray(
+    config: Config, tmp_path: Path, token: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config["file_mounts"] = {"~/.ray/auth_token": "auth_token"}
+    (tmp_path / "elsewhere").mkdir()
+    assert any("auth_token must exist" in fault for fault in faults(config, tmp_path / "elsewhere"))
+    monkeypatch.chdir(token.parent)
+    assert faults(config, tmp_path / "elsewhere") == []
 
 
 def test_a_token_that_others_can_read_is_refused(config: Config, tmp_path: Path, token: Path) -> None:

@@ -38,7 +38,7 @@ SURFACE = {
     "report": {"--dataset", "--models", "--out"},
     "pull": {"--models", "--to", "names"},
     "verify": {"folder"},
-    "submit": {"--cluster", "--address", "--working-dir", "--no-wait", "--attach", "arguments"},
+    "submit": {"--cluster", "--address", "--insecure", "--working-dir", "--no-wait", "--attach", "arguments"},
 }  # fmt: skip
 
 
@@ -114,6 +114,8 @@ XCEPTION = ["train", "--dataset", "x", "--models", "y", "--architecture", "xcept
         (["verify", "gs://Bad_Name/x"], 2, "must be gs://BUCKET/"),
         (["verify", "s3://bucket/x"], 2, "Install s3fs"),
         (["pull", "--models", "x", "--to", "gs://demo/y"], 2, "--to must be a path of this machine"),
+        (["submit", "--address", "http://192.0.2.1:8265", "--attach", "x"], 2, "--address must be https://, or of"),
+        (["submit", "--address", "http://127.example.com:1", "--attach", "x"], 2, "--address must be https://, or"),
     ],
 )  # fmt: skip
 def test_a_failure_is_one_line_with_the_rule_and_what_came(

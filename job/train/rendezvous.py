@@ -58,7 +58,7 @@ def _free_address() -> str:
     return f"[{host}]:{port}" if family == socket.AF_INET6 else f"{host}:{port}"
 
 
-WHY = """
+FIND_GPUS = """
 import tensorflow as tf
 tf.config.list_physical_devices("GPU")
 """
@@ -77,19 +77,24 @@ def fault_of_gpus(wanted: int) -> str | None:
         found = len(tf.config.list_physical_devices("GPU"))
     if found >= wanted:
         return None
-    # TensorFlow says why on standard error alone, and once in a process.
-    environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "0"}
-    again = subprocess.run([sys.executable, "-c", WHY], env=environment, capture_output=True, text=True, check=False)  # noqa: S603 - our own script
-    reasons = [
-        line.rpartition("] ")[2].rstrip(".")
-        for line in again.stderr.splitlines()
-        if re.search("cuda|dlopen", line, re.I)
-    ]
     return (
         f"TensorFlow must see the GPUs of --gpus-per-worker. Received: {found} of {wanted} on {socket.gethostname()}: "
-        f"{'; '.join(dict.fromkeys(reasons)) or 'no reason given'}. Install requirements-gpu.lock and a driver for CUDA "
-        "12 there, or use --gpus-per-worker 0"
+        f"{_why_no_gpus()}. Install requirements-gpu.lock and a driver for CUDA 12 there, or use --gpus-per-worker 0"
     )
+
+
+def _why_no_gpus() -> str:
+    """Ask TensorFlow in a new process: it says why on standard error alone, and once in a process."""
+    done = subprocess.run(  # noqa: S603 - our own script
+        [sys.executable, "-c", FIND_GPUS],
+        env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    lines = [line.rpartition("] ")[2].rstrip(".") for line in done.stderr.splitlines()]
+    reasons = [line for line in lines if re.search("cuda|dlopen", line, re.IGNORECASE)]
+    return "; ".join(dict.fromkeys(reasons)) or "no reason given"
 
 
 def _set_addresses(addresses: list[str], rank: int, fault: str | None) -> None:
