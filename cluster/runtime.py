@@ -64,8 +64,8 @@ def ray_session(at_least_cpus: int = 1, gpus: int = 0) -> Iterator[None]:
 
 
 def uses_cluster() -> bool:
-    """Return whether RAY_ADDRESS names a cluster; if it is unset or empty, Ray is local."""
-    return bool(os.environ.get("RAY_ADDRESS"))
+    """Return whether RAY_ADDRESS names a cluster; if it is unset, empty or `local`, Ray is local."""
+    return os.environ.get("RAY_ADDRESS", "") not in ("", "local")
 
 
 def _start(at_least_cpus: int) -> bool:
@@ -117,7 +117,7 @@ def _check_room(cpus: int, gpus: int) -> None:
 
 def usable_cpus() -> int:
     """Return how many CPUs this process can use: at most those of its affinity (`taskset`) and of its container's quota
-    (`docker run --cpus`), at least 1.
+    (`docker run --cpus`, with cgroup v2), at least 1.
     """
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
@@ -173,7 +173,7 @@ def map_tasks(
     reports: dict[int, ReportT] = {}
     rays_own_bar = on_terminal() and sys.stdout.isatty()  # Ray Data draws its bar only if both are terminals
     bar = nullcontext(lambda _: None) if rays_own_bar else progress(what, sum(sizes), unit)
-    with ray_session(gpus=gpus), bar as advance:
+    with ray_session(at_least_cpus=max(1, gpus), gpus=gpus), bar as advance:
         try:
             for row in _mapped(tasks, work, rays_own_bar, gpus).iter_rows():
                 reports[row["index"]] = report.model_validate_json(row["report"])
@@ -230,8 +230,8 @@ class _Call:
             raise explained(error) or KuzushijiError(one_line(error)) from error
 
 
-def _is_collateral(failure: BaseException) -> bool:
-    """Whether a worker failed because another one did: TensorFlow aborts its collectives."""
+def is_collateral(failure: BaseException) -> bool:
+    """Return whether a worker failed because another one did: TensorFlow aborts its collectives."""
     return "Collective ops is aborted" in str(failure)
 
 
@@ -246,7 +246,7 @@ def cause_of(error: BaseException) -> BaseException:
         if inner is None:
             # Of several workers: one that failed by itself. When one dies, the collectives of the others abort.
             failures = getattr(cause, "worker_failures", None) or {}
-            inner = min(failures.values(), key=_is_collateral, default=None)
+            inner = min(failures.values(), key=is_collateral, default=None)
         if inner is None:
             break
         cause = inner

@@ -40,7 +40,8 @@ class OneLine(click.Group):
             sys.exit(error.exit_code)
         except click.ClickException as error:
             text = f"{' '.join(error.format_message().split())} See --help"
-            _echo_error(text, as_json="--json" in (sys.argv[1:] if args is None else args))
+            given = [*(sys.argv[1:] if args is None else args), "--"]
+            _echo_error(text, as_json="--json" in given[: given.index("--")])
             sys.exit(error.exit_code)
         except click.Abort:
             click.echo("kuzushiji: stopped", err=True)

@@ -102,7 +102,9 @@ def _earlier_attempt(dataset: UPath, plan: Plan) -> DatasetManifest | None:
     """
     plan_path = dataset / PROGRESS_FOLDER / PLAN_FILE
     # In this order: a concurrent attempt writes its plan first and removes it after it has written the manifest.
-    others = [*list_files(dataset), *(name for name in list_folders(dataset) if name != PROGRESS_FOLDER)]
+    # Folders of the file system itself, such as `lost+found` and `.snapshot`, are no other files.
+    folders = [name for name in list_folders(dataset) if not name.startswith(".") and name != "lost+found"]
+    others = [*list_files(dataset), *folders]
     has_plan = is_file(plan_path)
     if is_sealed(dataset):
         manifest, faults = _sealed(dataset, plan)

@@ -15,7 +15,7 @@ from cluster.errors import KuzushijiError
 from cluster.runtime import cause_of, usable_cpus
 from cluster.storage import place
 from job.config import TrainConfig
-from job.train.driver import train
+from job.train.driver import _log_unused_gpus, train
 
 pytestmark = pytest.mark.usefixtures("ray_here")
 
@@ -40,6 +40,14 @@ print(codes)
 """
 
 
+@pytest.fixture
+def no_gpu(ray_here: None) -> None:
+    import ray
+
+    if ray.cluster_resources().get("GPU"):
+        pytest.skip("need a machine without a GPU")
+
+
 def of_train(dataset: Path, models: Path, *options: object) -> list[str]:
     places = ["--dataset", dataset, "--models", models, "--architecture", "baseline"]
     return ["train", *map(str, [*places, *options])]
@@ -50,6 +58,7 @@ def of_predict(model: Path, pages: Path, out: Path, *options: object) -> list[st
     return ["predict", *map(str, [*places, *options])]
 
 
+@pytest.mark.usefixtures("no_gpu")
 def test_gpus_that_a_local_ray_does_not_have_are_refused_at_once(
     trained: Path, few: Path, pages: Path, kuzushiji: Kuzushiji, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -63,6 +72,7 @@ def test_gpus_that_a_local_ray_does_not_have_are_refused_at_once(
         assert f"must have all GPUs that are requested. Received: {asked} requested, Ray has 0" in refused.stderr
 
 
+@pytest.mark.usefixtures("no_gpu")
 def test_gpus_that_tensorflow_does_not_see_end_the_command_in_a_line_that_says_why(
     trained: Path, few: Path, pages: Path, tmp_path: Path
 ) -> None:
@@ -85,9 +95,12 @@ def test_gpus_that_tensorflow_does_not_see_end_the_command_in_a_line_that_says_w
 def test_more_cpus_than_a_local_ray_can_have_are_refused_at_once(
     few: Path, kuzushiji: Kuzushiji, tmp_path: Path
 ) -> None:
-    refused = kuzushiji(*of_train(few, tmp_path, "--workers", 5, "--cpus-per-worker", 1))
+    import ray
+
+    cpus = int(ray.cluster_resources()["CPU"])
+    refused = kuzushiji(*of_train(few, tmp_path, "--workers", 1, "--cpus-per-worker", cpus + 1))
     assert refused.code == 2
-    assert "must have all CPUs that are requested. Received: 5 requested, Ray has 2" in refused.stderr
+    assert f"must have all CPUs that are requested. Received: {cpus + 1} requested, Ray has {cpus}" in refused.stderr
     command = [str(KUZUSHIJI), *of_train(few, tmp_path, "--workers", 5, "--cpus-per-worker", 1000)]  # a Ray of its own
     alone = subprocess.run(command, capture_output=True, text=True, check=False)
     assert alone.returncode == 2
@@ -128,6 +141,17 @@ def test_a_dataset_that_one_worker_finds_damaged_is_one_line_and_not_tried_again
     with pytest.raises(KuzushijiError, match="^a shard was changed$"):
         train(place(few), place(tmp_path), [given], "damaged")
     assert "restart" not in caplog.text
+
+
+def test_gpus_that_a_training_does_not_use_are_reported(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0, "GPU": 4.0})
+    for gpus in (1, 0):
+        assert not caplog.messages
+        given = {"epochs": 1, "global_batch_size": 4, "learning_rate": 1e-4, "gpus_per_worker": gpus}
+        _log_unused_gpus(TrainConfig(architecture="baseline", **given))
+    assert caplog.messages == ["Ray has 4 GPUs, and --gpus-per-worker is 0: training runs on CPUs"]
 
 
 def test_the_cause_is_that_of_the_worker_that_failed_by_itself() -> None:

@@ -154,11 +154,16 @@ def test_why_workers_were_lost_is_told_once_however_often_ray_tells_it() -> None
 
     board: Any = ray.remote(num_cpus=0)(Board).remote()
     tell = LogFailures(board, "baseline")
-    for failed in ({1: OSError("gone")}, {1: OSError("gone")}, {0: OSError("gone too"), 1: OSError("gone")}):
+    for failed in (
+        {1: OSError("gone")},
+        {1: OSError("gone")},
+        {0: OSError("gone too"), 1: OSError("gone")},
+        {0: RuntimeError("Collective ops is aborted"), 1: OSError("alone")},
+    ):
         tell.after_exception(None, failed)
     told = [event.text.rpartition(": ") for event in ray.get(board.take.remote())]
     assert [(before.split(" failed")[0], cause) for before, _, cause in told] == [
-        ("worker 1", "gone"), ("worker 0", "gone too"),
+        ("worker 1", "gone"), ("worker 0", "gone too"), ("worker 1", "alone"),
     ]  # fmt: skip
     ray.kill(board)
 

@@ -18,7 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.errors import one_line
 from cluster.progress import SECONDS_BETWEEN_LINES, on_terminal, terminal
-from cluster.runtime import cause_of
+from cluster.runtime import cause_of, is_collateral
 
 log = logging.getLogger("kuzushiji")
 
@@ -90,13 +90,13 @@ class Board:
         events, self._events = self._events, []
         return events
 
-    def add_failure(self, architecture: str, failure: Any) -> None:
-        """Keep the first `run.Failure` of an architecture's workers."""
-        self._failures.setdefault(architecture, failure)
+    def add_failure(self, attempt: str, failure: Any) -> None:
+        """Keep the first `run.Failure` of the workers of an attempt."""
+        self._failures.setdefault(attempt, failure)
 
-    def failure_of(self, architecture: str) -> Any:
-        """The first `run.Failure` of an architecture's workers, or None."""
-        return self._failures.get(architecture)
+    def failure_of(self, attempt: str) -> Any:
+        """The first `run.Failure` of the workers of an attempt, or None."""
+        return self._failures.get(attempt)
 
 
 class Reporter:
@@ -157,7 +157,7 @@ class LogFailures(UserCallback):  # type: ignore[misc]  # Ray has no types
         self._board, self._architecture, self._last = board, architecture, ""
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        rank, error = min(worker_exceptions.items())
+        rank, error = min(worker_exceptions.items(), key=lambda item: (is_collateral(item[1]), item[0]))
         cause = one_line(cause_of(error))[:300]
         text = f"worker {rank} failed; while restarts are left, all workers restart from the last checkpoint: {cause}"
         if text != self._last:  # Ray repeats the failure of a host that is drained and gone, until its deadline

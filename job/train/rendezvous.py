@@ -12,22 +12,16 @@ import re
 import socket
 import subprocess
 import sys
-from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.exceptions import RayActorError
 from ray.train.backend import Backend, BackendConfig
 from ray.train.collective import barrier
 
-MISSING_GPUS = "KUZUSHIJI_MISSING_GPUS"
-"""Environment variable of all workers: what is wrong with the GPUs of one of them; not set if nothing is."""
 
-
-@dataclass
 class Rendezvous(BackendConfig):  # type: ignore[misc]  # Ray has no types
     """The `backend_config` of a trainer."""
-
-    gpus_per_worker: int = 0
 
     @property
     def backend_cls(self) -> type[Backend]:
@@ -35,17 +29,11 @@ class Rendezvous(BackendConfig):  # type: ignore[misc]  # Ray has no types
 
 
 class _Setup(Backend):  # type: ignore[misc]  # Ray has no types
-    def on_start(self, worker_group: Any, backend_config: Rendezvous) -> None:
-        """Set the addresses before the workers run; called at each start and restart.
-
-        What is wrong with the GPUs of one worker is told to all: each ends with it, and none waits for another one.
-        (If this function raised, Ray Train would repeat it for ever.)
-        """
+    def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
+        """Set the addresses before the workers run; called at each start and restart."""
         addresses = worker_group.execute(_free_address)
-        faults = worker_group.execute(fault_of_gpus, backend_config.gpus_per_worker)
-        fault = next(filter(None, faults), None)
         ranks = range(len(addresses))
-        ray.get([worker_group.execute_single_async(rank, _set_addresses, addresses, rank, fault) for rank in ranks])
+        ray.get([worker_group.execute_single_async(rank, _set_addresses, addresses, rank) for rank in ranks])
 
 
 def _free_address() -> str:
@@ -58,6 +46,7 @@ def _free_address() -> str:
     return f"[{host}]:{port}" if family == socket.AF_INET6 else f"{host}:{port}"
 
 
+SECONDS_FOR_REASON = 120
 FIND_GPUS = """
 import tensorflow as tf
 tf.config.list_physical_devices("GPU")
@@ -66,8 +55,6 @@ tf.config.list_physical_devices("GPU")
 
 def fault_of_gpus(wanted: int) -> str | None:
     """Return in one line why TensorFlow sees fewer GPUs than `wanted` in this process; None if it sees them."""
-    if not wanted:
-        return None
     from job.model.load_tensorflow import choose_backend, without_chatter
 
     choose_backend()
@@ -90,6 +77,8 @@ def _why_no_gpus() -> str:
         env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "0"},
         capture_output=True,
         text=True,
+        errors="replace",
+        timeout=SECONDS_FOR_REASON,
         check=False,
     )
     lines = [line.rpartition("] ")[2].rstrip(".") for line in done.stderr.splitlines()]
@@ -97,12 +86,10 @@ def _why_no_gpus() -> str:
     return "; ".join(dict.fromkeys(reasons)) or "no reason given"
 
 
-def _set_addresses(addresses: list[str], rank: int, fault: str | None) -> None:
+def _set_addresses(addresses: list[str], rank: int) -> None:
     """Set `TF_CONFIG` for MultiWorkerMirroredStrategy (tensorflow.org/guide/distributed_training#TF_CONFIG)."""
     cluster = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": rank}}
     os.environ["TF_CONFIG"] = json.dumps(cluster)
-    if fault:
-        os.environ[MISSING_GPUS] = fault
 
 
 def shared_failure(board: Any, architecture: str, own: Any) -> Any:
@@ -110,7 +97,12 @@ def shared_failure(board: Any, architecture: str, own: Any) -> Any:
 
     board: handle of the actor `display.Board`. own: the `run.Failure` of this worker, or None.
     """
-    if own:
-        ray.get(board.add_failure.remote(architecture, own))
-    barrier()
-    return ray.get(board.failure_of.remote(architecture))
+    # The addresses are others at each restart: a failure counts for the attempt that it was found in.
+    attempt = f"{architecture} {json.loads(os.environ.get('TF_CONFIG', '{}')).get('cluster')}"
+    try:
+        if own:
+            ray.get(board.add_failure.remote(attempt, own))
+        barrier()
+        return ray.get(board.failure_of.remote(attempt))
+    except RayActorError:  # no board: a training goes on without its display
+        return own

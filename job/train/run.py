@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -160,7 +159,7 @@ class Run:
         )
         trainer = DataParallelTrainer(
             _work,
-            backend_config=Rendezvous(gpus_per_worker=config.gpus_per_worker),
+            backend_config=Rendezvous(),
             train_loop_config={"job": job},
             scaling_config=ScalingConfig(
                 num_workers=config.workers,
@@ -239,10 +238,6 @@ def _work(config: dict[str, TrainJob]) -> Failure | None:
     job = config["job"]
     choose_backend()
     from job.train.display import LogLine, StartUp
-    from job.train.rendezvous import MISSING_GPUS
-
-    if fault := os.environ.get(MISSING_GPUS):
-        return Failure(fault, "")
 
     start_up = StartUp()
     import ray.train
@@ -250,6 +245,15 @@ def _work(config: dict[str, TrainJob]) -> Failure | None:
     if ray.train.get_context().get_world_rank() == 0:
         text = "the workers have started; TensorFlow takes a while to load"
         job.board.post.remote(LogLine(job.config.architecture, text))
+    from job.train.rendezvous import fault_of_gpus, shared_failure
+
+    if job.config.gpus_per_worker:
+        fault = fault_of_gpus(job.config.gpus_per_worker)
+        failure: Failure | None = shared_failure(
+            job.board, job.config.architecture, Failure(fault, "") if fault else None
+        )
+        if failure:
+            return failure
     from job.train.worker import train_worker
 
     start_up.ends("loading TensorFlow")

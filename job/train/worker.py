@@ -67,11 +67,11 @@ def train_worker(job: TrainJob, start_up: StartUp) -> Failure | None:
     configure_tensorflow(job.config)
     # Before any computation: collectives can be configured only before TensorFlow runs operations.
     strategy = make_strategy(ray.train.get_context().get_world_size())
-    with ExitStack() as stack:
+    with ExitStack() as stack, ExitStack() as copies:
         own, dataset, weights = None, None, None
         try:
             dataset = stack.enter_context(staged(place(job.dataset), SPLITS))
-            weights = stack.enter_context(local_copy(job.weights)) if job.weights else None
+            weights = copies.enter_context(local_copy(job.weights)) if job.weights else None
         except (DamageError, InputError) as error:
             own = Failure(str(error), traceback.format_exc())
         # Of any worker: the others would wait for it in the first collective.
@@ -80,19 +80,23 @@ def train_worker(job: TrainJob, start_up: StartUp) -> Failure | None:
             return failure
         start_up.ends("connecting and staging")
         training = Training(job, strategy, dataset, start_up, weights)
+        copies.close()  # the process may be killed from here on
         stack.callback(training.step_limit.stop)
         training.resume(place(job.checkpoints))
         start_up.ends("building the model")
         try:
             while not training.finished():
                 training.run_epoch()
-            training.write()
         except KuzushijiError as error:
             return Failure(str(error), traceback.format_exc())
         except tf.errors.ResourceExhaustedError as error:
             if training.workers > 1:  # the other workers wait for this one in a collective until its process exits
                 raise
             return Failure(out_of_memory_message(error), traceback.format_exc())
+        try:
+            training.write()
+        except DamageError as error:  # another training of the same name was faster
+            return Failure(str(error), traceback.format_exc())
     return None
 
 

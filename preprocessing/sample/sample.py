@@ -69,8 +69,9 @@ def sample(
         return _draw_all(pages, out, seed, scale, processes)
     except BaseException:  # also Ctrl-C: empty the folder, so that the same command can be run again
         remove_folder(place(out / "train_images"))
-        with suppress(OSError):
-            (out / "unicode_translation.csv").unlink()
+        for name in ("unicode_translation.csv", "train.csv"):
+            with suppress(OSError):
+                (out / name).unlink()
         raise
 
 
