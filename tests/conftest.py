@@ -14,12 +14,13 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from click.testing import CliRunner
 from fake_cloud.bucket import StrictBucket
@@ -170,6 +171,15 @@ def ray_here(bucket_server: StrictBucket, tmp_path_factory: pytest.TempPathFacto
 
                     ray.shutdown()
         yield
+    end_what_is_left()
+
+
+def end_what_is_left() -> None:
+    """End processes of this session's Ray that outlive it: a controller of Ray Train may hang in its own exit."""
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.pid != os.getpid() and process.environ().get("XDG_CACHE_HOME") == _CACHE.name:
+                process.kill()
 
 
 @pytest.fixture(scope="session")
@@ -225,6 +235,13 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     local = ray.train.ScalingConfig(num_workers=0)
     monkeypatch.setattr("ray.train.ScalingConfig", lambda **_: local)
     monkeypatch.setattr("job.train.worker.configure_tensorflow", lambda _: None)
+
+
+def mount_small_disk(folder: Path, size: str) -> None:
+    """Mount a disk that is in memory on a folder, or skip the test."""
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", folder]
+    if not shutil.which("mount") or subprocess.run(command, check=False).returncode:
+        pytest.skip("need the program `mount` (Debian: apt install mount) and the right to use it (root)")
 
 
 WorkersDo = Callable[[Callable[[dict[str, Any]], object] | None], None]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import mount_small_disk
 from upath import UPath
 
 from cluster.errors import DamageError, InputError, KuzushijiError, OptionError
@@ -189,8 +190,7 @@ def test_a_disk_that_is_full_while_staging_is_an_error_that_leaves_nothing(
 ) -> None:
     from job.data.staging import staged
 
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", tmp_path], check=False).returncode:
-        pytest.skip("need the right to mount (root)")
+    mount_small_disk(tmp_path, "1m")
     try:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         full = pytest.raises(KuzushijiError, match=f"Received: {tmp_path}.*No space left")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import keras
 import pytest
-from conftest import KUZUSHIJI, Kuzushiji, WorkersDo, until_ray_starts
+from conftest import KUZUSHIJI, Kuzushiji, WorkersDo, mount_small_disk, until_ray_starts
 
 from cluster.errors import DamageError, InputError, KuzushijiError, OptionError
 from cluster.manifest import MANIFEST_FILE, read_manifest, seal
@@ -53,8 +53,7 @@ class Disk:
 def disk(tmp_path: Path) -> Iterator[Disk]:
     folder = tmp_path / "disk"
     folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "none", folder], check=False).returncode:
-        pytest.skip("need the right to mount (root)")
+    mount_small_disk(folder, "64m")
     try:
         yield Disk(folder)
     finally:
