@@ -110,8 +110,8 @@ def _check_room(cpus: int, gpus: int) -> None:
     for kind, needed in (("CPU", cpus), ("GPU", gpus)):
         if needed > (present := int(resources.get(kind, 0))):
             raise OptionError(
-                f"a local Ray must have all {kind}s that are requested. Received: {needed} requested, Ray has {present}"
-                ". Request fewer, or set RAY_ADDRESS to use a cluster"
+                f"this machine must have all {kind}s that are requested. Received: {needed} requested, "
+                f"Ray has {present}. Request fewer, or set RAY_ADDRESS to use a cluster"
             )
 
 

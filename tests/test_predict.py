@@ -234,6 +234,8 @@ def test_a_folder_of_something_else_is_left_alone(read: Path, model: Path, share
     for pictures in (tmp_path / "new", tmp_path / "new" / "pictures"):  # `new` would not be empty for the next attempt
         with pytest.raises(OptionError, match="a folder outside of --out"):
             do(model, shared / "pages", shared / "train.csv", tmp_path / "new", annotate=place(pictures))
+    with pytest.raises(OptionError, match="another folder than --pages"):
+        do(model, shared / "pages", shared / "train.csv", tmp_path / "new", annotate=place(shared / "pages"))
     with pytest.raises(OptionError, match="a finished one"):
         do(model, shared / "pages", shared / "train.csv", read)
     assert verify(place(read))[1:] == ([], [])

@@ -69,13 +69,16 @@ def predict(
         The manifest of `out`.
 
     Raises:
-        OptionError: `out` holds other files, or has the folder for pictures in it; or this machine has fewer GPUs.
+        OptionError: `out` holds other files; the folder for pictures is in it, or is that of the pages; or this machine
+            has fewer GPUs.
         InputError: boxes or pages can't be used, or no box could be read.
         DamageError: the model does not match its manifest, or the workers do not share the folder `out`.
         KuzushijiError: TensorFlow can't use the GPUs.
     """
     if annotate and f"{annotate}/".startswith(f"{out}/"):
         raise OptionError(f"--annotate must be a folder outside of --out. Received: {annotate} and {out}")
+    if annotate and str(annotate) == str(pages):
+        raise OptionError(f"--annotate must be another folder than --pages. Received: {pages} for both")
     folder = resolve_model(model)
     model_sha256 = read_manifest(folder, ModelManifest).sha256
     labels = read_labels(boxes, "--boxes", bare=True)

@@ -8,10 +8,7 @@ any worker starts. That costs 5 seconds and 700 MB in each of them.
 
 import json
 import os
-import re
 import socket
-import subprocess
-import sys
 from typing import Any
 
 import ray
@@ -44,46 +41,6 @@ def _free_address() -> str:
         probe.bind(("", 0))
         port: int = probe.getsockname()[1]
     return f"[{host}]:{port}" if family == socket.AF_INET6 else f"{host}:{port}"
-
-
-SECONDS_FOR_REASON = 120
-FIND_GPUS = """
-import tensorflow as tf
-tf.config.list_physical_devices("GPU")
-"""
-
-
-def fault_of_gpus(wanted: int) -> str | None:
-    """Return in one line why TensorFlow sees fewer GPUs than `wanted` in this process; None if it sees them."""
-    from job.model.load_tensorflow import choose_backend, without_chatter
-
-    choose_backend()
-    with without_chatter():
-        import tensorflow as tf
-
-        found = len(tf.config.list_physical_devices("GPU"))
-    if found >= wanted:
-        return None
-    return (
-        f"TensorFlow must see the GPUs of --gpus-per-worker. Received: {found} of {wanted} on {socket.gethostname()}: "
-        f"{_why_no_gpus()}. Install requirements-gpu.lock and a driver for CUDA 12 there, or use --gpus-per-worker 0"
-    )
-
-
-def _why_no_gpus() -> str:
-    """Ask TensorFlow in a new process: it says why on standard error alone, and once in a process."""
-    done = subprocess.run(  # noqa: S603 - our own script
-        [sys.executable, "-c", FIND_GPUS],
-        env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "0"},
-        capture_output=True,
-        text=True,
-        errors="replace",
-        timeout=SECONDS_FOR_REASON,
-        check=False,
-    )
-    lines = [line.rpartition("] ")[2].rstrip(".") for line in done.stderr.splitlines()]
-    reasons = [line for line in lines if re.search("cuda|dlopen", line, re.IGNORECASE)]
-    return "; ".join(dict.fromkeys(reasons)) or "no reason given"
 
 
 def _set_addresses(addresses: list[str], rank: int) -> None:

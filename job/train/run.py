@@ -245,9 +245,10 @@ def _work(config: dict[str, TrainJob]) -> Failure | None:
     if ray.train.get_context().get_world_rank() == 0:
         text = "the workers have started; TensorFlow takes a while to load"
         job.board.post.remote(LogLine(job.config.architecture, text))
-    from job.train.rendezvous import fault_of_gpus, shared_failure
-
     if job.config.gpus_per_worker:
+        from job.train.rendezvous import shared_failure
+        from job.train.strategy import fault_of_gpus
+
         fault = fault_of_gpus(job.config.gpus_per_worker)
         failure: Failure | None = shared_failure(
             job.board, job.config.architecture, Failure(fault, "") if fault else None

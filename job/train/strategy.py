@@ -1,10 +1,52 @@
 """Devices, threads, seeds, precision, determinism: all that the bits of a training depend on besides its data."""
 
+import os
+import re
+import socket
+import subprocess
+import sys
+
 import keras
 import tensorflow as tf
 
 from job.config import TrainConfig
 from job.model.load_tensorflow import configure_gpus
+
+SECONDS_FOR_REASON = 120
+FIND_GPUS = """
+import tensorflow as tf
+tf.config.list_physical_devices("GPU")
+"""
+
+
+def fault_of_gpus(wanted: int) -> str | None:
+    """Return in one line why TensorFlow sees fewer GPUs than `wanted` in this process; None if it sees them."""
+    found = len(tf.config.list_physical_devices("GPU"))
+    if found >= wanted:
+        return None
+    return (
+        f"TensorFlow must see the GPUs of --gpus-per-worker. Received: {found} of {wanted} on {socket.gethostname()}: "
+        f"{_why_no_gpus()}. Install requirements-gpu.lock and a driver for CUDA 12 there, or use --gpus-per-worker 0"
+    )
+
+
+def _why_no_gpus() -> str:
+    """Ask TensorFlow in a new process: it says why on standard error alone, and once in a process."""
+    try:
+        done = subprocess.run(  # noqa: S603 - our own script
+            [sys.executable, "-c", FIND_GPUS],
+            env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "0"},
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=SECONDS_FOR_REASON,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return "no reason given"
+    lines = [line.rpartition("] ")[2].rstrip(".") for line in done.stderr.splitlines()]
+    reasons = [line for line in lines if re.search("cuda|dlopen", line, re.IGNORECASE)]
+    return "; ".join(dict.fromkeys(reasons)) or "no reason given"
 
 
 def configure_tensorflow(config: TrainConfig) -> None:
