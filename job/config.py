@@ -84,7 +84,7 @@ class TrainConfig(BaseModel):
     global_batch_size: PositiveInt
     """Crops per step over all workers.  [default: from the recipe]"""
     learning_rate: float = Field(gt=0, allow_inf_nan=False)
-    """Of Adam; not scaled with the batch size.  [default: from the recipe]"""
+    """Learning rate of Adam, never scaled.  [default: from the recipe]"""
     precision: Literal["float32", "mixed_bfloat16"] = "float32"
     """Precision of layers; weights are float32."""
     deterministic: bool = True

@@ -75,10 +75,8 @@ def predict(
         DamageError: the model does not match its manifest, or the workers do not share the folder `out`.
         KuzushijiError: TensorFlow can't use the GPUs.
     """
-    if annotate and f"{annotate}/".startswith(f"{out}/"):
-        raise OptionError(f"--annotate must be a folder outside of --out. Received: {annotate} and {out}")
-    if annotate and str(annotate) == str(pages):
-        raise OptionError(f"--annotate must be another folder than --pages. Received: {pages} for both")
+    if annotate:
+        _check_pictures(annotate, pages, out)
     folder = resolve_model(model)
     model_sha256 = read_manifest(folder, ModelManifest).sha256
     labels = read_labels(boxes, "--boxes", bare=True)
@@ -108,6 +106,13 @@ def predict(
     remove_temporaries(out)
     seal(out, manifest)
     return manifest
+
+
+def _check_pictures(annotate: UPath, pages: UPath, out: UPath) -> None:
+    if f"{annotate}/".startswith(f"{out}/"):  # the next attempt would find `out` with other files
+        raise OptionError(f"--annotate must be a folder outside of --out. Received: {annotate} and {out}")
+    if str(annotate) == str(pages):
+        raise OptionError(f"--annotate must be another folder than --pages. Received: {pages} for both")
 
 
 def _manifest(

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import ray
 from ray.train import UserCallback
@@ -19,6 +19,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from cluster.errors import one_line
 from cluster.progress import SECONDS_BETWEEN_LINES, on_terminal, terminal
 from cluster.runtime import cause_of, is_collateral
+
+if TYPE_CHECKING:
+    from job.train.run import Failure
 
 log = logging.getLogger("kuzushiji")
 
@@ -80,7 +83,7 @@ class Board:
 
     def __init__(self) -> None:
         self._events: list[Event] = []
-        self._failures: dict[str, Any] = {}
+        self._failures: dict[str, Failure] = {}
 
     def post(self, event: Event) -> None:
         self._events.append(event)
@@ -90,12 +93,12 @@ class Board:
         events, self._events = self._events, []
         return events
 
-    def add_failure(self, attempt: str, failure: Any) -> None:
-        """Keep the first `run.Failure` of the workers of an attempt."""
+    def add_failure(self, attempt: str, failure: "Failure") -> None:
+        """Keep the first failure of the workers of an attempt."""
         self._failures.setdefault(attempt, failure)
 
-    def failure_of(self, attempt: str) -> Any:
-        """The first `run.Failure` of the workers of an attempt, or None."""
+    def failure_of(self, attempt: str) -> "Failure | None":
+        """Return the first failure of the workers of an attempt, or None."""
         return self._failures.get(attempt)
 
 

@@ -16,6 +16,8 @@ from ray.exceptions import RayActorError
 from ray.train.backend import Backend, BackendConfig
 from ray.train.collective import barrier
 
+from job.train.run import Failure
+
 
 class Rendezvous(BackendConfig):  # type: ignore[misc]  # Ray has no types
     """The `backend_config` of a trainer."""
@@ -49,17 +51,18 @@ def _set_addresses(addresses: list[str], rank: int) -> None:
     os.environ["TF_CONFIG"] = json.dumps(cluster)
 
 
-def shared_failure(board: Any, architecture: str, own: Any) -> Any:
+def shared_failure(board: Any, architecture: str, own: Failure | None) -> Failure | None:
     """Return the failure of one worker on all workers; None if no worker has one. All workers call it together.
 
-    board: handle of the actor `display.Board`. own: the `run.Failure` of this worker, or None.
+    board: handle of the actor `display.Board`. own: the failure of this worker, or None.
     """
-    # The addresses are others at each restart: a failure counts for the attempt that it was found in.
+    # Each restart has new addresses, so a failure counts only for the attempt in which it was found.
     attempt = f"{architecture} {json.loads(os.environ.get('TF_CONFIG', '{}')).get('cluster')}"
     try:
         if own:
             ray.get(board.add_failure.remote(attempt, own))
         barrier()
-        return ray.get(board.failure_of.remote(attempt))
-    except RayActorError:  # no board: a training goes on without its display
+        shared: Failure | None = ray.get(board.failure_of.remote(attempt))
+    except RayActorError:  # the board is lost: a training continues without it
         return own
+    return shared

@@ -250,9 +250,7 @@ def _work(config: dict[str, TrainJob]) -> Failure | None:
         from job.train.strategy import fault_of_gpus
 
         fault = fault_of_gpus(job.config.gpus_per_worker)
-        failure: Failure | None = shared_failure(
-            job.board, job.config.architecture, Failure(fault, "") if fault else None
-        )
+        failure = shared_failure(job.board, job.config.architecture, Failure(fault, "") if fault else None)
         if failure:
             return failure
     from job.train.worker import train_worker

@@ -75,7 +75,7 @@ def train_worker(job: TrainJob, start_up: StartUp) -> Failure | None:
         except (DamageError, InputError) as error:
             own = Failure(str(error), traceback.format_exc())
         # Of any worker: the others would wait for it in the first collective.
-        failure: Failure | None = shared_failure(job.board, job.config.architecture, own)
+        failure = shared_failure(job.board, job.config.architecture, own)
         if failure or not dataset:
             return failure
         start_up.ends("connecting and staging")
