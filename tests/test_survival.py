@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,11 @@ def result(folder: Path) -> tuple[bytes, list[dict[str, Any]], dict[str, Any]]:
     return weights, [{key: row[key] for key in row.keys() - MEASURED} for row in history], numbers
 
 
-def test_a_killed_and_a_silent_worker_change_no_bit_and_leave_no_checkpoint_behind(
-    trained: Path, few: Path, tmp_path: Path, workers_do: WorkersDo, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Within epochs: worker 1 is killed after 7 steps; begun again, it says no word any more after 13."""
-    marker = str(tmp_path / "happened")
+def lost_at(stopped_after: dict[int, str], marker: Path) -> Callable[[dict[str, Any]], None]:
+    """Worker 1 is killed, or says no word any more, the first time that so many steps are done. What is left of the
+    checkpoints when worker 0 resumes is told in `<marker>-left`.
+    """
+    name = str(marker)
 
     def change(given: dict[str, Any]) -> None:
         import os
@@ -53,10 +54,10 @@ def test_a_killed_and_a_silent_worker_change_no_bit_and_leave_no_checkpoint_behi
 
         def disturbed(training: Any, *arguments: Any) -> Any:
             done = int(training.optimizer.iterations.numpy())
-            name = Path(f"{marker}-{done}")
-            if training.rank == 1 and done in (7, 13) and not name.exists():
-                name.touch()
-                if done == 7:
+            happened = Path(f"{name}-{done}")
+            if training.rank == 1 and done in stopped_after and not happened.exists():
+                happened.touch()
+                if stopped_after[done] == "killed":
                     os.kill(os.getpid(), signal.SIGKILL)
                 time.sleep(1e6)
             return rows_of(training, *arguments)
@@ -68,57 +69,87 @@ def test_a_killed_and_a_silent_worker_change_no_bit_and_leave_no_checkpoint_behi
             resume(training, checkpoints)
             if training.rank == 0:
                 left = [path.name for path in checkpoints.iterdir() if path.name.startswith("checkpoint_2")]
-                Path(f"{marker}-left").write_text(f"{unknown.exists()} {len(left)}")
+                Path(f"{name}-left").write_text(f"{unknown.exists()} {len(left)}")
 
         worker.Training.rows_of, worker.Training.resume = disturbed, seen
 
-    workers_do(change)
-    caplog.set_level("INFO", "kuzushiji")
-    given = TrainConfig.model_validate(GIVEN | {"checkpoint_every": 2, "step_limit": 15})
-    folder = train(place(few), place(tmp_path), [given], "disturbed")[0].folder
-    assert {path.name for path in tmp_path.glob("happened-*")} == {"happened-7", "happened-13", "happened-left"}
-    assert "resumes after epoch 1" in caplog.text  # and 1 step of the next, if its upload was quicker
-    assert "a step must end in 15 s" in caplog.text
-    assert "resumes after epoch 2 and 2 steps of the next" in caplog.text
-    assert (tmp_path / "happened-left").read_text() == "False 2"
-    assert result(Path(folder.path)) == result(trained)
+    return change
 
 
-@pytest.mark.parametrize("workers", [2, pytest.param(1, marks=pytest.mark.long)])
-def test_a_run_whose_driver_is_killed_goes_on_within_the_epoch_also_on_another_number_of_workers(
-    workers: int, trained: Path, few: Path, tmp_path: Path, workers_do: WorkersDo, caplog: pytest.LogCaptureFixture
-) -> None:
-    command = [*KUZUSHIJI_WITH_SMALL_HEAD, "train", "--dataset", str(few), "--models", str(tmp_path), "--run", "killed"]
+def kill_the_driver_within_epoch_1(few: Path, models: Path) -> None:
+    """Kill a command with a Ray of its own once it has saved a checkpoint."""
+    command = [
+        *KUZUSHIJI_WITH_SMALL_HEAD,
+        "train",
+        "--dataset",
+        str(few),
+        "--models",
+        str(models),
+        "--run",
+        "disturbed",
+    ]
     command += ["--architecture", "baseline", "--epochs", "3", "--global-batch-size", "7", "--learning-rate", "1e-4"]
     command += ["--workers", "2", "--cpus-per-worker", "1", "--checkpoint-every", "1"]
-    registered = tmp_path / ".runs" / "baseline-killed" / "checkpoint_manager_snapshot.json"
+    registered = models / ".runs" / "baseline-disturbed" / "checkpoint_manager_snapshot.json"
     ended = True
     while ended:
-        with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as driver:
+        with subprocess.Popen(command, cwd=models, stderr=subprocess.PIPE, text=True) as driver:
             while not (ended := driver.poll() is not None) and not (
                 registered.is_file() and b"checkpoint_" in registered.read_bytes()
             ):
                 time.sleep(0.05)
             driver.kill()
             assert not ended or (driver.stderr and START_TIMED_OUT in driver.stderr.read())
+
+
+def test_a_killed_driver_and_a_killed_worker_change_no_bit_and_leave_no_checkpoint_behind(
+    trained: Path, few: Path, tmp_path: Path, workers_do: WorkersDo, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Both within epochs; worker 1 is killed in the run that goes on, after 7 steps."""
+    kill_the_driver_within_epoch_1(few, tmp_path)
+    workers_do(lost_at({7: "killed"}, tmp_path / "happened"))
+    caplog.set_level("INFO", "kuzushiji")
+    given = TrainConfig.model_validate(GIVEN | {"checkpoint_every": 2, "max_failures": 1})
+    with pytest.raises(OptionError, match="seed .then 42, now 1."):
+        train(place(few), place(tmp_path), [given.model_copy(update={"seed": 1})], "disturbed")
+    folder = train(place(few), place(tmp_path), [given], "disturbed")[0].folder
+    first, second = re.findall("resumes after epoch ([0-2])(?: and ([1-4]) steps of the next)?", caplog.text)
+    assert first[1]
+    assert second[0] == "1"  # and 1 step of the next, if its upload was quicker
+    assert (tmp_path / "happened-7").exists()
+    assert (tmp_path / "happened-left").read_text() == "False 2"
+    assert result(Path(folder.path)) == result(trained)
+    curves = sorted((tmp_path / "tensorboard" / "baseline" / "disturbed").iterdir())
+    assert [path.suffix for path in curves] == [".00001", ".00002", ".00003"]
+
+
+@pytest.mark.long
+def test_a_silent_worker_changes_no_bit(
+    trained: Path, few: Path, tmp_path: Path, workers_do: WorkersDo, caplog: pytest.LogCaptureFixture
+) -> None:
+    workers_do(lost_at({13: "silent"}, tmp_path / "happened"))
+    caplog.set_level("INFO", "kuzushiji")
+    given = TrainConfig.model_validate(GIVEN | {"checkpoint_every": 2, "step_limit": 15})
+    folder = train(place(few), place(tmp_path), [given], "disturbed")[0].folder
+    assert "a step must end in 15 s" in caplog.text
+    assert "resumes after epoch 2 and 2 steps of the next" in caplog.text
+    assert (tmp_path / "happened-left").read_text() == "False 2"
+    assert result(Path(folder.path)) == result(trained)
+
+
+@pytest.mark.long
+def test_a_run_whose_driver_was_killed_goes_on_within_the_epoch_with_another_number_of_workers(
+    trained: Path, few: Path, tmp_path: Path, workers_do: WorkersDo, caplog: pytest.LogCaptureFixture
+) -> None:
+    kill_the_driver_within_epoch_1(few, tmp_path)
     workers_do()
     caplog.set_level("INFO", "kuzushiji")
-
-    def again(**changes: Any) -> Path:
-        given = TrainConfig.model_validate(GIVEN | changes)
-        return Path(train(place(few), place(tmp_path), [given], "killed")[0].folder.path)
-
-    with pytest.raises(OptionError, match="seed .then 42, now 1."):
-        again(seed=1)
-    if workers == 2:
-        assert result(again(max_failures=0)) == result(trained)
-        curves = sorted((tmp_path / "tensorboard" / "baseline" / "killed").iterdir())
-        assert [path.suffix for path in curves] == [".00001", ".00002", ".00003"]
-    else:
-        losses = [row["loss"] for row in result(again(workers=1))[1]]
-        # Of batches of 7 crops, with dropout.
-        assert losses == pytest.approx([row["loss"] for row in result(trained)[1]], abs=2e-2)
+    given = TrainConfig.model_validate(GIVEN | {"workers": 1})
+    folder = train(place(few), place(tmp_path), [given], "disturbed")[0].folder
     assert re.search("resumes after epoch [0-2] and [1-4] steps of the next", caplog.text)
+    losses = [row["loss"] for row in result(Path(folder.path))[1]]
+    # Of batches of 7 crops, with dropout.
+    assert losses == pytest.approx([row["loss"] for row in result(trained)[1]], abs=2e-2)
 
 
 def test_a_torn_list_of_checkpoints_is_said_and_the_run_begins_anew_but_not_understood_ones_stay(
@@ -168,19 +199,26 @@ def test_why_workers_were_lost_is_told_once_however_often_ray_tells_it() -> None
     ray.kill(board)
 
 
-STOPPED = """
-import time
+WATCHED = """
+import sys, time
 from job.train.watchdog import StepLimit
 limit = StepLimit(1, print)
 limit.begin()
-limit.stop()
+if sys.argv[1:]:
+    limit.stop()
 time.sleep(2.5)
 print("alive")
 """
 
 
-def test_the_limit_of_a_step_ends_with_the_training_that_it_watches(tmp_path: Path) -> None:
-    assert in_fresh_process(STOPPED, cwd=tmp_path) == "alive\n"
+def test_a_step_that_takes_too_long_ends_its_process_and_a_limit_ends_with_the_training_that_it_watches(
+    tmp_path: Path,
+) -> None:
+    assert in_fresh_process(WATCHED, "stopped", cwd=tmp_path) == "alive\n"
+    alone = os.environ | {"RAY_ENABLE_AUTO_CONNECT": "0"}  # or `ray.get` starts a Ray
+    silent = subprocess.run([sys.executable, "-uc", WATCHED], env=alone, capture_output=True, text=True, check=False)
+    assert silent.returncode == 1
+    assert silent.stdout.startswith("a step must end in 1 s. Received: a longer one")
 
 
 DRAINED = """
@@ -251,7 +289,10 @@ finally:
 def test_a_node_that_is_drained_is_left_with_a_checkpoint_of_just_then_and_no_bit_changes(
     trained: Path, few: Path, tmp_path: Path
 ) -> None:
-    environment = os.environ | {"RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1"}
+    environment = os.environ | {
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "1",
+        "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
+    }
     environment["PATH"] = f"{KUZUSHIJI.parent}:{environment['PATH']}"
     environment["PYTHONPATH"] = str(Path(__file__).parent)
     script = DRAINED.replace("GIVEN", repr(GIVEN | {"max_failures": 0}))

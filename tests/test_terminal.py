@@ -103,7 +103,7 @@ def test_a_training_shows_in_a_line_where_it_stands_from_its_first_step_to_its_r
     assert "epoch 1/2" in steps[0]
     assert re.search(r" 0:\d\d:\d\d epoch", steps[-1])
     assert seen.lines(f"baseline {BAR}+ 0:00:00 writes the model and its report")
-    assert not any(BAR in line for line in seen.screens[-1])
+    assert not any(BAR in line for line in seen.screens[-1]), "\n".join(seen.screens[-1])
     assert any(line.startswith("model: ") for line in seen.screens[-1])
     # 5 seconds and 700 MB, only where it computes.
     assert seen.lines("TensorFlow was loaded here: False")
