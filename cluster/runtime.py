@@ -10,10 +10,12 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from cluster.bucket import explained
+from cluster.capacity import START_LIMIT, Request, Wait, check_room, hosts
 from cluster.errors import KuzushijiError, OptionError, one_line
 from cluster.progress import on_terminal, progress, waiting
 
@@ -37,24 +39,21 @@ MOST_DECLARED = 8  # CPUs that a local Ray may declare for each CPU that this pr
 
 
 @contextmanager
-def ray_session(at_least_cpus: int = 1, gpus: int = 0) -> Iterator[None]:
+def ray_session(request: Request = Request()) -> Iterator[None]:  # noqa: B008 - frozen
     """Connect to Ray while the block runs. An existing connection of this process is used and left open.
 
-    A request that a local Ray can't hold is refused, since it would wait for ever. A cluster may still add hosts.
-
     Args:
-        at_least_cpus: minimum number of CPUs that a local Ray declares, up to 8 times those of this machine.
-        gpus: number of GPUs that are needed at the same time.
+        request: what must run at the same time. A local Ray declares its CPUs, up to 8 times those of this machine.
 
     Raises:
-        OptionError: a local Ray can't have so many CPUs, or has fewer GPUs.
+        OptionError: a local Ray can't have so many CPUs; or neither it nor a cluster without an autoscaler has room
+            for the request, which would wait forever.
         KuzushijiError: a local Ray did not start in time.
     """
     with waiting("Ray starts ..."):
-        started = _start(at_least_cpus)
+        started = _start(request.processes * request.cpus)
     try:
-        if not uses_cluster():
-            _check_room(at_least_cpus, gpus)
+        check_room(request)
         yield
     finally:
         if started:
@@ -103,18 +102,6 @@ def _start(at_least_cpus: int) -> bool:
     return True
 
 
-def _check_room(cpus: int, gpus: int) -> None:
-    import ray
-
-    resources = ray.cluster_resources()
-    for kind, needed in (("CPU", cpus), ("GPU", gpus)):
-        if needed > (present := int(resources.get(kind, 0))):
-            raise OptionError(
-                f"this machine must have all {kind}s that are requested. Received: {needed} requested, "
-                f"Ray has {present}. Request fewer, or set RAY_ADDRESS to use a cluster"
-            )
-
-
 def usable_cpus() -> int:
     """Return how many CPUs this process can use: at most those of its affinity (`taskset`) and of its container's quota
     (`docker run --cpus`, with cgroup v2), at least 1.
@@ -149,6 +136,7 @@ def map_tasks(
     unit: str,
     sizes: Sequence[int],
     gpus: int = 0,
+    start_limit: float = START_LIMIT,
 ) -> list[ReportT]:
     """Run `work` on each task with Ray Data and show the progress.
 
@@ -160,6 +148,7 @@ def map_tasks(
         unit: what `sizes` counts, such as "pages".
         sizes: number of units in each task.
         gpus: number of actors with one GPU each; 0: tasks, one on each CPU.
+        start_limit: seconds after which a cluster must have a host for the tasks.
 
     On a terminal, Ray Data draws its own progress bar, which counts tasks and shows the use of CPUs.
 
@@ -167,14 +156,17 @@ def map_tasks(
         The reports, in the order of the tasks.
 
     Raises:
-        OptionError: a local Ray has fewer GPUs.
+        OptionError: Ray has no room, see `ray_session`.
+        KuzushijiError: no host came in time.
         Exception: whatever `work` raised. An OSError becomes a KuzushijiError.
     """
     reports: dict[int, ReportT] = {}
     rays_own_bar = on_terminal() and sys.stdout.isatty()  # Ray Data draws its bar only if both are terminals
     bar = nullcontext(lambda _: None) if rays_own_bar else progress(what, sum(sizes), unit)
-    with ray_session(at_least_cpus=max(1, gpus), gpus=gpus), bar as advance:
+    request = Request(processes=gpus or 1, gpus=1 if gpus else 0)
+    with ray_session(request), bar as advance:
         try:
+            _wait_for_first_host(request, start_limit)
             for row in _mapped(tasks, work, rays_own_bar, gpus).iter_rows():
                 reports[row["index"]] = report.model_validate_json(row["report"])
                 advance(sizes[row["index"]])
@@ -188,6 +180,26 @@ def map_tasks(
             raise
     assert len(reports) == len(tasks), "one report per task"
     return [reports[index] for index in range(len(tasks))]
+
+
+def _wait_for_first_host(request: Request, limit: float) -> None:
+    """Wait until a cluster has a host for one of the processes: Ray Data would wait for it without a word.
+
+    Raises:
+        KuzushijiError: none came in time.
+    """
+    if not uses_cluster() or request.held_by(hosts()):
+        return
+    import ray
+
+    # An autoscaler adds hosts for tasks that wait.
+    first = ray.remote(num_cpus=request.cpus, num_gpus=request.gpus)(lambda: None).remote()
+    wait = Wait(replace(request, processes=1), limit)
+    try:
+        while not ray.wait([first], timeout=1)[0]:
+            wait.check()
+    finally:
+        ray.cancel(first)
 
 
 def _mapped(tasks: Sequence[TaskT], work: Callable[[TaskT], ReportT], show_bar: bool, gpus: int) -> "Dataset":

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from cluster.capacity import START_LIMIT
 from cluster.errors import InputError, OptionError
 from job.command import Outcome, command, config_of, main, option
 from job.config import TrainConfig
@@ -17,6 +18,15 @@ SHOWN_CONFUSIONS = 20
 JOBS = ("prepare", "train", "evaluate", "predict", "report", "export", "verify")
 
 log = logging.getLogger("kuzushiji")
+
+start_limit_option = click.option(
+    "--start-limit",
+    default=START_LIMIT,
+    show_default=True,
+    metavar="SECONDS",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Longest wait for hosts of a cluster.",
+)
 
 
 @command
@@ -56,7 +66,8 @@ def sample(out: str, num_pages: int, seed: int, scale: float, layouts: str | Non
 @option(PrepareConfig, "classes", type=str, metavar="FILE")
 @option(PrepareConfig, "shards")
 @option(PrepareConfig, "max_bad_fraction")
-def prepare(pages: str, labels: str, dataset: str, classes: str | None, **options: Any) -> Outcome:
+@start_limit_option
+def prepare(pages: str, labels: str, dataset: str, classes: str | None, start_limit: float, **options: Any) -> Outcome:
     """Cut labelled pages into crops, written as TFRecords."""
     from cluster.storage import reachable_place
     from job.report.dataset import write_dataset_report
@@ -65,7 +76,8 @@ def prepare(pages: str, labels: str, dataset: str, classes: str | None, **option
 
     names = read_class_names(reachable_place(classes)) if classes else None
     config = config_of(PrepareConfig, classes=names, **options)
-    manifest, new = run(reachable_place(pages), reachable_place(labels), reachable_place(dataset), config)
+    source = reachable_place(pages), reachable_place(labels)
+    manifest, new = run(*source, reachable_place(dataset), config, start_limit)
     counts = {split: manifest.counts[split]["examples"] for split in SPLITS}
     lost = {key: len(getattr(manifest, key)) for key in ("losses", "clipped", "unlabelled")}
     result = {"dataset": dataset, "written": new, "crops": counts, "shards": len(manifest.shards)} | lost
@@ -103,13 +115,20 @@ def prepare(pages: str, labels: str, dataset: str, classes: str | None, **option
 @option(TrainConfig, "checkpoint_every", metavar="STEPS")
 @option(TrainConfig, "max_failures")
 @option(TrainConfig, "step_limit", metavar="SECONDS")
+@start_limit_option
 @click.option(
     "--run",
     metavar="NAME",
     help="Name of the run; a run that exists is resumed.  [default: the time]",
 )
 def train(
-    dataset: str, models: str, architectures: tuple[str, ...], weights: str | None, run: str | None, **options: Any
+    dataset: str,
+    models: str,
+    architectures: tuple[str, ...],
+    weights: str | None,
+    run: str | None,
+    start_limit: float,
+    **options: Any,
 ) -> Outcome:
     """Train and evaluate classifiers with Ray Train."""
     from cluster.storage import reachable_place
@@ -123,7 +142,8 @@ def train(
         options["cpus_per_worker"] = default_cpus_per_worker(max(1, options["workers"]))
     file = weights_option_file(weights)
     configs = configs_of(architectures, weights=file.identity if file else weights, **options)
-    outcomes = start(reachable_place(dataset), reachable_place(models), configs, run or new_run_name(), file)
+    places = reachable_place(dataset), reachable_place(models)
+    outcomes = start(*places, configs, run or new_run_name(), file, start_limit)
     return outcome_result(outcomes), outcome_lines(outcomes)
 
 
@@ -176,14 +196,17 @@ def evaluate(model: str, dataset: str, split: str, out: str | None) -> Outcome:
 @click.option("--annotate", metavar="PLACE", help="Folder for pictures of the pages with the predicted characters.")
 @click.option("--gpus", default=0, show_default=True, type=click.IntRange(min=0),
               help="Number of actors, each with one GPU; 0: one task per CPU.")  # fmt: skip
-def predict(model: str, pages: str, boxes: str, out: str, form: str, annotate: str | None, gpus: int) -> Outcome:
+@start_limit_option
+def predict(
+    model: str, pages: str, boxes: str, out: str, form: str, annotate: str | None, gpus: int, start_limit: float
+) -> Outcome:
     """Predict the characters in boxes of new pages, and their text."""
     from cluster.storage import reachable_place
     from job.predict.predict import predict as run
 
     model_place, pages_place, boxes_place, out_place = map(reachable_place, (model, pages, boxes, out))
     pictures = reachable_place(annotate) if annotate else None
-    manifest = run(model_place, pages_place, boxes_place, out_place, form, pictures, gpus)
+    manifest = run(model_place, pages_place, boxes_place, out_place, form, pictures, gpus, start_limit)
     counts, accuracy, lost = manifest.counts, manifest.accuracy, len(manifest.losses)
     result = {"out": out} | counts | {"losses": lost, "clipped": len(manifest.clipped), "accuracy": accuracy}
     lines = [f"{counts['read']:,} of {counts['boxes']:,} boxes on {counts['pages']:,} pages read: {out}"]

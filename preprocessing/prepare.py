@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from upath import UPath
 
+from cluster.capacity import START_LIMIT
 from cluster.errors import DamageError, InputError, OptionError
 from cluster.manifest import MANIFEST_FILE, fault_of, is_sealed, read_manifest, seal, write_listed
 from cluster.runtime import map_tasks
@@ -30,8 +31,12 @@ from preprocessing.shards import PLAN_FILE, PROGRESS_FOLDER, CutGroup, GroupRepo
 log = logging.getLogger("kuzushiji")
 
 
-def prepare(pages: UPath, labels: UPath, dataset: UPath, config: PrepareConfig) -> tuple[DatasetManifest, bool]:
+def prepare(
+    pages: UPath, labels: UPath, dataset: UPath, config: PrepareConfig, start_limit: float = START_LIMIT
+) -> tuple[DatasetManifest, bool]:
     """Make the dataset, or finish it if an earlier attempt was interrupted.
+
+    start_limit: seconds to wait for a host of a cluster.
 
     Returns:
         The manifest, and whether anything was written (False: the dataset was already complete and valid).
@@ -51,7 +56,7 @@ def prepare(pages: UPath, labels: UPath, dataset: UPath, config: PrepareConfig) 
     manifest = _earlier_attempt(dataset, plan)
     if manifest is None:
         try:
-            return _make(plan, pages, dataset, config), True
+            return _make(plan, pages, dataset, config, start_limit), True
         except Exception:
             # Another prepare of this folder may have sealed it first and removed the files of this one.
             if not is_sealed(dataset):
@@ -64,7 +69,7 @@ def prepare(pages: UPath, labels: UPath, dataset: UPath, config: PrepareConfig) 
     return manifest, False
 
 
-def _make(plan: Plan, pages: UPath, dataset: UPath, config: PrepareConfig) -> DatasetManifest:
+def _make(plan: Plan, pages: UPath, dataset: UPath, config: PrepareConfig, start_limit: float) -> DatasetManifest:
     reports = map_tasks(
         plan.groups,
         CutGroup(str(pages), str(dataset)),
@@ -72,6 +77,7 @@ def _make(plan: Plan, pages: UPath, dataset: UPath, config: PrepareConfig) -> Da
         what="pages cut",
         unit="pages",
         sizes=[len(group.page_ids) for group in plan.groups],
+        start_limit=start_limit,
     )
     losses = [loss for report in reports for loss in report.losses]
     try:

@@ -37,6 +37,7 @@ os.environ.pop("RAY_ADDRESS", None)
 # A shell ignores Ctrl-C in what it runs in the background, and the commands that the tests start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+from cluster.capacity import Request  # noqa: E402
 from cluster.errors import KuzushijiError  # noqa: E402
 from cluster.progress import log  # noqa: E402
 from cluster.runtime import START_TIMED_OUT, ray_session  # noqa: E402
@@ -164,7 +165,7 @@ def ray_here(bucket_server: StrictBucket, tmp_path_factory: pytest.TempPathFacto
                 at_start.setenv(name, value)
             for tries in range(TRIES_TO_START_RAY):
                 try:
-                    stack.enter_context(ray_session(at_least_cpus=CPUS))
+                    stack.enter_context(ray_session(Request(cpus=CPUS)))
                     break
                 except KuzushijiError as error:
                     if str(error) != START_TIMED_OUT or tries + 1 == TRIES_TO_START_RAY:

@@ -65,11 +65,12 @@ def test_gpus_that_a_local_ray_does_not_have_are_refused_at_once(
     monkeypatch.setenv("RAY_ADDRESS", "")  # no cluster
     gpus = ["--workers", 2, "--cpus-per-worker", 1, "--gpus-per-worker", 1]
     for command, asked in (
-        (of_predict(trained, pages, tmp_path / "out", "--gpus", 1), 1), (of_train(few, tmp_path, *gpus), 2),
+        (of_predict(trained, pages, tmp_path / "out", "--gpus", 1), "1 process with 1 CPU"),
+        (of_train(few, tmp_path, *gpus), "2 processes with 1 CPU"),
     ):  # fmt: skip
         refused = kuzushiji(*command)
         assert refused.code == 2
-        assert f"must have all GPUs that are requested. Received: {asked} requested, Ray has 0" in refused.stderr
+        assert f"{asked} and 1 GPU each; there is room for 0, and no autoscaler" in refused.stderr
 
 
 @pytest.mark.usefixtures("no_gpu")
@@ -100,11 +101,59 @@ def test_more_cpus_than_a_local_ray_can_have_are_refused_at_once(
     cpus = int(ray.cluster_resources()["CPU"])
     refused = kuzushiji(*of_train(few, tmp_path, "--workers", 1, "--cpus-per-worker", cpus + 1))
     assert refused.code == 2
-    assert f"must have all CPUs that are requested. Received: {cpus + 1} requested, Ray has {cpus}" in refused.stderr
+    assert f"Received: 1 process with {cpus + 1} CPUs each; there is room for 0" in refused.stderr
     command = [str(KUZUSHIJI), *of_train(few, tmp_path, "--workers", 5, "--cpus-per-worker", 1000)]  # a Ray of its own
     alone = subprocess.run(command, capture_output=True, text=True, check=False)
     assert alone.returncode == 2
     assert re.search("must have at most [0-9]+ CPUs, 8 times its own. Received: 5000", alone.stderr.splitlines()[-1])
+
+
+# A cluster whose head does no work: without an autoscaler, then with one that adds no hosts, which is what types of
+# hosts stand for. The commands, one after the other, and their exit codes.
+CLUSTER_WITHOUT_ROOM = """
+import json, os, sys
+from ray.cluster_utils import Cluster
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+os.environ["RAY_ADDRESS"] = cluster.address
+try:
+    from cluster import capacity
+    from job.cli import main
+    capacity.SECONDS_BETWEEN_WAITS = 1.0
+    codes = []
+    refused, limited = json.loads(sys.argv[1])
+    for command in [*refused, None, *limited]:
+        if not command:
+            cluster.add_node(num_cpus=0, env_vars={"RAY_NODE_TYPE_NAME": "small"})
+            continue
+        try:
+            main(command)
+        except SystemExit as done:
+            codes.append(done.code)
+    print(codes)
+finally:
+    cluster.shutdown()
+"""
+
+
+def test_what_a_cluster_cannot_hold_is_refused_at_once_or_said_until_a_limit_where_hosts_may_be_added(
+    few: Path, pages: Path, tmp_path: Path
+) -> None:
+    of_prepare = ["prepare", "--pages", str(pages / "train_images"), "--labels", str(pages / "train.csv")]
+    of_prepare += ["--dataset", str(tmp_path / "crops")]
+    workers = of_train(few, tmp_path, "--workers", 2, "--cpus-per-worker", 8)
+    limit = ["--start-limit", "2.5"]
+    commands = [of_prepare, workers], [[*of_prepare, *limit], [*workers, *limit]]
+    script = [sys.executable, "-c", CLUSTER_WITHOUT_ROOM, json.dumps(commands)]
+    done = until_ray_starts(lambda: subprocess.run(script, capture_output=True, text=True, check=False))
+    assert done.stdout.splitlines()[-1] == "[2, 2, 1, 1]", done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("kuzushiji: ")]
+    tasks, two = "1 process with 1 CPU each", "2 processes with 8 CPUs each"
+    for line, request in zip(lines[:2], (tasks, two), strict=True):
+        assert f"Received: {request}; there is room for 0, and no autoscaler" in line
+    there = "requested; the hosts have room for 0, now free for 0; hosts coming: none"
+    for line, request in zip(lines[2:], (tasks, two), strict=True):
+        assert f"must start within 2.5 s (--start-limit). Received: {request} {there}" in line
+        assert re.search(f"waiting for [0-9]+ s: {request} {there}", done.stderr)
 
 
 def test_cpus_are_those_that_this_process_can_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import pandas as pd
 from pydantic import BaseModel
 from upath import UPath
 
+from cluster.capacity import START_LIMIT
 from cluster.errors import DamageError, InputError, KuzushijiError, OptionError
 from cluster.manifest import FileEntry, read_manifest, seal, size_fault_of, write_listed
 from cluster.models import ModelManifest, resolve_model
@@ -53,6 +54,7 @@ def predict(
     form: str = "parquet",
     annotate: UPath | None = None,
     gpus: int = 0,
+    start_limit: float = START_LIMIT,
 ) -> PredictionsManifest:
     """Predict the characters of boxes on page scans with Ray Data.
 
@@ -64,6 +66,7 @@ def predict(
         form: `parquet` or `csv`.
         annotate: folder for pictures of the pages with the predictions; None: no pictures.
         gpus: number of processes with one GPU each; 0: one process on each CPU.
+        start_limit: seconds to wait for a host of a cluster.
 
     Returns:
         The manifest of `out`.
@@ -101,6 +104,7 @@ def predict(
         unit="pages",
         sizes=[len(group.page_ids) for group in groups],
         gpus=gpus,
+        start_limit=start_limit,
     )
     manifest = _manifest(out, labels, fingerprint(labels.sha256, files), model_sha256, reports)
     remove_temporaries(out)

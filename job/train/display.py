@@ -84,6 +84,7 @@ class Board:
     def __init__(self) -> None:
         self._events: list[Event] = []
         self._failures: dict[str, Failure] = {}
+        self._with_workers: set[str] = set()
 
     def post(self, event: Event) -> None:
         self._events.append(event)
@@ -92,6 +93,14 @@ class Board:
         """The events since the last call."""
         events, self._events = self._events, []
         return events
+
+    def set_workers(self, architecture: str, running: bool) -> None:
+        """The workers of a run have started, or were lost."""
+        (self._with_workers.add if running else self._with_workers.discard)(architecture)
+
+    def has_workers(self) -> bool:
+        """Return whether any run has workers."""
+        return bool(self._with_workers)
 
     def add_failure(self, attempt: str, failure: "Failure") -> None:
         """Keep the first failure of the workers of an attempt."""
@@ -160,6 +169,7 @@ class LogFailures(UserCallback):  # type: ignore[misc]  # Ray has no types
         self._board, self._architecture, self._last = board, architecture, ""
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        self._board.set_workers.remote(self._architecture, False)
         rank, error = min(worker_exceptions.items(), key=lambda item: (is_collateral(item[1]), item[0]))
         cause = one_line(cause_of(error))[:300]
         text = f"worker {rank} failed; while restarts are left, all workers restart from the last checkpoint: {cause}"

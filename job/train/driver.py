@@ -18,7 +18,8 @@ from typing import Any
 
 from upath import UPath
 
-from cluster.errors import DamageError, InputError, OptionError, one_line
+from cluster.capacity import START_LIMIT, Request, Wait, has_autoscaler, hosts
+from cluster.errors import DamageError, InputError, KuzushijiError, OptionError, one_line
 from cluster.manifest import read_manifest, verify
 from cluster.runtime import ray_session, usable_cpus, uses_cluster
 from cluster.storage import is_local, plain_name
@@ -32,6 +33,8 @@ from preprocessing.dataset import DatasetManifest
 log = logging.getLogger("kuzushiji")
 
 SECONDS_BETWEEN_CHECKS = 1.0
+SECONDS_FOR_BOARD = 10.0
+MOST_AT_ONCE = 16  # runs that wait for hosts of an autoscaler: each has four processes on the head
 
 
 @dataclass(frozen=True)
@@ -59,16 +62,23 @@ def default_cpus_per_worker(workers: int) -> int:
 
 
 def train(
-    dataset: UPath, models: UPath, configs: Sequence[TrainConfig], run: str, weights_file: WeightsFile | None = None
+    dataset: UPath,
+    models: UPath,
+    configs: Sequence[TrainConfig],
+    run: str,
+    weights_file: WeightsFile | None = None,
+    start_limit: float = START_LIMIT,
 ) -> list[Outcome]:
     """Train, evaluate and seal `<models>/<architecture>/<run>/` for each config. An unfinished run is resumed.
 
     run: name of the runs. weights_file: the file that `TrainConfig.weights` names by its hash. The configs need the
-    same workers, CPUs and GPUs. Returns the outcomes in the order of the configs, with the failures in them; with one
-    config alone, its failure is raised.
+    same workers, CPUs and GPUs. start_limit: seconds that workers may wait for hosts of a cluster while no run has
+    workers. Returns the outcomes in the order of the configs, with the failures in them; with one config alone, its
+    failure is raised.
 
     Raises:
-        OptionError: more replicas than crops in a batch, or a run was started with other options; nothing is started.
+        OptionError: more replicas than crops in a batch, a run was started with other options, or Ray has no room;
+            nothing is started.
         InputError, DamageError: the dataset can't be used, or does not match its manifest.
         Exception: the failure of the only config.
     """
@@ -98,10 +108,10 @@ def train(
             outcomes[training] = _failed(training, error, alone)
     if ready:
         _log_determinism(configs[0])
-        cpus, gpus = (configs[0].workers * per for per in (configs[0].cpus_per_worker, configs[0].gpus_per_worker))
-        with ray_session(at_least_cpus=cpus, gpus=gpus), _log_how_to_resume(run):
+        request = _request_of(configs[0])
+        with ray_session(request), _log_how_to_resume(run):
             _log_unused_gpus(configs[0])
-            for training, failure in _run_concurrently(ready, began):
+            for training, failure in _run_concurrently(ready, began, Wait(request, start_limit)):
                 try:
                     if failure:
                         raise failure
@@ -150,16 +160,19 @@ def _failed(run: Run, error: Exception, alone: bool) -> Outcome:
     return Outcome(run.config.architecture, run.folder, trained=False, metrics={}, error=error)
 
 
-def _run_concurrently(ready: Mapping[Run, WeightsFile | None], began: float) -> Iterator[tuple[Run, Exception | None]]:
+def _run_concurrently(
+    ready: Mapping[Run, WeightsFile | None], began: float, wait: Wait
+) -> Iterator[tuple[Run, Exception | None]]:
     """Start each run as soon as the cluster has room for it. Yields each run when it ends, with its failure or None.
 
-    ready: the runs and their pretrained weights. began: `time.monotonic()` at the start of the command.
+    ready: the runs and their pretrained weights. began: `time.monotonic()` at the start of the command. wait: for
+    hosts, while no run has workers.
     """
     from job.train.display import RunState, watched
 
     importlib.import_module("ray.train.v2.api.data_parallel_trainer")  # takes seconds; imported before threads start
     ended: queue.SimpleQueue[tuple[Run, Exception | None]] = queue.SimpleQueue()
-    waiting, running = deque(ready), 0
+    waiting, running = deque(ready), list[Run]()
     with watched([run.config.architecture for run in ready]) as board:
 
         def fit(run: Run) -> None:
@@ -171,10 +184,9 @@ def _run_concurrently(ready: Mapping[Run, WeightsFile | None], began: float) -> 
             ended.put((run, error))
 
         while waiting or running:
-            # The first one starts in any case: a cluster may add hosts for it.
-            while waiting and running < max(1, _runs_that_fit(waiting[0].config)):
+            while waiting and len(running) < max(1, _runs_that_fit(waiting[0].config)):
                 run = waiting.popleft()
-                running += 1
+                running.append(run)
                 board.post.remote(RunState(run.config.architecture, "workers start", starts=True))
                 log.info(
                     "%s: %d workers start, %.1f s after the command",
@@ -186,23 +198,47 @@ def _run_concurrently(ready: Mapping[Run, WeightsFile | None], began: float) -> 
                 threading.Thread(target=fit, args=(run,), daemon=True).start()
             with suppress(queue.Empty):
                 run, error = ended.get(timeout=SECONDS_BETWEEN_CHECKS)
-                running -= 1
+                running.remove(run)
+                board.set_workers.remote(run.config.architecture, False)
                 board.post.remote(RunState(run.config.architecture, "failed" if error else "finished"))
                 yield run, error
+            try:
+                _check_start(board, wait)
+            except KuzushijiError as error:
+                # What waits is given up with the connection to Ray.
+                yield from ((run, error) for run in [*running, *waiting])
+                return
+
+
+def _check_start(board: Any, wait: Wait) -> None:
+    """Check how long the runs have waited for workers, unless one of them has workers.
+
+    Raises:
+        KuzushijiError: too long.
+    """
+    import ray
+
+    try:
+        has_workers = ray.get(board.has_workers.remote(), timeout=SECONDS_FOR_BOARD)
+    except ray.exceptions.RayError:  # Ray is slow, or the board is lost: a training continues without it
+        return
+    if has_workers:
+        wait.restart()
+    else:
+        wait.check()
+
+
+def _request_of(config: TrainConfig) -> Request:
+    return Request(config.workers, config.cpus_per_worker, config.gpus_per_worker)
 
 
 def _runs_that_fit(config: TrainConfig) -> int:
-    """Return how many runs like this one fit on the live hosts at the same time. A worker does not span hosts."""
-    import ray
-
-    workers = 0
-    for node in ray.nodes():
-        resources = node["Resources"] if node["Alive"] else {}
-        fitting = resources.get("CPU", 0) // config.cpus_per_worker
-        if config.gpus_per_worker:
-            fitting = min(fitting, resources.get("GPU", 0) // config.gpus_per_worker)
-        workers += int(fitting)
-    return workers // config.workers
+    """Return how many runs like this one can have workers at the same time: on a cluster with an autoscaler, which
+    starts hosts for what waits, any number.
+    """
+    if uses_cluster() and has_autoscaler():
+        return MOST_AT_ONCE
+    return _request_of(config).held_by(hosts()) // config.workers
 
 
 def _check_run_name(run: str) -> None:

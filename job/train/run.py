@@ -245,6 +245,7 @@ def _work(config: dict[str, TrainJob]) -> Failure | None:
     if ray.train.get_context().get_world_rank() == 0:
         text = "the workers have started; TensorFlow takes a while to load"
         job.board.post.remote(LogLine(job.config.architecture, text))
+        job.board.set_workers.remote(job.config.architecture, True)
     if job.config.gpus_per_worker:
         from job.train.rendezvous import shared_failure
         from job.train.strategy import fault_of_gpus

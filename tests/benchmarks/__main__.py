@@ -18,6 +18,7 @@ import click
 
 from benchmarks import growth, pages, planning, steps, transfer, workers
 from benchmarks.pairs import Ratio
+from cluster.capacity import Request
 from cluster.runtime import ray_session
 from job.config import TrainConfig
 from preprocessing.sample.sample import sample
@@ -67,7 +68,7 @@ def ratios(folder: Path, amount: Amount, rates: dict[str, float]) -> Iterator[Ra
         rates["step_crops_per_s"] = median(step.ours) / config.cpus_per_worker
         yield step
         yield steps.measure_evaluate(ask, pairs, amount.steps)
-        with ray_session(at_least_cpus=2):
+        with ray_session(Request(cpus=2)):
             yield from workers.measure(dataset, folder / "runs", config, ask, pairs, amount.steps)
     yield transfer.measure(folder, pairs, amount.scale)
 

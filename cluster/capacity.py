@@ -1,0 +1,131 @@
+"""What the hosts of Ray can hold, and what an autoscaler adds.
+
+A request that can never be held is refused at once. One that waits for hosts says what it waits for, up to a limit.
+"""
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cluster.errors import KuzushijiError, OptionError, one_line
+
+if TYPE_CHECKING:
+    from ray.autoscaler.v2.schema import ClusterStatus
+
+log = logging.getLogger("kuzushiji")
+
+START_LIMIT = 1800.0
+SECONDS_BETWEEN_WAITS = 30.0
+SECONDS_FOR_STATUS = 10
+
+
+@dataclass(frozen=True)
+class Request:
+    """Processes that run at the same time. Each needs all its CPUs and GPUs on one host."""
+
+    processes: int = 1
+    cpus: int = 1
+    """CPUs of each process."""
+    gpus: int = 0
+    """GPUs of each process."""
+
+    def __str__(self) -> str:
+        gpus = f" and {_count(self.gpus, 'GPU')}" if self.gpus else ""
+        return f"{_count(self.processes, 'process', 'processes')} with {_count(self.cpus, 'CPU')}{gpus} each"
+
+    def held_by(self, hosts: Iterable[Mapping[str, float]]) -> int:
+        """Return how many such processes fit on hosts with these resources; may be more than `processes`."""
+        return sum(
+            int(min(host.get(kind, 0) // each for kind, each in (("CPU", self.cpus), ("GPU", self.gpus)) if each))
+            for host in hosts
+        )
+
+
+def hosts() -> list[Mapping[str, float]]:
+    """Return the resources of each live host, used or not."""
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def has_autoscaler() -> bool:
+    """Return whether the cluster was made by `ray up` (with the autoscaler v2, its default) or by KubeRay."""
+    # They give each host a type. Ray names the type of any other host after the host.
+    status = _status()
+    nodes = [*status.active_nodes, *status.idle_nodes]
+    return any(node.ray_node_type_name != f"node_{node.node_id}" for node in nodes)
+
+
+def check_room(request: Request) -> None:
+    """Refuse a request that would wait forever.
+
+    Raises:
+        OptionError: the hosts can't hold all processes, even when nothing else runs, and no autoscaler adds hosts.
+    """
+    held = request.held_by(hosts())
+    if held < request.processes and not has_autoscaler():
+        raise OptionError(
+            f"the hosts of Ray must have room for all processes at the same time. Received: {request}; there is room "
+            f"for {held}, and no autoscaler. Request less, or use a larger cluster (RAY_ADDRESS)"
+        )
+
+
+class Wait:
+    """A wait for room: says every 30 s what it waits for."""
+
+    def __init__(self, request: Request, limit: float) -> None:
+        """limit: seconds."""
+        self._request, self._limit = request, limit
+        self.restart()
+
+    def restart(self) -> None:
+        """Start the clock anew: what was waited for is there."""
+        self._began = self._said = time.monotonic()
+
+    def check(self) -> None:
+        """Log what is waited for, if it is time. Call it often.
+
+        Raises:
+            KuzushijiError: the limit has passed.
+        """
+        now = time.monotonic()
+        if now - self._said > SECONDS_BETWEEN_WAITS:
+            self._said = now
+            log.info("waiting for %.0f s: %s", now - self._began, self._state())
+        if now - self._began > self._limit:
+            raise KuzushijiError(
+                f"the processes must start within {self._limit:g} s (--start-limit). Received: {self._state()}. "
+                "Request less, raise the limit, or see `ray status` on the head"
+            )
+
+    def _state(self) -> str:
+        try:
+            status = _status()
+        except Exception as error:  # Ray has several; a wait must outlast them
+            return f"{self._request} requested; the state of the cluster is unknown: {one_line(error)[:200]}"
+        nodes = [*status.active_nodes, *status.idle_nodes]
+        present = self._request.held_by(node.total_resources() for node in nodes)
+        free = self._request.held_by(node.available_resources() for node in nodes)
+        coming = Counter(node.ray_node_type_name for node in status.pending_nodes)
+        for launch in status.pending_launches:
+            coming[launch.ray_node_type_name] += launch.count
+        hosts_coming = ", ".join(f"{count} of type {name}" for name, count in sorted(coming.items())) or "none"
+        failed = [f"; failed: {launch.ray_node_type_name}: {launch.details}" for launch in status.failed_launches[-1:]]
+        return (
+            f"{self._request} requested; the hosts have room for {present}, now free for {free}; "
+            f"hosts coming: {hosts_coming}{' '.join(failed)[:300]}"
+        )
+
+
+def _status() -> "ClusterStatus":
+    import ray
+    from ray.autoscaler.v2.sdk import get_cluster_status
+
+    return get_cluster_status(ray.get_runtime_context().gcs_address, timeout=SECONDS_FOR_STATUS)
+
+
+def _count(number: int, one: str, many: str = "") -> str:
+    return f"{number} {one if number == 1 else many or one + 's'}"
