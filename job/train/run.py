@@ -9,6 +9,7 @@ from typing import Any
 from upath import UPath
 
 from cluster.errors import DamageError, KuzushijiError, OptionError
+from cluster.lock import locked
 from cluster.manifest import read_manifest
 from cluster.models import ModelManifest, point_to_latest
 from cluster.runtime import cause_of
@@ -88,6 +89,10 @@ class Run:
         return self.models / RUNS_FOLDER / self._train_name
 
     @property
+    def _lock_file(self) -> UPath:
+        return self.models / RUNS_FOLDER / f"{self._train_name}.lock"
+
+    @property
     def _options_file(self) -> UPath:
         return self.models / RUNS_FOLDER / f"{self._train_name}.json"
 
@@ -131,13 +136,21 @@ class Run:
     def fit(self, weights: WeightsFile | None, board: Any) -> None:
         """Train with Ray Train: one process per worker, spread over the hosts.
 
-        If a worker fails, all workers restart from the last checkpoint. weights: pretrained weights; None: random
+        If a worker fails, all workers restart from the last checkpoint. Only one process at a time trains a run: Ray
+        Train removes the checkpoints that it does not know. weights: pretrained weights; None: random
         initialization. board: handle of the actor `display.Board`.
 
         Raises:
+            OptionError: another process trains the run.
             KuzushijiError: a failure that a restart would not fix; it is not retried.
             Exception: the failure of the last attempt. The run can be resumed.
         """
+        with locked(self._lock_file, f"--run {self.name} of {self.config.architecture}"):
+            if not self.is_finished():  # by another process, since the run was looked at
+                self._train(weights, board)
+            self.tidy()
+
+    def _train(self, weights: WeightsFile | None, board: Any) -> None:
         from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
         from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
@@ -184,7 +197,6 @@ class Run:
                 raise cause_of(error) from error  # `error` holds the worker's traceback, for --debug
         if failure:
             raise KuzushijiError(failure.message) from RuntimeError(failure.traceback)
-        self.tidy()
 
     def _drop_torn_list(self) -> None:
         """Remove all checkpoints if Ray Train's list of them is torn, so that the run restarts with the same result.

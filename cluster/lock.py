@@ -1,0 +1,141 @@
+"""A lock that one process at a time holds, also a process of another machine.
+
+On this machine's disks it is a file lock, which ends with its process. Elsewhere it is a lease: a small file that the
+holder changes every few seconds. A lease that has not changed for a minute is taken over.
+"""
+
+import _thread
+import fcntl
+import logging
+import os
+import secrets
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from upath import UPath
+
+from cluster.errors import KuzushijiError, OptionError, one_line
+from cluster.storage import change_bytes, is_local, read_bytes, remove_file, writing_in
+
+log = logging.getLogger("kuzushiji")
+
+SECONDS_UNTIL_LOST = 60.0
+SECONDS_BETWEEN_RENEWALS = 10.0
+SECONDS_BETWEEN_LOOKS = 2.0
+
+
+@contextmanager
+def locked(path: UPath, what: str) -> Iterator[None]:
+    """Hold the lock at `path` while the block runs. Its file is removed afterwards.
+
+    A process that loses its lease, as after the sleep of a laptop, is interrupted as by Ctrl-C.
+
+    what: what the lock protects, for messages, such as `--run first`.
+
+    Raises:
+        OptionError: another process holds the lock.
+        KuzushijiError: the file can't be written.
+    """
+    with _file_lock(Path(path.path), what) if is_local(path) else _lease(path, what):
+        yield
+
+
+def _refused(what: str) -> OptionError:
+    return OptionError(
+        f"only one process at a time may work on {what}. Received: one more. Wait until "
+        "the other has ended, or name another"
+    )
+
+
+@contextmanager
+def _file_lock(path: Path, what: str) -> Iterator[None]:
+    with writing_in(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            # For writing: NFS locks exclusively only what is open for writing.
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # A holder removes its file at its end: the lock must be of the file that is there now.
+                if os.path.exists(path) and os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                    break
+            except BlockingIOError as error:
+                os.close(descriptor)
+                raise _refused(what) from error
+            os.close(descriptor)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+@contextmanager
+def _lease(path: UPath, what: str) -> Iterator[None]:
+    holder = secrets.token_hex(8)
+    _take(path, holder, what)
+    done = threading.Event()
+    renewals = threading.Thread(target=_renew, args=(path, holder, what, done), daemon=True)
+    renewals.start()
+    try:
+        yield
+    finally:
+        done.set()
+        renewals.join()
+        if _is_of(_read(path), holder):
+            remove_file(path)
+
+
+def _take(path: UPath, holder: str, what: str) -> None:
+    """Write the lease, once there is none or the one that is there has not changed for a minute."""
+    began, seen = time.monotonic(), _read(path)
+    if seen:
+        log.info("%s was not ended: waits for a sign of life of its process, %g s at most", what, SECONDS_UNTIL_LOST)
+    while (now := _read(path)) and time.monotonic() - began < SECONDS_UNTIL_LOST:
+        if now != seen:
+            raise _refused(what)
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+    if not _change(path, now, holder):
+        raise _refused(what)
+
+
+def _renew(path: UPath, holder: str, what: str, done: threading.Event) -> None:
+    while not done.wait(SECONDS_BETWEEN_RENEWALS):
+        try:
+            now = _read(path)
+            if _is_of(now, holder) and _change(path, now, holder):
+                continue
+        except KuzushijiError as error:
+            log.warning("%s: its lease could not be renewed: %s", what, one_line(error))
+            continue
+        log.error("another process has taken over %s, since this one was silent for too long", what)
+        _thread.interrupt_main()
+        return
+
+
+def _change(path: UPath, old: bytes | None, holder: str) -> bool:
+    """Write a new lease in the place of `old`. Return False if another process was faster."""
+    new = f"{holder} {time.time()}\n".encode()
+    taken = False
+
+    def unless_changed(there: bytes | None) -> bytes | None:
+        nonlocal taken
+        taken = there in (old, new)  # the new one: the answer to a first attempt was lost
+        return new if taken else None
+
+    change_bytes(path, unless_changed)
+    return taken
+
+
+def _is_of(lease: bytes | None, holder: str) -> bool:
+    return lease is not None and lease.startswith(f"{holder} ".encode())
+
+
+def _read(path: UPath) -> bytes | None:
+    try:
+        return read_bytes(path)
+    except FileNotFoundError:
+        return None

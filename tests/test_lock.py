@@ -1,0 +1,99 @@
+"""lock: one process at a time, on a disk and elsewhere; what a killed process held is free again."""
+
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+from conftest import GIVEN
+from upath import UPath
+
+from cluster import lock
+from cluster.errors import OptionError
+from cluster.lock import locked
+from cluster.storage import is_file, place, read_bytes, write_bytes
+from job.config import TrainConfig
+from job.train.driver import train
+
+HOLD = """
+import sys, time
+from cluster.lock import locked
+from cluster.storage import place
+with locked(place(sys.argv[1]), "it"):
+    print("held", flush=True)
+    time.sleep(1e6)
+"""
+
+
+@pytest.fixture
+def lease(monkeypatch: pytest.MonkeyPatch) -> UPath:
+    """The place of a lock that is no file of this machine; its times are shortened."""
+    monkeypatch.setattr(lock, "SECONDS_UNTIL_LOST", 0.5)
+    monkeypatch.setattr(lock, "SECONDS_BETWEEN_RENEWALS", 0.05)
+    monkeypatch.setattr(lock, "SECONDS_BETWEEN_LOOKS", 0.02)
+    return place(f"memory://{uuid.uuid4().hex}/it.lock")
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_one_process_at_a_time_holds_a_lock_and_its_file_goes_with_it(
+    elsewhere: bool, lease: UPath, tmp_path: Path
+) -> None:
+    at = lease if elsewhere else place(tmp_path / "runs" / "it.lock")
+    for _ in range(2):
+        with locked(at, "it"):
+            with pytest.raises(OptionError, match="only one process at a time may work on it"), locked(at, "it"):
+                pass
+            assert is_file(at)
+        assert not is_file(at)
+
+
+def test_a_killed_process_leaves_its_lock_on_a_disk_at_once(tmp_path: Path) -> None:
+    at = place(tmp_path / "it.lock")
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(at)], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(OptionError), locked(at, "it"):
+            pass
+        holder.kill()
+        holder.wait()
+        with locked(at, "it"):
+            pass
+
+
+def test_a_lease_without_a_sign_of_life_is_taken_over_which_is_said(
+    lease: UPath, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "kuzushiji")
+    write_bytes(lease, b"of-a-killed-process 1\n")
+    with locked(lease, "it"):
+        assert not read_bytes(lease).startswith(b"of-a-killed-process")
+    assert "it was not ended: waits for a sign of life of its process, 0.5 s at most" in caplog.text
+
+
+def test_a_process_whose_lease_was_taken_over_is_interrupted_and_leaves_the_other_its_lease(
+    lease: UPath, caplog: pytest.LogCaptureFixture
+) -> None:
+
+    def lose() -> None:
+        with locked(lease, "it"):
+            write_bytes(lease, b"of-another 1\n")
+            while True:
+                time.sleep(0.01)
+
+    with pytest.raises(KeyboardInterrupt):
+        lose()
+    assert "another process has taken over it" in caplog.text
+    assert read_bytes(lease) == b"of-another 1\n"
+
+
+def test_a_run_that_another_process_trains_is_refused_and_keeps_its_checkpoints(
+    few: Path, ray_here: None, tmp_path: Path
+) -> None:
+    checkpoint = tmp_path / ".runs" / "baseline-twice" / "checkpoint_1"
+    checkpoint.mkdir(parents=True)
+    refused = pytest.raises(OptionError, match="may work on --run twice of baseline")
+    with locked(place(tmp_path / ".runs" / "baseline-twice.lock"), "it"), refused:
+        train(place(few), place(tmp_path), [TrainConfig.model_validate(GIVEN)], "twice")
+    assert checkpoint.exists()
