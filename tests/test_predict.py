@@ -20,8 +20,8 @@ from PIL import Image
 from cluster.errors import InputError, OptionError
 from cluster.storage import place
 from job.predict.columns import columns
-from job.predict.folder import PredictionsManifest
-from job.predict.predict import predict
+from job.predict.folder import PredictionsManifest, clear
+from job.predict.predict import ReadGroup, predict
 from job.verify import verify
 from preprocessing.config import SPLITS
 from preprocessing.cutting import cut_boxes
@@ -208,6 +208,38 @@ def test_a_reader_that_is_killed_changes_nothing(read: Path, model: Path, shared
         assert not done.done()
         done.result()
     assert {p.name: p.read_bytes() for p in out.iterdir()} == {p.name: p.read_bytes() for p in read.iterdir()}
+
+
+class Killed(BaseException):
+    """A process that is killed, in a test that is one process: nothing of ours catches it."""
+
+
+@pytest.mark.parametrize("step", ["preprocessing.cutting._read_page", "job.predict.predict.annotated"])
+def test_a_page_that_ends_each_process_while_it_is_read_or_drawn_ends_predict_in_one_line_that_names_it(
+    step: str, model: Path, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from job.model.folder import load_model
+    from job.model.inference import Inference
+
+    def killed(*_: Any) -> None:
+        raise Killed
+
+    loaded, names, _ = load_model(place(model / "first"))
+    monkeypatch.setattr(
+        "job.predict.predict._load", lambda *_: (Inference(loaded), names)
+    )  # this process has loaded TF
+    (group,) = group_pages(read_labels(place(shared / "train.csv")), list_pages(place(shared / "pages")), 1)
+    places = {name: str(tmp_path / name) for name in ("out", "annotate")}
+    work = ReadGroup(str(model), "", str(shared / "pages"), **places, form="csv", groups=1, on_gpu=False)
+    monkeypatch.setattr(step, killed)
+    for _ in range(4):
+        with pytest.raises(Killed):
+            work(group)
+    with pytest.raises(InputError, match=rf"Received: {group.page_ids[0]}(\.jpeg)?, where 3 processes ended"):
+        work(group)
+    monkeypatch.undo()
+    clear(place(tmp_path / "out"))  # as the next attempt does
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_a_page_is_read_in_the_order_in_which_people_read_it(shared: Path) -> None:

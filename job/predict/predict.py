@@ -1,8 +1,9 @@
 """`predict`: read the characters in the boxes of page scans, and write tables and text to a sealed folder."""
 
 import socket
-from collections.abc import Sequence
-from dataclasses import dataclass
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.metadata import version
 from typing import Any
@@ -27,6 +28,7 @@ from preprocessing.dataset import Clipped, Loss
 from preprocessing.labels import Labels, read_labels
 from preprocessing.pages import fingerprint, list_pages, page_reader
 from preprocessing.plan import Group, group_pages, number_of_groups
+from preprocessing.tries import Tries
 
 BOXES_PER_GROUP = 2_000  # some seconds of work
 PICTURE_SUFFIX = ".jpeg"  # differs from that of pages, so that no scan can be overwritten
@@ -157,6 +159,8 @@ class ReadGroup:
     groups: int
     """Total number of groups, for the names of the tables."""
     on_gpu: bool
+    attempt: str = field(default_factory=lambda: uuid.uuid4().hex)
+    """Identifies the attempt of the command, see `Tries`."""
 
     def __call__(self, group: Group) -> GroupReport:
         """Read a group and write its tables and pictures.
@@ -164,16 +168,19 @@ class ReadGroup:
         Raises:
             KuzushijiError: TensorFlow can't use the GPU.
             DamageError: the model does not match its manifest, or was replaced.
-            InputError: the pages were changed.
+            InputError: the pages were changed, or a page ended too many processes.
             OSError: pages can't be read, or tables can't be written.
         """
+        tries = Tries(group, place(self.out), self.attempt, create_folder=True)
         inference, class_names = _load(self.model, self.model_sha256, self.on_gpu)
         code_points = np.array(group.code_points, np.int32)
-        readings = Readings.from_cuts(cut_boxes(group, place(self.pages)), inference, class_names, code_points)
+        cuts = cut_boxes(group, place(self.pages), tries.begin)
+        readings = Readings.from_cuts(cuts, inference, class_names, code_points)
         tables = {"predictions": readings.predictions(), "pages": readings.texts(group.page_ids)}
         files = [self._write(kind, table, group) for kind, table in tables.items()]
         if self.annotate:
-            _annotate(group, readings, place(self.pages), place(self.annotate))
+            _annotate(group, readings, place(self.pages), place(self.annotate), tries.begin)
+        tries.end()
         return GroupReport(
             files=files,
             losses=readings.losses(),
@@ -220,10 +227,11 @@ def _load(model: str, model_sha256: str, on_gpu: bool) -> tuple[Any, list[str]]:
     return Inference(loaded), class_names
 
 
-def _annotate(group: Group, readings: Readings, pages: UPath, folder: UPath) -> None:
+def _annotate(group: Group, readings: Readings, pages: UPath, folder: UPath, begin: Callable[[str], None]) -> None:
     """Write a picture of each page that has readings."""
     with page_reader(pages) as read_page:
         for page in group.pages:
             if page.id in readings.page_columns:
+                begin(f"{page.id}{PICTURE_SUFFIX}")
                 picture = annotated(read_page(page.file_name), *readings.for_picture(page.id))
                 write_bytes(folder / f"{page.id}{PICTURE_SUFFIX}", picture)
