@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from upath import UPath
 
 from cluster.errors import InputError
-from preprocessing.crop import PageFault, clip_box, crop, decode_page
+from preprocessing.crop import NO_FILE, PageFault, clip_box, crop, decode_page
 from preprocessing.pages import ReadPage, page_reader
 from preprocessing.plan import Group, Page
 
@@ -72,7 +72,7 @@ def _read_page(read: ReadPage, page: Page) -> "NDArray[np.uint8] | PageFault":
     """
     try:
         if not page.file_name:
-            raise PageFault("page has no file")
+            raise PageFault(NO_FILE)
         data = read(page.file_name)
         if len(data) != page.file_bytes:
             raise FileNotFoundError(f"{page.file_name} with {len(data)} bytes instead of {page.file_bytes}")
