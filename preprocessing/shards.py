@@ -91,11 +91,10 @@ class CutGroup:
         report = finished_report(folder, group.number)
         if report is None:
             progress_folder = folder / PROGRESS_FOLDER
-            tries = Tries(group, progress_folder, self.attempt)
-            report = _cut_group(group, place(self.pages), folder, tries.begin)
-            content = report.model_dump_json().encode()
-            write_bytes(report_path(folder, group.number), content, within=progress_folder)
-            tries.end()
+            with Tries(group, progress_folder, self.attempt) as tries:
+                report = _cut_group(group, place(self.pages), folder, tries.begin)
+                content = report.model_dump_json().encode()
+                write_bytes(report_path(folder, group.number), content, within=progress_folder)
         return report
 
 

@@ -6,6 +6,8 @@ results. The first process that works on a group writes the note once. A process
 process died in this group, and from then on the note says which page is worked on.
 """
 
+from typing import Self
+
 from pydantic import BaseModel
 from upath import UPath
 
@@ -26,14 +28,17 @@ class _Note(BaseModel):
 
 
 class Tries:
-    """Counts the processes that died while they worked on a group, in one attempt of the command."""
+    """Counts the processes that died while they worked on a group, in one attempt of the command.
+
+    As a context manager it removes the note when the block ends or raises: neither is the death of a process.
+    """
 
     def __init__(self, group: Group, folder: UPath, attempt: str, create_folder: bool = False) -> None:
         """Read the note of the group, or write one.
 
         Args:
             group: the group that this process works on.
-            folder: folder of the note, which is removed with the temporary files there, if `end` is not reached.
+            folder: folder of the note, where it counts as a temporary file.
             attempt: identifies the attempt; the notes of others do not count.
             create_folder: whether to create the folder if it is missing.
 
@@ -77,9 +82,12 @@ class Tries:
             )
         self._write()
 
-    def end(self) -> None:
-        """Remove the note."""
-        remove_file(self.path)
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None or issubclass(kind, Exception):
+            remove_file(self.path)
 
     def _write(self) -> None:
         write_bytes(self.path, self.note.model_dump_json().encode(), within=self.within)

@@ -197,16 +197,18 @@ class ReadGroup:
             InputError: the pages were changed, or a page ended too many processes.
             OSError: pages can't be read, or tables can't be written.
         """
-        tries = Tries(group, place(self.out), self.attempt, create_folder=True)
+        with Tries(group, place(self.out), self.attempt, create_folder=True) as tries:
+            return self._read(group, tries.begin)
+
+    def _read(self, group: Group, begin: Callable[[str], None]) -> GroupReport:
         inference, class_names = _load(self.model, self.model_sha256, self.on_gpu)
         code_points = np.array(group.code_points, np.int32)
-        cuts = cut_boxes(group, place(self.pages), tries.begin)
+        cuts = cut_boxes(group, place(self.pages), begin)
         readings = Readings.from_cuts(cuts, inference, class_names, code_points)
         tables = {"predictions": readings.predictions(), "pages": readings.texts(group.page_ids)}
         files = [self._write(kind, table, group) for kind, table in tables.items()]
         if self.annotate:
-            _annotate(group, readings, place(self.pages), place(self.annotate), tries.begin)
-        tries.end()
+            _annotate(group, readings, place(self.pages), place(self.annotate), begin)
         return GroupReport(
             files=files,
             losses=readings.losses(),
