@@ -104,12 +104,7 @@ def seal(folder: UPath, manifest: Manifest) -> None:
         InputError: the manifest would exceed the limits for reading one.
         DamageError: another job sealed the folder with a different manifest in the meantime.
     """
-    new = (manifest.model_dump_json(indent=1) + "\n").encode()
-    if _is_too_large(new):
-        raise InputError(
-            f"a manifest must have at most {MAX_MANIFEST_BYTES} bytes and {MAX_MANIFEST_VALUES} values. Received: "
-            f"{len(new)} bytes, most of them losses and clipped boxes. Fix the input, or split it into several datasets"
-        )
+    new = encoded(manifest)
 
     def refuse_other_content(old: bytes | None) -> bytes | None:
         if old not in (None, new):
@@ -120,6 +115,24 @@ def seal(folder: UPath, manifest: Manifest) -> None:
         return new
 
     change_bytes(folder / MANIFEST_FILE, refuse_other_content)
+
+
+def encoded(manifest: Manifest) -> bytes:
+    """Return the content of the file of a manifest.
+
+    Raises:
+        InputError: it would exceed the limits for reading one.
+    """
+    content = (manifest.model_dump_json(indent=1) + "\n").encode()
+    if _is_too_large(content):
+        entries = {name: len(value) for name, value in manifest if isinstance(value, list)}
+        longest = max(entries, key=lambda name: entries[name])
+        raise InputError(
+            f"a manifest must have at most {MAX_MANIFEST_BYTES} bytes and {MAX_MANIFEST_VALUES} values. Received: "
+            f"{len(content)} bytes, the longest list: {entries[longest]} {longest}. Fix the input, or split it into "
+            "several parts"
+        )
+    return content
 
 
 def _is_too_large(raw: bytes) -> bool:

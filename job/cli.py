@@ -97,8 +97,7 @@ def prepare(pages: str, labels: str, dataset: str, classes: str | None, start_li
 @click.option("--dataset", required=True, metavar="PLACE", help="Folder made by `prepare`.")
 @click.option("--models", required=True, metavar="PLACE", help="Folder for the models: <architecture>/<run>/.")
 @click.option("--architecture", "architectures", required=True, multiple=True, metavar="NAME",
-              help="baseline, xception, resnet152v2, inceptionresnetv2, fcn (550 times the cost of baseline), "
-              "or all. Can be repeated.")  # fmt: skip
+              help="baseline, xception, resnet152v2, inceptionresnetv2, fcn, or all. Can be repeated.")  # fmt: skip
 @option(TrainConfig, "weights", metavar="imagenet|none|FILE")
 @option(TrainConfig, "unfreeze")
 @option(TrainConfig, "workers")

@@ -27,6 +27,11 @@ SEQUENTIAL = (b"\xff\xc0", b"\xff\xc1")  # markers "start of frame" of the seque
 BEFORE_FRAME = {bytes([0xFF, marker]) for marker in (0xC4, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE)}
 
 
+# Faults that are known before the page is read.
+NO_FILE = "page has no file"
+NO_AREA = "box of no area"
+
+
 class PageFault(Exception):  # noqa: N818 - reported as a loss, not as an error
     """A page or box that can't be cut. The message becomes the reason in the list of losses."""
 
@@ -78,7 +83,7 @@ def clip_box(box: Sequence[int], page_shape: tuple[int, int]) -> tuple[int, int,
     """
     x, y, width, height = box
     if width <= 0 or height <= 0:
-        raise PageFault("box of no area")
+        raise PageFault(NO_AREA)
     left, top = max(x, 0), max(y, 0)
     right, bottom = min(x + width, page_shape[1]), min(y + height, page_shape[0])
     if left >= right or top >= bottom:

@@ -1,6 +1,6 @@
 """Cut the pages of a group into crops, for `prepare` and for `predict`."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import cv2
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from upath import UPath
 
 from cluster.errors import InputError
-from preprocessing.crop import PageFault, clip_box, crop, decode_page
+from preprocessing.crop import NO_FILE, PageFault, clip_box, crop, decode_page
 from preprocessing.pages import ReadPage, page_reader
 from preprocessing.plan import Group, Page
 
@@ -29,8 +29,13 @@ class Cut:
     """Reason why there is no crop; empty if there is one."""
 
 
-def cut_boxes(group: Group, pages: UPath) -> Iterator[Cut]:
+def cut_boxes(group: Group, pages: UPath, begin: Callable[[str], None] = lambda _: None) -> Iterator[Cut]:
     """Yield one `Cut` for each box of a group, in the order of `group.boxes`. Each page with boxes is read once.
+
+    Args:
+        group: the pages and boxes.
+        pages: folder or archive of the pages.
+        begin: called with the id of each page before it is read, and with an empty string after the last one.
 
     Raises:
         InputError: a page file was removed or changed after the pages were listed.
@@ -39,11 +44,14 @@ def cut_boxes(group: Group, pages: UPath) -> Iterator[Cut]:
     start, boxes = 0, group.boxes
     with page_reader(pages) as read:
         for page in group.pages:
+            if page.boxes:
+                begin(page.id)
             image = _read_page(read, page) if page.boxes else PageFault("page without boxes")
             for box in boxes[start : start + page.boxes].tolist():
                 yield _cut(page.id, image, box)
             start += page.boxes
             del image  # free the memory before the next page is decoded
+        begin("")
 
 
 def _cut(page_id: str, image: "NDArray[np.uint8] | PageFault", box: list[int]) -> Cut:
@@ -64,7 +72,7 @@ def _read_page(read: ReadPage, page: Page) -> "NDArray[np.uint8] | PageFault":
     """
     try:
         if not page.file_name:
-            raise PageFault("page has no file")
+            raise PageFault(NO_FILE)
         data = read(page.file_name)
         if len(data) != page.file_bytes:
             raise FileNotFoundError(f"{page.file_name} with {len(data)} bytes instead of {page.file_bytes}")

@@ -30,7 +30,8 @@ UNKNOWN = -1  # the code point of a box without a character
 # Kaggle's page with the most boxes has 614. This limit allows 400 times as many, and rejects files of other formats.
 MAX_CELL_CHARS = 8_000_000
 
-MAX_ID_CHARS = 251  # a file name of 255 characters without `.jpg`
+MAX_NAME_CHARS = 255  # of a file, in the file systems of Linux
+MAX_ID_CHARS = MAX_NAME_CHARS - len(".jpg")
 
 _CODE_POINT = re.compile(r"U\+([0-9A-F]{4,6})")
 _INTEGER = re.compile(r"-?[0-9]{1,9}")
@@ -64,6 +65,10 @@ def book_of(page_id: str) -> str:
 
 def code_point_name(code_point: int) -> str:
     return f"U+{code_point:04X}"
+
+
+def name_if_known(code_point: int) -> str | None:
+    return None if code_point == UNKNOWN else code_point_name(code_point)
 
 
 def parse_code_point(text: str) -> int:

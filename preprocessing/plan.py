@@ -14,9 +14,9 @@ from upath import UPath
 
 from preprocessing.classes import class_indices, class_names
 from preprocessing.config import SPLITS, PrepareConfig
-from preprocessing.crop import MAX_PAGE_BYTES
-from preprocessing.dataset import shard_name
-from preprocessing.labels import Labels, read_labels
+from preprocessing.crop import MAX_PAGE_BYTES, NO_AREA, NO_FILE
+from preprocessing.dataset import Loss, shard_name
+from preprocessing.labels import Labels, name_if_known, read_labels
 from preprocessing.pages import fingerprint, list_pages
 from preprocessing.split import split_of_boxes
 
@@ -91,6 +91,8 @@ class Plan:
     groups: list[Group]
     unlabelled: list[str]
     """Ids of pages that have a file and no row in the labels."""
+    losses: list[Loss]
+    """Boxes that are lost whatever the scans show, see `known_losses`."""
     identity: dict[str, Any]
     """Options, input fingerprint and package versions, as JSON. Equal identities give equal bytes.
 
@@ -115,7 +117,26 @@ def make_plan(pages: UPath, labels_path: UPath, config: PrepareConfig) -> Plan:
     versions = {"python": platform.python_version()} | {package: version(package) for package in VERSIONED}
     identity |= {"input": fingerprint(labels.sha256, files), "versions": versions}
     unlabelled = sorted(os.fsencode(page).decode(errors="replace") for page in set(files) - set(labels.page_ids))
-    return Plan(labels, names, splits, groups, unlabelled, identity)
+    return Plan(labels, names, splits, groups, unlabelled, known_losses(labels, files), identity)
+
+
+def known_losses(labels: Labels, files: Mapping[str, tuple[str, int]]) -> list[Loss]:
+    """Return the boxes that are lost whatever the scans show: on pages without a file, or of no area.
+
+    files: as in `group_pages`.
+    """
+    pages = np.repeat(np.arange(len(labels.page_ids)), labels.boxes_per_page)
+    has_no_file = np.array([page_id not in files for page_id in labels.page_ids])[pages]
+    has_no_area = (labels.boxes[:, 2:] <= 0).any(axis=1)
+    return [
+        {
+            "box": labels.boxes[i].tolist(),
+            "page": labels.page_ids[pages[i]],
+            "unicode": name_if_known(int(labels.code_points[i])),
+            "what": NO_FILE if has_no_file[i] else NO_AREA,
+        }
+        for i in np.flatnonzero(has_no_file | has_no_area)
+    ]
 
 
 def plan_groups(

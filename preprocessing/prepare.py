@@ -10,7 +10,7 @@ from upath import UPath
 
 from cluster.capacity import START_LIMIT
 from cluster.errors import DamageError, InputError, OptionError
-from cluster.manifest import MANIFEST_FILE, fault_of, is_sealed, read_manifest, seal, write_listed
+from cluster.manifest import MANIFEST_FILE, FileEntry, encoded, fault_of, is_sealed, read_manifest, seal, write_listed
 from cluster.runtime import map_tasks
 from cluster.storage import (
     change_bytes,
@@ -23,7 +23,7 @@ from cluster.storage import (
     write_bytes,
 )
 from preprocessing.config import SPLITS, PrepareConfig
-from preprocessing.dataset import DatasetManifest, Loss, Shard, dataset_card, dataset_files
+from preprocessing.dataset import Clipped, DatasetManifest, Loss, Shard, dataset_card, dataset_files
 from preprocessing.labels import book_of
 from preprocessing.plan import Plan, make_plan
 from preprocessing.shards import PLAN_FILE, PROGRESS_FOLDER, CutGroup, GroupReport, report_path
@@ -43,7 +43,8 @@ def prepare(
 
     Raises:
         OptionError: a split would be empty, or the folder holds other files or another dataset.
-        InputError: labels or pages can't be used, or more than `max_bad_fraction` of the boxes were lost.
+        InputError: labels or pages can't be used; more than `max_bad_fraction` of the boxes are lost; or the manifest
+            would be too large. What the plan shows of these is raised before a page is read.
         DamageError: the manifest or plan in the folder is damaged, or the workers do not share the folder.
         KuzushijiError: the folder is full, read-only or gone, or a page can't be read.
     """
@@ -70,6 +71,8 @@ def prepare(
 
 
 def _make(plan: Plan, pages: UPath, dataset: UPath, config: PrepareConfig, start_limit: float) -> DatasetManifest:
+    _check_losses(plan.losses, plan, config, dataset)
+    encoded(_known_manifest(plan, config))
     reports = map_tasks(
         plan.groups,
         CutGroup(str(pages), str(dataset)),
@@ -227,23 +230,45 @@ def _finish(plan: Plan, dataset: UPath, config: PrepareConfig, reports: Sequence
     config_json = config.model_dump()
     card = dataset_card(plan.class_names, counts, config_json, len(losses), len(clipped))
     texts = dataset_files(plan.class_names, shards, card)
-    manifest = DatasetManifest(
-        shards=all_shards,
-        files=[write_listed(dataset / name, texts[name].encode()) for name in sorted(texts)],
-        counts=counts,
-        losses=losses,
-        clipped=clipped,
-        unlabelled=plan.unlabelled,
-        seed=config.seed,
-        config=config_json,
-        versions=plan.identity["versions"],
-        fingerprint=plan.identity["input"],
-    )
+    files = [write_listed(dataset / name, texts[name].encode()) for name in sorted(texts)]
+    manifest = _manifest(plan, config, shards, losses, clipped, files)
     for folder in (dataset, dataset / PROGRESS_FOLDER):  # left by killed attempts
         remove_temporaries(folder)
     seal(dataset, manifest)
     _remove_traces(dataset)  # after sealing: a folder with neither plan nor manifest would be refused as unknown
     return manifest
+
+
+def _known_manifest(plan: Plan, config: PrepareConfig) -> DatasetManifest:
+    """Return what is known of the manifest before a page is read. The final one is larger."""
+    names = {split: [group.shard_names[i] for group in plan.groups] for i, split in enumerate(SPLITS)}
+    shards = {
+        split: [Shard(name=name, bytes=0, sha256="0" * 64, examples=0) for name in split_names if name]
+        for split, split_names in names.items()
+    }
+    return _manifest(plan, config, shards, plan.losses)
+
+
+def _manifest(
+    plan: Plan,
+    config: PrepareConfig,
+    shards: dict[str, list[Shard]],
+    losses: list[Loss],
+    clipped: Sequence[Clipped] = (),
+    files: Sequence[FileEntry] = (),
+) -> DatasetManifest:
+    return DatasetManifest(
+        shards=[shard for split_shards in shards.values() for shard in split_shards],
+        files=list(files),
+        counts=_counts(plan, shards),
+        losses=losses,
+        clipped=list(clipped),
+        unlabelled=plan.unlabelled,
+        seed=config.seed,
+        config=config.model_dump(),
+        versions=plan.identity["versions"],
+        fingerprint=plan.identity["input"],
+    )
 
 
 def _counts(plan: Plan, shards: dict[str, list[Shard]]) -> dict[str, dict[str, int]]:

@@ -1,13 +1,15 @@
 """A task of `prepare`: cut the crops of a group and write them into its shards, one shard per split.
 
 The report of a group stays in `.prepare/` until the dataset is sealed: a later attempt skips the groups that are
-complete. Temporary files of shards are in that folder too. Tasks do not create the folder, so that a task that outlives
-its job writes nothing after the folder was removed.
+complete. Temporary files of shards, and the notes of `tries.py`, are in that folder too. Tasks do not create the
+folder, so that a task that outlives its job writes nothing after the folder was removed.
 """
 
 import hashlib
+import uuid
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import BinaryIO
 
 from pydantic import BaseModel, ValidationError
@@ -21,6 +23,7 @@ from preprocessing.dataset import Clipped, Loss, Shard
 from preprocessing.labels import code_point_name
 from preprocessing.plan import Group
 from preprocessing.records import Value, encode_example, frame
+from preprocessing.tries import Tries
 
 PROGRESS_FOLDER = ".prepare"
 PLAN_FILE = "plan.json"
@@ -66,13 +69,16 @@ class CutGroup:
     """Place of the pages, as text."""
     dataset: str
     """Place of the dataset folder, as text."""
+    attempt: str = field(default_factory=lambda: uuid.uuid4().hex)
+    """Identifies the attempt of the command, see `Tries`."""
 
     def __call__(self, group: Group) -> GroupReport:
         """Cut a group and write its report.
 
         Raises:
             DamageError: the dataset folder has no plan: it was removed, or this worker sees another folder.
-            InputError: a page file was removed or changed after the pages were listed.
+            InputError: a page file was removed or changed after the pages were listed, or a page ended too many
+                processes.
             KuzushijiError: the dataset folder is full, read-only or gone.
             OSError: pages can't be read.
         """
@@ -84,18 +90,20 @@ class CutGroup:
             )
         report = finished_report(folder, group.number)
         if report is None:
-            report = _cut_group(group, place(self.pages), folder)
-            content = report.model_dump_json().encode()
-            write_bytes(report_path(folder, group.number), content, within=folder / PROGRESS_FOLDER)
+            progress_folder = folder / PROGRESS_FOLDER
+            with Tries(group, progress_folder, self.attempt) as tries:
+                report = _cut_group(group, place(self.pages), folder, tries.begin)
+                content = report.model_dump_json().encode()
+                write_bytes(report_path(folder, group.number), content, within=progress_folder)
         return report
 
 
-def _cut_group(group: Group, pages: UPath, folder: UPath) -> GroupReport:
+def _cut_group(group: Group, pages: UPath, folder: UPath, begin: Callable[[str], None]) -> GroupReport:
     losses: list[Loss] = []
     clipped: list[Clipped] = []
     with ExitStack() as stack:
         writers = [_open_writer(stack, folder, name) if name else None for name in group.shard_names]
-        for i, cut in enumerate(cut_boxes(group, pages)):
+        for i, cut in enumerate(cut_boxes(group, pages, begin)):
             unicode = code_point_name(group.code_points[i])
             if cut.crop is None:
                 losses.append({"box": cut.box, "page": cut.page_id, "unicode": unicode, "what": cut.fault})

@@ -20,8 +20,8 @@ from PIL import Image
 from cluster.errors import InputError, OptionError
 from cluster.storage import place
 from job.predict.columns import columns
-from job.predict.folder import PredictionsManifest
-from job.predict.predict import predict
+from job.predict.folder import PredictionsManifest, clear
+from job.predict.predict import ReadGroup, predict
 from job.verify import verify
 from preprocessing.config import SPLITS
 from preprocessing.cutting import cut_boxes
@@ -174,13 +174,33 @@ def test_what_cannot_be_read_is_counted_and_listed(model: Path, shared: Path, ra
     assert (texts["0-elsewhere"], texts["zz-empty"]) == ("", "")
 
 
-def test_where_nothing_could_be_read_no_folder_is_sealed(
+def test_where_nothing_could_be_read_no_folder_is_sealed_and_nothing_is_begun_where_the_names_of_pages_show_it(
     model: Path, shared: Path, ray_here: None, tmp_path: Path
 ) -> None:
-    (tmp_path / "boxes.csv").write_text("image_id,labels\nelsewhere,1 2 3 4\n")
-    with pytest.raises(InputError, match="at least one box must be readable. Received: 1 lost, first: page has no"):
-        do(model, shared / "pages", tmp_path / "boxes.csv", tmp_path / "out")
-    assert not (tmp_path / "out" / "manifest.json").exists()
+    page_id = min(path.stem for path in (shared / "pages").iterdir())
+    for row, fault, begun in ((f"{page_id},90000 2 3 4", "box is off", True), ("none,1 2 3 4", "page has no", False)):
+        (tmp_path / "boxes.csv").write_text(f"image_id,labels\n{row}\n")
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        with pytest.raises(InputError, match=f"at least one box must be readable. Received: 1 lost, first: {fault}"):
+            do(model, shared / "pages", tmp_path / "boxes.csv", tmp_path / "out")
+        assert (tmp_path / "out").exists() == begun
+        assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_a_picture_whose_name_would_be_too_long_and_a_manifest_too_large_are_refused_before_a_page_is_read(
+    model: Path, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page_id = "a" * 251
+    (tmp_path / "pages").mkdir()
+    shutil.copy(next((shared / "pages").iterdir()), tmp_path / "pages" / f"{page_id}.jpg")
+    (tmp_path / "boxes.csv").write_text(f"image_id,labels\n{page_id},1 2 3 4\nb,{'1 2 3 4 ' * 20}\n")
+    places = model, tmp_path / "pages", tmp_path / "boxes.csv", tmp_path / "out"
+    with pytest.raises(InputError, match="with --annotate an image_id must have at most 250 characters.* leave out"):
+        do(*places, annotate=place(tmp_path / "pictures"))
+    monkeypatch.setattr("cluster.manifest.MAX_MANIFEST_VALUES", 150)
+    with pytest.raises(InputError, match="and 150 values. Received: .*, the longest list: 20 losses"):
+        do(*places)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_same_command_makes_the_same_bytes_also_over_what_was_left_of_an_attempt(
@@ -188,7 +208,7 @@ def test_the_same_command_makes_the_same_bytes_also_over_what_was_left_of_an_att
 ) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    for name in ("pages-00000-of-00099.parquet", ".tmp-0123"):
+    for name in ("pages-00000-of-00099.parquet", "pages-00000-of-100000.parquet", ".tmp-0123"):
         (out / name).write_text("left")
     do(model, shared / "pages", shared / "train.csv", out)
     assert {p.name: p.read_bytes() for p in out.iterdir()} == {p.name: p.read_bytes() for p in read.iterdir()}
@@ -208,6 +228,38 @@ def test_a_reader_that_is_killed_changes_nothing(read: Path, model: Path, shared
         assert not done.done()
         done.result()
     assert {p.name: p.read_bytes() for p in out.iterdir()} == {p.name: p.read_bytes() for p in read.iterdir()}
+
+
+class Killed(BaseException):
+    """A process that is killed, in a test that is one process: nothing of ours catches it."""
+
+
+@pytest.mark.parametrize("step", ["preprocessing.cutting._read_page", "job.predict.predict.annotated"])
+def test_a_page_that_ends_each_process_while_it_is_read_or_drawn_ends_predict_in_one_line_that_names_it(
+    step: str, model: Path, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from job.model.folder import load_model
+    from job.model.inference import Inference
+
+    def killed(*_: Any) -> None:
+        raise Killed
+
+    loaded, names, _ = load_model(place(model / "first"))
+    monkeypatch.setattr(
+        "job.predict.predict._load", lambda *_: (Inference(loaded), names)
+    )  # this process has loaded TF
+    (group,) = group_pages(read_labels(place(shared / "train.csv")), list_pages(place(shared / "pages")), 1)
+    places = {name: str(tmp_path / name) for name in ("out", "annotate")}
+    work = ReadGroup(str(model), "", str(shared / "pages"), **places, form="csv", groups=1, on_gpu=False)
+    monkeypatch.setattr(step, killed)
+    for _ in range(4):
+        with pytest.raises(Killed):
+            work(group)
+    with pytest.raises(InputError, match=rf"Received: {group.page_ids[0]}(\.jpeg)?, where 3 processes ended"):
+        work(group)
+    monkeypatch.undo()
+    clear(place(tmp_path / "out"))  # as the next attempt does
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_a_page_is_read_in_the_order_in_which_people_read_it(shared: Path) -> None:

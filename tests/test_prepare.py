@@ -176,14 +176,38 @@ def test_every_fault_of_a_page_or_box_is_a_listed_loss_and_moves_no_other_crop(t
 
 def test_too_many_losses_fail_without_a_manifest_and_may_be_allowed_later(tmp_path: Path) -> None:
     rows = {f"a_{i}": boxes(10) for i in range(3)}
-    write_pages(tmp_path, {"a_0.jpg": page(), "a_1.jpg": page()}, rows)
-    with pytest.raises(InputError, match="Received: 10 of 30, first page a_2: page has no file"):
+    write_pages(tmp_path, {"a_0.jpg": page(), "a_1.jpg": page(), "a_2.jpg": b"GIF"}, rows)
+    with pytest.raises(InputError, match="Received: 10 of 30, first page a_2: page is not a JPEG file"):
         run(tmp_path, tmp_path / "out", PrepareConfig())
     assert not (tmp_path / "out" / "manifest.json").exists()
     assert len(run(tmp_path, tmp_path / "out", PrepareConfig(max_bad_fraction=0.4)).losses) == 10
     assert not (tmp_path / "out" / ".prepare").exists()
     with pytest.raises(InputError, match="Received: 10 of 30"):
         run(tmp_path, tmp_path / "out", PrepareConfig())
+
+
+def test_losses_that_labels_and_names_of_pages_show_are_refused_before_a_page_is_read(tmp_path: Path) -> None:
+    write_pages(tmp_path, {"a_0.jpg": page()}, {"a_0": boxes(9) + " U+306F 1 1 0 9", "a_1": "", "a_2": boxes(10)})
+    config = PrepareConfig(max_bad_fraction=0.54)
+    with pytest.raises(InputError, match="Received: 11 of 20, first page a_0: box of no area"):
+        run(tmp_path, tmp_path / "out", config)
+    assert list((tmp_path / "out").iterdir()) == [tmp_path / "out" / ".prepare"]
+    losses = make_plan(place(tmp_path / "train_images"), place(tmp_path / "train.csv"), config).losses
+    assert losses == run(tmp_path, tmp_path / "out").losses
+
+
+@pytest.mark.parametrize("what", ["losses", "unlabelled", "shards"])
+def test_a_manifest_that_will_be_too_large_is_refused_before_a_page_is_read(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_file = {"losses": 1, "unlabelled": 100, "shards": 20}[what]
+    labelled = {"losses": 9, "unlabelled": 1, "shards": 20}[what]
+    files = {f"a_{i:03}.jpg": page() for i in range(with_file)}
+    write_pages(tmp_path, files, {f"a_{i:03}": boxes(10) for i in range(labelled)})
+    monkeypatch.setattr("cluster.manifest.MAX_MANIFEST_VALUES", 150)
+    with pytest.raises(InputError, match=rf"and 150 values. Received: .*, the longest list: \d+ {what}. Fix the input"):
+        run(tmp_path, tmp_path / "out", PrepareConfig(max_bad_fraction=1, shards=20))
+    assert list((tmp_path / "out").iterdir()) == [tmp_path / "out" / ".prepare"]
 
 
 def test_a_file_all_of_whose_crops_were_lost_stays_valid_and_empty(tmp_path: Path) -> None:

@@ -1,10 +1,13 @@
 """prepare, killed and run beside itself: real processes, and always the bytes of one that nobody disturbed."""
 
 import json
+import os
+import random
 import shutil
+import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,13 +16,13 @@ import psutil
 import pytest
 from chaos import AT_WORK, Chaos, draw_pages, hashes_of_dataset, prepare_command, title
 
-from cluster.errors import KuzushijiError
+from cluster.errors import InputError, KuzushijiError
 from cluster.manifest import is_sealed
 from cluster.runtime import START_TIMED_OUT
 from cluster.storage import place
 from job.verify import verify
 from preprocessing.config import PrepareConfig
-from preprocessing.plan import make_plan
+from preprocessing.plan import Group, make_plan
 from preprocessing.prepare import prepare
 from preprocessing.shards import CutGroup
 
@@ -188,3 +191,128 @@ def test_a_task_that_outlives_its_prepare_adds_nothing_to_a_sealed_dataset(
     with pytest.raises(KuzushijiError, match=r"\.prepare"):
         CutGroup(str(pages), str(out))(make_plan(pages, labels, CONFIG).groups[0])
     assert {path.name: path.stat().st_ino for path in out.iterdir()} == before
+
+
+# --- pages that end the process that works on them
+
+
+def work_that_dies_at(page_id: str) -> Callable[..., Callable[[Group], Any]]:
+    """`CutGroup`, whose process is killed at a page, and which allows one death. A closure: Ray would import a function
+    of this file.
+    """
+
+    def make(*places: str) -> Callable[[Group], Any]:
+        cut = CutGroup(*places)
+
+        def work(group: Group) -> Any:
+            from preprocessing import cutting, tries
+
+            read, most = cutting._read_page, tries.MOST_DEATHS
+
+            def read_or_die(*given: Any) -> Any:
+                return os.kill(os.getpid(), signal.SIGKILL) if given[1].id == page_id else read(*given)
+
+            cutting._read_page, tries.MOST_DEATHS = read_or_die, 1  # type: ignore[assignment]
+            try:
+                return cut(group)
+            finally:
+                cutting._read_page, tries.MOST_DEATHS = read, most
+
+        return work
+
+    return make
+
+
+def test_a_page_that_ends_each_process_ends_prepare_in_one_line_that_names_it(
+    source: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page_id = sorted(path.stem for path in (source / "pages" / "train_images").iterdir())[-1]
+    monkeypatch.setattr("preprocessing.prepare.CutGroup", work_that_dies_at(page_id))
+    with pytest.raises(InputError, match=f"^no page may end .* Received: {page_id}, where 1 processes ended .*folder$"):
+        prepare_here(source, tmp_path / "dataset")
+    monkeypatch.undo()
+    assert prepare_here(source, tmp_path / "dataset")
+    assert hashes_of_dataset(tmp_path / "dataset") == hashes_of_dataset(undisturbed)
+
+
+class Killed(BaseException):
+    """A process that is killed, in a test that is one process: nothing of ours catches it."""
+
+
+class Deaths:
+    """A group of all pages, and the pages at which the next process is killed; 0 is the first page."""
+
+    def __init__(self, source: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        from preprocessing import cutting
+
+        self.pages, labels = place(source / "pages" / "train_images"), place(source / "pages" / "train.csv")
+        (self.group,) = make_plan(self.pages, labels, CONFIG.model_copy(update={"shards": 1})).groups
+        self.out, self.deadly = out, set[int]()
+        (out / ".prepare").mkdir(parents=True)
+        (out / ".prepare" / "plan.json").touch()
+        self.new_attempt()
+        read = cutting._read_page
+
+        def read_or_die(*given: Any) -> Any:
+            if self.group.page_ids.index(given[1].id) in self.deadly:
+                raise Killed
+            return read(*given)
+
+        monkeypatch.setattr("preprocessing.cutting._read_page", read_or_die)
+
+    def new_attempt(self) -> None:
+        self.cut = CutGroup(str(self.pages), str(self.out))
+
+    def die_at(self, *pages: int) -> None:
+        self.deadly = set(pages)
+        with pytest.raises(Killed):
+            self.cut(self.group)
+
+
+@pytest.fixture
+def deaths(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Deaths:
+    return Deaths(source, tmp_path / "dataset", monkeypatch)
+
+
+def test_a_page_is_named_after_three_processes_that_died_at_it_and_each_attempt_of_the_command_counts_anew(
+    deaths: Deaths,
+) -> None:
+    for _ in range(2):
+        deaths.die_at(5)  # nobody knows at which page
+        for _ in range(3):
+            deaths.die_at(5)
+        with pytest.raises(InputError, match=f"Received: {deaths.group.page_ids[5]}, where 3 processes ended"):
+            deaths.cut(deaths.group)
+        deaths.new_attempt()
+
+
+def test_a_page_that_a_process_got_past_is_not_counted_but_deaths_elsewhere_take_nothing_back(deaths: Deaths) -> None:
+    for page in (5, 5, 5, 7, 5, 5):  # past the sixth page in the fourth try
+        deaths.die_at(page)
+    deaths.die_at(3)
+    deaths.die_at(5)
+    with pytest.raises(InputError, match=f"Received: {deaths.group.page_ids[5]}, where 3 processes ended"):
+        deaths.cut(deaths.group)
+
+
+def test_processes_that_are_killed_at_any_page_end_no_prepare_and_leave_no_note(deaths: Deaths) -> None:
+    shuffled = random.Random(1)
+    for page in shuffled.sample(range(16), 16):
+        deaths.die_at(page)
+    deaths.deadly = set()
+    assert sum(shard.examples for shard in deaths.cut(deaths.group).shards.values()) == len(deaths.group.labels)
+    assert sorted(path.name for path in (deaths.out / ".prepare").iterdir()) == ["group-00000.json", "plan.json"]
+
+
+def test_a_group_that_ends_its_processes_outside_of_its_pages_is_named_by_its_first_and_last_page(
+    deaths: Deaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(_: object) -> None:
+        raise Killed
+
+    monkeypatch.setattr("preprocessing.shards._ShardWriter.close", killed)
+    for _ in range(4):
+        deaths.die_at()
+    pages = deaths.group.page_ids
+    with pytest.raises(InputError, match=f"Received: {pages[0]} to {pages[-1]}, where 3 processes ended"):
+        deaths.cut(deaths.group)

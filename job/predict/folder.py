@@ -16,7 +16,7 @@ from cluster.manifest import Count, Manifest, is_sealed
 from cluster.storage import TEMPORARY_PREFIX, list_files, list_folders, remove_file, remove_temporaries
 from preprocessing.dataset import ClippedBoxes, Losses
 
-_TABLE = re.compile(r"(predictions|pages)-[0-9]{5}-of-[0-9]{5}\.(parquet|csv)")
+_TABLE = re.compile(r"(predictions|pages)-[0-9]{5,}-of-[0-9]{5,}\.(parquet|csv)")
 
 
 class PredictionsManifest(Manifest):

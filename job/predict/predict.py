@@ -1,8 +1,9 @@
 """`predict`: read the characters in the boxes of page scans, and write tables and text to a sealed folder."""
 
 import socket
-from collections.abc import Sequence
-from dataclasses import dataclass
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.metadata import version
 from typing import Any
@@ -14,7 +15,7 @@ from upath import UPath
 
 from cluster.capacity import START_LIMIT
 from cluster.errors import DamageError, InputError, KuzushijiError, OptionError
-from cluster.manifest import FileEntry, read_manifest, seal, size_fault_of, write_listed
+from cluster.manifest import FileEntry, encoded, read_manifest, seal, size_fault_of, write_listed
 from cluster.models import ModelManifest, resolve_model
 from cluster.runtime import map_tasks
 from cluster.storage import list_files, place, remove_temporaries, write_bytes
@@ -25,9 +26,10 @@ from job.predict.folder import PredictionsManifest, clear, table_name
 from job.predict.readings import Readings, accuracy
 from preprocessing.cutting import cut_boxes
 from preprocessing.dataset import Clipped, Loss
-from preprocessing.labels import Labels, read_labels
+from preprocessing.labels import MAX_NAME_CHARS, Labels, read_labels
 from preprocessing.pages import fingerprint, list_pages, page_reader
-from preprocessing.plan import Group, group_pages, number_of_groups
+from preprocessing.plan import Group, group_pages, known_losses, number_of_groups
+from preprocessing.tries import Tries
 
 BOXES_PER_GROUP = 2_000  # some seconds of work
 PICTURE_SUFFIX = ".jpeg"  # differs from that of pages, so that no scan can be overwritten
@@ -74,7 +76,8 @@ def predict(
     Raises:
         OptionError: `out` holds other files; the folder for pictures is in it, or is that of the pages; or this machine
             has fewer GPUs.
-        InputError: boxes or pages can't be used, or no box could be read.
+        InputError: boxes or pages can't be used, no box is readable, or the manifest would be too large. Where boxes
+            and names of pages show it, nothing is written.
         DamageError: the model does not match its manifest, or the workers do not share the folder `out`.
         KuzushijiError: TensorFlow can't use the GPUs.
     """
@@ -84,6 +87,12 @@ def predict(
     model_sha256 = read_manifest(folder, ModelManifest).sha256
     labels = read_labels(boxes, "--boxes", bare=True)
     files = list_pages(pages)
+    if annotate:
+        _check_picture_names(page_id for page_id in labels.page_ids if page_id in files)
+    known = GroupReport(
+        files=[], losses=known_losses(labels, files), clipped=[], read=0, correct={"examples": 0, "not_rare": 0}
+    )
+    encoded(_manifest(labels, "", model_sha256, [known]))
     clear(out)
     groups = group_pages(labels, files, number_of_groups(len(labels.boxes), BOXES_PER_GROUP))
     read_group = ReadGroup(
@@ -106,7 +115,8 @@ def predict(
         gpus=gpus,
         start_limit=start_limit,
     )
-    manifest = _manifest(out, labels, fingerprint(labels.sha256, files), model_sha256, reports)
+    manifest = _manifest(labels, fingerprint(labels.sha256, files), model_sha256, reports)
+    _check_tables(out, manifest)
     remove_temporaries(out)
     seal(out, manifest)
     return manifest
@@ -119,21 +129,39 @@ def _check_pictures(annotate: UPath, pages: UPath, out: UPath) -> None:
         raise OptionError(f"--annotate must be another folder than --pages. Received: {pages} for both")
 
 
+def _check_picture_names(page_ids: Iterable[str]) -> None:
+    most = MAX_NAME_CHARS - len(PICTURE_SUFFIX)
+    for page_id in page_ids:
+        if len(page_id) > most:
+            raise InputError(
+                f"with --annotate an image_id must have at most {most} characters, since the picture of a page is "
+                f"named <image_id>{PICTURE_SUFFIX}. Received: {page_id[:40]!r}... Shorten it, or leave out --annotate"
+            )
+
+
+def _check_tables(out: UPath, manifest: PredictionsManifest) -> None:
+    """Check that all tables are in `out`, and that each box was read or is a listed loss."""
+    sizes = list_files(out)
+    if faults := [fault for entry in manifest.files if (fault := size_fault_of(entry, sizes))]:
+        raise DamageError(f"--out must be a folder that all workers share. Received: {out}, where {faults[0]}")
+    counts = manifest.counts
+    assert counts["read"] + len(manifest.losses) == counts["boxes"], "boxes in the file = boxes read + losses"
+
+
 def _manifest(
-    out: UPath, labels: Labels, input_fingerprint: str, model_sha256: str, reports: Sequence[GroupReport]
+    labels: Labels, input_fingerprint: str, model_sha256: str, reports: Sequence[GroupReport]
 ) -> PredictionsManifest:
-    """Check that each box was read or is a listed loss, and that all tables are in `out`. Return the manifest."""
+    """Return the manifest.
+
+    Raises:
+        InputError: all boxes are lost.
+    """
     losses = [loss for report in reports for loss in report.losses]
     if len(losses) == len(labels.boxes):
         raise InputError(f"at least one box must be readable. Received: {len(losses)} lost, first: {losses[0]['what']}")
-    written = [entry for report in reports for entry in report.files]
-    sizes = list_files(out)
-    if faults := [fault for entry in written if (fault := size_fault_of(entry, sizes))]:
-        raise DamageError(f"--out must be a folder that all workers share. Received: {out}, where {faults[0]}")
     read = sum(report.read for report in reports)
-    assert read + len(losses) == len(labels.boxes), "boxes in the file = boxes read + losses"
     return PredictionsManifest(
-        files=written,
+        files=[entry for report in reports for entry in report.files],
         counts={"boxes": len(labels.boxes), "read": read, "pages": len(labels.page_ids)},
         accuracy=accuracy([report.correct for report in reports]),
         losses=losses,
@@ -161,6 +189,8 @@ class ReadGroup:
     groups: int
     """Total number of groups, for the names of the tables."""
     on_gpu: bool
+    attempt: str = field(default_factory=lambda: uuid.uuid4().hex)
+    """Identifies the attempt of the command, see `Tries`."""
 
     def __call__(self, group: Group) -> GroupReport:
         """Read a group and write its tables and pictures.
@@ -168,16 +198,21 @@ class ReadGroup:
         Raises:
             KuzushijiError: TensorFlow can't use the GPU.
             DamageError: the model does not match its manifest, or was replaced.
-            InputError: the pages were changed.
+            InputError: the pages were changed, or a page ended too many processes.
             OSError: pages can't be read, or tables can't be written.
         """
+        with Tries(group, place(self.out), self.attempt, create_folder=True) as tries:
+            return self._read(group, tries.begin)
+
+    def _read(self, group: Group, begin: Callable[[str], None]) -> GroupReport:
         inference, class_names = _load(self.model, self.model_sha256, self.on_gpu)
         code_points = np.array(group.code_points, np.int32)
-        readings = Readings.from_cuts(cut_boxes(group, place(self.pages)), inference, class_names, code_points)
+        cuts = cut_boxes(group, place(self.pages), begin)
+        readings = Readings.from_cuts(cuts, inference, class_names, code_points)
         tables = {"predictions": readings.predictions(), "pages": readings.texts(group.page_ids)}
         files = [self._write(kind, table, group) for kind, table in tables.items()]
         if self.annotate:
-            _annotate(group, readings, place(self.pages), place(self.annotate))
+            _annotate(group, readings, place(self.pages), place(self.annotate), begin)
         return GroupReport(
             files=files,
             losses=readings.losses(),
@@ -224,10 +259,11 @@ def _load(model: str, model_sha256: str, on_gpu: bool) -> tuple[Any, list[str]]:
     return Inference(loaded), class_names
 
 
-def _annotate(group: Group, readings: Readings, pages: UPath, folder: UPath) -> None:
+def _annotate(group: Group, readings: Readings, pages: UPath, folder: UPath, begin: Callable[[str], None]) -> None:
     """Write a picture of each page that has readings."""
     with page_reader(pages) as read_page:
         for page in group.pages:
             if page.id in readings.page_columns:
+                begin(f"{page.id}{PICTURE_SUFFIX}")
                 picture = annotated(read_page(page.file_name), *readings.for_picture(page.id))
                 write_bytes(folder / f"{page.id}{PICTURE_SUFFIX}", picture)

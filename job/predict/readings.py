@@ -14,7 +14,7 @@ from job.predict.columns import columns
 from preprocessing.classes import class_indices
 from preprocessing.cutting import Cut
 from preprocessing.dataset import Loss
-from preprocessing.labels import UNKNOWN, code_point_name
+from preprocessing.labels import UNKNOWN, name_if_known
 
 BATCH = 512
 TOP = 5
@@ -82,7 +82,7 @@ class Readings:
             for position, _ in enumerate(indices, 1)
         ]
         boxes = np.array([self.cuts[self.read[i]].box for i in order], np.int64).reshape(-1, 4)
-        known = [_name_if_known(code) for code in self.code_points[self.read[order]].tolist()]
+        known = [name_if_known(code) for code in self.code_points[self.read[order]].tolist()]
         table = pd.DataFrame(positions, columns=["image_id", "column", "position"])
         table = table.astype({"image_id": "string", "column": np.int64, "position": np.int64})
         table = table.assign(
@@ -143,7 +143,7 @@ class Readings:
     def losses(self) -> list[Loss]:
         """Return the boxes that could not be read, with their reasons."""
         return [
-            {"box": cut.box, "page": cut.page_id, "unicode": _name_if_known(code), "what": cut.fault}
+            {"box": cut.box, "page": cut.page_id, "unicode": name_if_known(code), "what": cut.fault}
             for cut, code in zip(self.cuts, self.code_points.tolist(), strict=True)
             if cut.fault
         ]
@@ -164,7 +164,3 @@ def accuracy(counts: Sequence[Mapping[str, int]]) -> dict[str, float | int | Non
         "top5": total["in_top"] / examples,
         "examples": examples,
     }
-
-
-def _name_if_known(code_point: int) -> str | None:
-    return None if code_point == UNKNOWN else code_point_name(code_point)
