@@ -24,7 +24,6 @@ start_limit_option = click.option(
     default=START_LIMIT,
     show_default=True,
     metavar="SECONDS",
-    type=click.FloatRange(min=0, min_open=True),
     help="Longest wait for hosts of a cluster.",
 )
 
@@ -97,7 +96,8 @@ def prepare(pages: str, labels: str, dataset: str, classes: str | None, start_li
 @click.option("--dataset", required=True, metavar="PLACE", help="Folder made by `prepare`.")
 @click.option("--models", required=True, metavar="PLACE", help="Folder for the models: <architecture>/<run>/.")
 @click.option("--architecture", "architectures", required=True, multiple=True, metavar="NAME",
-              help="baseline, xception, resnet152v2, inceptionresnetv2, fcn, or all. Can be repeated.")  # fmt: skip
+              help="baseline, xception, resnet152v2, inceptionresnetv2, fcn (550 times the cost of baseline), "
+              "or all. Can be repeated.")  # fmt: skip
 @option(TrainConfig, "weights", metavar="imagenet|none|FILE")
 @option(TrainConfig, "unfreeze")
 @option(TrainConfig, "workers")
@@ -106,7 +106,7 @@ def prepare(pages: str, labels: str, dataset: str, classes: str | None, start_li
 @option(TrainConfig, "epochs")
 @option(TrainConfig, "global_batch_size")
 @option(TrainConfig, "learning_rate")
-@option(TrainConfig, "precision")
+@option(TrainConfig, "precision", metavar="NAME")
 @option(TrainConfig, "deterministic", "--deterministic/--fast")
 @option(TrainConfig, "class_weights", metavar="none|balanced")
 @option(TrainConfig, "seed")

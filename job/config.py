@@ -86,7 +86,7 @@ class TrainConfig(BaseModel):
     learning_rate: float = Field(gt=0, allow_inf_nan=False)
     """Learning rate of Adam, never scaled.  [default: from the recipe]"""
     precision: Literal["float32", "mixed_bfloat16"] = "float32"
-    """Precision of layers; weights are float32."""
+    """Precision of layers: float32 or mixed_bfloat16."""
     deterministic: bool = True
     """Bit-identical results, or faster kernels.  [default: --fast on GPUs]"""
     class_weights: Literal["none", "balanced"] = "none"
