@@ -53,6 +53,9 @@ from preprocessing.config import SPLITS
 # crops, at most STATISTICS_BATCHES global batches.
 STATISTICS_CROPS = 1024
 STATISTICS_BATCHES = 30
+# The float32 sums of an epoch are added to float64 totals after so many crops. Float32 alone would give an accuracy of
+# .987 where .950 is right, for a worker with 2**28 crops in steps of 32.
+SUM_CROPS = 2**20
 SECONDS_FOR_CURVES = 30  # a finished training waits at most so long until its last curves are written
 
 
@@ -182,8 +185,8 @@ class Training:
         crops, size = self.dataset.splits["train"], self.config.global_batch_size
         epoch, steps = self.state.epoch + 1, len(crops) // size
         order = permutation(len(crops), self.config.seed, epoch)
-        sums = self._train(crops, order, steps)
-        loss, accuracy = (self.steps.sum_over_workers(sums[None])[0] / (steps * size)).tolist()
+        self._add_to_totals(self._train(crops, order, steps))
+        loss, accuracy = (np.array(self.state.totals, np.float32) / (steps * size)).tolist()
         seconds, waited = self.state.seconds, self.state.waited
         batches = min(steps, STATISTICS_BATCHES, max(steps // 4, -(-STATISTICS_CROPS // size)))
         self.steps.estimate_statistics(self._first_batches(crops, order, batches))
@@ -209,7 +212,7 @@ class Training:
         self._end_epoch(row)
 
     def _train(self, crops: Crops, order: NDArray[np.int64], steps: int) -> NDArray[np.float32]:
-        """Train the steps of an epoch that are left. Returns (2,) sums as `Steps.train`, over this worker's epoch."""
+        """Train the steps of an epoch that are left. Returns (2,) sums of this worker, to be added to `totals`."""
         state, size = self.state, self.config.global_batch_size
         sums: Any = tf.constant(state.sums_of(self.rank, self.workers))
         began = time.perf_counter() - state.seconds
@@ -221,6 +224,9 @@ class Training:
             sums += self.steps.train(images, labels, first)
             if self.start_up:
                 self._log_start_up(self.start_up, sums)
+            if (step + 1) * size // SUM_CROPS > step * size // SUM_CROPS:
+                self._add_to_totals(sums.numpy())
+                sums = tf.zeros(2)
             state.step, state.seconds = step + 1, time.perf_counter() - began
             if self.reporter.is_due() or step + 1 == steps:
                 self._show_step(state.epoch + 1, step + 1, steps, sums, (step + 1) * size / state.seconds)
@@ -234,9 +240,13 @@ class Training:
             if preempted or (due and step + 1 < steps):
                 self._save_within_epoch(sums)
         self.step_limit.begin()
-        epoch_sums: NDArray[np.float32] = sums.numpy()  # waits for the steps in the queue of a GPU
+        last_sums: NDArray[np.float32] = sums.numpy()  # waits for the steps in the queue of a GPU
         state.seconds = time.perf_counter() - began
-        return epoch_sums
+        return last_sums
+
+    def _add_to_totals(self, sums: NDArray[np.float32]) -> None:
+        """Add the sums of all workers to the totals. All workers call it after the same step. sums: (2,)."""
+        self.state.totals = (self.state.totals + self.steps.sum_over_workers(sums[None])[0].astype(np.float64)).tolist()
 
     def _log_start_up(self, start_up: StartUp, sums: Any) -> None:
         sums.numpy()  # waits for the step
@@ -245,7 +255,7 @@ class Training:
         self.start_up = None
 
     def _save_within_epoch(self, sums: Any) -> None:
-        """sums: (2,) of this worker's steps of the epoch so far."""
+        """sums: (2,) of this worker, not in `totals` yet."""
         own_row = np.arange(self.workers)[:, None] == self.rank
         self.state.sums = self.steps.sum_over_workers(own_row * sums.numpy()).tolist()
         self._report({"epoch": self.state.epoch, "step": self.state.step})
@@ -326,9 +336,10 @@ class Training:
             self.curves_thread = write_in_background(place(self.job.curves), self.state.history[-1], self.reporter.log)
 
     def _show_step(self, epoch: int, step: int, steps: int, sums: Any, crops_per_s: float) -> None:
-        """Show the means over rank 0's rows: sums over all workers are computed only at the end of the epoch."""
-        first, end = share(self.config.global_batch_size, self.rank, self.workers)
-        loss, accuracy = (sums.numpy() / (step * (end - first))).tolist()
+        """Show means of the epoch so far. Since `totals` last changed, they are over rank 0's rows only."""
+        size = self.config.global_batch_size
+        first, end = share(size, self.rank, self.workers)
+        loss, accuracy = ((self.state.totals + sums.numpy() * size / (end - first)) / (step * size)).tolist()
         self.reporter.show_step(
             epoch, self.config.epochs, step, steps, loss=loss, accuracy=accuracy, crops_per_s=crops_per_s
         )
