@@ -306,6 +306,27 @@ def test_the_losses_and_hits_of_a_long_epoch_are_all_counted(
 
 
 @pytest.mark.usefixtures("in_this_process")
+def test_the_slower_of_two_trainings_of_one_name_is_an_error_in_one_line_not_a_success_nor_tried_again(
+    trained: Path, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from job.model import folder
+
+    seal, manifest = folder.seal, tmp_path / "baseline" / "twice" / "manifest.json"
+
+    def after_the_other(*arguments: Any) -> None:
+        shutil.copyfile(trained / "manifest.json", manifest)
+        seal(*arguments)
+
+    monkeypatch.setattr(folder, "seal", after_the_other)
+    monkeypatch.setattr("job.model.architectures.BASELINE_HEAD", (16, 8))
+    with pytest.raises(KuzushijiError, match="^only one job at a time may .* sealed by another job in the") as failure:
+        train(place(few), place(tmp_path), [config(epochs=1, global_batch_size=16)], "twice")
+    assert isinstance(failure.value.__cause__, RuntimeError)  # the text of a `Failure`: Ray Train tries nothing again
+    assert manifest.read_bytes() == (trained / "manifest.json").read_bytes()
+    assert not (tmp_path / "baseline" / "latest.json").exists()
+
+
+@pytest.mark.usefixtures("in_this_process")
 def test_a_step_that_memory_cannot_hold_is_one_line_and_not_raised_to_ray_train_which_would_try_it_again(
     few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

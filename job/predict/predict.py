@@ -73,7 +73,7 @@ def predict(
             has fewer GPUs.
         InputError: boxes or pages can't be used, or no box could be read.
         DamageError: the model does not match its manifest, or the workers do not share the folder `out`.
-        KuzushijiError: TensorFlow can't use the GPUs.
+        KuzushijiError: TensorFlow can't use the GPUs, or the model gives probabilities that are not finite.
     """
     if annotate:
         _check_pictures(annotate, pages, out)
@@ -162,7 +162,7 @@ class ReadGroup:
         """Read a group and write its tables and pictures.
 
         Raises:
-            KuzushijiError: TensorFlow can't use the GPU.
+            KuzushijiError: TensorFlow can't use the GPU, or the model gives probabilities that are not finite.
             DamageError: the model does not match its manifest, or was replaced.
             InputError: the pages were changed.
             OSError: pages can't be read, or tables can't be written.

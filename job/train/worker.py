@@ -29,6 +29,7 @@ from job.data.order import permutation, share
 from job.data.staging import Crops, StagedDataset, staged
 from job.metrics import metrics
 from job.model.architectures import ARCHITECTURES, XLA_COMPILES
+from job.model.inference import check_finite
 from job.model.pretrained import local_copy
 from job.train.checkpoint import (
     State,
@@ -90,16 +91,13 @@ def train_worker(job: TrainJob, start_up: StartUp) -> Failure | None:
         try:
             while not training.finished():
                 training.run_epoch()
+            training.write()
         except KuzushijiError as error:
             return Failure(str(error), traceback.format_exc())
         except tf.errors.ResourceExhaustedError as error:
             if training.workers > 1:  # the other workers wait for this one in a collective until its process exits
                 raise
             return Failure(out_of_memory_message(error), traceback.format_exc())
-        try:
-            training.write()
-        except DamageError as error:  # another training of the same name was faster
-            return Failure(str(error), traceback.format_exc())
     return None
 
 
@@ -311,11 +309,18 @@ class Training:
         return predictions
 
     def write(self) -> None:
-        """Evaluate every split with the weights of the best epoch; rank 0 writes and seals the model folder."""
+        """Evaluate every split with the weights of the best epoch; rank 0 writes and seals the model folder.
+
+        Raises:
+            KuzushijiError: the probabilities are not finite.
+            DamageError: another training of the same name was faster.
+        """
         self.reporter.log(f"evaluates the weights of epoch {self.state.best_epoch}")
         for variable, best in zip(self.changing, self.best_weights, strict=True):
             variable.assign(best)
         predictions = {split: self._predict(split) for split in SPLITS}
+        for of_split in predictions.values():
+            check_finite(of_split)
         if self.rank > 0:
             return
         self.reporter.show_activity("writes the model and its report")
