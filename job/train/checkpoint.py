@@ -132,7 +132,7 @@ def upload_checkpoint(
 
 
 def wait_for_upload() -> list[Any]:
-    """Wait until the last checkpoint is uploaded; call it on the rank that uploads. Returns all kept checkpoints.
+    """Wait until the last checkpoint is uploaded, on any rank. Returns all kept checkpoints.
 
     Uploads run one at a time: Ray would queue any number of them, and a lost worker would lose the whole queue.
     """

@@ -161,9 +161,9 @@ class Training:
         return [variable.numpy() for variable in self.changing]
 
     def _report(self, row: dict[str, Any]) -> None:
-        """Report to Ray Train; all ranks call it together. Only rank 0 saves: the weights are the same on all ranks."""
+        """Report to Ray Train; all ranks call it together. Only one saves: the weights are the same on all ranks."""
         self.step_limit.end()
-        if self.rank > 0:
+        if self.rank != self.preemption.saver:
             ray.train.report(row)
         else:
             variables = [*self.changing, *self.optimizer.variables]
@@ -237,6 +237,8 @@ class Training:
             # After the last step, the checkpoint at the end of the epoch is enough, unless a host is being drained.
             if preempted or (due and step + 1 < steps):
                 self._save_within_epoch(sums)
+            if preempted:
+                wait_for_upload()  # on all ranks: a step that fails with the lost host would end the upload
         self.step_limit.begin()
         last_sums: NDArray[np.float32] = sums.numpy()  # waits for the steps in the queue of a GPU
         state.seconds = time.perf_counter() - began
