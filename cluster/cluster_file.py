@@ -31,7 +31,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
 _RAYS_OWN_SETUP = "pip install google-api-python-client"
 # `ray start` under RAY_AUTH_MODE=token, exported before or set for the command.
 _WITH_TOKEN = re.compile(
-    r"(?:^|;|&&)\s*export RAY_AUTH_MODE=(['\"]?)token\1\s*(?:;|&&)"
+    r"(?:^|;|&&|\{)\s*export RAY_AUTH_MODE=(['\"]?)token\1\s*(?:;|&&)"
     r"|\bRAY_AUTH_MODE=(['\"]?)token\2(?:\s+\w+=\S+)*\s+ray start\b"
 )
 # Service accounts with rights over a whole project: Compute Engine's default, and the one that Ray creates.

@@ -33,7 +33,7 @@ def evaluate(model_place: UPath, dataset_place: UPath, split: str, out: UPath | 
 
     Raises:
         OptionError: the classes of the dataset and of the model differ, or `out` is sealed.
-        KuzushijiError: `out` is read-only or not a folder.
+        KuzushijiError: `out` is read-only or not a folder, or the model gives probabilities that are not finite.
         InputError, DamageError: the model or the dataset can't be used, or does not match its manifest.
     """
     if out:

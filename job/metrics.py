@@ -29,7 +29,12 @@ class SplitMetrics:
     top5: float
     """Fraction of crops whose label is among the 5 most probable classes."""
     macro_f1: float
-    """Mean F1 of the classes present in the split."""
+    """Mean F1 of the classes that have a crop in the split.
+
+    scikit-learn's `f1_score(average="macro")` counts classes that were only predicted too, each with F1 0. Here they
+    don't count: what was taken for them already lowers the recall of its own class, and their number depends on which
+    classes are in the split by chance.
+    """
     loss: float
     """Mean cross-entropy."""
     examples: int

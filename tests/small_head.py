@@ -1,4 +1,5 @@
-"""What Ray's workers do in a training, changed: by default, steps that take no time.
+"""What Ray's workers do in a training, changed: by default, steps that take no time, and sums that are added to totals
+within each epoch.
 
 As a script, the command line with such workers: `python tests/small_head.py train ...`. It tells at its end whether
 TensorFlow was loaded.
@@ -20,9 +21,10 @@ def work_after(change: Callable[[dict[str, Any]], object] | None = None) -> Call
 
     def work(given: dict[str, Any]) -> Any:
         from job.model import architectures
-        from job.train import run
+        from job.train import run, worker
 
         architectures.BASELINE_HEAD = architectures.HEAD = (16, 8)
+        worker.SUM_CROPS = 14  # two steps of the dataset `few`
         if change:
             change(given)
         return run._work(given)

@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cluster.errors import KuzushijiError
+
 
 def test_balanced_classes_count_the_same_and_a_crop_1_on_average() -> None:
     from job.train.step import balanced_weights
@@ -84,6 +86,33 @@ def test_among_equal_probabilities_the_first_classes_are_the_likelier() -> None:
     predicted = Inference(model).predict(images, labels)
     assert predicted[:, 0].tolist() == [0] * 20
     assert predicted[:, 2].tolist() == [1] * 5 + [0] * 15
+
+
+def test_a_model_that_gives_nan_is_an_error_in_one_line_and_nan_is_never_among_the_top_5() -> None:
+    import keras
+    import tensorflow as tf
+
+    from job.model.inference import Inference, predictions_of
+
+    crops = keras.Input((80, 80, 1))
+    x = keras.layers.GlobalMaxPooling2D()(crops)
+    bias = keras.initializers.Constant(np.nan)
+    model = keras.Model(crops, keras.layers.Dense(3, activation="softmax", bias_initializer=bias)(x))
+    images, labels = np.zeros((3, 80, 80, 1), np.uint8), np.arange(3)
+    assert predictions_of(model, tf.constant(images), tf.constant(labels)).numpy()[:, 2].tolist() == [0, 0, 0]
+    line = r"^the model must give finite probabilities\. Received: NaN for 3 of 3 crops\. "
+    for read in (lambda: Inference(model).predict(images, labels), lambda: Inference(model).top(images, 2)):
+        with pytest.raises(KuzushijiError, match=line):
+            read()
+
+
+def test_macro_f1_is_the_mean_over_the_classes_that_the_split_has() -> None:
+    from job.metrics import metrics
+
+    predictions = np.zeros((4, 4), np.float32)
+    predictions[:, 0] = [0, 0, 2, 1]  # class 2 is predicted only: scikit-learn would count its 0, and find .6
+    names = ["U+3042", "U+3044", "U+3046", "rare"]
+    assert metrics(predictions, np.array([0, 0, 0, 1]), names).macro_f1 == pytest.approx((0.8 + 1) / 2)
 
 
 def test_a_checkpoint_holds_what_training_changes_once_and_gives_it_back(

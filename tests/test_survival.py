@@ -178,6 +178,24 @@ def test_a_torn_list_of_checkpoints_is_said_and_the_run_begins_anew_but_not_unde
         assert not checkpoints.exists()
 
 
+def test_the_first_worker_whose_node_stays_saves_the_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray.train
+    from ray.train.v2.api.preemption import PreemptionInfo
+
+    from job.train import watchdog
+
+    monkeypatch.setattr(watchdog, "SECONDS_BETWEEN_CHECKS", 0)
+    monkeypatch.setattr(watchdog, "broadcast_from_rank_zero", lambda value: value)
+    context = type("Context", (), {"get_world_size": lambda self: 3})
+    monkeypatch.setattr(ray.train, "get_context", context)
+    preemption, found = watchdog.Preemption(), []
+    for drained in ({}, {"a": [0]}, {"a": [0]}, {"a": [0], "b": [1]}, {"a": [0], "b": [1], "c": [2]}):
+        info = PreemptionInfo(None, drained) if drained else None
+        monkeypatch.setattr(ray.train, "get_preemption_info", lambda info=info: info)
+        found.append((preemption.is_new(), preemption.saver))
+    assert found == [(False, 0), (True, 1), (False, 1), (True, 2), (True, 0)]
+
+
 def test_why_workers_were_lost_is_told_once_however_often_ray_tells_it() -> None:
     import ray
 
@@ -225,7 +243,7 @@ DRAINED = """
 import os, subprocess, sys, threading, time
 from ray.cluster_utils import Cluster
 
-dataset, models = sys.argv[1:]
+dataset, models, rank = sys.argv[1:]
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
 for _ in range(3):
     cluster.add_node(num_cpus=1)
@@ -242,37 +260,43 @@ try:
     def change(given):
         import time
         from pathlib import Path
+        from ray.train.v2._internal.execution.storage import StorageContext
         from job.train import watchdog as interruption
         from job.train import worker
 
         interruption.SECONDS_BETWEEN_CHECKS = 0
-        rows_of = worker.Training.rows_of
+        rows_of, upload = worker.Training.rows_of, StorageContext.persist_current_checkpoint
+        told, gone = (Path(given["job"].folder).with_name(name) for name in ("told", "gone"))
 
         def in_time(training, *arguments):
-            done = int(training.optimizer.iterations.numpy())
-            if done == 7:  # until Ray knows
-                while not Path(given["job"].folder).with_name("told").exists():
+            if int(training.optimizer.iterations.numpy()) == 7:  # until Ray knows
+                while not told.exists():
                     time.sleep(0.1)
                 time.sleep(4)
-            elif done > 7 and training.resumed_at < 7:  # until the node is gone
-                time.sleep(5)
             return rows_of(training, *arguments)
 
-        def resume(training, *arguments, before=worker.Training.resume):
-            before(training, *arguments)
-            training.resumed_at = int(training.optimizer.iterations.numpy())
+        def slowly(*arguments, **options):  # until the node is gone
+            while told.exists() and not gone.exists():
+                time.sleep(0.1)
+            time.sleep(2)
+            return upload(*arguments, **options)
 
-        worker.Training.rows_of, worker.Training.resume = in_time, resume
+        worker.Training.rows_of, StorageContext.persist_current_checkpoint = in_time, slowly
 
     def drain():
         while not any((models / ".runs").glob("*/checkpoint_manager_snapshot.json")):  # the first epoch's
             time.sleep(0.2)
         reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "test"]
         (group,) = (one for one in ray.util.placement_group_table().values() if one["state"] == "CREATED")
-        node = ["--address", cluster.address, "--node-id", group["bundles_to_node_id"][1]]
+        drained = group["bundles_to_node_id"][int(rank)]
+        node = ["--address", cluster.address, "--node-id", drained]
         subprocess.run(["ray", "drain-node", *node, "--deadline-remaining-seconds", "15", *reason], check=True)
         (models / "baseline").mkdir()
         (models / "baseline" / "told").touch()
+        time.sleep(15)
+        (node,) = (one for one in cluster.worker_nodes if one.node_id == drained)
+        cluster.remove_node(node, allow_graceful=False)
+        (models / "baseline" / "gone").touch()
 
     job.train.run._work = work_after(change)
     log_to_stderr(False)
@@ -286,8 +310,9 @@ finally:
 
 
 @pytest.mark.long
-def test_a_node_that_is_drained_is_left_with_a_checkpoint_of_just_then_and_no_bit_changes(
-    trained: Path, few: Path, tmp_path: Path
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_node_that_is_drained_is_left_with_a_checkpoint_of_just_then_whose_upload_outlasts_it_and_no_bit_changes(
+    rank: int, trained: Path, few: Path, tmp_path: Path
 ) -> None:
     environment = os.environ | {
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "1",
@@ -297,7 +322,7 @@ def test_a_node_that_is_drained_is_left_with_a_checkpoint_of_just_then_and_no_bi
     environment["PYTHONPATH"] = str(Path(__file__).parent)
     script = DRAINED.replace("GIVEN", repr(GIVEN | {"max_failures": 0}))
     done = subprocess.run(
-        [sys.executable, "-c", script, str(few), str(tmp_path)],
+        [sys.executable, "-c", script, str(few), str(tmp_path), str(rank)],
         cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -285,6 +285,48 @@ def test_a_loss_that_the_last_step_made_infinite_seals_nothing_is_not_raised_to_
 
 
 @pytest.mark.usefixtures("in_this_process")
+def test_the_losses_and_hits_of_a_long_epoch_are_all_counted(
+    few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A float32 sum of 2**24 would not change any more when 1 is added."""
+    import tensorflow as tf
+
+    def counted(self: Any, images: Any, labels: Any, masks: Any) -> Any:
+        sums = tf.fill([2], tf.where(self.optimizer.iterations.value == 0, 2.0**24, 1.0))
+        self.optimizer.iterations.assign_add(1)
+        return sums
+
+    monkeypatch.setattr("job.train.step.Steps._train_replica", counted)
+    monkeypatch.setattr("job.train.worker.SUM_CROPS", 3)
+    monkeypatch.setattr("job.model.architectures.BASELINE_HEAD", (16, 8))
+    folder = train(place(few), place(tmp_path), [config(epochs=1, global_batch_size=1)], "long")[0].folder
+    row = json.loads((folder / "history.jsonl").read_text())
+    assert row["step"] > 30
+    assert row["loss"] == row["accuracy"] == pytest.approx((2**24 + row["step"] - 1) / row["step"], rel=2e-7)
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_the_slower_of_two_trainings_of_one_name_is_an_error_in_one_line_not_a_success_nor_tried_again(
+    trained: Path, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from job.model import folder
+
+    seal, manifest = folder.seal, tmp_path / "baseline" / "twice" / "manifest.json"
+
+    def after_the_other(*arguments: Any) -> None:
+        shutil.copyfile(trained / "manifest.json", manifest)
+        seal(*arguments)
+
+    monkeypatch.setattr(folder, "seal", after_the_other)
+    monkeypatch.setattr("job.model.architectures.BASELINE_HEAD", (16, 8))
+    with pytest.raises(KuzushijiError, match="^only one job at a time may .* sealed by another job in the") as failure:
+        train(place(few), place(tmp_path), [config(epochs=1, global_batch_size=16)], "twice")
+    assert isinstance(failure.value.__cause__, RuntimeError)  # the text of a `Failure`: Ray Train tries nothing again
+    assert manifest.read_bytes() == (trained / "manifest.json").read_bytes()
+    assert not (tmp_path / "baseline" / "latest.json").exists()
+
+
+@pytest.mark.usefixtures("in_this_process")
 def test_a_step_that_memory_cannot_hold_is_one_line_and_not_raised_to_ray_train_which_would_try_it_again(
     few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

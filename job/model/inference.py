@@ -11,6 +11,7 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
+from cluster.errors import KuzushijiError
 from preprocessing.records import SIDE
 
 IMAGES = tf.TensorSpec((None, SIDE, SIDE, 1), tf.uint8)
@@ -44,8 +45,23 @@ def predictions_of(model: keras.Model, images: Any, labels: Any) -> Any:
     ranked_before = (probabilities > label_probability) | ((probabilities == label_probability) & lower_class)
     rank = tf.reduce_sum(tf.cast(ranked_before, tf.float32), axis=1)
     predicted = tf.cast(tf.argmax(probabilities, axis=1), tf.float32)
-    in_top_5 = tf.cast(rank < 5, tf.float32)
+    # Comparisons with NaN are false: a label of that probability would have rank 0.
+    in_top_5 = tf.cast((rank < 5) & (label_probability[:, 0] >= 0), tf.float32)
     return tf.stack([predicted, tf.reduce_max(probabilities, axis=1), in_top_5, losses], axis=1)
+
+
+def check_finite(values: NDArray[np.float32]) -> None:
+    """Check that a model gave finite probabilities. values: (N, columns), a row for each crop.
+
+    Raises:
+        KuzushijiError: they are not finite.
+    """
+    faulty = np.count_nonzero(~np.isfinite(values).all(axis=1))
+    if faulty:
+        raise KuzushijiError(
+            f"the model must give finite probabilities. Received: NaN for {faulty:,} of {len(values):,} crops. Use "
+            "another model, or train it again with a lower --learning-rate"
+        )
 
 
 class Inference:
@@ -70,11 +86,15 @@ class Inference:
         """Predict crops in batches and return `predictions_of` all of them, (N, 4) float32.
 
         images: N x 80 x 80 x 1. labels: (N,). advance: called after each batch with its number of crops.
+
+        Raises:
+            KuzushijiError: the probabilities are not finite.
         """
         parts = [np.empty((0, 4), np.float32)]
         for start in range(0, len(labels), self._batch_size):
             rows = slice(start, start + self._batch_size)
             parts.append(self._predict(images[rows], labels[rows]).numpy())
+            check_finite(parts[-1])
             advance(len(parts[-1]))
         return np.concatenate(parts)
 
@@ -82,6 +102,9 @@ class Inference:
         """Return the most probable classes of each crop and their probabilities, both (N, min(count, K)).
 
         images: N x 80 x 80 x 1, N at least 1. Ties are ranked by ascending class.
+
+        Raises:
+            KuzushijiError: the probabilities are not finite.
         """
         classes, probabilities = [], []
         count = min(count, self.model.output_shape[-1])
@@ -89,4 +112,5 @@ class Inference:
             values, indices = self._top(images[start : start + self._batch_size], count)
             classes.append(indices.numpy().astype(np.int64))
             probabilities.append(values.numpy())
+            check_finite(probabilities[-1])
         return np.concatenate(classes), np.concatenate(probabilities)

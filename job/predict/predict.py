@@ -79,7 +79,7 @@ def predict(
         InputError: boxes or pages can't be used, no box is readable, or the manifest would be too large. Where boxes
             and names of pages show it, nothing is written.
         DamageError: the model does not match its manifest, or the workers do not share the folder `out`.
-        KuzushijiError: TensorFlow can't use the GPUs.
+        KuzushijiError: TensorFlow can't use the GPUs, or the model gives probabilities that are not finite.
     """
     if annotate:
         _check_pictures(annotate, pages, out)
@@ -196,7 +196,7 @@ class ReadGroup:
         """Read a group and write its tables and pictures.
 
         Raises:
-            KuzushijiError: TensorFlow can't use the GPU.
+            KuzushijiError: TensorFlow can't use the GPU, or the model gives probabilities that are not finite.
             DamageError: the model does not match its manifest, or was replaced.
             InputError: the pages were changed, or a page ended too many processes.
             OSError: pages can't be read, or tables can't be written.

@@ -31,9 +31,11 @@ class State:
     epoch: int = 0
     """Finished epochs."""
     step: int = 0
-    """Finished steps of the current epoch. `sums`, `seconds` and `waited` cover these steps."""
+    """Finished steps of the current epoch. `totals`, `sums`, `seconds` and `waited` cover these steps."""
+    totals: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    """Sums of cross-entropy and of correct predictions over all workers, without those in `sums`."""
     sums: list[list[float]] = field(default_factory=list)
-    """One row per worker: its sums of cross-entropy and of correct predictions. Set when a checkpoint is saved."""
+    """One row per worker: its sums since `totals` last changed. Set when a checkpoint is saved."""
     seconds: float = 0.0
     """Seconds of training."""
     waited: float = 0.0
@@ -56,7 +58,7 @@ class State:
     def end_epoch(self, row: EpochRow) -> bool:
         """Add a finished epoch to the history. Returns whether it is the best epoch so far."""
         self.epoch = row.epoch
-        self.step, self.sums, self.seconds, self.waited = 0, [], 0.0, 0.0
+        self.step, self.totals, self.sums, self.seconds, self.waited = 0, [0.0, 0.0], [], 0.0, 0.0
         self.history.append(row)
         improved = row.val_accuracy > self.best_accuracy
         if improved:
@@ -130,7 +132,7 @@ def upload_checkpoint(
 
 
 def wait_for_upload() -> list[Any]:
-    """Wait until the last checkpoint is uploaded; call it on the rank that uploads. Returns all kept checkpoints.
+    """Wait until the last checkpoint is uploaded, on any rank. Returns all kept checkpoints.
 
     Uploads run one at a time: Ray would queue any number of them, and a lost worker would lose the whole queue.
     """

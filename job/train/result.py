@@ -128,6 +128,9 @@ A classifier of Kuzushiji characters: {metrics["parameters"]:,} parameters, {met
 {header}
 {rows}
 
+Macro F1 is the mean over the classes that have a crop in the split. scikit-learn also counts classes that were only
+predicted, with F1 0.
+
 - Input: N x 80 x 80 x 1, uint8 or float, 0 to 255: crops as `kuzushiji prepare` cuts them. The model scales them
   itself.{_any_size(config)} Output: class probabilities, N x {metrics["classes"]}.
 - To load the model: `keras.saving.load_model("{MODEL_FILE}", compile=False)`. It loads in safe mode and does not need

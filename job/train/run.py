@@ -33,6 +33,10 @@ from job.train.tensorboard import curves_folder
 log = logging.getLogger("kuzushiji")
 
 RUNS_FOLDER = ".runs"
+# Seconds after the deadline of a drained node in which a worker on another node may finish the upload of a checkpoint.
+# `relax_collectives_on_preemption` stays off: a check for drained nodes would no longer wait for all workers, and a
+# worker that comes late would never leave it (Ray 2.60, `SynchronizationActor.set_required_ranks`).
+UPLOAD_GRACE_SECONDS = 60
 
 
 @dataclass(frozen=True)
@@ -186,7 +190,7 @@ class Run:
                 storage_filesystem=arrow_filesystem(storage),
                 # Two: a restart may use the checkpoint before the last one.
                 checkpoint_config=CheckpointConfig(num_to_keep=2),
-                failure_config=FailureConfig(max_failures=config.max_failures),
+                failure_config=FailureConfig(max_failures=config.max_failures, preemption_grace_s=UPLOAD_GRACE_SECONDS),
                 callbacks=[LogFailures(board, config.architecture)],
             ),
         )

@@ -57,9 +57,13 @@ class Preemption:
     """Detects nodes of this training that are being drained, such as preempted spot machines.
 
     A check is a barrier, so all ranks check after the same steps. Rank 0 sets the number of steps until the next check.
+
+    `saver` is the rank that saves checkpoints: the first one whose node stays, 0 if none does. It is the same on all
+    ranks.
     """
 
     def __init__(self) -> None:
+        self.saver = 0
         self._steps = 0  # since the last check
         self._interval = 1  # steps between two checks
         self._checked_at = time.monotonic()
@@ -74,6 +78,9 @@ class Preemption:
         seconds = (time.monotonic() - self._checked_at) / self._interval
         self._interval = broadcast_from_rank_zero(max(1, round(SECONDS_BETWEEN_CHECKS / max(seconds, 1e-6))))
         self._steps, self._checked_at = 0, time.monotonic()
-        nodes = set(info.preempted_node_ids) - self._known if info else set()
-        self._known |= nodes
-        return bool(nodes)
+        if not info or self._known.issuperset(info.preempted_node_ids):
+            return False
+        self._known.update(info.preempted_node_ids)
+        staying = set(range(ray.train.get_context().get_world_size())) - set(info.preempted_ranks)
+        self.saver = min(staying, default=0)
+        return True
