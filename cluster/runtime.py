@@ -5,6 +5,7 @@ A session connects to the cluster that RAY_ADDRESS names. Without it, a local Ra
 
 import logging
 import os
+import re
 import secrets
 import sys
 import traceback
@@ -32,6 +33,7 @@ START_TIMED_OUT = (
 )
 
 
+SECONDS_FOR_ANSWER = 10.0
 CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 MOST_DECLARED = 8  # CPUs that a local Ray may declare for each CPU that this process can use
 
@@ -48,7 +50,7 @@ def ray_session(at_least_cpus: int = 1, gpus: int = 0) -> Iterator[None]:
 
     Raises:
         OptionError: a local Ray can't have so many CPUs, or has fewer GPUs.
-        KuzushijiError: a local Ray did not start in time.
+        KuzushijiError: a local Ray did not start in time, or has no folder to write in; or no Ray is at RAY_ADDRESS.
     """
     with waiting("Ray starts ..."):
         started = _start(at_least_cpus)
@@ -76,6 +78,7 @@ def _start(at_least_cpus: int) -> bool:
     if ray.is_initialized():
         return False
     if uses_cluster():
+        _check_cluster(os.environ["RAY_ADDRESS"])
         log.info("using the Ray at %s", os.environ["RAY_ADDRESS"])
         ray.init(logging_level=logging.WARNING, log_to_driver=False)
         return True
@@ -96,11 +99,47 @@ def _start(at_least_cpus: int) -> bool:
             log_to_driver=False,
         )
     except Exception as error:
+        if getattr(error, "filename", None) or "AF_UNIX" in str(error):
+            raise KuzushijiError(
+                "Ray's folder must have a short path, and you must be able to write in it. "
+                f"Received: {one_line(error)}. Set RAY_TMPDIR to a folder of your own, such as /tmp/YOU"
+            ) from error
         # Ray raises a plain Exception, and its timeout can't be set (github.com/ray-project/ray/issues/65983).
         if "timed out during startup" not in str(error):
             raise
         raise KuzushijiError(START_TIMED_OUT) from error
     return True
+
+
+def _check_cluster(address: str) -> None:
+    """Check that a Ray answers at RAY_ADDRESS. Without one, `ray.init` prints its own log for minutes.
+
+    Raises:
+        OptionError: the address is not of a form that works here.
+        KuzushijiError: no Ray answers, or it rejects the token.
+    """
+    import grpc
+    from ray._private.gcs_utils import create_gcs_channel
+    from ray._private.services import canonicalize_bootstrap_address
+    from ray.exceptions import AuthenticationError
+
+    if not re.fullmatch(r"auto|[^/:\s][^/\s]*:\d+", address):  # with ray:// Ray Data does not work
+        raise OptionError(
+            f"RAY_ADDRESS must be HOST:PORT of a head (port 6379 by default), or auto. Received: {address}. "
+            "Outside the cluster, unset it, and run `kuzushiji submit -- COMMAND`"
+        )
+    try:
+        with create_gcs_channel(canonicalize_bootstrap_address(address)) as channel:
+            channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")(b"", timeout=SECONDS_FOR_ANSWER)
+    except (OSError, grpc.RpcError, AuthenticationError) as error:  # OSError: `auto` without a Ray
+        code, text = (error.code(), error.details()) if isinstance(error, grpc.RpcError) else (None, str(error))
+        mend = "Start it, correct RAY_ADDRESS, or unset it to use this machine alone"
+        if code == grpc.StatusCode.UNAUTHENTICATED or isinstance(error, AuthenticationError):
+            if address == "auto":  # `ray.init` then looks for a token by itself
+                return
+            mend = "Put the cluster's token into ~/.ray/auth_token (mode 600) and set RAY_AUTH_MODE=token"
+        received = " ".join((text or str(code)).split())[:300]
+        raise KuzushijiError(f"a Ray must answer at RAY_ADDRESS. Received: {address}: {received}. {mend}") from error
 
 
 def _check_room(cpus: int, gpus: int) -> None:
