@@ -20,7 +20,7 @@ import pytest
 from conftest import Kuzushiji, in_fresh_process
 from fake_cloud.bucket import StrictBucket
 from fsspec.implementations.memory import MemoryFileSystem
-from google.api_core.exceptions import RetryError, ServiceUnavailable
+from google.api_core.exceptions import BadRequest, Forbidden, RetryError, ServiceUnavailable
 from google.auth.exceptions import DefaultCredentialsError, RefreshError
 from google.cloud.storage.retry import DEFAULT_RETRY
 from upath import UPath
@@ -32,6 +32,7 @@ from cluster.manifest import MANIFEST_FILE, is_sealed, read_manifest, seal, writ
 from cluster.models import Latest, ModelManifest, point_to_latest, read_latest, resolve_model
 from cluster.pull import pull
 from cluster.storage import (
+    arrow_filesystem,
     change_bytes,
     fetch,
     is_file,
@@ -183,6 +184,7 @@ def test_a_bucket_is_used_without_gcsfs(folder: UPath, tmp_path: Path) -> None:
     script = """
 import sys
 from cluster.storage import (
+    arrow_filesystem,
     change_bytes, is_file, list_files, list_folders, reachable_place, read_bytes, remove_file, remove_folder, size_of,
     write_bytes,
 )
@@ -700,10 +702,51 @@ def test_a_target_that_goes_while_a_model_comes_is_one_line(
     assert verify(place(target))[1:] == ([], [])
 
 
-def test_a_right_that_is_missing_for_writing_alone_is_one_line(strict: StrictBucket, folder: UPath) -> None:
-    strict.faults.inject("403", times=100, method="POST")
-    with pytest.raises(KuzushijiError, match=r"gs://demo must let you in\..*roles/storage\.objectUser"):
-        write_bytes(folder / "x", b"1")
+REFUSED = {
+    "viewer": ("403", "GET", read_bytes, "To grant storage.objects.get, .*roles/storage.objectViewer`"),
+    "lister": ("403", "GET", lambda x: list_files(x.parent), "storage.objects.list, .*roles/storage.objectViewer`"),
+    "user": ("403", "POST", lambda x: write_bytes(x, b"2"), "storage.objects.create, .*roles/storage.objectUser`"),
+    "remover": ("403", "DELETE", remove_file, "storage.objects.delete, .*roles/storage.objectUser`"),
+    "retention": ("retained", "POST", lambda x: change_bytes(x, lambda _: b"2"), "update gs://demo --clear-retention"),
+    "requester pays": ("unpaid", "GET", read_bytes, "400 .*provided. Set GOOGLE_CLOUD_QUOTA_PROJECT"),
+    "organization": ("abroad", "GET", read_bytes, "403 .*organization's policy.*Identifier: 4. Ask whoever"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("why", REFUSED)
+def test_what_a_bucket_refuses_is_one_line_with_the_mend_for_it(strict: StrictBucket, folder: UPath, why: str) -> None:
+    kind, method, ask, says = REFUSED[why]
+    write_bytes(folder / "x", b"1")
+    strict.faults.inject(kind, times=100, method=method)
+    with pytest.raises(KuzushijiError, match=f"gs://demo.* Received: .*{says}") as refused:
+        ask(folder / "x")
+    assert '{"error"' not in str(refused.value)
+
+
+def test_a_bucket_whose_requesters_pay_is_used_with_the_project_of_googles_variable(
+    strict: StrictBucket, folder: UPath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GOOGLE_CLOUD_QUOTA_PROJECT", "payer")
+    forget()
+    strict.faults.inject("unpaid", times=100, matching="/o(?!.*(userProject=payer|upload_id=))")
+    try:
+        paid = reachable_place(folder)
+        for name, data in (("x", b"1"), ("big", BIG)):
+            write_bytes(paid / name, data)
+            assert b"".join(read_chunks(paid / name, 0, size_of(paid / name))) == data
+        change_bytes(paid / "x", lambda old: (old or b"") + b"2")
+        assert (is_file(paid / "x"), list_files(paid)) == (True, {"x": 2, "big": len(BIG)})
+        files = arrow_filesystem(paid)  # gcsfs, of Ray Train
+        with files.open_output_stream(f"{paid.path}/y") as stream:
+            stream.write(b"3")
+        with files.open_input_file(f"{paid.path}/y") as stream:
+            assert stream.read() == b"3"
+        remove_file(paid / "x")
+        remove_folder(paid)
+        assert strict.faults.left() == 100
+    finally:
+        monkeypatch.delenv("GOOGLE_CLOUD_QUOTA_PROJECT")
+        forget()
 
 
 @pytest.mark.parametrize(
@@ -713,6 +756,8 @@ def test_a_right_that_is_missing_for_writing_alone_is_one_line(strict: StrictBuc
         (RefreshError("invalid_grant: Token has been expired or revoked."), "must accept the credentials"),
         (RetryError("Timeout of 120.0s exceeded", ServiceUnavailable("GET https://x/b/demo/o: 503")), "must answer"),
         (OSError("Forbidden: https://x/b/demo/o\nno storage.objects.list access"), "gs://demo must let you in"),
+        (Forbidden("b/demo/o: no serviceusage.services.use access"), "--role=roles/serviceusage.serviceUsageConsumer"),
+        (BadRequest("b/demo/o: User project specified in the request is invalid."), "Set GOOGLE_CLOUD_QUOTA_PROJECT"),
     ],
 )  # fmt: skip
 def test_what_google_says_is_one_line_with_what_to_run(error: Exception, says: str) -> None:
