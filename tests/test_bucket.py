@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fsspec
@@ -49,8 +50,10 @@ from cluster.storage import (
     size_of,
     write_bytes,
 )
+from job.config import TrainConfig
 from job.data.staging import staged
 from job.model.folder import load_model, write_model
+from job.train.run import Failure, Run
 from job.verify import verify
 from preprocessing.pages import list_pages, page_reader
 
@@ -280,6 +283,28 @@ def test_pages_in_an_archive_on_a_bucket_are_read(archive: UPath, pages: Path) -
 @pytest.fixture(params=["path", "bucket"])
 def models(request: pytest.FixtureRequest, folder: UPath, tmp_path: Path) -> UPath:
     return folder / "models" if request.param == "bucket" else place(tmp_path / "models")
+
+
+def test_a_training_begins_in_the_root_of_an_empty_bucket_of_which_only_objects_may_be_read(
+    strict: StrictBucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray.train.v2._internal.execution.storage import StorageContext
+
+    def begin(trainer: Any) -> Any:  # with what Ray Train does first, in another process
+        config = trainer.run_config
+        StorageContext(config.storage_path, config.name, config.storage_filesystem)
+        return SimpleNamespace(return_value=Failure("it began", ""))
+
+    strict.create("empty")
+    strict.faults.inject("403", times=100, matching=r"/b/empty(\?|$)")
+    monkeypatch.setattr("ray.train.v2.api.data_parallel_trainer.DataParallelTrainer.fit", begin)
+    given = TrainConfig(architecture="baseline", epochs=1, global_batch_size=4, learning_rate=1e-4)
+    try:
+        with pytest.raises(KuzushijiError, match="it began"):
+            Run("first", given, place("gs://demo/x"), "0" * 64, reachable_place("gs://empty")).fit(None, None)
+    finally:
+        strict.faults.clear()
+    assert ".runs/baseline-first/.validate_storage_marker" in strict.names("empty")
 
 
 RACE = """
