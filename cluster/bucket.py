@@ -21,12 +21,13 @@ import google_crc32c
 from upath import UPath
 
 from cluster.errors import DamageError, KuzushijiError
-from cluster.google_client import client
+from cluster.google_client import client, paying_project
 from cluster.local import temporary_file
 from cluster.storage_interface import Store
 
 if TYPE_CHECKING:
     from google.cloud.storage import Blob
+    from google.cloud.storage import Bucket as GoogleBucket
 
 RANGE_BYTES = 8 << 20
 RANGES_AT_ONCE = 8
@@ -126,7 +127,7 @@ class Bucket(Store):
         bucket, _, name = folder.path.rstrip("/").partition("/")
         assert name, "never a whole bucket"
         with explaining():
-            for blob in list(client().list_blobs(bucket, prefix=f"{name}/")):
+            for blob in list(client().list_blobs(_bucket(bucket), prefix=f"{name}/")):
                 with suppress(NotFound):  # as in `remove_file`
                     blob.delete(retry=DEFAULT_RETRY)
 
@@ -144,12 +145,16 @@ def reach(bucket: str) -> None:
         KuzushijiError: the bucket does not exist or may not be listed, or the credentials are missing or refused.
     """
     with explaining():
-        next(iter(client().list_blobs(bucket, max_results=1)), None)
+        next(iter(client().list_blobs(_bucket(bucket), max_results=1)), None)
 
 
 def _blob(path: UPath) -> "Blob":
     bucket, _, name = path.path.partition("/")
-    return client().bucket(bucket).blob(name)
+    return _bucket(bucket).blob(name)
+
+
+def _bucket(name: str) -> "GoogleBucket":
+    return client().bucket(name, user_project=paying_project())
 
 
 def _list(folder: UPath) -> tuple[dict[str, int], list[str]]:
@@ -157,7 +162,7 @@ def _list(folder: UPath) -> tuple[dict[str, int], list[str]]:
     bucket, _, name = folder.path.rstrip("/").partition("/")
     prefix = f"{name}/" if name else ""
     with explaining():
-        listing = client().list_blobs(bucket, prefix=prefix, delimiter="/")
+        listing = client().list_blobs(_bucket(bucket), prefix=prefix, delimiter="/")
         files = {blob.name.removeprefix(prefix): int(blob.size) for blob in listing}
     files.pop("", None)  # an object that stands for the folder itself
     return files, sorted(found.removeprefix(prefix).rstrip("/") for found in listing.prefixes)
@@ -242,6 +247,7 @@ def explained(error: BaseException) -> KuzushijiError | None:
 
     cause = error.cause if isinstance(error, RetryError) and error.cause else error
     text = " ".join(str(cause).split())
+    text = re.sub(r'\{ ?"error": ?\{.*?"message": ?"(.*?)".*', r"\1", text).rstrip(".")  # of JSON, its message
     code = cause.code if isinstance(cause, GoogleAPICallError) else getattr(cause, "code", None)
     if isinstance(cause, OSError) and text.startswith("Forbidden: "):  # gcsfs, for a 403
         code = 403
@@ -259,9 +265,11 @@ def explained(error: BaseException) -> KuzushijiError | None:
     if isinstance(cause, DataCorruption):
         return DamageError(f"what {bucket} sends must arrive as it is there. Received: {text[:200]}. Run it again")
     if code == 403:
+        return KuzushijiError(_refused(bucket, text))
+    if code == 400 and "user project" in text.lower():  # none, or an invalid one
         return KuzushijiError(
-            f"{bucket} must let you in. Received: {text[:300]}. Whoever owns it runs `gcloud storage buckets "
-            f"add-iam-policy-binding {bucket} --member=user:YOU --role=roles/storage.objectUser`"
+            f"requests to {bucket} must name a project that pays for them. Received: {text[:300]}. Set "
+            "GOOGLE_CLOUD_QUOTA_PROJECT to a project of yours with billing, here and on the machines of a cluster"
         )
     if code == 404 and "specified bucket" in text:
         return KuzushijiError(
@@ -273,6 +281,27 @@ def explained(error: BaseException) -> KuzushijiError | None:
             f"{bucket} must answer. Received, after retries: {text[:300]}. Run the same command again"
         )
     return None
+
+
+def _refused(bucket: str, text: str) -> str:
+    """The line for a 403."""
+    if "cannot be deleted" in text:  # retention policies and holds
+        return (
+            f"{bucket} must let objects be replaced and deleted. Received: {text[:400]}. Use a bucket without holds "
+            f"and retention policy, or run `gcloud storage buckets update {bucket} --clear-retention-period`"
+        )
+    missing = re.search(r"storage\.objects\.\w+|serviceusage\.services\.use", text)
+    if not missing:  # billing, an organization's policy, ...: no role helps
+        return f"{bucket} must let you in. Received: {text[:400]}. Ask whoever owns it to mend that"
+    grant, role = f"storage buckets add-iam-policy-binding {bucket}", "storage.objectUser"
+    if missing[0] in ("storage.objects.get", "storage.objects.list"):
+        role = "storage.objectViewer"
+    elif missing[0].startswith("serviceusage"):  # on the project of GOOGLE_CLOUD_QUOTA_PROJECT
+        grant, role = "projects add-iam-policy-binding PROJECT", "serviceusage.serviceUsageConsumer"
+    return (
+        f"{bucket} must let you in. Received: {text[:400]}. To grant {missing[0]}, whoever owns it runs "
+        f"`gcloud {grant} --member=user:YOU --role=roles/{role}`"
+    )
 
 
 def _bucket_in(text: str) -> str:

@@ -55,6 +55,14 @@ def client() -> "Client":
     return Client(project=None, credentials=credentials() or AnonymousCredentials())  # type: ignore[no-untyped-call]
 
 
+def paying_project() -> str | None:
+    """The project that pays for requests to buckets whose requesters pay.
+
+    Google's own variable: its credentials send the project as the one whose quota is used.
+    """
+    return os.environ.get("GOOGLE_CLOUD_QUOTA_PROJECT") or None
+
+
 @cache
 def gcsfs_options() -> dict[str, Any]:
     """Configure gcsfs for this process, before its first import, and return its storage options.
@@ -70,4 +78,8 @@ def gcsfs_options() -> dict[str, Any]:
     # waits a minute per request for a server without that service, such as an emulator:
     # github.com/apache/iceberg-python/pull/3580. This package uses no hierarchical namespaces.
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
-    return {"token": "google_default" if credentials() else "anon", "use_listings_cache": False}
+    return {
+        "token": "google_default" if credentials() else "anon",
+        "use_listings_cache": False,
+        "requester_pays": paying_project() or False,
+    }

@@ -18,6 +18,7 @@ from cluster.bucket import explained
 from cluster.capacity import START_LIMIT, Request, Wait, check_room, hosts
 from cluster.errors import KuzushijiError, OptionError, one_line
 from cluster.progress import on_terminal, progress, waiting
+from cluster.ray_address import check_address
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -48,7 +49,7 @@ def ray_session(request: Request = Request()) -> Iterator[None]:  # noqa: B008 -
     Raises:
         OptionError: a local Ray can't have so many CPUs; or neither it nor a cluster without an autoscaler has room
             for the request, which would wait forever.
-        KuzushijiError: a local Ray did not start in time.
+        KuzushijiError: a local Ray did not start in time, or has no folder to write in; or no Ray is at RAY_ADDRESS.
     """
     with waiting("Ray starts ..."):
         started = _start(request.processes * request.cpus)
@@ -75,6 +76,7 @@ def _start(at_least_cpus: int) -> bool:
     if ray.is_initialized():
         return False
     if uses_cluster():
+        check_address(os.environ["RAY_ADDRESS"])
         log.info("using the Ray at %s", os.environ["RAY_ADDRESS"])
         ray.init(logging_level=logging.WARNING, log_to_driver=False)
         return True
@@ -95,6 +97,11 @@ def _start(at_least_cpus: int) -> bool:
             log_to_driver=False,
         )
     except Exception as error:
+        if getattr(error, "filename", None) or "AF_UNIX" in str(error):
+            raise KuzushijiError(
+                "Ray's folder must have a short path, and you must be able to write in it. "
+                f"Received: {one_line(error)}. Set RAY_TMPDIR to a folder of your own, such as /tmp/YOU"
+            ) from error
         # Ray raises a plain Exception, and its timeout can't be set (github.com/ray-project/ray/issues/65983).
         if "timed out during startup" not in str(error):
             raise

@@ -25,6 +25,7 @@ from urllib.parse import urlsplit
 
 from cluster.cluster_file import faults_of_cluster_file
 from cluster.errors import InputError, KuzushijiError, OptionError
+from cluster.job_log import print_log
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -217,21 +218,42 @@ def submit_job(client: "JobSubmissionClient", arguments: Sequence[str], working_
     working_dir: a checkout whose code the job runs instead of the image's. Files that git ignores are not uploaded.
 
     Raises:
-        KuzushijiError: the head did not accept the job.
+        KuzushijiError: the head did not accept the job, or it is not known whether it did.
         KeyboardInterrupt: Ctrl-C. The head may have accepted the job; the log says how to find out.
     """
     job = f"{arguments[0]}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     environment = {"working_dir": str(working_dir), "excludes": [".git"]} if working_dir else {}
     try:
-        client.submit_job(entrypoint=shlex.join(["kuzushiji", *arguments]), submission_id=job, runtime_env=environment)
+        try:
+            client.submit_job(
+                entrypoint=shlex.join(["kuzushiji", *arguments]), submission_id=job, runtime_env=environment
+            )
+        except (RuntimeError, ValueError, OSError) as error:
+            _check_taken(client, job, head, error)
     except (KeyboardInterrupt, SystemExit):
         log.warning("job %s may have been submitted. %s", job, head.follow_and_stop_hint(job))
         raise
-    except (RuntimeError, ValueError, OSError) as error:
-        raise KuzushijiError(
-            f"the head must accept the job. Received: {' '.join(str(error).split())[:300]}. Run the same command again"
-        ) from error
     return job
+
+
+def _check_taken(client: "JobSubmissionClient", job: str, head: Head, error: Exception) -> None:
+    """Ask the head whether it has a job whose submission failed with `error`: the answer alone may have been lost.
+
+    Raises:
+        KuzushijiError: the head does not have the job, or does not answer.
+    """
+    received = " ".join(str(error).split())[:300]
+    try:
+        client.get_job_info(job)
+    except (RuntimeError, OSError) as failed:
+        if "does not exist" in str(failed):
+            raise KuzushijiError(
+                f"the head must accept the job. Received: {received}. Run the same command again"
+            ) from error
+        raise KuzushijiError(
+            f"the head must answer. Received: {received}; job {job} may have been submitted. "
+            f"{head.follow_and_stop_hint(job)}"
+        ) from error
 
 
 def follow(client: "JobSubmissionClient", job: str, head: Head) -> int:
@@ -242,19 +264,17 @@ def follow(client: "JobSubmissionClient", job: str, head: Head) -> int:
         KuzushijiError: the connection to the head was lost.
         KeyboardInterrupt: Ctrl-C. The job continues; the log says how to follow it again.
     """
-    import aiohttp
-
     continues = f"job {job} continues. {head.follow_and_stop_hint(job)}"
     try:
         client.get_job_info(job)  # the log stream of an unknown job ends without an error
-        if not asyncio.run(_print_log(client, job)):
+        if not asyncio.run(print_log(client, job)):
             log.warning(continues)
             return 1
         details = _wait_for_end(client, job, continues)
     except (KeyboardInterrupt, SystemExit):
         log.warning(continues)
         raise
-    except (RuntimeError, OSError, aiohttp.ClientError) as error:  # exceptions of requests are OSErrors
+    except (RuntimeError, OSError) as error:  # exceptions of requests are OSErrors
         text = " ".join(str(error).split())[:200]
         if "does not exist" in text:
             raise InputError(f"--attach must be the id of a job of this cluster. Received: {job}") from error
@@ -263,20 +283,6 @@ def follow(client: "JobSubmissionClient", job: str, head: Head) -> int:
     if details.status.value == "SUCCEEDED":
         return 0
     return details.driver_exit_code or 1
-
-
-async def _print_log(client: "JobSubmissionClient", job: str) -> bool:
-    """Print the log to its end. Return False if standard output was closed before, as by `| head`."""
-    async for lines in client.tail_job_logs(job):
-        try:
-            sys.stdout.write(lines)
-            sys.stdout.flush()
-        except BrokenPipeError:
-            # Discard the rest: otherwise Python flushes it at exit and prints another error.
-            with open(os.devnull, "wb") as devnull:
-                os.dup2(devnull.fileno(), sys.stdout.fileno())
-            return False
-    return True
 
 
 def _wait_for_end(client: "JobSubmissionClient", job: str, continues: str) -> Any:

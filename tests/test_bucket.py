@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fsspec
@@ -20,7 +21,7 @@ import pytest
 from conftest import Kuzushiji, in_fresh_process
 from fake_cloud.bucket import StrictBucket
 from fsspec.implementations.memory import MemoryFileSystem
-from google.api_core.exceptions import RetryError, ServiceUnavailable
+from google.api_core.exceptions import BadRequest, Forbidden, RetryError, ServiceUnavailable
 from google.auth.exceptions import DefaultCredentialsError, RefreshError
 from google.cloud.storage.retry import DEFAULT_RETRY
 from upath import UPath
@@ -32,6 +33,7 @@ from cluster.manifest import MANIFEST_FILE, is_sealed, read_manifest, seal, writ
 from cluster.models import Latest, ModelManifest, point_to_latest, read_latest, resolve_model
 from cluster.pull import pull
 from cluster.storage import (
+    arrow_filesystem,
     change_bytes,
     fetch,
     is_file,
@@ -48,8 +50,10 @@ from cluster.storage import (
     size_of,
     write_bytes,
 )
+from job.config import TrainConfig
 from job.data.staging import staged
 from job.model.folder import load_model, write_model
+from job.train.run import Failure, Run
 from job.verify import verify
 from preprocessing.pages import list_pages, page_reader
 
@@ -183,6 +187,7 @@ def test_a_bucket_is_used_without_gcsfs(folder: UPath, tmp_path: Path) -> None:
     script = """
 import sys
 from cluster.storage import (
+    arrow_filesystem,
     change_bytes, is_file, list_files, list_folders, reachable_place, read_bytes, remove_file, remove_folder, size_of,
     write_bytes,
 )
@@ -278,6 +283,28 @@ def test_pages_in_an_archive_on_a_bucket_are_read(archive: UPath, pages: Path) -
 @pytest.fixture(params=["path", "bucket"])
 def models(request: pytest.FixtureRequest, folder: UPath, tmp_path: Path) -> UPath:
     return folder / "models" if request.param == "bucket" else place(tmp_path / "models")
+
+
+def test_a_training_begins_in_the_root_of_an_empty_bucket_of_which_only_objects_may_be_read(
+    strict: StrictBucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray.train.v2._internal.execution.storage import StorageContext
+
+    def begin(trainer: Any) -> Any:  # with what Ray Train does first, in another process
+        config = trainer.run_config
+        StorageContext(config.storage_path, config.name, config.storage_filesystem)
+        return SimpleNamespace(return_value=Failure("it began", ""))
+
+    strict.create("empty")
+    strict.faults.inject("403", times=100, matching=r"/b/empty(\?|$)")
+    monkeypatch.setattr("ray.train.v2.api.data_parallel_trainer.DataParallelTrainer.fit", begin)
+    given = TrainConfig(architecture="baseline", epochs=1, global_batch_size=4, learning_rate=1e-4)
+    try:
+        with pytest.raises(KuzushijiError, match="it began"):
+            Run("first", given, place("gs://demo/x"), "0" * 64, reachable_place("gs://empty")).fit(None, None)
+    finally:
+        strict.faults.clear()
+    assert ".runs/baseline-first/.validate_storage_marker" in strict.names("empty")
 
 
 RACE = """
@@ -700,10 +727,51 @@ def test_a_target_that_goes_while_a_model_comes_is_one_line(
     assert verify(place(target))[1:] == ([], [])
 
 
-def test_a_right_that_is_missing_for_writing_alone_is_one_line(strict: StrictBucket, folder: UPath) -> None:
-    strict.faults.inject("403", times=100, method="POST")
-    with pytest.raises(KuzushijiError, match=r"gs://demo must let you in\..*roles/storage\.objectUser"):
-        write_bytes(folder / "x", b"1")
+REFUSED = {
+    "viewer": ("403", "GET", read_bytes, "To grant storage.objects.get, .*roles/storage.objectViewer`"),
+    "lister": ("403", "GET", lambda x: list_files(x.parent), "storage.objects.list, .*roles/storage.objectViewer`"),
+    "user": ("403", "POST", lambda x: write_bytes(x, b"2"), "storage.objects.create, .*roles/storage.objectUser`"),
+    "remover": ("403", "DELETE", remove_file, "storage.objects.delete, .*roles/storage.objectUser`"),
+    "retention": ("retained", "POST", lambda x: change_bytes(x, lambda _: b"2"), "update gs://demo --clear-retention"),
+    "requester pays": ("unpaid", "GET", read_bytes, "400 .*provided. Set GOOGLE_CLOUD_QUOTA_PROJECT"),
+    "organization": ("abroad", "GET", read_bytes, "403 .*organization's policy.*Identifier: 4. Ask whoever"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("why", REFUSED)
+def test_what_a_bucket_refuses_is_one_line_with_the_mend_for_it(strict: StrictBucket, folder: UPath, why: str) -> None:
+    kind, method, ask, says = REFUSED[why]
+    write_bytes(folder / "x", b"1")
+    strict.faults.inject(kind, times=100, method=method)
+    with pytest.raises(KuzushijiError, match=f"gs://demo.* Received: .*{says}") as refused:
+        ask(folder / "x")
+    assert '{"error"' not in str(refused.value)
+
+
+def test_a_bucket_whose_requesters_pay_is_used_with_the_project_of_googles_variable(
+    strict: StrictBucket, folder: UPath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GOOGLE_CLOUD_QUOTA_PROJECT", "payer")
+    forget()
+    strict.faults.inject("unpaid", times=100, matching="/o(?!.*(userProject=payer|upload_id=))")
+    try:
+        paid = reachable_place(folder)
+        for name, data in (("x", b"1"), ("big", BIG)):
+            write_bytes(paid / name, data)
+            assert b"".join(read_chunks(paid / name, 0, size_of(paid / name))) == data
+        change_bytes(paid / "x", lambda old: (old or b"") + b"2")
+        assert (is_file(paid / "x"), list_files(paid)) == (True, {"x": 2, "big": len(BIG)})
+        files = arrow_filesystem(paid)  # gcsfs, of Ray Train
+        with files.open_output_stream(f"{paid.path}/y") as stream:
+            stream.write(b"3")
+        with files.open_input_file(f"{paid.path}/y") as stream:
+            assert stream.read() == b"3"
+        remove_file(paid / "x")
+        remove_folder(paid)
+        assert strict.faults.left() == 100
+    finally:
+        monkeypatch.delenv("GOOGLE_CLOUD_QUOTA_PROJECT")
+        forget()
 
 
 @pytest.mark.parametrize(
@@ -713,6 +781,8 @@ def test_a_right_that_is_missing_for_writing_alone_is_one_line(strict: StrictBuc
         (RefreshError("invalid_grant: Token has been expired or revoked."), "must accept the credentials"),
         (RetryError("Timeout of 120.0s exceeded", ServiceUnavailable("GET https://x/b/demo/o: 503")), "must answer"),
         (OSError("Forbidden: https://x/b/demo/o\nno storage.objects.list access"), "gs://demo must let you in"),
+        (Forbidden("b/demo/o: no serviceusage.services.use access"), "--role=roles/serviceusage.serviceUsageConsumer"),
+        (BadRequest("b/demo/o: User project specified in the request is invalid."), "Set GOOGLE_CLOUD_QUOTA_PROJECT"),
     ],
 )  # fmt: skip
 def test_what_google_says_is_one_line_with_what_to_run(error: Exception, says: str) -> None:

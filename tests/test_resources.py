@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import Any
 import pytest
 from conftest import KUZUSHIJI, Kuzushiji, WorkersDo, until_ray_starts
 
-from cluster.errors import KuzushijiError
+from cluster.errors import KuzushijiError, OptionError
+from cluster.ray_address import check_address
 from cluster.runtime import cause_of, usable_cpus
 from cluster.storage import place
 from job.config import TrainConfig
@@ -159,6 +161,50 @@ def test_what_a_cluster_cannot_hold_is_refused_at_once_or_said_until_a_limit_whe
         assert f"{architecture}: 2 workers start" in done.stderr
     for request in (tasks, two):
         assert re.search(f"waiting for [0-9]+ s: {request} {there}", done.stderr)
+
+
+# The command in each environment, in one process that has no Ray yet.
+IN_EACH = """
+import json, os, sys
+from job.cli import main
+for environment in json.loads(sys.argv[1]):
+    os.environ.update(environment)
+    try:
+        main(sys.argv[2:])
+    except SystemExit as done:
+        print(done.code)
+"""
+
+
+def test_a_ray_that_cannot_be_reached_or_started_is_one_line_with_the_mend(few: Path, tmp_path: Path) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # it does not listen
+        nobody = f"127.0.0.1:{closed.getsockname()[1]}"
+        (tmp_path / "file").touch()
+        (tmp_path / ("long" * 20)).mkdir()
+        says = {
+            r"a Ray must answer at RAY_ADDRESS. Received: .*refused.*unset it": {"RAY_ADDRESS": nobody},
+            r"RAY_ADDRESS must be HOST:PORT .*Received: http://127.*`kuzushiji submit": {"RAY_ADDRESS": f"http://{nobody}"},
+            "short path.* Received: .*AF_UNIX.* Set RAY_TMPDIR": {
+                "RAY_ADDRESS": "", "TMPDIR": str(tmp_path / ("long" * 20)),
+            },
+            "able to write in it.* Received: .*Not a directory.* Set RAY_TMPDIR": {"TMPDIR": str(tmp_path / "file")},
+        }  # fmt: skip
+        command = [sys.executable, "-c", IN_EACH, json.dumps(list(says.values())), *of_train(few, tmp_path)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    of_command = [line for line in done.stderr.splitlines() if line.startswith("kuzushiji: ")]
+    assert done.stdout.split() == ["1", "2", "1", "1"], done.stderr
+    for text, line in zip(says, of_command, strict=True):
+        assert re.search(text, line)
+
+
+def test_one_who_takes_connections_and_is_silent_is_no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.ray_address.SECONDS_FOR_ANSWER", 0.5)
+    with socket.create_server(("", 0)) as silent, pytest.raises(KuzushijiError, match="a Ray must answer.*Deadline"):
+        check_address(f"127.0.0.1:{silent.getsockname()[1]}")
+    for address in ("ray://127.0.0.1:10001", "127.0.0.1", ":6379", "host:abc"):
+        with pytest.raises(OptionError, match=f"must be HOST:PORT.* Received: {address}"):
+            check_address(address)
 
 
 def test_cpus_are_those_that_this_process_can_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,6 +33,7 @@ from test_project import ROOT
 
 from cluster import submit
 from cluster.errors import KuzushijiError
+from cluster.runtime import _check_cluster
 
 RAY = Path(sys.executable).with_name("ray")
 SECONDS_AT_MOST = 600  # on a machine that has other things to do
@@ -392,6 +393,69 @@ def test_ctrl_c_before_the_head_has_answered_names_the_job_that_it_may_have_take
     assert head.submit("--attach", job_of(line)).returncode == 7
 
 
+@contextmanager
+def in_this_process(answer: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> Iterator[str]:
+    """The address of a head that is `answer`."""
+
+    async def of_a_head(request: web.Request, _: PassOn) -> web.StreamResponse:
+        if request.path == "/api/version":
+            return web.json_response(dict.fromkeys(("version", "ray_version", "ray_commit", "session_name"), "4.0"))
+        return await answer(request)
+
+    with behind(Head("", {}, {}), of_a_head) as head:
+        yield head.address
+
+
+def information(job: str) -> web.Response:
+    return web.json_response({"type": "SUBMISSION", "submission_id": job, "status": "SUCCEEDED", "entrypoint": "true"})
+
+
+def test_a_job_whose_answer_was_lost_is_not_submitted_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "")
+    taken: set[str] = set()
+
+    async def lose(request: web.Request) -> web.StreamResponse:
+        assert request.transport is not None
+        if request.method == "POST":
+            job = (await request.json())["submission_id"]
+            taken.update([] if "lost" in job else [job])
+            request.transport.abort()
+        job = request.path.rpartition("/")[2]
+        if "unknown" in job:
+            request.transport.abort()
+        return information(job) if job in taken else web.Response(status=404, text=f"Job {job} does not exist")
+
+    with in_this_process(lose) as address, submit.connected(head := submit.Head(address)) as client:
+        assert {submit.submit_job(client, ["taken"], None, head)} == taken
+        with pytest.raises(KuzushijiError, match="may have been submitted. Follow it: kuzushiji submit") as unknown:
+            submit.submit_job(client, ["unknown"], None, head)
+        assert job_of(str(unknown.value)) in taken
+        with pytest.raises(KuzushijiError, match="the head must accept the job.* Run the same command again"):
+            submit.submit_job(client, ["lost"], None, head)
+
+
+def test_a_log_comes_through_the_proxy_that_leads_to_the_head(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def log(request: web.Request) -> web.StreamResponse:
+        assert request.host == "head.example"
+        if not request.path.endswith("/logs/tail"):
+            return information("job")
+        socket = web.WebSocketResponse()
+        await socket.prepare(request)
+        await socket.send_str("through\n")
+        await socket.close()
+        return socket
+
+    with in_this_process(log) as proxy:
+        monkeypatch.setenv("http_proxy", proxy)
+        head = submit.Head("http://head.example", insecure=True)
+        with submit.connected(head) as client:
+            assert submit.follow(client, "job", head) == 0
+    assert capsys.readouterr().out == "through\n"
+
+
 def test_a_log_that_is_cut_off_is_not_the_end_of_the_job(head: Head, waiting: list[str], tmp_path: Path) -> None:
     async def without_log(request: web.Request, pass_on: PassOn) -> web.StreamResponse:
         if not request.path.endswith("/logs/tail"):
@@ -507,6 +571,14 @@ def test_a_token_that_is_refused_later_is_one_line_too(head: Head) -> None:
         for done in way.submit_each(["--", "verify", "x"], ["--attach", "nobody"]):
             assert done.returncode == 1
             assert "kuzushiji: the head must accept this machine's token" in done.stderr.splitlines()[-1]
+
+
+def test_a_command_without_the_token_of_the_ray_at_ray_address_is_one_line(head: Head) -> None:
+    line = "a Ray must answer at RAY_ADDRESS.* token is missing or incorrect. Put the cluster's token into"
+    with pytest.raises(KuzushijiError, match=line):
+        _check_cluster(f"127.0.0.1:{head.ports['gcs']}")
+    with pytest.raises(KuzushijiError, match="a Ray must answer at RAY_ADDRESS"):
+        _check_cluster(head.address.removeprefix("http://"))  # the dashboard
 
 
 # A method of each service that a head offers to the network.

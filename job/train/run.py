@@ -162,6 +162,8 @@ class Run:
         from job.train.rendezvous import Rendezvous
 
         self._drop_torn_list()
+        # Before Ray Train: with rights to objects alone, gcsfs takes an empty bucket for a missing one, and tries to
+        # create it (github.com/fsspec/gcsfs/issues/699).
         write_bytes(self._options_file, (json.dumps(self._options(), indent=2) + "\n").encode())
         config, storage = self.config, self.models / RUNS_FOLDER
         job = TrainJob(

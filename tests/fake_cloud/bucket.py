@@ -25,11 +25,35 @@ from fake_cloud.bucket_routes import Request, Routes, reason
 _SLOW_PIECES = 20
 _SLOW_PAUSE = 0.02
 _REFUSALS = {
-    "429": ("rateLimitExceeded", "The object exceeded the rate limit for object mutation operations."),
-    "503": ("backendError", "We encountered an internal error. Please try again."),
-    "401": ("authError", "Invalid Credentials"),
-    "403": ("forbidden", "Permission 'storage.objects.get' denied on resource (or it may not exist)."),
+    "429": (429, "rateLimitExceeded", "The object exceeded the rate limit for object mutation operations."),
+    "503": (503, "backendError", "We encountered an internal error. Please try again."),
+    "401": (401, "authError", "Invalid Credentials"),
+    "403": (
+        403,
+        "forbidden",
+        "someone@example.com does not have {permission} access to the Google Cloud Storage object. "
+        "Permission '{permission}' denied on resource (or it may not exist).",
+    ),
+    "retained": (
+        403,
+        "retentionPolicyNotMet",
+        "Object 'demo/x' is subject to bucket's retention policy or object retention and cannot be deleted or "
+        "overwritten until 2031-09-20T12:18:15.93713-07:00",
+    ),
+    "unpaid": (400, "required", "Bucket is a requester pays bucket but no user project provided."),
+    "abroad": (
+        403,
+        "forbidden",
+        "Request is prohibited by organization's policy. vpcServiceControlsUniqueIdentifier: 4",
+    ),
 }
+_PERMISSIONS = {"GET": "get", "DELETE": "delete"}
+
+
+def _refusal(kind: str, method: str, path: str) -> RefusedError:
+    status, why, message = _REFUSALS[kind]
+    action = "list" if method == "GET" and path.endswith("/o") else _PERMISSIONS.get(method, "create")
+    return RefusedError(status, why, message.format(permission=f"storage.objects.{action}"))
 
 
 @dataclass(frozen=True)
@@ -125,7 +149,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         if fault:
-            answer = RefusedError(int(fault), *_REFUSALS[fault]).response()
+            answer = _refusal(fault, method, target.partition("?")[0]).response()
         else:
             try:
                 answer = self.server.routes.answer(request)

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from urllib.parse import unquote
 
-REFUSALS = ("429", "503", "401", "403")  # instead of an answer
+REFUSALS = ("429", "503", "401", "403", "retained", "unpaid", "abroad")  # instead of an answer
 UPLOAD_FAULTS = ("cut-upload",)  # for requests with a body
 ANSWER_FAULTS = ("cut", "slow", "hold")  # for answers with a body
 DOWNLOAD_FAULTS = ("flip",)  # for the bytes of objects: flipped JSON would test a parser, not a checksum
@@ -40,12 +40,13 @@ class Faults:
     def inject(self, kind: str, times: int = 1, method: str | None = None, matching: str | None = None) -> None:
         """Let the next `times` requests that fit meet a fault.
 
-        `kind` is a status ("429", "503", "401", "403": nothing is done), "cut" (all is done, but the connection closes
-        in the middle of the answer's body), "slow" (the answer's body comes in pieces), "hold" (its second half comes
-        when the faults are cleared), "flip" (one byte of a download is changed) or "cut-upload" (the connection closes
-        after half of the request's body; of a resumable upload that half is kept, as Google does). `matching` is a
-        regular expression over path and query; without one every request about objects fits. Raises ValueError for an
-        unknown kind.
+        `kind` is a status ("429", "503", "401", "403": nothing is done), "retained" (403, of a retention policy),
+        "unpaid" (400, of a bucket whose requesters pay), "abroad" (403, of an organization's policy), "cut" (all is
+        done, but the connection closes in the middle of the answer's body), "slow" (the answer's body comes in pieces),
+        "hold" (its second half comes when the faults are cleared), "flip" (one byte of a download is changed) or
+        "cut-upload" (the connection closes after half of the request's body; of a resumable upload that half is kept,
+        as Google does). `matching` is a regular expression over path and query; without one every request about objects
+        fits. Raises ValueError for an unknown kind.
         """
         if kind not in KINDS:
             raise ValueError(f"no fault of kind {kind!r}: there are {', '.join(KINDS)}")
