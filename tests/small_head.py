@@ -21,10 +21,10 @@ def work_after(change: Callable[[dict[str, Any]], object] | None = None) -> Call
 
     def work(given: dict[str, Any]) -> Any:
         from job.model import architectures
-        from job.train import run, worker
+        from job.train import run, training
 
         architectures.BASELINE_HEAD = architectures.HEAD = (16, 8)
-        worker.SUM_CROPS = 14  # two steps of the dataset `few`
+        training.SUM_CROPS = 14  # two steps of the dataset `few`
         if change:
             change(given)
         return run._work(given)

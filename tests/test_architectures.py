@@ -172,7 +172,7 @@ def train_narrow(given: dict[str, Any]) -> None:
     from job.model import architectures
     from job.train.display import StartUp
     from job.train.strategy import configure_tensorflow, make_strategy
-    from job.train.worker import Training
+    from job.train.training import Training
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(architectures, "HEAD", (64, 32))

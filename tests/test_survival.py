@@ -48,9 +48,9 @@ def lost_at(stopped_after: dict[int, str], marker: Path) -> Callable[[dict[str, 
         import time
         from pathlib import Path
 
-        from job.train import worker
+        from job.train import training as module
 
-        rows_of, resume = worker.Training.rows_of, worker.Training.resume
+        rows_of, resume = module.Training.rows_of, module.Training.resume
 
         def disturbed(training: Any, *arguments: Any) -> Any:
             done = int(training.optimizer.iterations.numpy())
@@ -71,7 +71,7 @@ def lost_at(stopped_after: dict[int, str], marker: Path) -> Callable[[dict[str, 
                 left = [path.name for path in checkpoints.iterdir() if path.name.startswith("checkpoint_2")]
                 Path(f"{name}-left").write_text(f"{unknown.exists()} {len(left)}")
 
-        worker.Training.rows_of, worker.Training.resume = disturbed, seen
+        module.Training.rows_of, module.Training.resume = disturbed, seen
 
     return change
 
@@ -262,10 +262,10 @@ try:
         from pathlib import Path
         from ray.train.v2._internal.execution.storage import StorageContext
         from job.train import watchdog as interruption
-        from job.train import worker
+        from job.train import training as module
 
         interruption.SECONDS_BETWEEN_CHECKS = 0
-        rows_of, upload = worker.Training.rows_of, StorageContext.persist_current_checkpoint
+        rows_of, upload = module.Training.rows_of, StorageContext.persist_current_checkpoint
         told, gone = (Path(given["job"].folder).with_name(name) for name in ("told", "gone"))
 
         def in_time(training, *arguments):
@@ -281,7 +281,7 @@ try:
             time.sleep(2)
             return upload(*arguments, **options)
 
-        worker.Training.rows_of, StorageContext.persist_current_checkpoint = in_time, slowly
+        module.Training.rows_of, StorageContext.persist_current_checkpoint = in_time, slowly
 
     def drain():
         while not any((models / ".runs").glob("*/checkpoint_manager_snapshot.json")):  # the first epoch's

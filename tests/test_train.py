@@ -61,7 +61,7 @@ def first_losses(dataset: Path, out: Path, workers: int) -> list[dict[str, np.nd
         from job.data.staging import staged
         from job.train.display import StartUp
         from job.train.strategy import configure_tensorflow, make_strategy
-        from job.train.worker import Training
+        from job.train.training import Training
 
         job = given["job"]
         config = job.config
@@ -297,7 +297,7 @@ def test_the_losses_and_hits_of_a_long_epoch_are_all_counted(
         return sums
 
     monkeypatch.setattr("job.train.step.Steps._train_replica", counted)
-    monkeypatch.setattr("job.train.worker.SUM_CROPS", 3)
+    monkeypatch.setattr("job.train.training.SUM_CROPS", 3)
     monkeypatch.setattr("job.model.architectures.BASELINE_HEAD", (16, 8))
     folder = train(place(few), place(tmp_path), [config(epochs=1, global_batch_size=1)], "long")[0].folder
     row = json.loads((folder / "history.jsonl").read_text())

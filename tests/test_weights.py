@@ -258,9 +258,9 @@ def test_a_lost_worker_repeats_one_saved_epoch_at_most_and_frozen_layers_stay_as
 
         from ray.train.v2._internal.execution.storage import StorageContext
 
-        from job.train import worker
+        from job.train import training
 
-        upload, report = StorageContext.persist_current_checkpoint, worker.Training._report
+        upload, report = StorageContext.persist_current_checkpoint, training.Training._report
 
         def slowly(*arguments: Any, **options: Any) -> Any:
             time.sleep(4)
@@ -275,7 +275,7 @@ def test_a_lost_worker_repeats_one_saved_epoch_at_most_and_frozen_layers_stay_as
                 Path(marker).touch()
                 os._exit(1)
 
-        StorageContext.persist_current_checkpoint, worker.Training._report = slowly, then_die
+        StorageContext.persist_current_checkpoint, training.Training._report = slowly, then_die
 
     workers_do(change)
     monkeypatch.setattr("job.model.architectures.HEAD", (16, 8))

@@ -44,7 +44,7 @@ def _serve(given: dict[str, Any]) -> None:
     from job.data.staging import staged
     from job.train.display import StartUp
     from job.train.strategy import configure_tensorflow, make_strategy
-    from job.train.worker import Training
+    from job.train.training import Training
     from preprocessing.config import SPLITS
 
     job, gate = given["job"], given["gate"]
