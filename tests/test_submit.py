@@ -33,7 +33,7 @@ from test_project import ROOT
 
 from cluster import submit
 from cluster.errors import KuzushijiError
-from cluster.runtime import _check_cluster
+from cluster.ray_address import check_address
 
 RAY = Path(sys.executable).with_name("ray")
 SECONDS_AT_MOST = 600  # on a machine that has other things to do
@@ -576,9 +576,9 @@ def test_a_token_that_is_refused_later_is_one_line_too(head: Head) -> None:
 def test_a_command_without_the_token_of_the_ray_at_ray_address_is_one_line(head: Head) -> None:
     line = "a Ray must answer at RAY_ADDRESS.* token is missing or incorrect. Put the cluster's token into"
     with pytest.raises(KuzushijiError, match=line):
-        _check_cluster(f"127.0.0.1:{head.ports['gcs']}")
+        check_address(f"127.0.0.1:{head.ports['gcs']}")
     with pytest.raises(KuzushijiError, match="a Ray must answer at RAY_ADDRESS"):
-        _check_cluster(head.address.removeprefix("http://"))  # the dashboard
+        check_address(head.address.removeprefix("http://"))  # the dashboard
 
 
 # A method of each service that a head offers to the network.
