@@ -234,6 +234,18 @@ def test_the_token_can_be_read_by_its_owner_alone_on_every_machine(cluster: Clus
     assert cluster.laptop("stat", "-c", "%a", "/root/.ray/auth_token").stdout.strip() == "600"
 
 
+@pytest.mark.smoke
+def test_a_worker_that_is_set_up_once_more_stays_in_the_cluster(cluster: Cluster, trained: str) -> None:
+    """The autoscaler does so if it reads from its cache that the worker is not ready; a `ray stop` cost a machine."""
+    worker = cluster.of_type("gpu")[0]
+    commands = yaml.safe_load((ROOT / "ray_cluster.yaml").read_text())["worker_start_ray_commands"]
+    raylet = "pgrep -x raylet"
+    before = worker.host.run(raylet).stdout
+    for command in commands:
+        worker.host.run(f"runuser -u ubuntu -- env RAY_HEAD_IP={cluster.head.ip} bash -c {shlex.quote(command)}")
+    assert worker.host.run(raylet).stdout == before != ""
+
+
 def wait_for(what: Callable[[], Any], seconds: float) -> Any:
     """What `what` returns, once that is something."""
     deadline = time.monotonic() + seconds
