@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("kuzushiji")
 
-START_LIMIT = 1800.0
+START_LIMIT = 1800
 SECONDS_BETWEEN_WAITS = 30.0
 SECONDS_FOR_STATUS = 10
 
@@ -52,7 +52,10 @@ def hosts() -> list[Mapping[str, float]]:
 
 
 def has_autoscaler() -> bool:
-    """Return whether the cluster was made by `ray up` (with the autoscaler v2, its default) or by KubeRay."""
+    """Return whether the cluster was made by `ray up` (with the autoscaler v2, its default) or by KubeRay.
+
+    A cluster of KubeRay counts also if its autoscaler is off.
+    """
     # They give each host a type. Ray names the type of any other host after the host.
     status = _status()
     nodes = [*status.active_nodes, *status.idle_nodes]
@@ -76,17 +79,19 @@ def check_room(request: Request) -> None:
 class Wait:
     """A wait for room: says every 30 s what it waits for."""
 
-    def __init__(self, request: Request, limit: float) -> None:
-        """limit: seconds."""
-        self._request, self._limit = request, limit
+    def __init__(self, request: Request, limit: float, who: str = "") -> None:
+        """limit: seconds. who: name in the log, such as of an architecture."""
+        self._request, self._limit, self._who = request, limit, f"{who}: " if who else ""
         self.restart()
 
     def restart(self) -> None:
-        """Start the clock anew: what was waited for is there."""
-        self._began = self._said = time.monotonic()
+        """Start the clocks anew: what was waited for is there."""
+        self._began = self._said = self._limit_began = time.monotonic()
 
-    def check(self) -> None:
+    def check(self, limited: bool = True) -> None:
         """Log what is waited for, if it is time. Call it often.
+
+        limited: whether the time since the last call counts for the limit.
 
         Raises:
             KuzushijiError: the limit has passed.
@@ -94,8 +99,10 @@ class Wait:
         now = time.monotonic()
         if now - self._said > SECONDS_BETWEEN_WAITS:
             self._said = now
-            log.info("waiting for %.0f s: %s", now - self._began, self._state())
-        if now - self._began > self._limit:
+            log.info("%swaiting for %.0f s: %s", self._who, now - self._began, self._state())
+        if not limited:
+            self._limit_began = now
+        if now - self._limit_began > self._limit:
             raise KuzushijiError(
                 f"the processes must start within {self._limit:g} s (--start-limit). Received: {self._state()}. "
                 "Request less, raise the limit, or see `ray status` on the head"

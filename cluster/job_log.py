@@ -17,10 +17,11 @@ async def print_log(client: "JobSubmissionClient", job: str) -> bool:
         OSError: there is no connection.
     """
     import aiohttp
-    from requests.utils import get_environ_proxies, select_proxy
+    from requests.utils import get_environ_proxies, prepend_scheme_if_needed, select_proxy
 
     url = f"{client.get_address()}/api/jobs/{job}/logs/tail"
     proxy = select_proxy(url, get_environ_proxies(url))
+    proxy = prepend_scheme_if_needed(proxy, "http") if proxy else None
     try:
         async with aiohttp.ClientSession(headers=client._headers) as session:
             # Not `async with`: its end waits for that of the server, which goes on sending.

@@ -4,11 +4,11 @@ On this machine's disks it is a file lock, which ends with its process. Elsewher
 holder changes every few seconds. A lease that has not changed for a minute is taken over.
 """
 
-import _thread
 import fcntl
 import logging
 import os
 import secrets
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from upath import UPath
 
-from cluster.errors import KuzushijiError, OptionError, one_line
+from cluster.errors import OptionError, one_line
 from cluster.storage import change_bytes, is_local, read_bytes, remove_file, writing_in
 
 log = logging.getLogger("kuzushiji")
@@ -29,9 +29,9 @@ SECONDS_BETWEEN_LOOKS = 2.0
 
 @contextmanager
 def locked(path: UPath, what: str) -> Iterator[None]:
-    """Hold the lock at `path` while the block runs. Its file is removed afterwards.
+    """Hold the lock at `path` while the block runs. Its file is removed afterwards, unless the process is ended before.
 
-    A process that loses its lease, as after the sleep of a laptop, is interrupted as by Ctrl-C.
+    A process that loses its lease, as after the sleep of a laptop, gets a SIGINT, or a SIGTERM where it ignores that.
 
     what: what the lock protects, for messages, such as `--run first`.
 
@@ -45,8 +45,8 @@ def locked(path: UPath, what: str) -> Iterator[None]:
 
 def _refused(what: str) -> OptionError:
     return OptionError(
-        f"only one process at a time may work on {what}. Received: one more. Wait until "
-        "the other has ended, or name another"
+        f"only one process at a time may work on {what}. Received: another one that does. Wait until it has ended, or "
+        "use another name"
     )
 
 
@@ -54,23 +54,33 @@ def _refused(what: str) -> OptionError:
 def _file_lock(path: Path, what: str) -> Iterator[None]:
     with writing_in(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        while True:
-            # For writing: NFS locks exclusively only what is open for writing.
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # A holder removes its file at its end: the lock must be of the file that is there now.
-                if os.path.exists(path) and os.path.samestat(os.fstat(descriptor), os.stat(path)):
-                    break
-            except BlockingIOError as error:
-                os.close(descriptor)
-                raise _refused(what) from error
-            os.close(descriptor)
+        while (descriptor := _locked_descriptor(path, what)) is None:
+            pass
     try:
         yield
     finally:
         path.unlink(missing_ok=True)
         os.close(descriptor)
+
+
+def _locked_descriptor(path: Path, what: str) -> int | None:
+    """Return the descriptor of the locked file, or None if its last holder has removed it meanwhile."""
+    # For writing: NFS locks exclusively only what is open for writing.
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+            return descriptor
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise _refused(what) from error
+    except FileNotFoundError:
+        pass
+    except OSError:
+        os.close(descriptor)
+        raise
+    os.close(descriptor)
+    return None
 
 
 @contextmanager
@@ -85,20 +95,23 @@ def _lease(path: UPath, what: str) -> Iterator[None]:
     finally:
         done.set()
         renewals.join()
-        if _is_of(_read(path), holder):
-            remove_file(path)
+        try:
+            if _is_of(_read(path), holder):
+                remove_file(path)
+        except Exception as error:  # of any file system; the work is done
+            log.warning("%s could not be removed, and is free in %g s: %s", path, SECONDS_UNTIL_LOST, one_line(error))
 
 
 def _take(path: UPath, holder: str, what: str) -> None:
     """Write the lease, once there is none or the one that is there has not changed for a minute."""
-    began, seen = time.monotonic(), _read(path)
+    seen, quiet = _read(path), 0.0
     if seen:
-        log.info("%s was not ended: waits for a sign of life of its process, %g s at most", what, SECONDS_UNTIL_LOST)
-    while (now := _read(path)) and time.monotonic() - began < SECONDS_UNTIL_LOST:
-        if now != seen:
-            raise _refused(what)
+        log.info("%s may be in use: waiting up to %g s for a sign of its process", what, SECONDS_UNTIL_LOST)
+    # Seconds between looks alone: while the storage does not answer, the holder can't renew its lease either.
+    while (now := _read(path)) and now == seen and quiet < SECONDS_UNTIL_LOST:
         time.sleep(SECONDS_BETWEEN_LOOKS)
-    if not _change(path, now, holder):
+        quiet += SECONDS_BETWEEN_LOOKS
+    if now not in (None, seen) or not _change(path, now, holder):
         raise _refused(what)
 
 
@@ -108,11 +121,11 @@ def _renew(path: UPath, holder: str, what: str, done: threading.Event) -> None:
             now = _read(path)
             if _is_of(now, holder) and _change(path, now, holder):
                 continue
-        except KuzushijiError as error:
+        except Exception as error:  # of any file system: the lease is renewed as soon as it answers again
             log.warning("%s: its lease could not be renewed: %s", what, one_line(error))
             continue
         log.error("another process has taken over %s, since this one was silent for too long", what)
-        _thread.interrupt_main()
+        os.kill(os.getpid(), signal.SIGTERM if signal.getsignal(signal.SIGINT) is signal.SIG_IGN else signal.SIGINT)
         return
 
 

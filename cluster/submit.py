@@ -251,7 +251,7 @@ def _check_taken(client: "JobSubmissionClient", job: str, head: Head, error: Exc
                 f"the head must accept the job. Received: {received}. Run the same command again"
             ) from error
         raise KuzushijiError(
-            f"the head must answer. Received: {received}; job {job} may have been submitted. "
+            f"the head must tell whether it has job {job}, which may have been submitted. Received: {received}. "
             f"{head.follow_and_stop_hint(job)}"
         ) from error
 

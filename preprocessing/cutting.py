@@ -12,6 +12,7 @@ from cluster.errors import InputError
 from preprocessing.crop import NO_FILE, PageFault, clip_box, crop, decode_page
 from preprocessing.pages import ReadPage, page_reader
 from preprocessing.plan import Group, Page
+from preprocessing.tries import END
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ def cut_boxes(group: Group, pages: UPath, begin: Callable[[str], None] = lambda 
     Args:
         group: the pages and boxes.
         pages: folder or archive of the pages.
-        begin: called with the id of each page before it is read, and with an empty string after the last one.
+        begin: called with the id of each page before it is read, and with `tries.END` after the last one.
 
     Raises:
         InputError: a page file was removed or changed after the pages were listed.
@@ -51,7 +52,7 @@ def cut_boxes(group: Group, pages: UPath, begin: Callable[[str], None] = lambda 
                 yield _cut(page.id, image, box)
             start += page.boxes
             del image  # free the memory before the next page is decoded
-        begin("")
+        begin(END)
 
 
 def _cut(page_id: str, image: "NDArray[np.uint8] | PageFault", box: list[int]) -> Cut:

@@ -16,13 +16,15 @@ from cluster.storage import TEMPORARY_PREFIX, read_bytes, remove_file, write_byt
 from preprocessing.plan import Group
 
 MOST_DEATHS = 3
+# Steps of a group that are no pages.
+START, END = "(start)", "(end)"
 
 
 class _Note(BaseModel):
     """What the next process must know if this one dies."""
 
     at: str | None = None
-    """The step that is worked on; empty before the first step and after the last; None: not written down."""
+    """The step that is worked on: the id of a page, `START` or `END`; None: not written down."""
     deaths: dict[str, int] = {}
     """Step to number of processes that died at it. A step that a process finished has no entry."""
 
@@ -43,7 +45,7 @@ class Tries:
             create_folder: whether to create the folder if it is missing.
 
         Raises:
-            InputError: `MOST_DEATHS` processes died before the first step or after the last.
+            InputError: `MOST_DEATHS` processes died before the first page.
             KuzushijiError: the folder is full, read-only or missing.
         """
         self.pages = f"{group.page_ids[0]} to {group.page_ids[-1]}"
@@ -59,11 +61,13 @@ class Tries:
         self.is_first = False
         if (at := self.note.at) is not None:
             self.note.deaths[at] = self.note.deaths.get(at, 0) + 1
-        self.note.at = ""
-        self.begin()
+        self.note.at = None
+        self.begin(START)
 
-    def begin(self, step: str = "") -> None:
-        """Note the step that is worked on from now on: the id of a page, or empty after the last step.
+    def begin(self, step: str) -> None:
+        """Note the step that is worked on from now on, and that the one before it is done.
+
+        step: the id of a page, or `END` after the last page.
 
         Raises:
             InputError: `MOST_DEATHS` processes died at this step, and none finished it.
@@ -71,12 +75,13 @@ class Tries:
         """
         if self.is_first:
             return
-        if self.note.at:
+        if self.note.at is not None:
             self.note.deaths.pop(self.note.at, None)
         self.note.at = step
         if (deaths := self.note.deaths.get(step, 0)) >= MOST_DEATHS:
+            where = self.pages if step in (START, END) else step
             raise InputError(
-                f"no page may end the process that works on it. Received: {step or self.pages}, where {deaths} "
+                f"no page may end the process that works on it. Received: {where}, where {deaths} "
                 "processes ended (out of memory, or a crash in the decoder). Use machines with more memory for each "
                 "CPU and run the same command again, or repair or remove the page and name a new folder"
             )

@@ -192,7 +192,7 @@ def train_narrow(given: dict[str, Any]) -> None:
                 weights = given["weights"] if config.architecture == "xception" else None
                 training = Training(job, strategy, data, StartUp(), weights)
                 training.run_epoch()
-                training.write()
+                training.write(training.predict_best())
                 keras.utils.clear_session()
         keras.config.set_dtype_policy("float32")
 

@@ -28,7 +28,8 @@ from upath import UPath
 
 from cluster import bucket, google_client
 from cluster.bucket import RANGE_BYTES, explained
-from cluster.errors import DamageError, KuzushijiError
+from cluster.errors import DamageError, KuzushijiError, OptionError
+from cluster.lock import locked
 from cluster.manifest import MANIFEST_FILE, is_sealed, read_manifest, seal, write_listed
 from cluster.models import Latest, ModelManifest, point_to_latest, read_latest, resolve_model
 from cluster.pull import pull
@@ -269,6 +270,17 @@ def test_what_is_read_and_exported_on_a_bucket_has_the_bytes_of_what_is_in_a_fol
     for model, out in ((trained, tmp_path / "lite"), (f"{folder}/model", f"{folder}/lite")):
         assert kuzushiji(*asked, "--model", model, "--out", out).code == 0
     assert read_bytes(folder / "lite/model.tflite") == (tmp_path / "lite" / "model.tflite").read_bytes()
+
+
+def test_a_lease_on_a_bucket_has_one_holder_and_goes_with_it(folder: UPath, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.lock.SECONDS_BETWEEN_RENEWALS", 0.05)
+    monkeypatch.setattr("cluster.lock.SECONDS_BETWEEN_LOOKS", 0.02)
+    lease = folder / "it.lock"
+    with locked(lease, "it"):
+        with pytest.raises(OptionError, match="only one process at a time may work on it"), locked(lease, "it"):
+            pass
+        assert is_file(lease)
+    assert not is_file(lease)
 
 
 def test_pages_in_an_archive_on_a_bucket_are_read(archive: UPath, pages: Path) -> None:

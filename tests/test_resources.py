@@ -143,7 +143,7 @@ def test_what_a_cluster_cannot_hold_is_refused_at_once_or_said_until_a_limit_whe
     of_prepare = ["prepare", "--pages", str(pages / "train_images"), "--labels", str(pages / "train.csv")]
     of_prepare += ["--dataset", str(tmp_path / "crops")]
     workers = of_train(few, tmp_path, "--workers", 2, "--cpus-per-worker", 8)
-    limit = ["--start-limit", "2.5"]
+    limit = ["--start-limit", "3"]
     both = ["--architecture", "fcn"]
     commands = [of_prepare, [*workers, *both]], [[*of_prepare, *limit], [*workers, *limit, *both]]
     script = [sys.executable, "-c", CLUSTER_WITHOUT_ROOM, json.dumps(commands)]
@@ -154,7 +154,7 @@ def test_what_a_cluster_cannot_hold_is_refused_at_once_or_said_until_a_limit_whe
     for line, request in zip(lines[:2], (tasks, two), strict=True):
         assert f"Received: {request}; there is room for 0, and no autoscaler" in line
     there = "requested; the hosts have room for 0, now free for 0; hosts coming: none"
-    ended = "the processes must start within 2.5 s (--start-limit). Received: "
+    ended = "the processes must start within 3 s (--start-limit). Received: "
     assert lines[2].startswith(f"kuzushiji: {ended}{tasks} {there}")
     for architecture in ("baseline", "fcn"):  # both ask for hosts, which an autoscaler may add for both
         assert f"{architecture}: failed: {ended}{two} {there}" in done.stderr

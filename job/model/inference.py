@@ -59,8 +59,8 @@ def check_finite(values: NDArray[np.float32]) -> None:
     faulty = np.count_nonzero(~np.isfinite(values).all(axis=1))
     if faulty:
         raise KuzushijiError(
-            f"the model must give finite probabilities. Received: NaN for {faulty:,} of {len(values):,} crops. Use "
-            "another model, or train it again with a lower --learning-rate"
+            f"the model must give finite probabilities. Received: NaN or infinity for {faulty:,} of {len(values):,} "
+            "crops. Use another model, or train it again with a lower --learning-rate"
         )
 
 

@@ -29,7 +29,7 @@ from preprocessing.dataset import Clipped, Loss
 from preprocessing.labels import MAX_NAME_CHARS, Labels, read_labels
 from preprocessing.pages import fingerprint, list_pages, page_reader
 from preprocessing.plan import Group, group_pages, known_losses, number_of_groups
-from preprocessing.tries import Tries
+from preprocessing.tries import END, Tries
 
 BOXES_PER_GROUP = 2_000  # some seconds of work
 PICTURE_SUFFIX = ".jpeg"  # differs from that of pages, so that no scan can be overwritten
@@ -267,3 +267,4 @@ def _annotate(group: Group, readings: Readings, pages: UPath, folder: UPath, beg
                 begin(f"{page.id}{PICTURE_SUFFIX}")
                 picture = annotated(read_page(page.file_name), *readings.for_picture(page.id))
                 write_bytes(folder / f"{page.id}{PICTURE_SUFFIX}", picture)
+    begin(END)

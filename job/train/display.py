@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import ray
 from ray.train import UserCallback
+from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.errors import one_line
@@ -95,12 +96,12 @@ class Board:
         return events
 
     def set_workers(self, architecture: str, running: bool) -> None:
-        """The workers of a run have started, or were lost."""
+        """The workers of a run have started, or are about to start or ended."""
         (self._with_workers.add if running else self._with_workers.discard)(architecture)
 
-    def has_workers(self) -> bool:
-        """Return whether any run has workers."""
-        return bool(self._with_workers)
+    def with_workers(self) -> set[str]:
+        """Return the architectures whose runs have workers."""
+        return self._with_workers
 
     def add_failure(self, attempt: str, failure: "Failure") -> None:
         """Keep the first failure of the workers of an attempt."""
@@ -169,13 +170,22 @@ class LogFailures(UserCallback):  # type: ignore[misc]  # Ray has no types
         self._board, self._architecture, self._last = board, architecture, ""
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        self._board.set_workers.remote(self._architecture, False)
         rank, error = min(worker_exceptions.items(), key=lambda item: (is_collateral(item[1]), item[0]))
         cause = one_line(cause_of(error))[:300]
         text = f"worker {rank} failed; while restarts are left, all workers restart from the last checkpoint: {cause}"
         if text != self._last:  # Ray repeats the failure of a host that is drained and gone, until its deadline
             self._last = text
             self._board.post.remote(LogLine(self._architecture, text))
+
+
+class TellStarts(ControllerCallback):  # type: ignore[misc]  # Ray has no types
+    """Tells the board that workers are about to start, for the first time or again."""
+
+    def __init__(self, board: Any, architecture: str) -> None:
+        self._board, self._architecture = board, architecture
+
+    def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
+        self._board.set_workers.remote(self._architecture, False)
 
 
 @contextmanager

@@ -34,7 +34,8 @@ log = logging.getLogger("kuzushiji")
 
 SECONDS_BETWEEN_CHECKS = 1.0
 SECONDS_FOR_BOARD = 10.0
-MOST_AT_ONCE = 16  # runs that wait for hosts of an autoscaler: each has four processes on the head
+# Runs that may wait for hosts of an autoscaler at the same time. Each has four processes on the head.
+MOST_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def train(
         request = _request_of(configs[0])
         with ray_session(request), _log_how_to_resume(run):
             _log_unused_gpus(configs[0])
-            for training, failure in _run_concurrently(ready, began, Wait(request, start_limit)):
+            for training, failure in _run_concurrently(ready, began, start_limit):
                 try:
                     if failure:
                         raise failure
@@ -161,18 +162,19 @@ def _failed(run: Run, error: Exception, alone: bool) -> Outcome:
 
 
 def _run_concurrently(
-    ready: Mapping[Run, WeightsFile | None], began: float, wait: Wait
+    ready: Mapping[Run, WeightsFile | None], began: float, start_limit: float
 ) -> Iterator[tuple[Run, Exception | None]]:
     """Start each run as soon as the cluster has room for it. Yields each run when it ends, with its failure or None.
 
-    ready: the runs and their pretrained weights. began: `time.monotonic()` at the start of the command. wait: for
-    hosts, while no run has workers.
+    ready: the runs and their pretrained weights. began: `time.monotonic()` at the start of the command. start_limit:
+    seconds, as in `train`.
     """
     from job.train.display import RunState, watched
 
     importlib.import_module("ray.train.v2.api.data_parallel_trainer")  # takes seconds; imported before threads start
     ended: queue.SimpleQueue[tuple[Run, Exception | None]] = queue.SimpleQueue()
-    waiting, running = deque(ready), list[Run]()
+    waiting, running = deque(ready), dict[Run, Wait]()
+    at_once = MOST_AT_ONCE if uses_cluster() and has_autoscaler() else 1
     with watched([run.config.architecture for run in ready]) as board:
 
         def fit(run: Run) -> None:
@@ -184,9 +186,9 @@ def _run_concurrently(
             ended.put((run, error))
 
         while waiting or running:
-            while waiting and len(running) < max(1, _runs_that_fit(waiting[0].config)):
+            while waiting and len(running) < max(at_once, _runs_that_fit(waiting[0].config)):
                 run = waiting.popleft()
-                running.append(run)
+                running[run] = Wait(_request_of(run.config), start_limit, run.config.architecture)
                 board.post.remote(RunState(run.config.architecture, "workers start", starts=True))
                 log.info(
                     "%s: %d workers start, %.1f s after the command",
@@ -198,34 +200,35 @@ def _run_concurrently(
                 threading.Thread(target=fit, args=(run,), daemon=True).start()
             with suppress(queue.Empty):
                 run, error = ended.get(timeout=SECONDS_BETWEEN_CHECKS)
-                running.remove(run)
+                del running[run]
                 board.set_workers.remote(run.config.architecture, False)
                 board.post.remote(RunState(run.config.architecture, "failed" if error else "finished"))
                 yield run, error
             try:
-                _check_start(board, wait)
+                _check_starts(board, running)
             except KuzushijiError as error:
                 # What waits is given up with the connection to Ray.
                 yield from ((run, error) for run in [*running, *waiting])
                 return
 
 
-def _check_start(board: Any, wait: Wait) -> None:
-    """Check how long the runs have waited for workers, unless one of them has workers.
+def _check_starts(board: Any, running: Mapping[Run, Wait]) -> None:
+    """Log which runs wait for workers.
 
     Raises:
-        KuzushijiError: too long.
+        KuzushijiError: all runs have waited too long.
     """
     import ray
 
     try:
-        has_workers = ray.get(board.has_workers.remote(), timeout=SECONDS_FOR_BOARD)
+        with_workers = ray.get(board.with_workers.remote(), timeout=SECONDS_FOR_BOARD)
     except ray.exceptions.RayError:  # Ray is slow, or the board is lost: a training continues without it
         return
-    if has_workers:
-        wait.restart()
-    else:
-        wait.check()
+    for run, wait in running.items():
+        if run.config.architecture in with_workers:
+            wait.restart()
+        else:
+            wait.check(limited=not with_workers)
 
 
 def _request_of(config: TrainConfig) -> Request:
@@ -233,11 +236,7 @@ def _request_of(config: TrainConfig) -> Request:
 
 
 def _runs_that_fit(config: TrainConfig) -> int:
-    """Return how many runs like this one can have workers at the same time: on a cluster with an autoscaler, which
-    starts hosts for what waits, any number.
-    """
-    if uses_cluster() and has_autoscaler():
-        return MOST_AT_ONCE
+    """Return how many runs like this one fit on the live hosts at the same time."""
     return _request_of(config).held_by(hosts()) // config.workers
 
 

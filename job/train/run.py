@@ -3,6 +3,7 @@
 import json
 import logging
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,13 +153,14 @@ class Run:
         with locked(self._lock_file, f"--run {self.name} of {self.config.architecture}"):
             if not self.is_finished():  # by another process, since the run was looked at
                 self._train(weights, board)
-            self.tidy()
+            point_to_latest(self.folder, read_manifest(self.folder, ModelManifest))
+            self._remove_traces()
 
     def _train(self, weights: WeightsFile | None, board: Any) -> None:
         from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
         from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-        from job.train.display import LogFailures
+        from job.train.display import LogFailures, TellStarts
         from job.train.rendezvous import Rendezvous
 
         self._drop_torn_list()
@@ -193,7 +195,7 @@ class Run:
                 # Two: a restart may use the checkpoint before the last one.
                 checkpoint_config=CheckpointConfig(num_to_keep=2),
                 failure_config=FailureConfig(max_failures=config.max_failures, preemption_grace_s=UPLOAD_GRACE_SECONDS),
-                callbacks=[LogFailures(board, config.architecture)],
+                callbacks=[LogFailures(board, config.architecture), TellStarts(board, config.architecture)],
             ),
         )
         try:
@@ -243,9 +245,14 @@ class Run:
             ) from error
 
     def tidy(self) -> None:
-        """Remove the checkpoints and the options of a finished run. Checkpoints are larger than the model."""
-        # `latest.json`, too: the run may have been killed between sealing the folder and pointing to it.
+        """Do what a finished run that was killed left undone, unless another process is about to do it."""
         point_to_latest(self.folder, read_manifest(self.folder, ModelManifest))
+        if is_file(self._options_file):
+            with suppress(OptionError), locked(self._lock_file, f"--run {self.name}"):
+                self._remove_traces()
+
+    def _remove_traces(self) -> None:
+        """Remove the checkpoints and the options of a finished run. Checkpoints are larger than the model."""
         remove_temporaries(self.folder)
         remove_folder(self._checkpoints)
         remove_file(self._options_file)

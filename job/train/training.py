@@ -263,12 +263,11 @@ class Training:
         self.step_limit.end()
         return predictions
 
-    def write(self) -> None:
-        """Evaluate every split with the weights of the best epoch; rank 0 writes and seals the model folder.
+    def predict_best(self) -> dict[str, NDArray[np.float32]]:
+        """Return the (N, 4) predictions of every split with the weights of the best epoch.
 
         Raises:
             KuzushijiError: the probabilities are not finite.
-            DamageError: another training of the same name was faster.
         """
         self.reporter.log(f"evaluates the weights of epoch {self.state.best_epoch}")
         for variable, best in zip(self.changing, self.best_weights, strict=True):
@@ -276,10 +275,19 @@ class Training:
         predictions = {split: self._predict(split) for split in SPLITS}
         for of_split in predictions.values():
             check_finite(of_split)
+        return predictions
+
+    def write(self, predictions: dict[str, NDArray[np.float32]]) -> None:
+        """Write and seal the model folder, on rank 0. predictions: of `predict_best`, whose weights the model has.
+
+        Raises:
+            DamageError: another training of the same name was faster.
+        """
+        # Before sealing, since a failed upload restarts the workers. On all ranks, since any may be the one that saves.
+        wait_for_upload()
         if self.rank > 0:
             return
         self.reporter.show_activity("writes the model and its report")
-        wait_for_upload()  # before sealing: a failed upload restarts the workers
         model = keras.Model.from_config(self.plain_config)
         model.set_weights(self.model.get_weights())
         write_result(

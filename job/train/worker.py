@@ -51,11 +51,15 @@ def train_worker(job: TrainJob, start_up: StartUp) -> Failure | None:
         try:
             while not training.finished():
                 training.run_epoch()
-            training.write()
+            predictions = training.predict_best()
         except KuzushijiError as error:
             return Failure(str(error), traceback.format_exc())
         except tf.errors.ResourceExhaustedError as error:
             if training.workers > 1:  # the other workers wait for this one in a collective until its process exits
                 raise
             return Failure(out_of_memory_message(error), traceback.format_exc())
+        try:
+            training.write(predictions)
+        except DamageError as error:  # another training of the same name was faster
+            return Failure(str(error), traceback.format_exc())
     return None
