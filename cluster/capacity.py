@@ -68,11 +68,14 @@ def check_room(request: Request) -> None:
     Raises:
         OptionError: the hosts can't hold all processes, even when nothing else runs, and no autoscaler adds hosts.
     """
-    held = request.held_by(hosts())
+    present = hosts()
+    held = request.held_by(present)
     if held < request.processes and not has_autoscaler():
+        cpus, gpus = (int(sum(host.get(kind, 0) for host in present)) for kind in ("CPU", "GPU"))
         raise OptionError(
-            f"the hosts of Ray must have room for all processes at the same time. Received: {request}; there is room "
-            f"for {held}, and no autoscaler. Request less, or use a larger cluster (RAY_ADDRESS)"
+            f"Ray must have room for all processes at the same time. Received: {request}; there is room for {held} on "
+            f"{_count(len(present), 'host')} with {_count(cpus, 'CPU')} and {_count(gpus, 'GPU')} in all, and no "
+            "autoscaler. Request less, or use a larger cluster (RAY_ADDRESS)"
         )
 
 

@@ -8,7 +8,6 @@ import fcntl
 import logging
 import os
 import secrets
-import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -28,18 +27,17 @@ SECONDS_BETWEEN_LOOKS = 2.0
 
 
 @contextmanager
-def locked(path: UPath, what: str) -> Iterator[None]:
+def locked(path: UPath, what: str, lost: threading.Event) -> Iterator[None]:
     """Hold the lock at `path` while the block runs. Its file is removed afterwards, unless the process is ended before.
 
-    A process that loses its lease, as after the sleep of a laptop, gets a SIGINT, or a SIGTERM where it ignores that.
-
-    what: what the lock protects, for messages, such as `--run first`.
+    what: what the lock protects, for messages, such as `--run first`. lost: set when another process has taken over the
+    lease, as after the sleep of a laptop; the block must end soon.
 
     Raises:
         OptionError: another process holds the lock.
         KuzushijiError: the file can't be written.
     """
-    with _file_lock(Path(path.path), what) if is_local(path) else _lease(path, what):
+    with _file_lock(Path(path.path), what) if is_local(path) else _lease(path, what, lost):
         yield
 
 
@@ -84,11 +82,11 @@ def _locked_descriptor(path: Path, what: str) -> int | None:
 
 
 @contextmanager
-def _lease(path: UPath, what: str) -> Iterator[None]:
+def _lease(path: UPath, what: str, lost: threading.Event) -> Iterator[None]:
     holder = secrets.token_hex(8)
     _take(path, holder, what)
     done = threading.Event()
-    renewals = threading.Thread(target=_renew, args=(path, holder, what, done), daemon=True)
+    renewals = threading.Thread(target=_renew, args=(path, holder, what, done, lost), daemon=True)
     renewals.start()
     try:
         yield
@@ -115,7 +113,7 @@ def _take(path: UPath, holder: str, what: str) -> None:
         raise _refused(what)
 
 
-def _renew(path: UPath, holder: str, what: str, done: threading.Event) -> None:
+def _renew(path: UPath, holder: str, what: str, done: threading.Event, lost: threading.Event) -> None:
     while not done.wait(SECONDS_BETWEEN_RENEWALS):
         try:
             now = _read(path)
@@ -124,8 +122,7 @@ def _renew(path: UPath, holder: str, what: str, done: threading.Event) -> None:
         except Exception as error:  # of any file system: the lease is renewed as soon as it answers again
             log.warning("%s: its lease could not be renewed: %s", what, one_line(error))
             continue
-        log.error("another process has taken over %s, since this one was silent for too long", what)
-        os.kill(os.getpid(), signal.SIGTERM if signal.getsignal(signal.SIGINT) is signal.SIG_IGN else signal.SIGINT)
+        lost.set()
         return
 
 

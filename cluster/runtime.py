@@ -83,8 +83,8 @@ def _start(at_least_cpus: int) -> bool:
     cpus = usable_cpus()
     if at_least_cpus > MOST_DECLARED * cpus:
         raise OptionError(
-            f"workers on this machine must have at most {MOST_DECLARED * cpus} CPUs, {MOST_DECLARED} times its own. "
-            f"Received: {at_least_cpus}. Lower --workers or --cpus-per-worker, or set RAY_ADDRESS to use a cluster"
+            f"all workers on this machine must have at most {MOST_DECLARED * cpus} CPUs, {MOST_DECLARED} times its "
+            f"own. Received: {at_least_cpus}. Lower --workers or --cpus-per-worker, or set RAY_ADDRESS to use a cluster"
         )
     if at_least_cpus > cpus:
         log.warning("%d CPUs requested, this machine has %d: processes share them", at_least_cpus, cpus)

@@ -22,7 +22,7 @@ log = logging.getLogger("kuzushiji")
 start_limit_option = click.option(
     "--start-limit",
     default=START_LIMIT,
-    show_default=str(START_LIMIT),
+    show_default=True,
     type=click.IntRange(min=1),
     metavar="SECONDS",
     help="Longest wait for hosts of a cluster.",

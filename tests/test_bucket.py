@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from threading import Event
 from types import SimpleNamespace
 from typing import Any
 
@@ -276,8 +277,11 @@ def test_a_lease_on_a_bucket_has_one_holder_and_goes_with_it(folder: UPath, monk
     monkeypatch.setattr("cluster.lock.SECONDS_BETWEEN_RENEWALS", 0.05)
     monkeypatch.setattr("cluster.lock.SECONDS_BETWEEN_LOOKS", 0.02)
     lease = folder / "it.lock"
-    with locked(lease, "it"):
-        with pytest.raises(OptionError, match="only one process at a time may work on it"), locked(lease, "it"):
+    with locked(lease, "it", Event()):
+        with (
+            pytest.raises(OptionError, match="only one process at a time may work on it"),
+            locked(lease, "it", Event()),
+        ):
             pass
         assert is_file(lease)
     assert not is_file(lease)

@@ -2,26 +2,28 @@
 
 import subprocess
 import sys
-import time
 import uuid
 from pathlib import Path
+from threading import Event
 
 import pytest
 from conftest import GIVEN
 from upath import UPath
 
 from cluster import lock
-from cluster.errors import OptionError
+from cluster.errors import KuzushijiError, OptionError
 from cluster.lock import locked
 from cluster.storage import is_file, place, read_bytes, write_bytes
 from job.config import TrainConfig
-from job.train.driver import train
+from job.train.driver import _check_taken_over, train
+from job.train.run import Run
 
 HOLD = """
 import sys, time
+from threading import Event
 from cluster.lock import locked
 from cluster.storage import place
-with locked(place(sys.argv[1]), "it"):
+with locked(place(sys.argv[1]), "it", Event()):
     print("held", flush=True)
     time.sleep(1e6)
 """
@@ -42,8 +44,11 @@ def test_one_process_at_a_time_holds_a_lock_and_its_file_goes_with_it(
 ) -> None:
     at = lease if elsewhere else place(tmp_path / "runs" / "it.lock")
     for _ in range(2):
-        with locked(at, "it"):
-            with pytest.raises(OptionError, match="only one process at a time may work on it"), locked(at, "it"):
+        with locked(at, "it", Event()):
+            with (
+                pytest.raises(OptionError, match="only one process at a time may work on it"),
+                locked(at, "it", Event()),
+            ):
                 pass
             assert is_file(at)
         assert not is_file(at)
@@ -54,11 +59,11 @@ def test_a_killed_process_leaves_its_lock_on_a_disk_at_once(tmp_path: Path) -> N
     with subprocess.Popen([sys.executable, "-c", HOLD, str(at)], stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(OptionError), locked(at, "it"):
+        with pytest.raises(OptionError), locked(at, "it", Event()):
             pass
         holder.kill()
         holder.wait()
-        with locked(at, "it"):
+        with locked(at, "it", Event()):
             pass
 
 
@@ -68,25 +73,26 @@ def test_a_lease_without_a_sign_of_life_is_taken_over_which_is_said(
     monkeypatch.setattr(lock, "SECONDS_UNTIL_LOST", 0.5)
     caplog.set_level("INFO", "kuzushiji")
     write_bytes(lease, b"of-a-killed-process 1\n")
-    with locked(lease, "it"):
+    with locked(lease, "it", Event()):
         assert not read_bytes(lease).startswith(b"of-a-killed-process")
     assert "it may be in use: waiting up to 0.5 s for a sign of its process" in caplog.text
 
 
-def test_a_process_whose_lease_was_taken_over_is_interrupted_and_leaves_the_other_its_lease(
-    lease: UPath, caplog: pytest.LogCaptureFixture
-) -> None:
-
-    def lose() -> None:
-        with locked(lease, "it"):
-            write_bytes(lease, b"of-another 1\n")
-            while True:
-                time.sleep(0.01)
-
-    with pytest.raises(KeyboardInterrupt):
-        lose()
-    assert "another process has taken over it" in caplog.text
+def test_a_process_whose_lease_was_taken_over_is_told_and_leaves_the_other_its_lease(lease: UPath) -> None:
+    lost = Event()
+    with locked(lease, "it", lost):
+        write_bytes(lease, b"of-another 1\n")
+        assert lost.wait(60)
     assert read_bytes(lease) == b"of-another 1\n"
+
+
+def test_a_training_that_was_taken_over_ends_in_one_line(few: Path, tmp_path: Path) -> None:
+    config = TrainConfig.model_validate(GIVEN)
+    run = Run("first", config, place(few), "0" * 64, place(tmp_path))
+    _check_taken_over([run])
+    run.lost.set()
+    with pytest.raises(KuzushijiError, match="--run first of baseline, which another process has taken over"):
+        _check_taken_over([run])
 
 
 def test_a_run_that_another_process_trains_is_refused_and_keeps_its_checkpoints(
@@ -95,6 +101,6 @@ def test_a_run_that_another_process_trains_is_refused_and_keeps_its_checkpoints(
     checkpoint = tmp_path / ".runs" / "baseline-twice" / "checkpoint_1"
     checkpoint.mkdir(parents=True)
     refused = pytest.raises(OptionError, match="may work on --run twice of baseline")
-    with locked(place(tmp_path / ".runs" / "baseline-twice.lock"), "it"), refused:
+    with locked(place(tmp_path / ".runs" / "baseline-twice.lock"), "it", Event()), refused:
         train(place(few), place(tmp_path), [TrainConfig.model_validate(GIVEN)], "twice")
     assert checkpoint.exists()

@@ -10,8 +10,8 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -101,25 +101,37 @@ def train(
         except Exception as error:
             outcomes[training] = _failed(training, error, alone)
     ready: dict[Run, WeightsFile | None] = {}
-    for training in runs:
-        try:
-            if training not in outcomes:
-                ready[training] = obtain(training.config, weights_file, models)
-        except Exception as error:
-            outcomes[training] = _failed(training, error, alone)
-    if ready:
-        _log_determinism(configs[0])
-        request = _request_of(configs[0])
-        with ray_session(request), _log_how_to_resume(run):
-            _log_unused_gpus(configs[0])
-            for training, failure in _run_concurrently(ready, began, start_limit):
-                try:
-                    if failure:
-                        raise failure
-                    outcomes[training] = _succeeded(training, trained=True)
-                except Exception as error:
-                    outcomes[training] = _failed(training, error, alone)
+    with ExitStack() as locks:
+        for training in runs:
+            try:
+                if training not in outcomes:
+                    locks.enter_context(training.alone())
+                    ready[training] = obtain(training.config, weights_file, models)
+            except Exception as error:
+                outcomes[training] = _failed(training, error, alone)
+        if ready:
+            outcomes |= _train_all(ready, began, start_limit, alone)
     return [outcomes[training] for training in runs]
+
+
+def _train_all(
+    ready: Mapping[Run, WeightsFile | None], began: float, start_limit: float, alone: bool
+) -> dict[Run, Outcome]:
+    """Train the runs with Ray. The arguments are those of `_run_concurrently` and `_failed`."""
+    outcomes: dict[Run, Outcome] = {}
+    configs = [run.config for run in ready]
+    _log_determinism(configs[0])
+    request = _request_of(configs[0])
+    with ray_session(request), _log_how_to_resume(next(iter(ready)).name):
+        _log_unused_gpus(configs[0])
+        for training, failure in _run_concurrently(ready, began, start_limit):
+            try:
+                if failure:
+                    raise failure
+                outcomes[training] = _succeeded(training, trained=True)
+            except Exception as error:
+                outcomes[training] = _failed(training, error, alone)
+    return outcomes
 
 
 def _log_determinism(config: TrainConfig) -> None:
@@ -205,21 +217,22 @@ def _run_concurrently(
                 board.post.remote(RunState(run.config.architecture, "failed" if error else "finished"))
                 yield run, error
             try:
-                _check_starts(board, running)
+                _check(board, running)
             except KuzushijiError as error:
-                # What waits is given up with the connection to Ray.
+                # Ray Train ends with the connection to Ray.
                 yield from ((run, error) for run in [*running, *waiting])
                 return
 
 
-def _check_starts(board: Any, running: Mapping[Run, Wait]) -> None:
+def _check(board: Any, running: Mapping[Run, Wait]) -> None:
     """Log which runs wait for workers.
 
     Raises:
-        KuzushijiError: all runs have waited too long.
+        KuzushijiError: all runs have waited too long, or another process has taken over one of them.
     """
     import ray
 
+    _check_taken_over(running)
     try:
         with_workers = ray.get(board.with_workers.remote(), timeout=SECONDS_FOR_BOARD)
     except ray.exceptions.RayError:  # Ray is slow, or the board is lost: a training continues without it
@@ -229,6 +242,15 @@ def _check_starts(board: Any, running: Mapping[Run, Wait]) -> None:
             wait.restart()
         else:
             wait.check(limited=not with_workers)
+
+
+def _check_taken_over(running: Iterable[Run]) -> None:
+    for run in running:
+        if run.lost.is_set():
+            raise KuzushijiError(
+                f"a run must give a sign of life every minute. Received: none of --run {run.name} of "
+                f"{run.config.architecture}, which another process has taken over. Wait for that one"
+            )
 
 
 def _request_of(config: TrainConfig) -> Request:
@@ -282,7 +304,7 @@ def _fit_batch_size(manifest: DatasetManifest, config: TrainConfig) -> TrainConf
     if replicas > size:
         raise OptionError(
             f"each worker (and GPU) must get a crop of each batch. Received: {replicas} for a batch of {size}. "
-            "Lower --workers or --gpus-per-worker"
+            "Raise --global-batch-size, or lower --workers or --gpus-per-worker"
         )
     recipe = RECIPES[config.architecture].global_batch_size
     if size != recipe:

@@ -2,9 +2,10 @@
 
 import json
 import logging
+import threading
 import time
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 from upath import UPath
@@ -80,6 +81,8 @@ class Run:
     dataset: UPath
     dataset_manifest_sha256: str
     models: UPath
+    lost: threading.Event = field(default_factory=threading.Event, compare=False)
+    """Set when another process has taken over the run, which this one must not go on to train."""
 
     @property
     def folder(self) -> UPath:
@@ -100,6 +103,15 @@ class Run:
     @property
     def _options_file(self) -> UPath:
         return self.models / RUNS_FOLDER / f"{self._train_name}.json"
+
+    def alone(self) -> AbstractContextManager[None]:
+        """A context manager that keeps other processes from training the run. Ray Train removes the checkpoints that it
+        does not know.
+
+        Raises:
+            OptionError: another process trains the run.
+        """
+        return locked(self._lock_file, f"--run {self.name} of {self.config.architecture}", self.lost)
 
     def is_finished(self) -> bool:
         """Return whether the model folder is sealed.
@@ -141,22 +153,13 @@ class Run:
     def fit(self, weights: WeightsFile | None, board: Any) -> None:
         """Train with Ray Train: one process per worker, spread over the hosts.
 
-        If a worker fails, all workers restart from the last checkpoint. Only one process at a time trains a run: Ray
-        Train removes the checkpoints that it does not know. weights: pretrained weights; None: random
-        initialization. board: handle of the actor `display.Board`.
+        If a worker fails, all workers restart from the last checkpoint. Call it in `alone`. weights: pretrained
+        weights; None: random initialization. board: handle of the actor `display.Board`.
 
         Raises:
-            OptionError: another process trains the run.
             KuzushijiError: a failure that a restart would not fix; it is not retried.
             Exception: the failure of the last attempt. The run can be resumed.
         """
-        with locked(self._lock_file, f"--run {self.name} of {self.config.architecture}"):
-            if not self.is_finished():  # by another process, since the run was looked at
-                self._train(weights, board)
-            point_to_latest(self.folder, read_manifest(self.folder, ModelManifest))
-            self._remove_traces()
-
-    def _train(self, weights: WeightsFile | None, board: Any) -> None:
         from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
         from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
@@ -205,6 +208,7 @@ class Run:
                 raise cause_of(error) from error  # `error` holds the worker's traceback, for --debug
         if failure:
             raise KuzushijiError(failure.message) from RuntimeError(failure.traceback)
+        self._tidy()
 
     def _drop_torn_list(self) -> None:
         """Remove all checkpoints if Ray Train's list of them is torn, so that the run restarts with the same result.
@@ -246,13 +250,16 @@ class Run:
 
     def tidy(self) -> None:
         """Do what a finished run that was killed left undone, unless another process is about to do it."""
-        point_to_latest(self.folder, read_manifest(self.folder, ModelManifest))
         if is_file(self._options_file):
-            with suppress(OptionError), locked(self._lock_file, f"--run {self.name}"):
-                self._remove_traces()
+            with suppress(OptionError), self.alone():
+                self._tidy()
+        else:
+            point_to_latest(self.folder, read_manifest(self.folder, ModelManifest))
 
-    def _remove_traces(self) -> None:
+    def _tidy(self) -> None:
         """Remove the checkpoints and the options of a finished run. Checkpoints are larger than the model."""
+        # `latest.json`, too: the run may have been killed between sealing the folder and pointing to it.
+        point_to_latest(self.folder, read_manifest(self.folder, ModelManifest))
         remove_temporaries(self.folder)
         remove_folder(self._checkpoints)
         remove_file(self._options_file)
