@@ -10,7 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import chdir, contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -42,8 +42,17 @@ CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 MOST_DECLARED = 8  # CPUs that a local Ray may declare for each CPU that this process can use
 
 
+@dataclass
+class Session:
+    """A connection to Ray."""
+
+    shuts_down: bool
+    """Whether it ends with the block. Set it to False while threads wait for Ray: a shutdown would then end this
+    process before it can print why. Ray ends with the process."""
+
+
 @contextmanager
-def ray_session(request: Request = Request()) -> Iterator[None]:  # noqa: B008 - frozen
+def ray_session(request: Request = Request()) -> Iterator[Session]:  # noqa: B008 - frozen
     """Connect to Ray while the block runs. An existing connection of this process is used and left open.
 
     Args:
@@ -55,12 +64,12 @@ def ray_session(request: Request = Request()) -> Iterator[None]:  # noqa: B008 -
         KuzushijiError: a local Ray did not start in time, or has no folder to write in; or no Ray is at RAY_ADDRESS.
     """
     with waiting("Ray starts ..."):
-        started = _start(request.processes * request.cpus)
+        session = Session(_start(request.processes * request.cpus))
     try:
         check_room(request)
-        yield
+        yield session
     finally:
-        if started:
+        if session.shuts_down:
             import ray
 
             ray.shutdown()

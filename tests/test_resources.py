@@ -148,9 +148,9 @@ def test_what_a_cluster_cannot_hold_is_refused_at_once_or_said_until_a_limit_whe
     limit = ["--start-limit", "3"]
     both = ["--architecture", "fcn"]
     commands = [of_prepare, [*workers, *both]], [[*of_prepare, *limit], [*workers, *limit, *both]]
-    script = [sys.executable, "-c", CLUSTER_WITHOUT_ROOM, json.dumps(commands)]
+    script = [sys.executable, "-uc", CLUSTER_WITHOUT_ROOM, json.dumps(commands)]
     done = until_ray_starts(lambda: subprocess.run(script, capture_output=True, text=True, check=False))
-    assert done.stdout.splitlines()[-1] == "[2, 2, 1, 1]", done.stderr
+    assert done.stdout.endswith("[2, 2, 1, 1]\n"), done.stderr
     lines = [line for line in done.stderr.splitlines() if line.startswith("kuzushiji: ")]
     tasks, two = "1 process with 1 CPU each", "2 processes with 8 CPUs each"
     for line, request in zip(lines[:2], (tasks, two), strict=True):

@@ -21,7 +21,7 @@ from upath import UPath
 from cluster.capacity import START_LIMIT, Request, Wait, has_autoscaler, hosts
 from cluster.errors import DamageError, InputError, KuzushijiError, OptionError, one_line
 from cluster.manifest import read_manifest, verify
-from cluster.runtime import ray_session, usable_cpus, uses_cluster
+from cluster.runtime import Session, ray_session, usable_cpus, uses_cluster
 from cluster.storage import is_local, plain_name
 from job.config import RECIPES, TrainConfig
 from job.model.pretrained import WeightsFile, obtain
@@ -122,9 +122,9 @@ def _train_all(
     configs = [run.config for run in ready]
     _log_determinism(configs[0])
     request = _request_of(configs[0])
-    with ray_session(request), _log_how_to_resume(next(iter(ready)).name):
+    with ray_session(request) as session, _log_how_to_resume(next(iter(ready)).name):
         _log_unused_gpus(configs[0])
-        for training, failure in _run_concurrently(ready, began, start_limit):
+        for training, failure in _run_concurrently(ready, began, start_limit, session):
             try:
                 if failure:
                     raise failure
@@ -174,12 +174,12 @@ def _failed(run: Run, error: Exception, alone: bool) -> Outcome:
 
 
 def _run_concurrently(
-    ready: Mapping[Run, WeightsFile | None], began: float, start_limit: float
+    ready: Mapping[Run, WeightsFile | None], began: float, start_limit: float, session: Session
 ) -> Iterator[tuple[Run, Exception | None]]:
     """Start each run as soon as the cluster has room for it. Yields each run when it ends, with its failure or None.
 
     ready: the runs and their pretrained weights. began: `time.monotonic()` at the start of the command. start_limit:
-    seconds, as in `train`.
+    seconds, as in `train`. session: left open if runs are given up.
     """
     from job.train.display import RunState, watched
 
@@ -219,7 +219,7 @@ def _run_concurrently(
             try:
                 _check(board, running)
             except KuzushijiError as error:
-                # Ray Train ends with the connection to Ray.
+                session.shuts_down = False  # the threads of the runs wait for Ray
                 yield from ((run, error) for run in [*running, *waiting])
                 return
 
