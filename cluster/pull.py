@@ -123,6 +123,7 @@ def _fetch(source: UPath, target: Path, entry: FileEntry, advance: Callable[[int
     with open(part, "ab") as out, ThreadPoolExecutor(1) as disk:
         try:
             fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.stat(target)  # raises FileNotFoundError if the folder was removed meanwhile
             if not os.path.exists(part) or os.fstat(out.fileno()).st_ino != os.stat(part).st_ino:
                 raise BlockingIOError  # another pull renamed the part between `open` and `flock`
         except BlockingIOError as error:
