@@ -2,7 +2,7 @@
 
 import socket
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.metadata import version
@@ -87,12 +87,7 @@ def predict(
     model_sha256 = read_manifest(folder, ModelManifest).sha256
     labels = read_labels(boxes, "--boxes", bare=True)
     files = list_pages(pages)
-    if annotate:
-        _check_picture_names(page_id for page_id in labels.page_ids if page_id in files)
-    known = GroupReport(
-        files=[], losses=known_losses(labels, files), clipped=[], read=0, correct={"examples": 0, "not_rare": 0}
-    )
-    encoded(_manifest(labels, "", model_sha256, [known]))
+    _check_before_reading(labels, files, model_sha256, annotate is not None)
     clear(out)
     groups = group_pages(labels, files, number_of_groups(len(labels.boxes), BOXES_PER_GROUP))
     read_group = ReadGroup(
@@ -129,14 +124,24 @@ def _check_pictures(annotate: UPath, pages: UPath, out: UPath) -> None:
         raise OptionError(f"--annotate must be another folder than --pages. Received: {pages} for both")
 
 
-def _check_picture_names(page_ids: Iterable[str]) -> None:
+def _check_before_reading(
+    labels: Labels, files: Mapping[str, tuple[str, int]], model_sha256: str, annotate: bool
+) -> None:
+    """Check what the boxes and the names of the pages show.
+
+    Raises:
+        InputError: all boxes are lost, the manifest would be too large, or a picture's name too long.
+    """
     most = MAX_NAME_CHARS - len(PICTURE_SUFFIX)
-    for page_id in page_ids:
-        if len(page_id) > most:
+    for page_id in labels.page_ids if annotate else []:
+        if page_id in files and len(page_id) > most:
             raise InputError(
                 f"with --annotate an image_id must have at most {most} characters, since the picture of a page is "
                 f"named <image_id>{PICTURE_SUFFIX}. Received: {page_id[:40]!r}... Shorten it, or leave out --annotate"
             )
+    nothing_read = {"examples": 0, "not_rare": 0}
+    known = GroupReport(files=[], losses=known_losses(labels, files), clipped=[], read=0, correct=nothing_read)
+    encoded(_manifest(labels, "", model_sha256, [known]))
 
 
 def _check_tables(out: UPath, manifest: PredictionsManifest) -> None:

@@ -78,8 +78,8 @@ def train(
     failure is raised.
 
     Raises:
-        OptionError: more replicas than crops in a batch, a run was started with other options, or Ray has no room;
-            nothing is started.
+        OptionError: more replicas than crops in a batch, a run was started with other options or is trained by another
+            process, or Ray has no room; nothing is started.
         InputError, DamageError: the dataset can't be used, or does not match its manifest.
         Exception: the failure of the only config.
     """
@@ -122,7 +122,7 @@ def _train_all(
     configs = [run.config for run in ready]
     _log_determinism(configs[0])
     request = _request_of(configs[0])
-    with ray_session(request) as session, _log_how_to_resume(next(iter(ready)).name):
+    with ray_session(request) as session, _log_how_to_resume(next(iter(ready)).name, session):
         _log_unused_gpus(configs[0])
         for training, failure in _run_concurrently(ready, began, start_limit, session):
             try:
@@ -150,11 +150,11 @@ def _log_unused_gpus(config: TrainConfig) -> None:
 
 
 @contextmanager
-def _log_how_to_resume(run: str) -> Iterator[None]:
-    """Use it within the Ray session: a shutdown of Ray while threads wait for it exits this process with code 1."""
+def _log_how_to_resume(run: str, session: Session) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
+        session.shuts_down = False  # the threads of the runs wait for Ray
         log.warning(
             "stopped; run the same command with --run %s to resume from the last checkpoint, if there is one", run
         )
