@@ -91,7 +91,7 @@ class Tries:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None or issubclass(kind, Exception):
+        if kind is None or issubclass(kind, Exception | KeyboardInterrupt):  # the latter cancels a task of Ray
             remove_file(self.path)
 
     def _write(self) -> None:

@@ -25,6 +25,7 @@ from preprocessing.config import PrepareConfig
 from preprocessing.plan import Group, make_plan
 from preprocessing.prepare import prepare
 from preprocessing.shards import CutGroup
+from preprocessing.tries import Tries
 
 CONFIG = PrepareConfig(coverage=0.2, val_fraction=0.35, test_fraction=0.35)
 
@@ -302,6 +303,14 @@ def test_processes_that_are_killed_at_any_page_end_no_prepare_and_leave_no_note(
     deaths.deadly = set()
     assert sum(shard.examples for shard in deaths.cut(deaths.group).shards.values()) == len(deaths.group.labels)
     assert sorted(path.name for path in (deaths.out / ".prepare").iterdir()) == ["group-00000.json", "plan.json"]
+
+
+def test_a_cancelled_task_leaves_no_note(deaths: Deaths) -> None:
+    folder = deaths.out / ".prepare"
+    with pytest.raises(KeyboardInterrupt), Tries(deaths.group, place(folder), "attempt"):
+        assert list(folder.glob(".tmp-attempt-*"))
+        raise KeyboardInterrupt
+    assert not list(folder.glob(".tmp-*"))
 
 
 def test_a_group_that_ends_its_processes_outside_of_its_pages_is_named_by_its_first_and_last_page(

@@ -106,6 +106,16 @@ RULE = "a folder must exist, be writable and have free space while files are wri
 SMALL = {"prepare": "2m", "pull": "16k", "evaluate": "8k", "sample": "48k"}
 
 
+def wait_for_tasks() -> None:
+    """Wait until no task runs in the Ray of the tests, which outlives the command that failed: a Ray of the command's own
+    ends with it.
+    """
+    import ray
+
+    while ray.available_resources().get("CPU") != ray.cluster_resources()["CPU"]:
+        time.sleep(0.05)
+
+
 @pytest.mark.parametrize("command", SMALL)
 def test_a_full_disk_is_one_line_and_with_room_the_same_command_gives_the_same_bytes(
     command: str, commands: dict[str, list[object]], kuzushiji: Kuzushiji, dataset: Path, disk: Disk, tmp_path: Path
@@ -117,6 +127,7 @@ def test_a_full_disk_is_one_line_and_with_room_the_same_command_gives_the_same_b
     assert told.code == 1
     assert line.startswith(f"kuzushiji: {RULE}. Received: {out}")
     assert "No space left on device" in line
+    wait_for_tasks()
     assert not list(disk.folder.rglob(".tmp-*"))
     if command != "prepare":
         assert kuzushiji(*commands[command], tmp_path / "elsewhere").code == 0
