@@ -307,8 +307,9 @@ def test_processes_that_are_killed_at_any_page_end_no_prepare_and_leave_no_note(
 
 def test_a_cancelled_task_leaves_no_note(deaths: Deaths) -> None:
     folder = deaths.out / ".prepare"
-    with pytest.raises(KeyboardInterrupt), Tries(deaths.group, place(folder), "attempt"):
-        assert list(folder.glob(".tmp-attempt-*"))
+    tries = Tries(deaths.group, place(folder), "attempt")
+    assert list(folder.glob(".tmp-attempt-*"))
+    with pytest.raises(KeyboardInterrupt), tries:
         raise KeyboardInterrupt
     assert not list(folder.glob(".tmp-*"))
 
