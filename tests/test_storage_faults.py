@@ -107,7 +107,7 @@ SMALL = {"prepare": "2m", "pull": "16k", "evaluate": "8k", "sample": "48k"}
 
 
 def wait_for_tasks() -> None:
-    """Wait until no task runs in the Ray of the tests. It outlives the command that failed; a command's own Ray does not."""
+    """Wait until no task runs in the Ray of the tests, which outlives the command that failed."""
     import ray
 
     while ray.available_resources().get("CPU") != ray.cluster_resources()["CPU"]:
