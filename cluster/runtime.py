@@ -9,7 +9,7 @@ import secrets
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import chdir, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -35,9 +35,6 @@ START_TIMED_OUT = (
 )
 
 
-# Ray's processes import first from the folder in which the command connects to Ray. A `job.py` of the user's, or
-# another checkout of this project, would take the place of our modules there.
-NO_MODULES = "/"
 CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 MOST_DECLARED = 8  # CPUs that a local Ray may declare for each CPU that this process can use
 
@@ -90,8 +87,7 @@ def _start(at_least_cpus: int) -> bool:
     if uses_cluster():
         check_address(os.environ["RAY_ADDRESS"])
         log.info("using the Ray at %s", os.environ["RAY_ADDRESS"])
-        with chdir(NO_MODULES):
-            ray.init(logging_level=logging.WARNING, log_to_driver=False)
+        ray.init(logging_level=logging.WARNING, log_to_driver=False)
         return True
     cpus = usable_cpus()
     if at_least_cpus > MOST_DECLARED * cpus:
@@ -102,14 +98,13 @@ def _start(at_least_cpus: int) -> bool:
     if at_least_cpus > cpus:
         log.warning("%d CPUs requested, this machine has %d: processes share them", at_least_cpus, cpus)
     try:
-        with chdir(NO_MODULES):
-            ray.init(
-                address="local",
-                num_cpus=max(cpus, at_least_cpus),
-                include_dashboard=False,
-                logging_level=logging.WARNING,
-                log_to_driver=False,
-            )
+        ray.init(
+            address="local",
+            num_cpus=max(cpus, at_least_cpus),
+            include_dashboard=False,
+            logging_level=logging.WARNING,
+            log_to_driver=False,
+        )
     except Exception as error:
         if getattr(error, "filename", None) or "AF_UNIX" in str(error):
             raise KuzushijiError(

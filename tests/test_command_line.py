@@ -184,11 +184,7 @@ def test_a_user_walks_from_pages_to_a_checked_dataset(
     assert re.search(rf"^{shard.name} has 0 bytes instead of \d+$", checked.stdout, re.M)
 
 
-def test_ray_imports_nothing_from_the_current_folder_and_no_process_of_it_is_left_when_a_command_ends(
-    pages: Path, tmp_path: Path
-) -> None:
-    for name in ("job", "cluster", "preprocessing"):
-        (tmp_path / f"{name}.py").write_text("raise ImportError('not ours')")
+def test_no_process_of_ray_is_left_when_a_command_ends(pages: Path, tmp_path: Path) -> None:
     seen: dict[int, psutil.Process] = {}
     source = ["--pages", str(pages / "train_images"), "--labels", str(pages / "train.csv"), "--dataset", "crops"]
 
