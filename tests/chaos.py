@@ -168,7 +168,7 @@ class Chaos:
         """Those that may still write something of ours."""
         return [process for process in self.processes() if not title(process).startswith(BYSTANDERS)]
 
-    def start(self, command: Command) -> Attempt:
+    def start(self, command: Command, **settings_too: str) -> Attempt:
         number = len(self.started) + 1
         temporary = self.temporary / str(number)
         temporary.mkdir()
@@ -185,7 +185,7 @@ class Chaos:
         with stderr.open("wb") as out:
             process = subprocess.Popen(
                 [str(KUZUSHIJI), command.name, *command.arguments],
-                env=given | settings,
+                env=given | settings | settings_too,
                 stdout=out,
                 stderr=out,
                 stdin=subprocess.DEVNULL,

@@ -23,6 +23,7 @@ import numpy as np
 import psutil
 import pytest
 from click.testing import CliRunner
+from equal_workers import A_FEW, EQUAL_BATCH, one_batch, then
 from fake_cloud.bucket import StrictBucket
 from small_head import WORK, work_after
 
@@ -33,6 +34,8 @@ os.environ["XDG_CACHE_HOME"] = _CACHE.name
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 # A process of Ray Train's that only the test of a drained node needs: it takes 1.5 s to start, with each training.
 os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
+# Ray Train looks every 2 s for what workers report, and an epoch of a test takes less.
+os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
 os.environ.pop("RAY_ADDRESS", None)
 # A shell ignores Ctrl-C in what it runs in the background, and the commands that the tests start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -177,6 +180,15 @@ def ray_here(bucket_server: StrictBucket, tmp_path_factory: pytest.TempPathFacto
     end_what_is_left()
 
 
+@pytest.fixture
+def ray_address(ray_here: None) -> str:
+    """Where a command of another process finds the Ray of the tests, as it would a cluster."""
+    import ray
+
+    address: str = ray.get_runtime_context().gcs_address
+    return address
+
+
 def end_what_is_left() -> None:
     """End processes of this session's Ray that outlive it: a controller of Ray Train may hang in its own exit."""
     for process in psutil.process_iter():
@@ -293,18 +305,27 @@ def kuzushiji(monkeypatch: pytest.MonkeyPatch) -> Kuzushiji:
 
 
 @pytest.fixture(scope="session")
-def trained(few: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model folder, trained by two workers whom nobody disturbed."""
+def two_workers(dataset: Path, few: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder `models` with what two workers trained whom nobody disturbed, and `equal` with what they did then (see
+    `equal_workers.py`).
+    """
     from job.config import TrainConfig
     from job.train.driver import train
 
-    def make(models: Path) -> None:
+    def make(folder: Path) -> None:
+        one = job_of(TrainConfig.model_validate(GIVEN | {"global_batch_size": EQUAL_BATCH}), dataset=str(dataset))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(WORK, work_after())
-            (outcome,) = train(place(few), place(models), [TrainConfig.model_validate(GIVEN)], "first")
+            patch.setattr(WORK, work_after(then(one_batch(one, folder / "equal", A_FEW), folder / "equal")))
+            (outcome,) = train(place(few), place(folder / "models"), [TrainConfig.model_validate(GIVEN)], "first")
         assert outcome.trained
 
-    return made_once(tmp_path_factory, "trained", make) / "baseline" / "first"
+    return made_once(tmp_path_factory, "trained", make)
+
+
+@pytest.fixture(scope="session")
+def trained(two_workers: Path) -> Path:
+    """A model folder, trained by two workers whom nobody disturbed."""
+    return two_workers / "models" / "baseline" / "first"
 
 
 def save_test_crops(dataset: Path, images: Path) -> np.ndarray:

@@ -15,7 +15,7 @@ import psutil
 import pytest
 from chaos import title
 from click.testing import CliRunner
-from conftest import KUZUSHIJI, Kuzushiji, until_ray_starts
+from conftest import KUZUSHIJI, KUZUSHIJI_WITH_SMALL_HEAD, Kuzushiji, until_ray_starts
 
 from cluster.errors import KuzushijiError
 from cluster.runtime import ray_session
@@ -184,24 +184,26 @@ def test_a_user_walks_from_pages_to_a_checked_dataset(
     assert re.search(rf"^{shard.name} has 0 bytes instead of \d+$", checked.stdout, re.M)
 
 
-def test_no_process_of_ray_is_left_when_a_command_ends(pages: Path, tmp_path: Path) -> None:
+def test_prepare_loads_no_tensorflow_and_no_process_of_ray_is_left_when_it_ends(pages: Path, tmp_path: Path) -> None:
     seen: dict[int, psutil.Process] = {}
     source = ["--pages", str(pages / "train_images"), "--labels", str(pages / "train.csv"), "--dataset", "crops"]
 
     def run() -> "subprocess.CompletedProcess[str]":
+        command = [*KUZUSHIJI_WITH_SMALL_HEAD, "prepare", *source]
         with subprocess.Popen(
-            [KUZUSHIJI, "prepare", *source], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+            command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         ) as job:
-            command = psutil.Process(job.pid)
+            process = psutil.Process(job.pid)
             while job.poll() is None:
                 with suppress(psutil.NoSuchProcess):
-                    seen.update((one.pid, one) for one in command.children(recursive=True))
+                    seen.update((one.pid, one) for one in process.children(recursive=True))
                 time.sleep(0.2)
             assert job.stderr
             return subprocess.CompletedProcess([], job.returncode, "", job.stderr.read())
 
     done = until_ray_starts(run)
     assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines()[-1] == "TensorFlow was loaded here: False"  # 5 seconds and 600 MB
     assert len(seen) > 2  # Ray's memory of the cluster, its part of the host, workers
     deadline = time.monotonic() + SECONDS_TO_END  # agents notice that their raylet is gone
     while (left := [one for one in seen.values() if one.is_running() and title(one)]) and time.monotonic() < deadline:

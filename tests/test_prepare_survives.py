@@ -66,8 +66,9 @@ def reported(dataset: Path) -> dict[str, int]:
     return {name: (dataset / name).stat().st_ino for name in names}
 
 
-def workers(chaos: Chaos, attempt: int) -> list[psutil.Process]:
-    return [process for process in chaos.processes(attempt) if title(process).startswith(AT_WORK)]
+def workers() -> list[psutil.Process]:
+    """At work in the Ray of the tests."""
+    return [one for one in psutil.Process().children(recursive=True) if title(one).startswith(AT_WORK)]
 
 
 def test_a_killed_prepare_is_finished_by_the_next_which_makes_nothing_again(
@@ -94,17 +95,14 @@ def test_a_killed_prepare_is_finished_by_the_next_which_makes_nothing_again(
 
 
 def test_two_prepares_of_one_folder_and_a_lost_worker_give_one_dataset_that_is_whole_whenever_it_is_seen(
-    chaos: Chaos, source: Path, undisturbed: Path, tmp_path: Path
+    chaos: Chaos, source: Path, undisturbed: Path, ray_address: str, tmp_path: Path
 ) -> None:
     out = tmp_path / "dataset"
     command = prepare_command(source, out)
-    attempts = [chaos.start(command), chaos.start(command)]
+    attempts = [chaos.start(command, RAY_ADDRESS=ray_address) for _ in range(2)]
     killed, seen = False, 0
     while any(attempt.process.poll() is None for attempt in attempts):
-        for i, attempt in enumerate(attempts):
-            if attempt.process.poll() == 1 and attempt.says(START_TIMED_OUT):
-                attempts[i] = chaos.start(command)
-        if not killed and (found := workers(chaos, attempts[0].number)):
+        if not killed and (found := workers()):
             with suppress(psutil.NoSuchProcess):  # it may end by itself, between the look and this
                 found[0].kill()
                 killed = True

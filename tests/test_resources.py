@@ -7,17 +7,15 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-from conftest import KUZUSHIJI, Kuzushiji, WorkersDo, until_ray_starts
+from conftest import KUZUSHIJI, Kuzushiji, until_ray_starts
 
 from cluster.errors import KuzushijiError, OptionError
 from cluster.ray_address import check_address
 from cluster.runtime import cause_of, usable_cpus
-from cluster.storage import place
 from job.config import TrainConfig
-from job.train.driver import _log_unused_gpus, train
+from job.train.driver import _log_unused_gpus
 
 pytestmark = pytest.mark.usefixtures("ray_here")
 
@@ -223,29 +221,6 @@ def test_cpus_are_those_that_this_process_can_use(tmp_path: Path, monkeypatch: p
     limited = ["taskset", "-c", str(min(os.sched_getaffinity(0))), sys.executable, "-c"]
     printed = subprocess.check_output([*limited, "from cluster.runtime import usable_cpus; print(usable_cpus())"])
     assert printed == b"1\n"
-
-
-def test_a_dataset_that_one_worker_finds_damaged_is_one_line_and_not_tried_again(
-    few: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, workers_do: WorkersDo
-) -> None:
-    def change(given: dict[str, Any]) -> None:
-        import ray.train
-
-        from cluster.errors import DamageError
-        from job.train import worker
-
-        def damaged(*arguments: Any) -> Any:
-            raise DamageError("a shard was changed")
-
-        if ray.train.get_context().get_world_rank() == 1:
-            worker.staged = damaged
-
-    workers_do(change)
-    caplog.set_level("INFO", "kuzushiji")
-    given = TrainConfig(architecture="baseline", epochs=1, global_batch_size=4, learning_rate=1e-4, workers=2)
-    with pytest.raises(KuzushijiError, match="^a shard was changed$"):
-        train(place(few), place(tmp_path), [given], "damaged")
-    assert "restart" not in caplog.text
 
 
 def test_gpus_that_a_training_does_not_use_are_reported(

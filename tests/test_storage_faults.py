@@ -17,7 +17,7 @@ from pathlib import Path
 
 import keras
 import pytest
-from conftest import KUZUSHIJI, Kuzushiji, WorkersDo, mount_small_disk, until_ray_starts
+from conftest import KUZUSHIJI, Kuzushiji, WorkersDo, mount_small_disk
 
 from cluster.errors import DamageError, InputError, KuzushijiError, OptionError
 from cluster.manifest import MANIFEST_FILE, read_manifest, seal
@@ -200,12 +200,14 @@ def test_a_file_where_a_folder_was_is_one_line_and_stays(
 
 
 def test_a_command_of_its_own_on_a_full_disk_says_one_line(
-    commands: dict[str, list[object]], kuzushiji: Kuzushiji, disk: Disk, dataset: Path
+    commands: dict[str, list[object]], kuzushiji: Kuzushiji, disk: Disk, dataset: Path, ray_address: str
 ) -> None:
-    """With a Ray of its own, whose workers and logs would have more to say."""
+    """In a process of its own, for which Ray's workers and logs would have more to say."""
     disk.become("size=2m")
     command = [str(word) for word in [KUZUSHIJI, *commands["prepare"], disk.folder / "out"]]
-    done = until_ray_starts(lambda: subprocess.run(command, capture_output=True, text=True, check=False))
+    there = os.environ | {"RAY_ADDRESS": ray_address}
+    done = subprocess.run(command, env=there, capture_output=True, text=True, check=False)
+    wait_for_tasks()
     (line,) = [line for line in done.stderr.splitlines() if line[2:3] != ":"]
     assert (done.returncode, done.stdout) == (1, "")
     assert line.startswith(f"kuzushiji: {RULE}. Received: {disk.folder}/out")

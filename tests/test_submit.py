@@ -4,7 +4,6 @@ import asyncio
 import dataclasses
 import json
 import os
-import secrets
 import shlex
 import shutil
 import signal
@@ -17,7 +16,6 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Awaitable, Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +26,7 @@ import grpc
 import psutil
 import pytest
 from aiohttp import web
-from conftest import KUZUSHIJI, TRIES_TO_START_RAY, one_at_a_time
+from conftest import KUZUSHIJI, TRIES_TO_START_RAY, Kuzushiji, one_at_a_time
 from test_project import ROOT
 
 from cluster import submit
@@ -78,14 +76,9 @@ class Head:
             timeout=SECONDS_AT_MOST,
         )
 
-    def submit_each(self, *commands: list[str]) -> Iterator["subprocess.CompletedProcess[str]"]:
-        """Side by side."""
-        with ThreadPoolExecutor() as pool:
-            yield from pool.map(lambda arguments: self.submit(*arguments), commands)
-
 
 @pytest.fixture(scope="module")
-def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+def head(ray_here: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     with ExitStack() as stack:
         with one_at_a_time(tmp_path_factory, "ray"):  # its limit of 30 s is short where much else starts
             for tries in range(TRIES_TO_START_RAY):
@@ -107,7 +100,7 @@ def started_head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     home = tmp_path_factory.mktemp("head")
     short = tempfile.mkdtemp(prefix="kh-")  # Ray's sockets lie in it
     token = home / "auth_token"
-    token.write_text(secrets.token_hex(32))
+    token.write_text(os.environ["RAY_AUTH_TOKEN"])  # of the Ray of the tests: a process has one token
     token.chmod(0o600)
     dashboard = free_port()
     ports = {service: free_port() for service in METHODS}
@@ -186,6 +179,22 @@ def waiting(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     (checkout / "job" / "__init__.py").touch()
     (checkout / "job" / "cli.py").write_text(JOB)
     return ["--working-dir", str(checkout), "--", "verify"]
+
+
+@pytest.fixture(scope="module")
+def going_on(head: Head, waiting: list[str]) -> str:
+    """A job that goes on until its head ends."""
+    submitted = head.submit("--no-wait", "--json", *waiting, "/nowhere")
+    assert submitted.returncode == 0, submitted.stderr
+    job: str = json.loads(submitted.stdout.splitlines()[-1])["job"]
+    return job
+
+
+def is_running(head: Head, job: str) -> bool:
+    token = Path(head.environment["RAY_AUTH_TOKEN_PATH"]).read_text()
+    request = urllib.request.Request(f"{head.address}/api/jobs/{job}", headers={"Authorization": f"Bearer {token}"})  # noqa: S310
+    with urllib.request.urlopen(request, timeout=60) as response:  # noqa: S310
+        return bool(json.load(response)["status"] == "RUNNING")
 
 
 # Leads to the head, as `ray dashboard` does by ssh from where a cluster was brought up (`test_cloud.py`).
@@ -304,47 +313,45 @@ def job_of(line: str) -> str:
     return line.partition("--attach ")[2].partition(";")[0]
 
 
-def test_a_job_runs_and_its_log_and_outcome_come_back(head: Head, dataset: Path) -> None:
-    done = head.submit("--", "verify", str(dataset))
-    assert done.returncode == 0, done.stderr
-    assert "files are valid" in done.stdout
-    assert "succeeded" in done.stderr
-
-
-def test_a_failed_job_fails_here_with_its_exit_code(head: Head, tmp_path: Path) -> None:
-    wrong = ["train", "--dataset", "x", "--models", "y", "--architecture", "vgg"]
-    failed, used_wrongly = head.submit_each(["--json", "--", "verify", str(tmp_path)], ["--", *wrong])
-    assert failed.returncode == 1
+def test_a_failed_job_fails_here_with_its_exit_code(head: Head, kuzushiji: Kuzushiji, tmp_path: Path) -> None:
+    submit = ["submit", "--address", head.address]
+    failed = kuzushiji(*submit, "--json", "--", "verify", tmp_path)
+    assert failed.code == 1
     assert "must hold manifest.json" in failed.stdout
     result = json.loads(failed.stdout.splitlines()[-1])
     assert result["exit_code"] == 1
-    assert used_wrongly.returncode == 2
+    wrong = ["train", "--dataset", "x", "--models", "y", "--architecture", "vgg"]
+    assert kuzushiji(*submit, "--", *wrong).code == 2
 
 
-def test_what_is_used_wrongly_is_told_before_any_job(head: Head) -> None:
+def test_what_is_used_wrongly_is_told_before_any_job(head: Head, kuzushiji: Kuzushiji) -> None:
     says = {
         "Missing option": ["--", "prepare", "--pages", "x"],
         "": ["--", "pull", "--models", "x", "--to", "y"],
         "--attach must be letters": ["--attach", "../x"],
         "--working-dir must be an existing folder": ["--working-dir", "/nowhere", "--", "verify", "x"],
     }
-    for text, done in zip(says, head.submit_each(*says.values()), strict=True):
-        assert done.returncode == 2
-        assert text in done.stderr
+    for text, arguments in says.items():
+        told = kuzushiji("submit", "--address", head.address, *arguments)
+        assert told.code == 2
+        assert text in told.stderr
 
 
-def test_a_job_that_is_not_waited_for_can_be_followed_later(head: Head, dataset: Path) -> None:
-    handed_in = head.submit("--no-wait", "--json", "--", "verify", str(dataset))
-    assert handed_in.returncode == 0, handed_in.stderr
+def test_a_job_that_is_not_waited_for_can_be_followed_later(head: Head, kuzushiji: Kuzushiji, dataset: Path) -> None:
+    submit = ["submit", "--address", head.address]
+    handed_in = kuzushiji(*submit, "--no-wait", "--json", "--", "verify", dataset)
+    assert handed_in.code == 0, handed_in.stderr
     job = json.loads(handed_in.stdout.splitlines()[-1])["job"]
-    followed = head.submit("--attach", job)
-    assert (followed.returncode, "files are valid" in followed.stdout) == (0, True)
-    unknown = head.submit("--attach", "nobody")
-    assert unknown.returncode == 1
-    assert "must be the id of a job" in unknown.stderr.splitlines()[-1]
+    followed = kuzushiji(*submit, "--attach", job)
+    assert (followed.code, "files are valid" in followed.stdout) == (0, True)
+    unknown = kuzushiji(*submit, "--attach", "nobody")
+    assert unknown.code == 1
+    assert "must be the id of a job" in unknown.lines[-1]
 
 
-def test_the_code_of_a_checkout_is_shipped_where_it_is_asked_for(head: Head, dataset: Path, tmp_path: Path) -> None:
+def test_a_job_runs_the_code_of_a_checkout_where_it_is_asked_for_and_its_log_and_outcome_come_back(
+    head: Head, dataset: Path, tmp_path: Path
+) -> None:
     checkout = tmp_path / "checkout"
     for package in ("cluster", "preprocessing", "job"):
         (checkout / package).mkdir(parents=True)
@@ -355,6 +362,8 @@ def test_the_code_of_a_checkout_is_shipped_where_it_is_asked_for(head: Head, dat
     done = head.submit("--working-dir", str(checkout), "--", "verify", str(dataset))
     assert done.returncode == 0, done.stderr
     assert "of the checkout" in done.stdout
+    assert "files are valid" in done.stdout
+    assert "succeeded" in done.stderr
 
 
 def test_ctrl_c_leaves_the_job_running_and_says_how_to_go_on(head: Head, pages: Path, tmp_path: Path) -> None:
@@ -472,27 +481,24 @@ def test_a_log_that_is_cut_off_is_not_the_end_of_the_job(head: Head, waiting: li
     assert (here.returncode, "failed" in said) == (7, True)
 
 
-def test_whoever_reads_the_log_may_leave_and_the_job_goes_on(head: Head, waiting: list[str], tmp_path: Path) -> None:
-    with head.popen(*waiting, str(tmp_path / "end")) as here:
+def test_whoever_reads_the_log_may_leave_and_the_job_goes_on(head: Head, going_on: str) -> None:
+    with head.popen("--attach", going_on) as here:
         assert here.stdout is not None
         assert here.stderr is not None
         wait_for("begun", here.stdout)
         here.stdout.close()
         here.wait(timeout=SECONDS_AT_MOST)
         said = here.stderr.read().splitlines()
-    (tmp_path / "end").touch()
     assert here.returncode == 1
-    assert "was submitted" in said[-2], said
+    assert f"job {going_on}" in said[-2], said
     assert "continues. Follow it: kuzushiji submit" in said[-1]
     assert "reach" not in said[-1]
+    assert is_running(head, going_on)
 
 
-def test_a_signal_ends_the_tunnel_too_and_the_job_goes_on(
-    head: Head, cluster: Cluster, waiting: list[str], tmp_path: Path
-) -> None:
-    arguments = [*waiting, str(tmp_path / "end")]
+def test_a_signal_ends_the_tunnel_too_and_the_job_goes_on(head: Head, cluster: Cluster, going_on: str) -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
-        with cluster.popen(*arguments) as here:
+        with cluster.popen("--attach", going_on) as here:
             wait_for("begun", here.stdout)
             assert psutil.pid_exists(int(cluster.tunnel.read_text()))
             here.send_signal(number)
@@ -500,10 +506,8 @@ def test_a_signal_ends_the_tunnel_too_and_the_job_goes_on(
         assert here.returncode == 128 + number, said
         assert not psutil.pid_exists(int(cluster.tunnel.read_text()))
         (line,) = [line for line in said.splitlines() if "continues. Follow it" in line]
-        assert shlex.join(["kuzushiji", "submit", "--cluster", str(cluster.file), "--attach"]) in line
-        arguments = ["--attach", job_of(line)]
-    (tmp_path / "end").touch()
-    assert head.submit(*arguments).returncode == 7
+        assert shlex.join(["kuzushiji", "submit", "--cluster", str(cluster.file), "--attach", going_on]) in line
+        assert is_running(head, going_on)
 
 
 def test_no_proxy_is_asked_for_what_is_on_this_machine(
@@ -563,20 +567,34 @@ def test_a_wrong_token_or_none_is_one_line(head: Head, tmp_path: Path) -> None:
     assert "must accept this machine's token" in none.stderr.splitlines()[-1]
 
 
-def test_a_token_that_is_refused_later_is_one_line_too(head: Head) -> None:
+def test_a_token_that_is_refused_later_is_one_line_too(head: Head, kuzushiji: Kuzushiji) -> None:
     async def refused(request: web.Request, pass_on: PassOn) -> web.StreamResponse:
         return await pass_on(request) if request.path == "/api/version" else web.Response(status=403)
 
     with behind(head, refused) as way:
-        for done in way.submit_each(["--", "verify", "x"], ["--attach", "nobody"]):
-            assert done.returncode == 1
-            assert "kuzushiji: the head must accept this machine's token" in done.stderr.splitlines()[-1]
+        for arguments in (["--", "verify", "x"], ["--attach", "nobody"]):
+            told = kuzushiji("submit", "--address", way.address, *arguments)
+            assert told.code == 1
+            assert "kuzushiji: the head must accept this machine's token" in told.lines[-1]
+
+
+ASKS_A_RAY = """
+import sys
+from cluster.errors import KuzushijiError
+from cluster.ray_address import check_address
+try:
+    check_address(sys.argv[1])
+except KuzushijiError as error:
+    print(error)
+"""
 
 
 def test_a_command_without_the_token_of_the_ray_at_ray_address_is_one_line(head: Head) -> None:
-    line = "a Ray must answer at RAY_ADDRESS.* token is missing or incorrect. Put the cluster's token into"
-    with pytest.raises(KuzushijiError, match=line):
-        check_address(f"127.0.0.1:{head.ports['gcs']}")
+    script = [sys.executable, "-c", ASKS_A_RAY, f"127.0.0.1:{head.ports['gcs']}"]
+    with_other = os.environ | {"RAY_AUTH_TOKEN": "0" * 64}
+    (told,) = subprocess.check_output(script, env=with_other, text=True).splitlines()
+    assert "a Ray must answer at RAY_ADDRESS" in told
+    assert "token is missing or incorrect. Put the cluster's token into" in told
     with pytest.raises(KuzushijiError, match="a Ray must answer at RAY_ADDRESS"):
         check_address(head.address.removeprefix("http://"))  # the dashboard
 

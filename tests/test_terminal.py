@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pyte
+import pytest
 from conftest import KUZUSHIJI, KUZUSHIJI_WITH_SMALL_HEAD, TRIES_TO_START_RAY
 
 from cluster.runtime import START_TIMED_OUT
@@ -88,8 +89,9 @@ def _read(terminal: int, deadline: float) -> bytes:
 
 
 def test_a_training_shows_in_a_line_where_it_stands_from_its_first_step_to_its_report(
-    few: Path, tmp_path: Path
+    few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_address: str
 ) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", ray_address)
     models = ["--models", tmp_path / "models", "--architecture", "baseline", "--run", "seen"]
     sizes = ["--epochs", "2", "--global-batch-size", "4", "--workers", "1"]
     seen = shown([*KUZUSHIJI_WITH_SMALL_HEAD, "train", "--dataset", few, *models, *sizes])

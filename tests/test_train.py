@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import GIVEN, in_fresh_process, job_of, save_test_crops
+from equal_workers import A_FEW, EQUAL_BATCH, MORE, measured, one_batch
 from tensorboardX.proto.event_pb2 import Event
 
 from cluster.errors import DamageError, KuzushijiError, OptionError
@@ -42,84 +43,56 @@ def config(**changes: Any) -> TrainConfig:
     return TrainConfig.model_validate(few | changes)
 
 
-def first_losses(dataset: Path, out: Path, workers: int) -> list[dict[str, np.ndarray]]:
-    """Train on one batch under Ray Train; of each rank: losses without and with dropout, batch norm's statistics.
-    A single worker is this process (Ray Train's local mode).
-
-    One batch, since other ones multiply the rounding of sums from step to step: on drawn pages, with a new batch each
-    step, the same batches with their rows reversed differ by .01 in one process too.
-    """
+def losses_of(workers: int, steps: dict[str, int], dataset: Path, out: Path) -> list[dict[str, np.ndarray]]:
+    """What each rank finds (see `equal_workers.py`). A single worker is this process (Ray Train's local mode)."""
     from ray.train import RunConfig, ScalingConfig
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
     from job.train.rendezvous import Rendezvous
 
-    def work(given: dict[str, Any]) -> None:
-        import keras
+    one = job_of(config(workers=workers, global_batch_size=EQUAL_BATCH), dataset=str(dataset))
+    measure = one_batch(one, out / "equal", steps)
 
-        from job.data.order import permutation
-        from job.data.staging import staged
-        from job.train.display import StartUp
+    def work(_: Any) -> None:
         from job.train.strategy import configure_tensorflow, make_strategy
-        from job.train.training import Training
 
-        job = given["job"]
-        config = job.config
-        if config.workers > 1:  # else in the process of the tests, which has used TensorFlow before
-            configure_tensorflow(config)
-        strategy = make_strategy(config.workers)
-        losses: dict[bool, list[float]] = {False: [], True: []}
-        with staged(place(job.dataset), ("train", "validation", "test")) as data, pytest.MonkeyPatch.context() as patch:
-            # 15 % of the gradients to send
-            patch.setattr("job.model.architectures.BASELINE_HEAD", (1000, 200))
-            crops = data.splits["train"]
-            order = permutation(len(crops), config.seed, 1)
-            for dropout, steps in ((True, 2), (False, 20)):
-                keras.utils.set_random_seed(config.seed)
-                as_told = replace(job, config=config.model_copy(update={"dropout": dropout}))
-                training = Training(as_told, strategy, data, StartUp())
-                first, images, labels = training.rows_of(crops, order, 0)
-                for _ in range(steps):
-                    sums = training.steps.train(images, labels, first).numpy()
-                    losses[dropout].append(training.steps.sum_over_workers(sums[None])[0, 0] / config.global_batch_size)
-            training.steps.estimate_statistics([images])
-            norms = [layer for layer in training.model.layers if isinstance(layer, keras.layers.BatchNormalization)]
-            moving = np.concatenate([np.asarray(norm.moving_variance) for norm in norms])
-            found = {"losses": losses[False], "with_dropout": losses[True], "statistics": moving}
-            np.savez(Path(given["out"]) / f"rank-{training.rank}.npz", **found)
+        if workers > 1:  # else in the process of the tests, which has used TensorFlow before
+            configure_tensorflow(one.config)
+        measure(make_strategy(workers))
 
     DataParallelTrainer(
         work,
         backend_config=Rendezvous(),
-        # Of a size that no number of workers but 1 divides.
-        train_loop_config={
-            "job": job_of(config(workers=workers, global_batch_size=25), dataset=str(dataset)),
-            "out": str(out),
-        },
+        train_loop_config={},
         scaling_config=ScalingConfig(num_workers=workers if workers > 1 else 0, resources_per_worker={"CPU": 0.5}),
         run_config=RunConfig(name=f"losses-{workers}", storage_path=str(out)),
     ).fit()
-    return [dict(np.load(out / f"rank-{rank}.npz")) for rank in range(workers)]
+    return measured(out / "equal", workers)
 
 
-@pytest.fixture(scope="module")
-def one_worker(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
-    return first_losses(dataset, tmp_path_factory.mktemp("one"), workers=1)[0]
-
-
-@pytest.mark.parametrize(
-    "workers", [2, pytest.param(3, marks=pytest.mark.long), pytest.param(4, marks=pytest.mark.long)]
-)
-def test_any_number_of_workers_gives_the_same_losses(
-    workers: int, one_worker: dict[str, np.ndarray], dataset: Path, tmp_path: Path
-) -> None:
-    ranks = first_losses(dataset, tmp_path, workers)
-    assert np.abs(ranks[0]["losses"] - one_worker["losses"]).max() < 1e-3
-    assert np.abs(ranks[0]["with_dropout"] - one_worker["with_dropout"]).max() < 1e-3
-    assert one_worker["losses"][-1] < 0.2 < 2 < one_worker["losses"][0]
+def check_equal(ranks: list[dict[str, np.ndarray]], alone: dict[str, np.ndarray]) -> None:
+    for kind in alone.keys() - {"statistics"}:
+        assert np.abs(ranks[0][kind] - alone[kind]).max() < 1e-3
+        assert alone[kind][-1] < alone[kind][0] - 1
     # What is saved does not depend on who saves: the statistics are the same on every rank.
     for rank in ranks:
         assert np.array_equal(rank["statistics"], ranks[0]["statistics"])
+
+
+def test_two_workers_give_the_losses_of_one(two_workers: Path, dataset: Path, tmp_path: Path) -> None:
+    check_equal(measured(two_workers / "equal", 2), losses_of(1, A_FEW, dataset, tmp_path)[0])
+
+
+@pytest.mark.long
+def test_any_number_of_workers_gives_the_same_losses(dataset: Path, tmp_path: Path) -> None:
+    alone = losses_of(1, MORE, dataset, tmp_path / "1")[0]
+    assert alone["without"][-1] < 0.2 < 2 < alone["without"][0]
+    for workers in (2, 3, 4):
+        check_equal(losses_of(workers, MORE, dataset, tmp_path / str(workers)), alone)
+
+
+def test_what_one_worker_finds_damaged_is_told_to_all(two_workers: Path) -> None:
+    assert [(two_workers / "equal" / f"told-{rank}").read_text() for rank in range(2)] == ["a shard was changed"] * 2
 
 
 LOGICAL_DEVICES = """
@@ -139,11 +112,11 @@ found = []
 for devices, strategy in ((1, tf.distribute.get_strategy()), (2, make_strategy(1))):
     assert strategy.num_replicas_in_sync == devices
     losses = []
-    for dropout, count in ((True, 2), (False, 20)):
+    for kind, count in json.loads(sys.argv[1]).items():
         keras.utils.set_random_seed(1)
         plain = architectures.baseline(20)
         with strategy.scope():
-            model = training_form(plain, 42, dropout)
+            model = training_form(plain, 42, kind == "with dropout")
             optimizer = FusedAdam(1e-4)
             optimizer.build(model.trainable_variables)
         steps = Steps(strategy, 1, model, optimizer, 21)
@@ -154,8 +127,9 @@ print(json.dumps(found))
 """
 
 
-def test_two_devices_of_one_worker_give_the_losses_of_one(tmp_path: Path) -> None:
-    one, two = json.loads(in_fresh_process(LOGICAL_DEVICES, cwd=tmp_path))
+@pytest.mark.parametrize("steps", [A_FEW, pytest.param(MORE, marks=pytest.mark.long)], ids=["a-few", "more"])
+def test_two_devices_of_one_worker_give_the_losses_of_one(steps: dict[str, int], tmp_path: Path) -> None:
+    one, two = json.loads(in_fresh_process(LOGICAL_DEVICES, json.dumps(steps), cwd=tmp_path))
     assert np.abs(np.array(one[0]) - two[0]).max() < 1e-3
     assert np.abs(np.array(one[1]) - two[1]).max() < 1e-2
 
@@ -327,6 +301,19 @@ def test_the_slower_of_two_trainings_of_one_name_is_an_error_in_one_line_not_a_s
 
 
 @pytest.mark.usefixtures("in_this_process")
+def test_a_dataset_that_a_worker_finds_damaged_is_one_line_and_not_raised_to_ray_train_which_would_try_it_again(
+    few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damaged(*arguments: Any) -> Any:
+        raise DamageError("a shard was changed")
+
+    monkeypatch.setattr("job.train.worker.staged", damaged)
+    with pytest.raises(KuzushijiError, match="^a shard was changed$") as failure:
+        train(place(few), place(tmp_path), [config(epochs=1, global_batch_size=4)], "damaged")
+    assert isinstance(failure.value.__cause__, RuntimeError)  # the text of a `Failure`
+
+
+@pytest.mark.usefixtures("in_this_process")
 def test_a_step_that_memory_cannot_hold_is_one_line_and_not_raised_to_ray_train_which_would_try_it_again(
     few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -363,7 +350,7 @@ def test_the_real_pages_are_learned_by_heart_though_they_are_less_than_a_batch(
 ) -> None:
     monkeypatch.setattr("job.model.architectures.BASELINE_HEAD", (1000, 200))
     caplog.set_level("INFO", "kuzushiji")
-    given = config(epochs=12, global_batch_size=512, learning_rate=1e-3)
+    given = config(epochs=10, global_batch_size=512, learning_rate=1e-3)
     folder = train(place(real_dataset), place(tmp_path), [given], "heart")[0].folder
     assert "--global-batch-size 512 is lowered to 155" in caplog.text
     assert "baseline: global batch size 155, the recipe's is 512; the learning rate stays 0.001" in caplog.text
@@ -377,7 +364,7 @@ def test_the_real_pages_are_learned_by_heart_though_they_are_less_than_a_batch(
     assert re.search(".*".join(begun), caplog.text, re.DOTALL)
     assert caplog.text.count("after the worker started") == 1
     history = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in history] == list(range(1, 13))
+    assert [row["step"] for row in history] == list(range(1, 11))
     events = sorted((tmp_path / "tensorboard" / "baseline" / "heart").iterdir())
     told = [Event.FromString(record).summary.value for path in events for record in read_frames(path.read_bytes())]
     losses = [value.simple_value for values in told for value in values if value.tag == "loss/validation"]

@@ -1,0 +1,101 @@
+"""What the workers of a training compute on one batch, which must not depend on how many they are, and tell each other.
+
+One batch, since other ones multiply the rounding of sums from step to step: on drawn pages, with a new batch each step,
+the same batches with their rows reversed differ by .01 in one process too.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+EQUAL_BATCH = 25  # of a size that no number of workers but 1 divides
+A_FEW = {"with dropout": 3}
+MORE = {"with dropout": 2, "without": 20}  # until the batch is learned
+
+
+def one_batch(job: Any, out: Path, steps: dict[str, int]) -> Callable[[Any], None]:
+    """What each worker does with its strategy: write `rank-<rank>.npz` with the losses of the first steps, and the
+    statistics of batch norm. A closure: Ray would import a function of this file.
+
+    job: a `TrainJob`; its config says how many workers there are. steps: how many, `with dropout` and `without`.
+    """
+    from dataclasses import replace
+
+    import pytest
+
+    from cluster.storage import place
+
+    folder = str(out)
+
+    def measure(strategy: Any) -> None:
+        import keras
+
+        from job.data.order import permutation
+        from job.data.staging import staged
+        from job.train.display import StartUp
+        from job.train.training import Training
+
+        config, losses = job.config, {}
+        with staged(place(job.dataset), ("train", "validation", "test")) as data, pytest.MonkeyPatch.context() as patch:
+            # 15 % of the gradients to send
+            patch.setattr("job.model.architectures.BASELINE_HEAD", (1000, 200))
+            crops = data.splits["train"]
+            order = permutation(len(crops), config.seed, 1)
+            for kind, count in steps.items():
+                keras.utils.set_random_seed(config.seed)
+                as_told = replace(job, config=config.model_copy(update={"dropout": kind == "with dropout"}))
+                training = Training(as_told, strategy, data, StartUp())
+                training.step_limit.stop()
+                first, images, labels = training.rows_of(crops, order, 0)
+                losses[kind] = []
+                for _ in range(count):
+                    sums = training.steps.train(images, labels, first).numpy()
+                    losses[kind].append(training.steps.sum_over_workers(sums[None])[0, 0] / config.global_batch_size)
+            training.steps.estimate_statistics([images])
+            norms = [layer for layer in training.model.layers if isinstance(layer, keras.layers.BatchNormalization)]
+            moving = np.concatenate([np.asarray(norm.moving_variance) for norm in norms])
+            Path(folder).mkdir(exist_ok=True)
+            np.savez(f"{folder}/rank-{training.rank}.npz", statistics=moving, **losses)
+
+    return measure
+
+
+def then(measure: Callable[[Any], None], out: Path) -> Callable[[dict[str, Any]], None]:
+    """What changes workers (see `small_head.work_after`) so that they `measure` after their training, with its
+    strategy: a process can have one. Before, worker 1 tells of a failure in a run of another name; each worker writes
+    what it hears to `told-<rank>`.
+    """
+    folder = str(out)
+
+    def change(_: dict[str, Any]) -> None:
+        import ray.train
+
+        from job.train import worker
+        from job.train.rendezvous import shared_failure
+        from job.train.run import Failure
+
+        train_worker, make_strategy = worker.train_worker, worker.make_strategy
+        strategies: list[Any] = []
+
+        def remembered(workers: int) -> Any:
+            strategies.append(make_strategy(workers))
+            return strategies[0]
+
+        def train_and_measure(job: Any, start_up: Any) -> Any:
+            rank = ray.train.get_context().get_world_rank()
+            told = shared_failure(job.board, "another", Failure("a shard was changed", "") if rank == 1 else None)
+            failure = train_worker(job, start_up)
+            measure(strategies[0])
+            Path(f"{folder}/told-{rank}").write_text(told.message if told else "")
+            return failure
+
+        worker.train_worker, worker.make_strategy = train_and_measure, remembered
+
+    return change
+
+
+def measured(folder: Path, workers: int) -> list[dict[str, np.ndarray]]:
+    """What each rank found."""
+    return [dict(np.load(folder / f"rank-{rank}.npz")) for rank in range(workers)]
