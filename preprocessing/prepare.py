@@ -194,15 +194,23 @@ def _parse_plan(path: UPath, content: bytes) -> dict[str, Any]:
 
 def _refuse_other(dataset: UPath, plan: Plan, earlier: dict[str, Any]) -> None:
     """Raise OptionError if `earlier`, the identity of an earlier attempt, differs from the plan's."""
-    differing = [key for key, value in plan.identity.items() if earlier.get(key) != value]
+    there, now = _flat(earlier), _flat(plan.identity)
+    differing = [key for key, value in now.items() if there.get(key) != value]
     if differing:
-        differences = ", ".join(
-            f"{k} (there {str(earlier.get(k))[:40]}, now {str(plan.identity[k])[:40]})" for k in differing
-        )
+        differences = ", ".join(f"{k} (there {str(there.get(k))[:40]}, now {str(now[k])[:40]})" for k in differing)
         raise OptionError(
             f"--dataset must be a new folder, or one made with the same options and input. Received: {dataset}, where "
             f"these differ: {differences}. Name another folder or remove it"
         )
+
+
+def _flat(identity: dict[str, Any]) -> dict[str, Any]:
+    """Return an identity with a key for each package, instead of `versions`."""
+    versions = identity.get("versions")
+    return {key: value for key, value in identity.items() if key != "versions"} | {
+        f"version of {package}": version
+        for package, version in (versions if isinstance(versions, dict) else {}).items()
+    }
 
 
 def _finish(plan: Plan, dataset: UPath, config: PrepareConfig, reports: Sequence[GroupReport]) -> DatasetManifest:
