@@ -36,8 +36,8 @@ MAX_ROWS = 10_000_000
 
 _PAGES = pa.schema(
     [
-        ("page", pa.string()),
-        ("book", pa.string()),
+        pa.field("page", pa.string(), nullable=False),
+        pa.field("book", pa.string(), nullable=False),
         ("splits", pa.list_(pa.string())),
         ("boxes", pa.int32()),
         ("width", pa.int32()),
@@ -47,7 +47,7 @@ _PAGES = pa.schema(
 )
 _LOSSES = pa.schema(
     [
-        ("page", pa.string()),
+        pa.field("page", pa.string(), nullable=False),
         *((name, pa.int32()) for name in ("x", "y", "width", "height")),
         ("unicode", pa.string()),
         ("what", pa.string()),
@@ -105,14 +105,13 @@ def books_of_table(path: UPath) -> dict[str, str]:
     Raises:
         DamageError: the file is not such a table, or too large.
     """
-    table = _read(path, _PAGES, ["page", "book"])
-    return dict(zip(table["page"].to_pylist(), table["book"].to_pylist(), strict=True))
+    return {row["page"]: row["book"] for row in _rows(path, _PAGES, ["page", "book"])}
 
 
 def sizes_of_table(path: UPath) -> list[PageSize]:
     """Return the sizes of the pages that were decoded from a `pages.parquet`. Raises as `books_of_table`."""
-    rows = _read(path, _PAGES, ["page", "width", "height", "orientation"]).to_pylist()
-    return [row for row in rows if row["width"] is not None]
+    sizes: list[Any] = _rows(path, _PAGES, ["page", "width", "height", "orientation"])
+    return [size for size in sizes if size["width"] is not None]
 
 
 def losses_of_table(path: UPath) -> list[Loss]:
@@ -124,11 +123,11 @@ def losses_of_table(path: UPath) -> list[Loss]:
             "unicode": row["unicode"],
             "what": row["what"],
         }
-        for row in _read(path, _LOSSES).to_pylist()
+        for row in _rows(path, _LOSSES, _LOSSES.names)
     ]
 
 
-def _read(path: UPath, schema: pa.Schema, columns: list[str] | None = None) -> Any:
+def _rows(path: UPath, schema: pa.Schema, columns: list[str]) -> list[dict[str, Any]]:
     try:
         if size_of(path) > MAX_TABLE_BYTES:
             raise ValueError(f"more than {MAX_TABLE_BYTES} bytes")
@@ -137,7 +136,8 @@ def _read(path: UPath, schema: pa.Schema, columns: list[str] | None = None) -> A
                 raise ValueError(f"more than {MAX_ROWS} rows")
             if not file.schema_arrow.equals(schema):
                 raise ValueError(f"the columns {', '.join(file.schema_arrow.names)}")
-            return file.read(columns)
+            rows: list[dict[str, Any]] = file.read(columns).to_pylist()
+            return rows
     except (pa.ArrowException, ValueError, OSError) as error:
         raise DamageError(
             f"{path} must be a table as `prepare` writes it. Received: {' '.join(str(error).split())}. "
