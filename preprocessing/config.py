@@ -80,9 +80,8 @@ class PrepareConfig(BaseModel):
         if self.folds is None and self.fold is None:
             return self
         if self.folds is None or self.fold is None:
-            raise OptionError(
-                f"--folds and --fold must be given together. Received: --folds {self.folds}, --fold {self.fold}"
-            )
+            alone = "--folds" if self.fold is None else "--fold"
+            raise OptionError(f"--folds and --fold must be given together. Received: {alone} alone. Give both")
         if self.fold >= self.folds:
             raise OptionError(
                 f"--fold must be one of 0 to --folds - 1. Received: --folds {self.folds}, --fold {self.fold}"
