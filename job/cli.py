@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from cluster.capacity import START_LIMIT
 from cluster.errors import InputError, OptionError
@@ -59,27 +60,37 @@ def sample(out: str, num_pages: int, seed: int, scale: float, layouts: str | Non
 @click.option("--labels", required=True, metavar="PLACE", help="Kaggle's train.csv, or a file in the same format.")
 @click.option("--dataset", required=True, metavar="PLACE", help="New folder, or one to complete or repair.")
 @option(PrepareConfig, "split")
+@option(PrepareConfig, "books", type=str, metavar="FILE")
 @option(PrepareConfig, "seed")
 @option(PrepareConfig, "val_fraction")
 @option(PrepareConfig, "test_fraction")
+@option(PrepareConfig, "folds", metavar="N")
+@option(PrepareConfig, "fold", metavar="K")
+@option(PrepareConfig, "train_only", type=str, metavar="FILE")
 @option(PrepareConfig, "coverage")
 @option(PrepareConfig, "classes", type=str, metavar="FILE")
 @option(PrepareConfig, "shards")
 @option(PrepareConfig, "max_bad_fraction")
 @start_limit_option
-def prepare(pages: str, labels: str, dataset: str, classes: str | None, start_limit: float, **options: Any) -> Outcome:
+def prepare(pages: str, labels: str, dataset: str, start_limit: float, **options: Any) -> Outcome:
     """Cut labelled pages into crops, written as TFRecords."""
     from cluster.storage import reachable_place
     from job.report.dataset import write_dataset_report
+    from preprocessing.books import read_books, read_train_only
     from preprocessing.classes import read_class_names
+    from preprocessing.parquet import LOSSES_TABLE
     from preprocessing.prepare import prepare as run
 
-    names = read_class_names(reachable_place(classes)) if classes else None
-    config = config_of(PrepareConfig, classes=names, **options)
+    for name, read in (("classes", read_class_names), ("books", read_books), ("train_only", read_train_only)):
+        options[name] = read(reachable_place(options[name])) if options[name] else None
+    for name in ("val_fraction", "test_fraction"):  # --folds is refused with fractions that were given
+        if click.get_current_context().get_parameter_source(name) == ParameterSource.DEFAULT:
+            del options[name]
+    config = config_of(PrepareConfig, **options)
     source = reachable_place(pages), reachable_place(labels)
     manifest, new = run(*source, reachable_place(dataset), config, start_limit)
     counts = {split: manifest.counts[split]["examples"] for split in SPLITS}
-    lost = {key: len(getattr(manifest, key)) for key in ("losses", "clipped", "unlabelled")}
+    lost = {"losses": manifest.lost, "clipped": len(manifest.clipped), "unlabelled": len(manifest.unlabelled)}
     result = {"dataset": dataset, "written": new, "crops": counts, "shards": len(manifest.shards)} | lost
     reported = write_dataset_report(reachable_place(dataset), manifest, new)
     if not new:
@@ -88,7 +99,7 @@ def prepare(pages: str, labels: str, dataset: str, classes: str | None, start_li
     return result, [
         f"{sum(counts.values()):,} crops in {len(manifest.shards)} shards ({split_line}): {dataset}",
         f"{lost['losses']} boxes lost, {lost['clipped']} clipped, {lost['unlabelled']} pages without labels: "
-        "each is listed in manifest.json",
+        f"each is listed in manifest.json{f' or {LOSSES_TABLE}' if manifest.more_losses else ''}",
         *reported,
     ]
 

@@ -1,10 +1,40 @@
 """Configuration of `prepare`: command line -> `PrepareConfig` -> `manifest.json` of the dataset."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_serializer, model_validator
+
+from cluster.errors import OptionError
 
 SPLITS = ("train", "validation", "test")
+
+
+class _OptionFile(BaseModel):
+    """A file that an option names. The config of a dataset records its SHA-256: it may be large."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sha256: str
+
+    @model_serializer
+    def _recorded(self) -> str:
+        return self.sha256
+
+
+class BooksFile(_OptionFile):
+    """The file of `--books`, see `books.read_books`."""
+
+    by: Literal["page", "prefix"]
+    """Whether a line names a page, or all pages whose ids begin with a prefix."""
+    books: dict[str, str]
+    """Page id or prefix to book."""
+
+
+class TrainOnlyFile(_OptionFile):
+    """The file of `--train-only`, see `books.read_train_only`."""
+
+    names: frozenset[str]
+    """Ids of pages, or books."""
 
 
 class PrepareConfig(BaseModel):
@@ -17,12 +47,20 @@ class PrepareConfig(BaseModel):
 
     split: Literal["random", "page", "book"] = "random"
     """Unit of the split: box (random; optimistic), page, or book (recommended)."""
+    books: BooksFile | None = None
+    """CSV of page,book or prefix,book.  [default: from folders and ids]"""
     seed: int = Field(42, ge=0)
     """Random seed of the split."""
     val_fraction: float = Field(0.15, gt=0, lt=1)
     """Fraction of the boxes for validation."""
     test_fraction: float = Field(0.15, gt=0, lt=1)
     """Fraction of the boxes for the test."""
+    folds: int | None = Field(None, ge=3)
+    """Number of folds, instead of fractions; with --split book or page."""
+    fold: int | None = Field(None, ge=0)
+    """Fold that is the test, from 0; the next one is validation."""
+    train_only: TrainOnlyFile | None = None
+    """Pages or books for training alone, one a line."""
     coverage: float = Field(0.9, ge=0, le=1)
     """Most frequent characters get a class, up to this fraction of the boxes; the others are `rare`."""
     classes: list[str] | None = None
@@ -31,3 +69,28 @@ class PrepareConfig(BaseModel):
     """Largest number of files per split.  [default: by size]"""
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
     """Fraction of boxes that may be lost."""
+
+    @model_validator(mode="after")
+    def _folds_fit(self) -> Self:
+        """Check the options of folds together.
+
+        Raises:
+            OptionError: one is missing, the fold is none of the folds, or the split is one that folds do not go with.
+        """
+        if self.folds is None and self.fold is None:
+            return self
+        if self.folds is None or self.fold is None:
+            alone = "--folds" if self.fold is None else "--fold"
+            raise OptionError(f"--folds and --fold must be given together. Received: {alone} alone. Give both")
+        if self.fold >= self.folds:
+            raise OptionError(
+                f"--fold must be one of 0 to --folds - 1. Received: --folds {self.folds}, --fold {self.fold}"
+            )
+        if self.split == "random":
+            raise OptionError(
+                "--folds must be whole books or pages. Received: --split random. Give --split book or page"
+            )
+        if fractions := self.model_fields_set & {"val_fraction", "test_fraction"}:
+            option = "--" + min(fractions).replace("_", "-")
+            raise OptionError(f"--folds must be given without fractions. Received: {option}. Leave it out")
+        return self

@@ -28,6 +28,8 @@ class Cut:
     """Whether the box is partly off its page. The crop shows the part that is on the page."""
     fault: str = ""
     """Reason why there is no crop; empty if there is one."""
+    page_shape: tuple[int, ...] | None = None
+    """Height and width of the page in pixels; None if it was not decoded."""
 
 
 def cut_boxes(group: Group, pages: UPath, begin: Callable[[str], None] = lambda _: None) -> Iterator[Cut]:
@@ -61,8 +63,9 @@ def _cut(page_id: str, image: "NDArray[np.uint8] | PageFault", box: list[int]) -
             raise image
         clipped_box = clip_box(box, image.shape)
     except PageFault as fault:
-        return Cut(page_id, box, None, fault=str(fault))
-    return Cut(page_id, box, crop(image, clipped_box), clipped=list(clipped_box) != box)
+        shape = None if isinstance(image, PageFault) else image.shape
+        return Cut(page_id, box, None, fault=str(fault), page_shape=shape)
+    return Cut(page_id, box, crop(image, clipped_box), list(clipped_box) != box, page_shape=image.shape)
 
 
 def _read_page(read: ReadPage, page: Page) -> "NDArray[np.uint8] | PageFault":

@@ -1,6 +1,7 @@
 """The format of a dataset folder, which other programs rely on: TFRecord shards, metadata, and a manifest.
 
 kuzushiji-train.tfrecord-00000-of-00064 ...  dataset_info.json  features.json  label.labels.txt  README.md
+pages.parquet  losses.parquet  (see `preprocessing.parquet`; the latter only with many losses)
 manifest.json
 
 `tfds.builder_from_directory(folder)` reads the folder. `dataset_info.json` and `features.json` have the format that
@@ -22,6 +23,9 @@ from preprocessing.records import SIDE
 DATASET_NAME = "kuzushiji"
 VERSION = "1.0.0"
 DESCRIPTION = "Characters cut from scans of old Japanese pages: 80 x 80 grayscale crops with their classes."
+# The `book_rule` of datasets without `pages.parquet`, made by earlier releases: a book was a volume, see
+# `preprocessing.books.volume_of`.
+VOLUMES = "volumes"
 _FEATURE = "tensorflow_datasets.core.features."
 
 
@@ -44,6 +48,16 @@ class Clipped(TypedDict):
     page: str
 
 
+class PageSize(TypedDict):
+    """The size of a decoded page, as the boxes count it."""
+
+    page: str
+    width: int
+    height: int
+    orientation: int
+    """EXIF orientation of the file, 1 to 8, that was applied."""
+
+
 # FailFast: otherwise pydantic creates an error for each of up to a million entries, of which only one is shown.
 Losses = Annotated[list[Loss], FailFast()]
 ClippedBoxes = Annotated[list[Clipped], FailFast()]
@@ -63,6 +77,9 @@ class DatasetManifest(Manifest):
     counts: Annotated[dict[str, Annotated[dict[str, Count], FailFast()]], FailFast()]
     """Per split, the numbers of planned `boxes`, written `examples`, and the `pages` and `books` of these boxes."""
     losses: Losses
+    """The first `parquet.LISTED_LOSSES`."""
+    more_losses: Count = 0
+    """Number of further losses, which are in `losses.parquet`."""
     clipped: ClippedBoxes
     unlabelled: Annotated[list[str], FailFast()]
     """Ids of pages that have a file and no row in the labels."""
@@ -72,6 +89,22 @@ class DatasetManifest(Manifest):
     versions: Annotated[dict[str, str], FailFast()]
     fingerprint: str
     """Hex digest of the labels' bytes and of the ids and sizes of the pages, see `preprocessing.pages.fingerprint`."""
+    book_rule: str = VOLUMES
+    """`VOLUMES`, or that books are titles, with a hex digest of each page's book."""
+
+    @property
+    def lost(self) -> int:
+        """Number of lost boxes."""
+        return len(self.losses) + self.more_losses
+
+    @property
+    def split_by(self) -> str:
+        """What the dataset was split by: `random`, `page`, `book, fold 0 of 5`; `volume`, see `VOLUMES`."""
+        unit = str(self.config.get("split", "unknown"))
+        if unit == "book" and self.book_rule == VOLUMES:
+            unit = "volume"
+        folds = self.config.get("folds")
+        return f"{unit}, fold {self.config.get('fold')} of {folds}" if folds else unit
 
     @property
     def entries(self) -> list[FileEntry]:
@@ -149,12 +182,37 @@ def _features(num_classes: int) -> dict[str, Any]:
     return {"featuresDict": {"features": features}, "pythonClassName": _FEATURE + "features_dict.FeaturesDict"}
 
 
+def split_rule(config: Mapping[str, Any], book_rule: str) -> str:
+    """Return what a dataset was split by, as one sentence.
+
+    config, book_rule: as in `DatasetManifest`, also one of an earlier release.
+    """
+    by = {
+        "random": "by box: crops of one page and book are in several splits (leakage), which inflates accuracy",
+        "page": "by page: crops of one book are in several splits (leakage), which inflates accuracy",
+        "book": "by book: each book (a title) is in one split, so the numbers hold for books that the model has not "
+        "seen",
+    }.get(str(config.get("split")), "unknown")
+    if config.get("split") == "book" and book_rule == VOLUMES:
+        by = (
+            "by volume, which an earlier release took for the book: volumes of one title may be in several splits "
+            "(leakage), which inflates accuracy"
+        )
+    alone = " Some pages or books are for training alone." if config.get("train_only") else ""
+    if folds := config.get("folds"):
+        shares = f"Fold {config.get('fold')} of {folds} (from 0) is the test, the next one validation"
+    else:
+        shares = f"Test {config.get('test_fraction')}, validation {config.get('val_fraction')}"
+    return f"{by}. {shares}, seed {config.get('seed')}.{alone}"
+
+
 def dataset_card(
     class_names: Sequence[str],
     counts: Mapping[str, Mapping[str, int]],
     config: Mapping[str, Any],
     losses: int,
     clipped: int,
+    book_rule: str,
 ) -> str:
     """Return the README.md of a dataset folder, in Markdown.
 
@@ -164,15 +222,11 @@ def dataset_card(
         config: `PrepareConfig`, as JSON.
         losses: number of lost boxes.
         clipped: number of clipped boxes.
+        book_rule: as in `DatasetManifest`.
     """
     rows = "\n".join(
         f"| {split} | {c['examples']:,} | {c['pages']:,} | {c['books']:,} |" for split, c in counts.items()
     )
-    rule = {
-        "random": "by box: crops of one page and book are in several splits (leakage), which inflates accuracy",
-        "page": "by page: crops of one book are in several splits (leakage), which inflates accuracy",
-        "book": "by book: each book is in one split, so the numbers hold for books that the model has not seen",
-    }[config["split"]]
     kept = len(class_names) - 1
     return f"""# Kuzushiji crops
 
@@ -182,11 +236,13 @@ def dataset_card(
 |---|---|---|---|
 {rows}
 
-- Split: {rule}. Test {config["test_fraction"]}, validation {config["val_fraction"]}, seed {config["seed"]}.
+- Split: {split_rule(config, book_rule)}
+- Pages: the book, splits, size and EXIF orientation of each are in `pages.parquet`.
 - Classes: {kept} characters and `{RARE}`, one per line of `{LABELS_FILE}`. The most frequent characters, up to
   {config["coverage"]} of all boxes, have a class of their own, unless the classes of an earlier dataset were given.
 - Crops: the box in grayscale, its longer side scaled to {SIDE} pixels, centred on a black square.
-- Boxes lost: {losses}. Boxes clipped at the edge of their page: {clipped}. Each is listed in `manifest.json`.
+- Boxes lost: {losses}. Boxes clipped at the edge of their page: {clipped}. Each is listed in `manifest.json`,
+  losses beyond the first 10,000 in `losses.parquet`.
 
 Read it with `tfds.builder_from_directory(...)`, `kuzushiji train`, or any reader of TFRecords; each record is a
 `tf.train.Example` with `image` ({SIDE * SIDE:,} bytes, uint8, row-major), `label`, `unicode`, `image_id` and `box`

@@ -14,8 +14,8 @@ import hashlib
 import io
 import itertools
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,16 +51,13 @@ class Labels:
     """(N, 4): x, y, width, height in pixels, from the upper left corner of the page."""
     sha256: str
     """Hex digest of the file's bytes."""
+    books: Mapping[str, str] = field(default_factory=dict)
+    """Page id to book, for the pages whose book the file states."""
 
     @property
     def boxes_per_page(self) -> NDArray[np.int64]:
         """(P,)."""
         return np.diff(self.starts)
-
-
-def book_of(page_id: str) -> str:
-    """Return the book of a page: the part of its id before the first `_` or `-`, `hnsd001` for `hnsd001-003`."""
-    return re.split("[_-]", page_id, maxsplit=1)[0]
 
 
 def code_point_name(code_point: int) -> str:

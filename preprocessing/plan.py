@@ -12,20 +12,21 @@ import numpy as np
 from numpy.typing import NDArray
 from upath import UPath
 
+from preprocessing.books import books_digest, books_of_pages, pages_for_training
 from preprocessing.classes import class_indices, class_names
 from preprocessing.config import SPLITS, PrepareConfig
 from preprocessing.crop import MAX_PAGE_BYTES, NO_AREA, NO_FILE
 from preprocessing.dataset import Loss, shard_name
 from preprocessing.labels import Labels, name_if_known, read_labels
 from preprocessing.pages import fingerprint, list_pages
-from preprocessing.split import split_of_boxes
+from preprocessing.split import folds_of_boxes, split_of_boxes
 
 # A record has about 6.5 kB, so the largest shards have about 64 MB, a size that readers of object stores handle well.
 BOXES_PER_GROUP = 10_000
 # Small datasets get enough groups for the cores of a laptop. A constant: the bytes must not depend on the machine.
 MIN_GROUPS = 16
-# The packages whose versions are recorded: all of these but Ray determine the bytes of the crops.
-VERSIONED = ("kuzushiji", "numpy", "opencv-python-headless", "ray", "simplejpeg")
+# The packages whose versions are recorded: all of these but Ray determine the bytes of the crops and tables.
+VERSIONED = ("kuzushiji", "numpy", "opencv-python-headless", "pyarrow", "ray", "simplejpeg")
 
 
 class Page(NamedTuple):
@@ -88,6 +89,10 @@ class Plan:
     class_names: list[str]
     splits: NDArray[np.int8]
     """(N,): index into `SPLITS` of each box."""
+    books: list[str]
+    """P: the book of each page."""
+    book_rule: str
+    """As in `DatasetManifest`."""
     groups: list[Group]
     unlabelled: list[str]
     """Ids of pages that have a file and no row in the labels."""
@@ -105,19 +110,35 @@ def make_plan(pages: UPath, labels_path: UPath, config: PrepareConfig) -> Plan:
     """Read the labels, list the pages, and assign classes, splits and shards.
 
     Raises:
-        OptionError: a split would be empty.
-        InputError: labels or pages can't be used.
+        OptionError: a split would be empty, or there are too few books or folds.
+        InputError: labels or pages can't be used, or the files of `--books` and `--train-only` do not fit them.
     """
     labels = read_labels(labels_path)
     files = list_pages(pages)
-    splits = split_of_boxes(labels, config.split, config.seed, config.val_fraction, config.test_fraction)
+    books = books_of_pages(labels, files, config.books)
+    splits = _splits(labels, files, books, config)
     names = config.classes or class_names(labels.code_points, config.coverage)
     groups = plan_groups(labels, class_indices(names, labels.code_points), splits, files, config.shards)
     identity = config.model_dump(exclude={"max_bad_fraction"})
     versions = {"python": platform.python_version()} | {package: version(package) for package in VERSIONED}
     identity |= {"input": fingerprint(labels.sha256, files), "versions": versions}
+    book_rule = f"titles, {books_digest(labels.page_ids, books)}"
+    if config.split == "book" or config.train_only:  # else it has no part in the bytes of the shards
+        identity |= {"book_rule": book_rule}
     unlabelled = sorted(os.fsencode(page).decode(errors="replace") for page in set(files) - set(labels.page_ids))
-    return Plan(labels, names, splits, groups, unlabelled, known_losses(labels, files), identity)
+    lost = known_losses(labels, files)
+    return Plan(labels, names, splits, books, book_rule, groups, unlabelled, lost, identity)
+
+
+def _splits(
+    labels: Labels, files: Mapping[str, tuple[str, int]], books: Sequence[str], config: PrepareConfig
+) -> NDArray[np.int8]:
+    """Return the split of each box, (N,) int8 indices into `SPLITS`. Raises as `make_plan`."""
+    alone = pages_for_training(labels, files, books, config.train_only) if config.train_only else None
+    if config.folds is not None and config.fold is not None:
+        return folds_of_boxes(labels, config.split, config.seed, config.folds, config.fold, books, alone)
+    fractions = config.val_fraction, config.test_fraction
+    return split_of_boxes(labels, config.split, config.seed, *fractions, books, alone)
 
 
 def known_losses(labels: Labels, files: Mapping[str, tuple[str, int]]) -> list[Loss]:

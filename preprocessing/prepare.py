@@ -24,9 +24,9 @@ from cluster.storage import (
 )
 from preprocessing.config import SPLITS, PrepareConfig
 from preprocessing.dataset import Clipped, DatasetManifest, Loss, Shard, dataset_card, dataset_files
-from preprocessing.labels import book_of
+from preprocessing.parquet import LISTED_LOSSES, LOSSES_TABLE, PAGES_TABLE, losses_table, pages_table
 from preprocessing.plan import Plan, make_plan
-from preprocessing.shards import PLAN_FILE, PROGRESS_FOLDER, CutGroup, GroupReport, report_path
+from preprocessing.shards import PLAN_FILE, PROGRESS_FOLDER, CutGroup, GroupReport, report_path, write_reports
 
 log = logging.getLogger("kuzushiji")
 
@@ -65,13 +65,13 @@ def prepare(
             manifest, faults = _sealed(dataset, plan)
             if faults:
                 raise
-    _check_losses(manifest.losses, plan, config, dataset)
+    _check_losses(manifest.losses, manifest.lost, plan, config, dataset)
     _remove_traces(dataset)
     return manifest, False
 
 
 def _make(plan: Plan, pages: UPath, dataset: UPath, config: PrepareConfig, start_limit: float) -> DatasetManifest:
-    _check_losses(plan.losses, plan, config, dataset)
+    _check_losses(plan.losses, len(plan.losses), plan, config, dataset)
     encoded(_known_manifest(plan, config))
     reports = map_tasks(
         plan.groups,
@@ -84,7 +84,7 @@ def _make(plan: Plan, pages: UPath, dataset: UPath, config: PrepareConfig, start
     )
     losses = [loss for report in reports for loss in report.losses]
     try:
-        _check_losses(losses, plan, config, dataset)
+        _check_losses(losses, len(losses), plan, config, dataset)
     except InputError:
         for group, report in zip(plan.groups, reports, strict=True):
             if report.losses:  # so that the next attempt cuts the group again: its pages may be readable then
@@ -93,12 +93,13 @@ def _make(plan: Plan, pages: UPath, dataset: UPath, config: PrepareConfig, start
     return _finish(plan, dataset, config, reports)
 
 
-def _check_losses(losses: Sequence[Loss], plan: Plan, config: PrepareConfig, dataset: UPath) -> None:
+def _check_losses(losses: Sequence[Loss], lost: int, plan: Plan, config: PrepareConfig, dataset: UPath) -> None:
+    """Raise InputError if `lost` boxes are too many. losses: the first of them."""
     boxes = len(plan.labels.boxes)
-    if len(losses) > config.max_bad_fraction * boxes:
+    if lost > config.max_bad_fraction * boxes:
         raise InputError(
             f"at most {config.max_bad_fraction:g} of the boxes may be lost (--max-bad-fraction). "
-            f"Received: {len(losses)} of {boxes}, first page {losses[0]['page']}: {losses[0]['what']}. "
+            f"Received: {lost} of {boxes}, first page {losses[0]['page']}: {losses[0]['what']}. "
             f"Allow more and run again, or fix the input and remove {dataset}"
         )
 
@@ -119,9 +120,10 @@ def _earlier_attempt(dataset: UPath, plan: Plan) -> DatasetManifest | None:
         manifest, faults = _sealed(dataset, plan)
         if not faults:
             return manifest
-        _refuse_other(dataset, plan, _identity_of(manifest))  # other versions of the libraries may cut different crops
+        # Other versions of the libraries may cut different crops.
+        _refuse_other(dataset, plan, _identity_of(manifest, plan))
         log.warning("%s: %s; damaged files are made again", dataset, "; ".join(faults))
-        _write_reports(dataset, plan, manifest)
+        write_reports(dataset, plan.groups, manifest)
         write_bytes(plan_path, json.dumps(plan.identity).encode())
         remove_file(dataset / MANIFEST_FILE)
     elif others and not has_plan:
@@ -151,7 +153,7 @@ def _sealed(dataset: UPath, plan: Plan) -> tuple[DatasetManifest, list[str]]:
         DamageError: the manifest is damaged, or lists other shards than planned.
     """
     manifest = read_manifest(dataset, DatasetManifest)
-    _refuse_other(dataset, plan, _identity_of(manifest) | {"versions": plan.identity["versions"]})
+    _refuse_other(dataset, plan, _identity_of(manifest, plan) | {"versions": plan.identity["versions"]})
     if {shard.name for shard in manifest.shards} != {
         name for group in plan.groups for name in group.shard_names if name
     }:
@@ -162,9 +164,13 @@ def _sealed(dataset: UPath, plan: Plan) -> tuple[DatasetManifest, list[str]]:
     return manifest, [fault for entry in manifest.entries if (fault := fault_of(dataset, entry, sizes))]
 
 
-def _identity_of(manifest: DatasetManifest) -> dict[str, Any]:
-    """Return options, input and versions that the dataset was made with, under the keys of `Plan.identity`."""
-    return manifest.config | {"input": manifest.fingerprint, "versions": manifest.versions}
+def _identity_of(manifest: DatasetManifest, plan: Plan) -> dict[str, Any]:
+    """Return options, input and versions that the dataset was made with, under the keys of `Plan.identity`.
+
+    A package that an earlier release did not record had no part in its shards: its version counts as equal.
+    """
+    versions = plan.identity["versions"] | manifest.versions
+    return manifest.config | {"input": manifest.fingerprint, "versions": versions, "book_rule": manifest.book_rule}
 
 
 def _remove_traces(dataset: UPath) -> None:
@@ -188,28 +194,23 @@ def _parse_plan(path: UPath, content: bytes) -> dict[str, Any]:
 
 def _refuse_other(dataset: UPath, plan: Plan, earlier: dict[str, Any]) -> None:
     """Raise OptionError if `earlier`, the identity of an earlier attempt, differs from the plan's."""
-    differing = [key for key, value in plan.identity.items() if earlier.get(key) != value]
+    there, now = _flat(earlier), _flat(plan.identity)
+    differing = [key for key, value in now.items() if there.get(key) != value]
     if differing:
-        differences = ", ".join(
-            f"{k} (there {str(earlier.get(k))[:40]}, now {str(plan.identity[k])[:40]})" for k in differing
-        )
+        differences = ", ".join(f"{k} (there {str(there.get(k))[:40]}, now {str(now[k])[:40]})" for k in differing)
         raise OptionError(
             f"--dataset must be a new folder, or one made with the same options and input. Received: {dataset}, where "
             f"these differ: {differences}. Name another folder or remove it"
         )
 
 
-def _write_reports(dataset: UPath, plan: Plan, manifest: DatasetManifest) -> None:
-    """Recreate the reports of all groups from a manifest, so that only groups with damaged shards are cut again."""
-    shards = {shard.name: shard for shard in manifest.shards}
-    for group in plan.groups:
-        ids = set(group.page_ids)
-        report = GroupReport(
-            shards={split: shards[name] for split, name in zip(SPLITS, group.shard_names, strict=True) if name},
-            losses=[loss for loss in manifest.losses if loss["page"] in ids],
-            clipped=[box for box in manifest.clipped if box["page"] in ids],
-        )
-        write_bytes(report_path(dataset, group.number), report.model_dump_json().encode())
+def _flat(identity: dict[str, Any]) -> dict[str, Any]:
+    """Return an identity with a key for each package, instead of `versions`."""
+    versions = identity.get("versions")
+    return {key: value for key, value in identity.items() if key != "versions"} | {
+        f"version of {package}": version
+        for package, version in (versions if isinstance(versions, dict) else {}).items()
+    }
 
 
 def _finish(plan: Plan, dataset: UPath, config: PrepareConfig, reports: Sequence[GroupReport]) -> DatasetManifest:
@@ -228,9 +229,14 @@ def _finish(plan: Plan, dataset: UPath, config: PrepareConfig, reports: Sequence
             )
     counts = _counts(plan, shards)
     config_json = config.model_dump()
-    card = dataset_card(plan.class_names, counts, config_json, len(losses), len(clipped))
+    card = dataset_card(plan.class_names, counts, config_json, len(losses), len(clipped), plan.book_rule)
     texts = dataset_files(plan.class_names, shards, card)
-    files = [write_listed(dataset / name, texts[name].encode()) for name in sorted(texts)]
+    contents = {name: text.encode() for name, text in texts.items()}
+    sizes_of_pages = {size["page"]: size for report in reports for size in report.pages}
+    contents[PAGES_TABLE] = pages_table(plan.labels, plan.books, plan.splits, sizes_of_pages)
+    if len(losses) > LISTED_LOSSES:
+        contents[LOSSES_TABLE] = losses_table(losses[LISTED_LOSSES:])
+    files = [write_listed(dataset / name, contents[name]) for name in sorted(contents)]
     manifest = _manifest(plan, config, shards, losses, clipped, files)
     for folder in (dataset, dataset / PROGRESS_FOLDER):  # left by killed attempts
         remove_temporaries(folder)
@@ -261,13 +267,15 @@ def _manifest(
         shards=[shard for split_shards in shards.values() for shard in split_shards],
         files=list(files),
         counts=_counts(plan, shards),
-        losses=losses,
+        losses=losses[:LISTED_LOSSES],
+        more_losses=max(0, len(losses) - LISTED_LOSSES),
         clipped=list(clipped),
         unlabelled=plan.unlabelled,
         seed=config.seed,
         config=config.model_dump(),
         versions=plan.identity["versions"],
         fingerprint=plan.identity["input"],
+        book_rule=plan.book_rule,
     )
 
 
@@ -276,11 +284,11 @@ def _counts(plan: Plan, shards: dict[str, list[Shard]]) -> dict[str, dict[str, i
     page_of_box = np.repeat(np.arange(len(plan.labels.page_ids)), plan.labels.boxes_per_page)
     counts = {}
     for split, name in enumerate(SPLITS):
-        pages = [plan.labels.page_ids[p] for p in np.unique(page_of_box[plan.splits == split])]
+        pages = np.unique(page_of_box[plan.splits == split])
         counts[name] = {
             "boxes": int(np.count_nonzero(plan.splits == split)),
             "examples": sum(shard.examples for shard in shards[name]),
             "pages": len(pages),
-            "books": len({book_of(page_id) for page_id in pages}),
+            "books": len({plan.books[page] for page in pages}),
         }
     return counts

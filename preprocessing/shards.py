@@ -7,7 +7,7 @@ folder, so that a task that outlives its job writes nothing after the folder was
 
 import hashlib
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import BinaryIO
@@ -16,11 +16,13 @@ from pydantic import BaseModel, ValidationError
 from upath import UPath
 
 from cluster.errors import DamageError
+from cluster.manifest import fault_of
 from cluster.storage import CHUNK_BYTES, is_file, list_files, new_file, place, read_bytes, sha256_of, write_bytes
 from preprocessing.config import SPLITS
 from preprocessing.cutting import cut_boxes
-from preprocessing.dataset import Clipped, Loss, Shard
+from preprocessing.dataset import Clipped, DatasetManifest, Loss, PageSize, Shard
 from preprocessing.labels import code_point_name
+from preprocessing.parquet import LOSSES_TABLE, PAGES_TABLE, losses_of_table, sizes_of_table
 from preprocessing.plan import Group
 from preprocessing.records import Value, encode_example, frame
 from preprocessing.tries import Tries
@@ -30,12 +32,14 @@ PLAN_FILE = "plan.json"
 
 
 class GroupReport(BaseModel):
-    """Result of a group: the shards that were written, and the boxes that were lost or clipped."""
+    """Result of a group: the shards that were written, the boxes that were lost or clipped, the sizes of its pages."""
 
     shards: dict[str, Shard]
     """Split to shard; no entry for a split without a box in the group."""
     losses: list[Loss]
     clipped: list[Clipped]
+    pages: list[PageSize]
+    """The pages that were decoded."""
 
 
 def report_path(dataset: UPath, group: int) -> UPath:
@@ -59,6 +63,32 @@ def finished_report(dataset: UPath, group: int) -> GroupReport | None:
         if sizes.get(shard.name) != shard.bytes or sha256_of(dataset / shard.name) != shard.sha256:
             return None
     return report
+
+
+def write_reports(dataset: UPath, groups: Sequence[Group], manifest: DatasetManifest) -> None:
+    """Recreate the reports of all groups from a manifest, so that only groups with damaged shards are cut again.
+
+    Without the tables of pages and losses (datasets of earlier releases have none) nothing is written: all groups are
+    cut again.
+    """
+    entries, files = {entry.name: entry for entry in manifest.files}, list_files(dataset)
+    tables = [PAGES_TABLE, *([LOSSES_TABLE] if manifest.more_losses else [])]
+    if any(name not in entries or fault_of(dataset, entries[name], files) for name in tables):
+        return
+    shards = {shard.name: shard for shard in manifest.shards}
+    reports = []
+    for group in groups:
+        of_group = {split: shards[name] for split, name in zip(SPLITS, group.shard_names, strict=True) if name}
+        reports.append(GroupReport(shards=of_group, losses=[], clipped=[], pages=[]))
+    of_page = {page_id: report for group, report in zip(groups, reports, strict=True) for page_id in group.page_ids}
+    for loss in manifest.losses + (losses_of_table(dataset / LOSSES_TABLE) if manifest.more_losses else []):
+        of_page[loss["page"]].losses.append(loss)
+    for box in manifest.clipped:
+        of_page[box["page"]].clipped.append(box)
+    for size in sizes_of_table(dataset / PAGES_TABLE):
+        of_page[size["page"]].pages.append(size)
+    for group, report in zip(groups, reports, strict=True):
+        write_bytes(report_path(dataset, group.number), report.model_dump_json().encode())
 
 
 @dataclass
@@ -101,10 +131,14 @@ class CutGroup:
 def _cut_group(group: Group, pages: UPath, folder: UPath, begin: Callable[[str], None]) -> GroupReport:
     losses: list[Loss] = []
     clipped: list[Clipped] = []
+    sizes: dict[str, PageSize] = {}
     with ExitStack() as stack:
         writers = [_open_writer(stack, folder, name) if name else None for name in group.shard_names]
         for i, cut in enumerate(cut_boxes(group, pages, begin)):
             unicode = code_point_name(group.code_points[i])
+            if cut.page_shape and cut.page_id not in sizes:
+                height, width = cut.page_shape
+                sizes[cut.page_id] = {"page": cut.page_id, "width": width, "height": height, "orientation": 1}
             if cut.crop is None:
                 losses.append({"box": cut.box, "page": cut.page_id, "unicode": unicode, "what": cut.fault})
                 continue
@@ -121,7 +155,7 @@ def _cut_group(group: Group, pages: UPath, folder: UPath, begin: Callable[[str],
             assert writer is not None, "a shard is planned for every split that has a box in the group"
             writer.write(example)
         shards = {split: writer.close() for split, writer in zip(SPLITS, writers, strict=True) if writer}
-    return GroupReport(shards=shards, losses=losses, clipped=clipped)
+    return GroupReport(shards=shards, losses=losses, clipped=clipped, pages=list(sizes.values()))
 
 
 def _open_writer(stack: ExitStack, folder: UPath, name: str) -> "_ShardWriter":

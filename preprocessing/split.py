@@ -2,59 +2,206 @@
 
 The unit of the split is a box (`random`, as in the study), a page, or a book. A split by box puts boxes of the same
 page, writer and book into several splits: this leakage inflates accuracy. A split by book measures accuracy on books
-that the model has not seen.
+that the model has not seen. With folds, each page or book is in the test of one fold.
 """
 
+import heapq
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cluster.errors import OptionError
+from preprocessing.books import book_of
 from preprocessing.config import SPLITS
-from preprocessing.labels import Labels, book_of
+from preprocessing.labels import Labels
 
 TRAIN, VALIDATION, TEST = range(3)
+
+log = logging.getLogger("kuzushiji")
 
 # Number of last units over which the subset sum is solved exactly. With no more units than this, the result is optimal.
 _EXACT_UNITS = 64
 
 
-def split_of_boxes(labels: Labels, by: str, seed: int, val_fraction: float, test_fraction: float) -> NDArray[np.int8]:
-    """Return the split of each box, (N,) int8 indices into `SPLITS`. by: `random`, `page` or `book`.
+def split_of_boxes(
+    labels: Labels,
+    by: str,
+    seed: int,
+    val_fraction: float,
+    test_fraction: float,
+    books: Sequence[str] | None = None,
+    train_only: NDArray[np.bool_] | None = None,
+) -> NDArray[np.int8]:
+    """Return the split of each box, (N,) int8 indices into `SPLITS`.
 
-    Test and validation get `floor(N * fraction)` boxes each, or as close to that as whole units allow; test is filled
-    first.
+    Test and validation get `floor(F * fraction)` of the F boxes that are not for training alone, or as close to that as
+    whole units allow; test is filled first.
+
+    Args:
+        labels: P pages, N boxes.
+        by: `random`, `page` or `book`.
+        seed: of the order in which units are chosen.
+        val_fraction: fraction of the boxes for validation.
+        test_fraction: fraction of the boxes for the test.
+        books: P, the book of each page; None: that of its id.
+        train_only: (P,), which pages are for training alone; None: none.
 
     Raises:
-        OptionError: a split would be empty.
+        OptionError: a split would be empty, or there are too few books.
     """
-    total = len(labels.boxes)
-    test_boxes, validation_boxes = (int(Fraction(str(f)) * total) for f in (test_fraction, val_fraction))
     rng = np.random.default_rng(seed)
-    splits = np.full(total, TRAIN, np.int8)
     if by == "random":
-        order = rng.permutation(total)
-        splits[order[:test_boxes]] = TEST
-        splits[order[test_boxes : test_boxes + validation_boxes]] = VALIDATION
+        splits = _split_of_single_boxes(labels, rng, val_fraction, test_fraction, train_only)
     else:
-        units = labels.page_ids if by == "page" else [book_of(page_id) for page_id in labels.page_ids]
-        _, unit_of_page = np.unique(units, return_inverse=True)
-        unit_of_box = np.repeat(unit_of_page, labels.boxes_per_page)
-        sizes = np.bincount(unit_of_box)
-        remaining = [int(unit) for unit in rng.permutation(len(sizes)) if sizes[unit]]
-        for split, wanted, leave in ((TEST, test_boxes, 2), (VALIDATION, validation_boxes, 1)):
-            chosen = _fill([int(sizes[unit]) for unit in remaining], wanted, leave)
-            splits[np.isin(unit_of_box, [remaining[i] for i in chosen])] = split
+        units = Units.of(labels, by, books, train_only)
+        total = int(units.sizes.sum())
+        needed = int(total == len(labels.boxes))  # units that training needs: none if it has pages of its own
+        test_boxes, validation_boxes = (int(Fraction(str(f)) * total) for f in (test_fraction, val_fraction))
+        if by == "book":
+            _check_number_of_books(units, 2 + needed)
+        split_of_unit = np.full(len(units.names), TRAIN, np.int8)
+        remaining = units.in_seeded_order(rng)
+        for split, wanted, leave in ((TEST, test_boxes, 1 + needed), (VALIDATION, validation_boxes, needed)):
+            chosen = _fill([int(units.sizes[unit]) for unit in remaining], wanted, leave)
+            split_of_unit[[remaining[i] for i in chosen]] = split
             remaining = [unit for i, unit in enumerate(remaining) if i not in chosen]
+        splits = np.repeat(split_of_unit[units.of_page], labels.boxes_per_page)
     for split, name in enumerate(SPLITS):
         if not np.any(splits == split):
             raise OptionError(
                 f"each split must get at least one box. Received: --split {by} leaves {name} empty "
-                f"({total} boxes, {len(labels.page_ids)} pages, {len({book_of(p) for p in labels.page_ids})} books). "
+                f"({len(labels.boxes)} boxes, {len(labels.page_ids)} pages, {len(set(_books(labels, books)))} books). "
                 "Give more pages, other fractions or a finer --split"
             )
     return splits
+
+
+def folds_of_boxes(
+    labels: Labels,
+    by: str,
+    seed: int,
+    folds: int,
+    fold: int,
+    books: Sequence[str] | None = None,
+    train_only: NDArray[np.bool_] | None = None,
+) -> NDArray[np.int8]:
+    """Return the split of each box where one of several folds is the test, and the next one validation.
+
+    The folds do not depend on `fold`, so that each unit is in the test of one of them.
+
+    Args:
+        folds: number of folds, at least 3.
+        fold: the one that is the test, from 0.
+
+    The others, and the array that is returned, are as in `split_of_boxes`.
+
+    Raises:
+        OptionError: there are fewer pages or books than folds.
+    """
+    units = Units.of(labels, by, books, train_only)
+    if by == "book":
+        _check_number_of_books(units, 3)
+    if (number := int(np.count_nonzero(units.sizes))) < folds:
+        more = "name the books with --books FILE" if by == "book" else "more pages"
+        raise OptionError(
+            f"--folds must be at most the number of {by}s with boxes{units.beside}. Received: --folds {folds}, "
+            f"{number} {by}s. Give fewer folds, or {more}"
+        )
+    fold_of_unit = _deal(units, folds, np.random.default_rng(seed))
+    split_of_unit = np.full(len(units.names), TRAIN, np.int8)
+    split_of_unit[fold_of_unit == fold] = TEST
+    split_of_unit[fold_of_unit == (fold + 1) % folds] = VALIDATION
+    return np.repeat(split_of_unit[units.of_page], labels.boxes_per_page)
+
+
+def _split_of_single_boxes(
+    labels: Labels,
+    rng: np.random.Generator,
+    val_fraction: float,
+    test_fraction: float,
+    train_only: NDArray[np.bool_] | None,
+) -> NDArray[np.int8]:
+    splits = np.full(len(labels.boxes), TRAIN, np.int8)
+    if train_only is None:
+        order = rng.permutation(len(splits))
+    else:
+        order = rng.permutation(np.flatnonzero(~np.repeat(train_only, labels.boxes_per_page)))
+    test_boxes, validation_boxes = (int(Fraction(str(f)) * len(order)) for f in (test_fraction, val_fraction))
+    splits[order[:test_boxes]] = TEST
+    splits[order[test_boxes : test_boxes + validation_boxes]] = VALIDATION
+    return splits
+
+
+@dataclass(frozen=True)
+class Units:
+    """What a split keeps whole: U pages or books."""
+
+    names: list[str]
+    """U, sorted."""
+    of_page: NDArray[np.int64]
+    """(P,): the unit of each page."""
+    sizes: NDArray[np.int64]
+    """(U,): number of boxes of each unit; 0 for units that are for training alone."""
+    beside: str
+    """Addition to the words `books with boxes` in an error message."""
+
+    @classmethod
+    def of(cls, labels: Labels, by: str, books: Sequence[str] | None, train_only: NDArray[np.bool_] | None) -> "Units":
+        """Return the units of a label file. A page that is for training alone takes its book along.
+
+        The arguments are as in `split_of_boxes`.
+        """
+        units = labels.page_ids if by == "page" else _books(labels, books)
+        names, of_page = np.unique(units, return_inverse=True)
+        sizes = np.bincount(of_page, weights=labels.boxes_per_page).astype(np.int64)
+        if train_only is None:
+            return cls(names.tolist(), of_page, sizes, "")
+        is_for_training = np.bincount(of_page, weights=train_only) > 0
+        if added := int(np.count_nonzero(is_for_training[of_page] & ~train_only)):
+            log.warning("--train-only: %d more pages are of the same books, which --split book keeps whole", added)
+        return cls(names.tolist(), of_page, np.where(is_for_training, 0, sizes), " beside those of --train-only")
+
+    def in_seeded_order(self, rng: np.random.Generator) -> list[int]:
+        """Return the indices of the units that may be for validation or test."""
+        with_boxes = np.flatnonzero(self.sizes)
+        last = int(with_boxes[-1]) if len(with_boxes) else -1
+        return [int(unit) for unit in rng.permutation(last + 1) if self.sizes[unit]]
+
+
+def _books(labels: Labels, books: Sequence[str] | None) -> Sequence[str]:
+    return [book_of(page_id) for page_id in labels.page_ids] if books is None else books
+
+
+def _check_number_of_books(units: Units, least: int) -> None:
+    """Raise OptionError if fewer books than `least` may be for validation or test."""
+    found = [units.names[unit] for unit in np.flatnonzero(units.sizes)]
+    if len(found) < least:
+        which = f" ({', '.join(name[:40] for name in found)})" if found else ""
+        raise OptionError(
+            f"--split book must find at least {least} books with boxes{units.beside}. Received: {len(found)}{which}. "
+            "Name the book of each page with --books FILE, or use --split page"
+        )
+
+
+def _deal(units: Units, folds: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Return the fold of each of U units, (U,), from 0; -1 for units that are for training alone or have no boxes.
+
+    The largest units come first, each into the fold with the fewest boxes, so that the sums of two folds differ by at
+    most the size of one unit. The seed decides the order of units of similar size (of the same power of two).
+    """
+    order = sorted(units.in_seeded_order(rng), key=lambda unit: -int(units.sizes[unit]).bit_length())
+    by_boxes = [(0, int(place), fold) for fold, place in enumerate(rng.permutation(folds))]
+    heapq.heapify(by_boxes)
+    fold_of_unit = np.full(len(units.names), -1, np.int64)
+    for unit in order:
+        boxes, place, fold = by_boxes[0]
+        heapq.heapreplace(by_boxes, (boxes + int(units.sizes[unit]), place, fold))
+        fold_of_unit[unit] = fold
+    return fold_of_unit
 
 
 def _fill(sizes: list[int], wanted: int, leave: int) -> set[int]:

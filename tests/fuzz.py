@@ -315,6 +315,8 @@ GOOD_MANIFESTS: list[dict[str, Any]] = [
         "config": {"split": "random", "classes": None},
         "versions": {"numpy": "2"},
         "fingerprint": "0",
+        "more_losses": 0,
+        "book_rule": "volumes",
     },
     {
         "format": 1,

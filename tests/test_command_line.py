@@ -25,7 +25,7 @@ SURFACE = {
     "sample": {"--out", "--num-pages", "--seed", "--scale", "--layouts"},
     "prepare": {
         "--pages", "--labels", "--dataset", "--split", "--seed", "--val-fraction", "--test-fraction", "--coverage",
-        "--classes", "--shards", "--max-bad-fraction", "--start-limit",
+        "--classes", "--shards", "--max-bad-fraction", "--start-limit", "--books", "--train-only", "--folds", "--fold",
     },
     "train": {
         "--dataset", "--models", "--architecture", "--workers", "--gpus-per-worker", "--cpus-per-worker", "--epochs",

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from cluster.errors import InputError
 from cluster.storage import place
-from preprocessing.labels import UNKNOWN, Labels, book_of, parse_code_point, read_labels
+from preprocessing.labels import UNKNOWN, Labels, parse_code_point, read_labels
 
 HEADER = "image_id,labels\n"
 
@@ -87,24 +87,9 @@ def test_a_file_that_is_not_there_or_not_text_is_refused(tmp_path: Path) -> None
         read(tmp_path, b"\xff\xfe\x00")
 
 
-@pytest.mark.parametrize(
-    ("page_id", "book"),
-    [
-        ("100241706_00004_2", "100241706"),
-        ("200014740-00004_1", "200014740"),
-        ("hnsd001-003", "hnsd001"),
-        ("200021637-00002", "200021637"),
-        ("plain", "plain"),
-    ],
-)
-def test_the_book_is_what_stands_before_the_first_underscore_or_hyphen(page_id: str, book: str) -> None:
-    assert book_of(page_id) == book
-
-
 def test_every_real_row_is_read(shared: Path) -> None:
     labels = read_labels(place(shared / "layouts.csv"))
     assert len(labels.page_ids) == 579
-    assert len({book_of(page_id) for page_id in labels.page_ids}) == 44
     assert 1 <= (labels.boxes_per_page == 0).sum() <= 65
 
 

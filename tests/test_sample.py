@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cluster.errors import InputError, OptionError
+from preprocessing.books import volume_of
 from preprocessing.fonts import find_fonts, packaged_font
-from preprocessing.labels import book_of
 from preprocessing.sample import pages as layout
 from preprocessing.sample import sample as drawing
 from preprocessing.sample.hand import Hand, draw_glyph, fit, new_hand
@@ -131,7 +131,7 @@ def test_twelve_pages_are_three_books_or_more(tmp_path: Path) -> None:
     for pages, books in ((1, 1), (4, 1), (12, 3), (40, 10)):
         ids = [page.image_id for page in layout.new_pages(pages, 42)]
         assert len(set(ids)) == pages
-        assert len({book_of(image_id) for image_id in ids}) == books
+        assert len({volume_of(image_id) for image_id in ids}) == books
 
 
 def test_layouts_keep_ids_boxes_characters_order_and_empty_pages(tmp_path: Path) -> None:

@@ -26,9 +26,11 @@ from cluster.errors import DamageError, InputError
 from cluster.manifest import FileEntry, fault_of, read_manifest, size_fault_of
 from cluster.progress import progress
 from cluster.storage import fetch, list_files, local_file, size_of, writing_in
+from preprocessing.books import volume_of
 from preprocessing.classes import LABELS_FILE, read_class_names
-from preprocessing.dataset import DatasetManifest, Shard
+from preprocessing.dataset import VOLUMES, DatasetManifest, Shard
 from preprocessing.labels import parse_code_point, parse_id
+from preprocessing.parquet import PAGES_TABLE, books_of_table
 from preprocessing.records import FRAME_BYTES, SIDE, decode_example, read_frames
 
 PARSE_RECORDS = 1024
@@ -62,6 +64,22 @@ class StagedDataset:
     splits: dict[str, Crops]
     folder: Path
     """Folder on this machine's disk, removed with the staged dataset. Users may keep temporary files in it."""
+
+    def books(self) -> dict[str, str]:
+        """Return page id to book; of a dataset of an earlier release, to volume.
+
+        Raises:
+            DamageError: the table of pages is not as `prepare` writes it.
+        """
+        page_ids = {page_id for crops in self.splits.values() for page_id in crops.page_ids}
+        if self.manifest.book_rule == VOLUMES:
+            return {page_id: volume_of(page_id) for page_id in page_ids}
+        books = books_of_table(UPath(self.folder / PAGES_TABLE))
+        if page_ids - books.keys():
+            raise DamageError(
+                f"{PAGES_TABLE} must have a row of each page. Received: none of {min(page_ids - books.keys())}"
+            )
+        return books
 
 
 @contextmanager
@@ -126,10 +144,10 @@ def _stage(dataset: UPath, manifest: DatasetManifest, splits: Sequence[str], fol
     temporary.mkdir()
     try:
         sizes = list_files(dataset)
-        labels_entry = _check_sizes(dataset, manifest, sizes)
-        fetch(dataset / LABELS_FILE, temporary / LABELS_FILE)
-        if fault := fault_of(UPath(temporary), labels_entry, list_files(UPath(temporary))):
-            raise DamageError(f"{dataset}: {fault}. Run `prepare` again, or copy the folder again")
+        for entry in _check_sizes(dataset, manifest, sizes):
+            fetch(dataset / entry.name, temporary / entry.name)
+            if fault := fault_of(UPath(temporary), entry, list_files(UPath(temporary))):
+                raise DamageError(f"{dataset}: {fault}. Run `prepare` again, or copy the folder again")
         classes = len(read_class_names(UPath(temporary / LABELS_FILE), dataset / LABELS_FILE))
         shards_by_split = {split: manifest.shards_of(split) for split in splits}
         total = sum(shard.examples for shards in shards_by_split.values() for shard in shards)
@@ -154,10 +172,11 @@ def _stage(dataset: UPath, manifest: DatasetManifest, splits: Sequence[str], fol
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _check_sizes(dataset: UPath, manifest: DatasetManifest, sizes: dict[str, int]) -> FileEntry:
+def _check_sizes(dataset: UPath, manifest: DatasetManifest, sizes: dict[str, int]) -> list[FileEntry]:
     """Check the sizes of all files, before hours of reading, and before disk space is reserved for the crops.
 
-    sizes: bytes of each file in the dataset. Returns the entry of the labels file.
+    sizes: bytes of each file in the dataset. Returns the entries of the labels file and of the table of pages, which
+    datasets of earlier releases do not have.
     """
     for entry in manifest.entries:
         if fault := size_fault_of(entry, sizes):
@@ -166,10 +185,11 @@ def _check_sizes(dataset: UPath, manifest: DatasetManifest, sizes: dict[str, int
         if shard.examples * MIN_RECORD_BYTES > shard.bytes:
             received = f"Received: {shard.bytes} bytes. Run `prepare` again"
             raise DamageError(f"{dataset}: {shard.name} must hold {shard.examples} crops. {received}")
-    for entry in manifest.files:
-        if entry.name == LABELS_FILE:
-            return entry
-    raise DamageError(f"{dataset}: the manifest must list {LABELS_FILE}")
+    needed = {LABELS_FILE} if manifest.book_rule == VOLUMES else {LABELS_FILE, PAGES_TABLE}
+    entries = [entry for entry in manifest.files if entry.name in needed]
+    if missing := needed - {entry.name for entry in entries}:
+        raise DamageError(f"{dataset}: the manifest must list {min(missing)}")
+    return entries
 
 
 def _unpack(dataset: UPath, shard: Shard, local: UPath, writer: "_SplitWriter") -> None:

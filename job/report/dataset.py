@@ -15,8 +15,9 @@ from job.data.staging import StagedDataset, staged
 from job.report import html, plots
 from job.report.side_files import report_file, write_side_file
 from preprocessing.config import SPLITS
-from preprocessing.dataset import DatasetManifest
-from preprocessing.labels import book_of, code_point_name
+from preprocessing.dataset import DatasetManifest, split_rule
+from preprocessing.labels import code_point_name
+from preprocessing.parquet import LOSSES_TABLE, PAGES_TABLE
 
 MAX_STAGED_BYTES = 10**10  # of a dataset that `prepare` stages for its report, on the disk of the driver's machine
 EXAMPLES = 48  # crops shown of each split
@@ -67,15 +68,19 @@ def _crop_table(data: StagedDataset) -> pd.DataFrame:
         for split, crops in data.splits.items()
     ]
     crops = pd.concat(parts, ignore_index=True)
-    books = {page_id: book_of(page_id) for page_id in crops["page"].unique()}
-    return crops.assign(book=crops["page"].map(books))
+    return crops.assign(book=crops["page"].map(data.books()))
 
 
 def _sections(data: StagedDataset, crops: pd.DataFrame) -> Iterator[str]:
     manifest, names = data.manifest, data.class_names
     keys = ("examples", "pages", "books")
     rows = [(split, *(manifest.counts[split].get(key, 0) for key in keys)) for split in SPLITS]
-    yield html.section("Splits", html.table(["split", "crops", "pages", "books"], rows), *_leakage(crops))
+    yield html.section(
+        "Splits",
+        html.paragraph(f"Split {split_rule(manifest.config, manifest.book_rule)}"),
+        html.table(["split", "crops", "pages", "books"], rows),
+        *_leakage(crops),
+    )
     yield html.section("Examples", *_examples(data))
     counts = np.sort(np.asarray(crops["code_point"].value_counts(), np.int64))[::-1]
     kept = len(set(crops["code_point"].map(code_point_name)) & set(names))
@@ -103,6 +108,7 @@ def _sections(data: StagedDataset, crops: pd.DataFrame) -> Iterator[str]:
             (plots.stacked(list(books.index), _per_split(crops, "book", list(books.index)), "crops"), caption),
             (plots.box_sizes(boxes), "Size of the boxes on their pages."),
         ),
+        *_books(crops),
     )
     yield html.section("Losses", *_losses(manifest))
 
@@ -144,8 +150,20 @@ def _examples(data: StagedDataset) -> Iterator[str]:
         yield html.crops([crops.images[i][:, :, 0] for i in chosen], captions)
 
 
+def _books(crops: pd.DataFrame) -> Iterator[str]:
+    """List the books, by falling number of crops, with the crops that each has in the splits."""
+    pages = crops.groupby("book")["page"].nunique().sort_index()
+    order = crops["book"].value_counts().reindex(pages.index).sort_values(ascending=False, kind="stable").index
+    sides = _per_split(crops, "book", order)
+    counts = np.stack(list(sides.values()), axis=1).tolist()
+    rows = [(book, int(pages[book]), *of_splits) for book, of_splits in zip(order, counts, strict=True)]
+    yield html.table(["book", "pages", *(f"{split} crops" for split in sides)], rows[:MAX_ROWS])
+    if len(rows) > MAX_ROWS:
+        yield html.paragraph(f"... and {len(rows) - MAX_ROWS:,} more: {PAGES_TABLE} lists the book of each page.")
+
+
 def _losses(manifest: DatasetManifest) -> Iterator[str]:
-    lost, clipped = len(manifest.losses), len(manifest.clipped)
+    lost, clipped = manifest.lost, len(manifest.clipped)
     yield html.paragraph(
         f"{lost:,} boxes lost, {clipped:,} clipped at the edge of their page, "
         f"{len(manifest.unlabelled):,} pages without labels."
@@ -156,3 +174,5 @@ def _losses(manifest: DatasetManifest) -> Iterator[str]:
         yield html.table(["page", "boxes", "reason"], rows[:MAX_ROWS])
     if len(rows) > MAX_ROWS:
         yield html.paragraph(f"... and {len(rows) - MAX_ROWS:,} more: manifest.json lists each box.")
+    if manifest.more_losses:
+        yield html.paragraph(f"{manifest.more_losses:,} of the lost boxes are in {LOSSES_TABLE} alone.")

@@ -17,13 +17,12 @@ from cluster.manifest import read_manifest
 from cluster.models import ModelManifest, read_latest
 from cluster.storage import list_folders, read_bytes
 from job.config import STUDY
-from job.data.staging import Crops, StagedDataset, staged
+from job.data.staging import StagedDataset, staged
 from job.metrics import confusions, shown
 from job.model.folder import METRICS_FILE, load_model
 from job.model.load_tensorflow import load_tensorflow
 from job.report import html, plots
 from preprocessing.config import SPLITS
-from preprocessing.labels import book_of
 
 if TYPE_CHECKING:
     import keras
@@ -235,7 +234,7 @@ def _examples_and_recall(per_class: pd.DataFrame) -> tuple[NDArray[np.int64], ND
 def _errors(run: Trained, data: StagedDataset | None) -> Iterator[str]:
     misclassified = run.misclassified
     if data:
-        yield from _books(misclassified, data.splits["test"])
+        yield from _books(misclassified, data)
         yield html.paragraph(
             "The most frequent confusions: a test crop, and a training crop of the class that was predicted for it."
         )
@@ -247,10 +246,11 @@ def _errors(run: Trained, data: StagedDataset | None) -> Iterator[str]:
         yield html.paragraph(f"... and {len(lines) - MAX_LINES:,} more: misclassified.csv lists each crop.")
 
 
-def _books(misclassified: pd.DataFrame, test: Crops) -> Iterator[str]:
+def _books(misclassified: pd.DataFrame, data: StagedDataset) -> Iterator[str]:
     """Plot the accuracy per book of the test split, in ascending order."""
-    examples = pd.Series([book_of(page_id) for page_id in test.page_ids]).value_counts()
-    errors = misclassified["image_id"].map(book_of).value_counts().reindex(examples.index, fill_value=0)
+    book_of_page = data.books()
+    examples = pd.Series(data.splits["test"].page_ids).map(book_of_page).value_counts()
+    errors = misclassified["image_id"].map(book_of_page).value_counts().reindex(examples.index, fill_value=0)
     accuracy = (1 - errors / examples).sort_values(kind="stable")
     caption = f"Test accuracy per book: the lowest of {len(accuracy):,} books."
     yield html.plots((plots.shares(list(accuracy.index), np.asarray(accuracy, np.float64), "accuracy"), caption))

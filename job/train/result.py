@@ -105,14 +105,14 @@ def folder_texts(
         "history.jsonl": "".join(json.dumps(asdict(row)) + "\n" for row in history),
         "per_class.csv": per_class(predictions["test"], test.labels, names).to_csv(index=False),
         "misclassified.csv": misclassified(predictions["test"], test, names).to_csv(index=False),
-        "README.md": model_card(recorded, numbers, run, dataset.manifest.config.get("split", "unknown")),
+        "README.md": model_card(recorded, numbers, run, dataset.manifest.split_by),
     }
 
 
 def model_card(config: Mapping[str, Any], metrics: Mapping[str, Any], run: str, dataset: str) -> str:
     """Return the model card, `README.md` of a model folder, in Markdown.
 
-    config, metrics: contents of `config.json` and `metrics.json`. run: name of the run. dataset: unit of the split.
+    config, metrics: contents of `config.json` and `metrics.json`. run: name of the run. dataset: what it was split by.
     """
     header = "| split | crops | accuracy | without rare | top 5 | macro F1 | loss |\n|---|---|---|---|---|---|---|"
     rows = "\n".join(

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cluster.errors import InputError, OptionError
+from preprocessing.books import volume_of
 from preprocessing.fonts import Font
-from preprocessing.labels import book_of, parse_rows
+from preprocessing.labels import parse_rows
 from preprocessing.sample.hand import Box, Hand, Ink, Tones, draw_glyph, fit, join, new_hand, scan
 
 PAGE_WIDTH, PAGE_HEIGHT = 2400, 3900  # px at full size
@@ -99,7 +100,7 @@ def read_layouts(layouts: Path, num_pages: int) -> list[Page]:
 def draw_page(page: Page, seed: int, scale: float, fonts: tuple[Font, ...]) -> tuple[Image.Image, list[Glyph]]:
     """Draw a page. Returns its picture, and its characters with their boxes in px of the picture."""
     rng = np.random.default_rng([seed, 2, zlib.crc32(page.image_id.encode())])
-    hand = hand_of(book_of(page.image_id), seed, fonts)
+    hand = hand_of(volume_of(page.image_id), seed, fonts)
     if page.layout is None:
         ink, glyphs = _compose(hand, rng, scale)
     else:

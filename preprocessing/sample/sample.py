@@ -21,8 +21,9 @@ from cluster.errors import OptionError
 from cluster.progress import progress
 from cluster.runtime import usable_cpus
 from cluster.storage import new_file, place, remove_folder, write_bytes
+from preprocessing.books import volume_of
 from preprocessing.fonts import Font, find_fonts
-from preprocessing.labels import book_of, code_point_name
+from preprocessing.labels import code_point_name
 from preprocessing.sample.pages import Glyph, Page, draw_page, hand_of, inventory, new_pages, read_layouts
 
 MIN_PAGES_FOR_PROCESSES = 4  # fewer pages are drawn before worker processes would have started
@@ -104,7 +105,7 @@ def _draw_all(pages: list[Page], out: Path, seed: int, scale: float, processes: 
     )
     ids = (page.image_id for page in pages)
     _write_csv(out / "train.csv", ("image_id", "labels"), zip(ids, labels, strict=True))
-    books = {book_of(page.image_id) for page in pages}
+    books = {volume_of(page.image_id) for page in pages}
     font_names = {hand_of(book, seed, fonts).fonts[0].name for book in books}
     return SampleSummary(len(pages), len(drawn), len(books), tuple(sorted(font_names)))
 
