@@ -42,10 +42,10 @@ def list_pages(pages: UPath) -> dict[str, tuple[str, int]]:
             the same page id.
         DamageError: two reads of a remote archive's directory gave different lists.
     """
-    if _is_archive(pages):
-        members = _list_members(pages)
+    if is_archive(pages):
+        members = list_members(pages)
         # Read the directory of a remote archive twice: unlike the pages, it has no checksum.
-        if not is_local(pages) and members != _list_members(pages):
+        if not is_local(pages) and members != list_members(pages):
             raise DamageError(
                 f"{pages} must arrive unchanged. Received: two different lists of files. Run the same command again"
             )
@@ -75,16 +75,16 @@ def fingerprint(labels_sha256: str, listing: Mapping[str, tuple[str, int]]) -> s
 
 
 @contextmanager
-def page_reader(pages: UPath) -> Iterator[ReadPage]:
+def page_reader(pages: UPath, option: str = "--pages") -> Iterator[ReadPage]:
     """Yield a function that takes a file name from `list_pages` and returns the first `MAX_PAGE_BYTES` + 1 bytes.
 
     The function raises PageFault if the page can't be read from the archive, and FileNotFoundError if the file no
     longer exists.
     """
-    if not _is_archive(pages):
+    if not is_archive(pages):
         yield lambda name: read_at_most(pages / name, MAX_PAGE_BYTES + 1)
         return
-    with _open_archive(pages) as archive:
+    with _open_archive(pages, option) as archive:
 
         def read(name: str) -> bytes:
             try:
@@ -99,13 +99,14 @@ def page_reader(pages: UPath) -> Iterator[ReadPage]:
         yield read
 
 
-def _is_archive(pages: UPath) -> bool:
+def is_archive(pages: UPath) -> bool:
+    """Whether a place is a zip archive, by its suffix."""
     return pages.suffix == ".zip" and not (is_local(pages) and os.path.isdir(pages.path))
 
 
-def _list_members(pages: UPath) -> list[tuple[str, int]]:
-    """Return name and uncompressed size in bytes of each member of an archive."""
-    with _open_archive(pages) as archive:
+def list_members(pages: UPath, option: str = "--pages") -> list[tuple[str, int]]:
+    """Return name and uncompressed size in bytes of each member of an archive. option: to name in error messages."""
+    with _open_archive(pages, option) as archive:
         return [(info.filename, info.file_size) for info in archive.infolist()]
 
 
@@ -141,13 +142,13 @@ def _broken_archive_as(error_type: Callable[[str], Exception], message: str) -> 
 
 
 @contextmanager
-def _open_archive(pages: UPath) -> Iterator[zipfile.ZipFile]:
+def _open_archive(pages: UPath, option: str = "--pages") -> Iterator[zipfile.ZipFile]:
     try:
         stream = open_read(pages)
     except FileNotFoundError as error:
-        raise InputError(f"--pages must exist. Received: {pages}") from error
+        raise InputError(f"{option} must exist. Received: {pages}") from error
     with stream:
-        with _broken_archive_as(InputError, f"--pages must be a folder or a valid .zip. Received: {pages}"):
+        with _broken_archive_as(InputError, f"{option} must be a folder or a valid .zip. Received: {pages}"):
             archive = zipfile.ZipFile(stream)
         with archive:
             yield archive

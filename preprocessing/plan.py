@@ -16,7 +16,9 @@ from preprocessing.classes import class_indices, class_names
 from preprocessing.config import SPLITS, PrepareConfig
 from preprocessing.crop import MAX_PAGE_BYTES, NO_AREA, NO_FILE
 from preprocessing.dataset import Loss, shard_name
-from preprocessing.labels import Labels, name_if_known, read_labels
+from preprocessing.labels.code_points import name_if_known
+from preprocessing.labels.read import read_labels
+from preprocessing.labels.table import Labels
 from preprocessing.pages import fingerprint, list_pages
 from preprocessing.split import split_of_boxes
 

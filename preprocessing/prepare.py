@@ -24,7 +24,7 @@ from cluster.storage import (
 )
 from preprocessing.config import SPLITS, PrepareConfig
 from preprocessing.dataset import Clipped, DatasetManifest, Loss, Shard, dataset_card, dataset_files
-from preprocessing.labels import book_of
+from preprocessing.labels.table import book_of
 from preprocessing.plan import Plan, make_plan
 from preprocessing.shards import PLAN_FILE, PROGRESS_FOLDER, CutGroup, GroupReport, report_path
 

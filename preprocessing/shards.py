@@ -20,7 +20,7 @@ from cluster.storage import CHUNK_BYTES, is_file, list_files, new_file, place, r
 from preprocessing.config import SPLITS
 from preprocessing.cutting import cut_boxes
 from preprocessing.dataset import Clipped, Loss, Shard
-from preprocessing.labels import code_point_name
+from preprocessing.labels.code_points import code_point_name
 from preprocessing.plan import Group
 from preprocessing.records import Value, encode_example, frame
 from preprocessing.tries import Tries

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from cluster.errors import OptionError
 from preprocessing.config import SPLITS
-from preprocessing.labels import Labels, book_of
+from preprocessing.labels.table import Labels, book_of
 
 TRAIN, VALIDATION, TEST = range(3)
 

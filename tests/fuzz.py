@@ -39,7 +39,7 @@ from job.verify import KINDS, verify
 from preprocessing.classes import read_class_names
 from preprocessing.crop import MAX_PAGE_BYTES, PageFault
 from preprocessing.dataset import DatasetManifest
-from preprocessing.labels import read_labels
+from preprocessing.labels.read import read_labels
 from preprocessing.pages import list_pages, page_reader
 from preprocessing.plan import plan_groups
 from preprocessing.records import encode_example, frame, read_frames

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from cluster.errors import InputError, OptionError
 from preprocessing.classes import class_indices, class_names, parse_class_names
 from preprocessing.config import SPLITS
-from preprocessing.labels import Labels, book_of
+from preprocessing.labels.table import Labels, book_of
 from preprocessing.split import _fill, split_of_boxes
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from cluster.errors import InputError, OptionError
 from preprocessing.fonts import find_fonts, packaged_font
-from preprocessing.labels import book_of
+from preprocessing.labels.table import book_of
 from preprocessing.sample import pages as layout
 from preprocessing.sample import sample as drawing
 from preprocessing.sample.hand import Hand, draw_glyph, fit, new_hand

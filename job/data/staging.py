@@ -28,7 +28,8 @@ from cluster.progress import progress
 from cluster.storage import fetch, list_files, local_file, size_of, writing_in
 from preprocessing.classes import LABELS_FILE, read_class_names
 from preprocessing.dataset import DatasetManifest, Shard
-from preprocessing.labels import parse_code_point, parse_id
+from preprocessing.labels.code_points import parse_code_point
+from preprocessing.labels.page_ids import parse_id
 from preprocessing.records import FRAME_BYTES, SIDE, decode_example, read_frames
 
 PARSE_RECORDS = 1024

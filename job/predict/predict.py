@@ -26,7 +26,9 @@ from job.predict.folder import PredictionsManifest, clear, table_name
 from job.predict.readings import Readings, accuracy
 from preprocessing.cutting import cut_boxes
 from preprocessing.dataset import Clipped, Loss
-from preprocessing.labels import MAX_NAME_CHARS, Labels, read_labels
+from preprocessing.labels.page_ids import MAX_NAME_CHARS
+from preprocessing.labels.read import read_labels
+from preprocessing.labels.table import Labels
 from preprocessing.pages import fingerprint, list_pages, page_reader
 from preprocessing.plan import Group, group_pages, known_losses, number_of_groups
 from preprocessing.tries import END, Tries

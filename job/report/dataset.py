@@ -16,7 +16,8 @@ from job.report import html, plots
 from job.report.side_files import report_file, write_side_file
 from preprocessing.config import SPLITS
 from preprocessing.dataset import DatasetManifest
-from preprocessing.labels import book_of, code_point_name
+from preprocessing.labels.code_points import code_point_name
+from preprocessing.labels.table import book_of
 
 MAX_STAGED_BYTES = 10**10  # of a dataset that `prepare` stages for its report, on the disk of the driver's machine
 EXAMPLES = 48  # crops shown of each split

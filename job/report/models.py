@@ -23,7 +23,7 @@ from job.model.folder import METRICS_FILE, load_model
 from job.model.load_tensorflow import load_tensorflow
 from job.report import html, plots
 from preprocessing.config import SPLITS
-from preprocessing.labels import book_of
+from preprocessing.labels.table import book_of
 
 if TYPE_CHECKING:
     import keras

@@ -17,7 +17,8 @@ from PIL import Image
 
 from cluster.errors import InputError, OptionError
 from preprocessing.fonts import Font
-from preprocessing.labels import book_of, parse_rows
+from preprocessing.labels.kaggle import parse_rows
+from preprocessing.labels.table import book_of
 from preprocessing.sample.hand import Box, Hand, Ink, Tones, draw_glyph, fit, join, new_hand, scan
 
 PAGE_WIDTH, PAGE_HEIGHT = 2400, 3900  # px at full size
