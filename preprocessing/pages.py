@@ -8,9 +8,11 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import cache
 from typing import Protocol
 
+import simplejpeg
 from upath import UPath
 
 from cluster.bucket import explaining
@@ -26,6 +28,7 @@ UNREADABLE = (*BROKEN, ValueError, OSError)
 # 32 bytes contain at most one block of bz2, and a block can decompress to 46 MB.
 STEP_BYTES = {zipfile.ZIP_STORED: CHUNK_BYTES, zipfile.ZIP_DEFLATED: CHUNK_BYTES}
 SMALL_STEP_BYTES = 32
+HEADER_BYTES = 1 << 16  # of a page, in which its size is stated nearly always
 
 
 class ReadPage(Protocol):
@@ -97,6 +100,35 @@ def page_reader(pages: UPath, option: str = "--pages") -> Iterator[ReadPage]:
                 return _read_member(reopened, name)
 
         yield read
+
+
+@contextmanager
+def size_reader(
+    pages: UPath, listed: Callable[[], Mapping[str, tuple[str, int]]]
+) -> Iterator[Callable[[str], tuple[int, int] | None]]:
+    """Yield a function that takes a page id and returns the page's width and height in pixels, from its header alone;
+    None for a page without a file or with one that can't be read.
+
+    listed: returns what `list_pages` does; called when the first size is asked for.
+    """
+    with ExitStack() as stack:
+        read = cache(lambda: stack.enter_context(page_reader(pages)))
+
+        def size_of(page_id: str) -> tuple[int, int] | None:
+            if page_id not in listed():
+                return None
+            name, size = listed()[page_id]
+            # After a long preface, such as a thumbnail, the header comes later.
+            for most in (size,) if is_archive(pages) else (HEADER_BYTES, size):
+                try:
+                    data = read()(name) if most == size else read_at_most(pages / name, most)
+                    height, width, _, _ = simplejpeg.decode_jpeg_header(data, strict=True)
+                except (ValueError, PageFault, FileNotFoundError):
+                    continue
+                return width, height
+            return None
+
+        yield size_of
 
 
 def is_archive(pages: UPath) -> bool:

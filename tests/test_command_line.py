@@ -24,8 +24,8 @@ from job.cli import main
 SURFACE = {
     "sample": {"--out", "--num-pages", "--seed", "--scale", "--layouts"},
     "prepare": {
-        "--pages", "--labels", "--dataset", "--split", "--seed", "--val-fraction", "--test-fraction", "--coverage",
-        "--classes", "--shards", "--max-bad-fraction", "--start-limit",
+        "--pages", "--labels", "--canvases", "--crops", "--dataset", "--split", "--seed", "--val-fraction",
+        "--test-fraction", "--coverage", "--classes", "--shards", "--max-bad-fraction", "--start-limit",
     },
     "train": {
         "--dataset", "--models", "--architecture", "--workers", "--gpus-per-worker", "--cpus-per-worker", "--epochs",
@@ -34,7 +34,9 @@ SURFACE = {
         "--deterministic", "--start-limit",
     },
     "evaluate": {"--model", "--dataset", "--split", "--out"},
-    "predict": {"--model", "--pages", "--boxes", "--out", "--format", "--annotate", "--gpus", "--start-limit"},
+    "predict": {
+        "--model", "--pages", "--boxes", "--canvases", "--out", "--format", "--annotate", "--gpus", "--start-limit",
+    },
     "export": {"--model", "--format", "--out"},
     "report": {"--dataset", "--models", "--out"},
     "pull": {"--models", "--to", "names"},

@@ -90,7 +90,7 @@ def label_files(places: Sequence[UPath], option: str) -> Iterator[list[LabelFile
                 files = [_file(given, given.name, size_of(given), given=True)]
             if not files:
                 raise InputError(
-                    f"{option} must be label files or a folder of them. Received: {given}, where there is none"
+                    f"{option} must be a file or a folder of label files. Received: {given}, where there is none"
                 )
             found += files
         yield sorted(found, key=lambda file: (file.name, file.where))
@@ -115,11 +115,11 @@ def _may_hold_labels(name: str) -> bool:
 
 
 def _file(path: UPath, name: str, size: int, given: bool = False) -> LabelFile:
-    return LabelFile(name, str(path), size, given, lambda most: read_at_most(path, most))
+    return LabelFile(name, _printable(str(path)), size, given, lambda most: read_at_most(path, most))
 
 
 def _member(archive: UPath, name: str, size: int, read_member: Callable[[str], bytes]) -> LabelFile:
-    where = f"{archive}: {name}"
+    where = _printable(f"{archive}: {name}")
 
     def read(most: int) -> bytes:
         try:
@@ -128,6 +128,10 @@ def _member(archive: UPath, name: str, size: int, read_member: Callable[[str], b
             raise InputError(f"{where} must be readable. Received: {fault}") from fault
 
     return LabelFile(name, where, size, False, read)
+
+
+def _printable(text: str) -> str:
+    return text if text.isprintable() else ascii(text)
 
 
 def by_suffix(names: Sequence[str]) -> str:

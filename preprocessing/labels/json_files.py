@@ -8,8 +8,9 @@ from cluster.errors import InputError
 from preprocessing.labels.files import LabelFile
 from preprocessing.labels.table import MAX_PIXELS
 
-# CODH's 1,086,326 characters in COCO's form have 15 million values. Objects of Python take up to 100 bytes for each.
-MAX_VALUES = 20_000_000
+# CODH's 1,086,326 characters in COCO's form have up to 14 million values. Python's objects take up to 170 bytes each:
+# no file takes over 4 GB of memory.
+MAX_VALUES = 16_000_000
 SHOWN = 60  # characters of a value in an error message
 
 

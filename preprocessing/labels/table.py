@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from cluster.errors import InputError
 
 COLUMNS = 5  # of a page's table: code point, x, y, width, height
-# Kaggle's labels have 3,881 pages and 683,464 boxes, CODH's 1,086,326 boxes. Labels within these limits take 3 GB.
+# Kaggle's labels have 3,881 pages and 683,464 boxes, CODH's 1,086,326 boxes. Labels within these limits take 2 GB.
 MAX_PAGES = 2_000_000
 MAX_BOXES = 20_000_000
 MAX_PIXELS = 999_999_999  # of a coordinate or a side: nine digits
@@ -131,9 +131,9 @@ def assemble(pages: Iterable[PageBoxes], digest: Callable[[], str]) -> Labels:
             refuse_repeated(previous, current)
     table = np.concatenate([np.empty((0, COLUMNS), np.int32), *(page.table for page in found)])
     if len(table) == 0:
-        where = found[0].where if found else "labels"
+        where = f" in {found[0].where}" if found else ""
         raise InputError(
-            f"{where}: at least one page must have a labelled box. Received: {len(found)} pages without boxes"
+            f"at least one page must have a labelled box. Received: {len(found)} pages without boxes{where}"
         )
     return Labels(
         [page.page_id for page in found],

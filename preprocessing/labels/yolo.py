@@ -98,8 +98,8 @@ def _parse(file: LabelFile) -> tuple[list[int], NDArray[np.float64]]:
 def _scaled(shares: NDArray[np.float64], width: int, height: int) -> NDArray[np.int32]:
     """Return (n, 4) x, y, width, height, whose edges are the nearest whole pixels."""
     page = np.array([width, height])
-    near = np.rint((shares[:, :2] - shares[:, 2:] / 2) * page)
-    far = np.rint((shares[:, :2] + shares[:, 2:] / 2) * page)
+    near = np.floor((shares[:, :2] - shares[:, 2:] / 2) * page + 0.5)
+    far = np.floor((shares[:, :2] + shares[:, 2:] / 2) * page + 0.5)
     return np.concatenate([near, far - near], axis=1).astype(np.int32)
 
 
