@@ -2,6 +2,8 @@
 
 import csv
 import json
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -61,6 +63,8 @@ def rows_of(path: Path, most: int = 12) -> dict[str, list[Row]]:
     return rows
 
 
+PAGE_OF_CASES = {"100241706_00005_1": ("100241706_00005_1.jpg", 10**9)}
+
 PAGES: dict[str, list[Row]] = {
     "100241706_00004_2": [(0x306F, 1231, 3465, 133, 53), (0x304C, 275, 1652, 84, 69), (0x306F, 0, 0, 1, 1)],
     "100241706_00005_1": [(0x20B9F, 5, 6, 70, 80)],
@@ -90,6 +94,30 @@ def test_a_folder_and_a_zip_of_labels_are_read_as_their_files(form: str, tmp_pat
     for labels in (folder, packed, several):
         assert_same(labels, whole)
     assert folder.sha256 == packed.sha256
+
+
+@pytest.fixture(scope="module")
+def cases(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One real page in many forms: the issue's own cases."""
+    out = tmp_path_factory.mktemp("cases")
+    subprocess.run([sys.executable, shared.parent / "cases" / "make_cases.py", out], check=True, capture_output=True)
+    return out
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("case", ["decimals", "utf_16", "codh_csv", "codh_tree", "coco", "yolo", "iiif_curation"])
+def test_the_labels_of_each_case_are_those_of_the_page(case: str, cases: Path) -> None:
+    whole = read(cases / "no_end_marker" / "labels.csv")
+    (given,) = list((cases / case).glob("labels*")) or [cases / case / "pages"]
+    with size_reader(place(cases / "no_end_marker" / "pages"), lambda: PAGE_OF_CASES) as size_of:
+        assert_same(read_labels(place(given), size_of=size_of), whole)
+
+
+@pytest.mark.long
+def test_the_case_of_fractions_is_refused_and_that_of_another_size_says_it(cases: Path) -> None:
+    refused(cases / "fractions" / "labels.csv", says="line 2: x, y, width and height must be whole numbers of pixels")
+    half, coco = (read(cases / name / "labels.json").page_sizes for name in ("coco_of_half_the_size", "coco"))
+    assert half == {page_id: (w // 2, h // 2) for page_id, (w, h) in coco.items()}
 
 
 BOX = st.tuples(
@@ -163,9 +191,7 @@ def test_text_of_windows_is_read(encoding: str, tmp_path: Path) -> None:
 
 
 def test_an_encoding_that_is_not_read_is_named(tmp_path: Path) -> None:
-    refused(
-        written(tmp_path / "a.csv", b"image_id,labels\na,\x81 1"), says="must be text in UTF-8, UTF-16 or CP932"
-    )
+    refused(written(tmp_path / "a.csv", b"image_id,labels\na,\x81 1"), says="must be text in UTF-8, UTF-16 or CP932")
 
 
 def test_cp932_text_is_read_as_what_it_says(tmp_path: Path) -> None:
