@@ -96,8 +96,10 @@ XCEPTION = ["train", "--dataset", "x", "--models", "y", "--architecture", "xcept
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
-        (["prepare"], 2, "Missing option '--pages'"),
+        (["prepare"], 2, "Missing option '--dataset'"),
         (["prepare", "--split", "half"], 2, "--split"),
+        (["prepare", "--dataset", "z", "--pages", "x"], 2, "--pages and --labels, or --crops, must be given"),
+        (["prepare", "--dataset", "z", "--pages", "x", "--labels", "y", "--crops", "x"], 2, "or --crops, must be"),
         (["prepare", "--pages", "foo://x", "--labels", "y", "--dataset", "z"], 2, "a place must be a path or an"),
         (["pull", "--models", "x", "--to", "y", "../x"], 2, "the name of a model must be"),
         (["train", "--dataset", "x", "--models", "y", "--architecture", "vgg"], 2, "must be one of baseline, xception"),

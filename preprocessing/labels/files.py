@@ -4,6 +4,7 @@ import codecs
 import hashlib
 import io
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -22,6 +23,8 @@ MAX_FILE_BYTES = 1 << 29
 MAX_FOLDERS = 10  # within each other
 CHARACTERS_FOLDER = "characters"  # CODH's crops of each book
 HEAD_BYTES = 1 << 14
+# Python decodes these bytes, which CP932 does not use, to private characters.
+_NOT_CP932 = re.compile(rb"[\xfd-\xff]")
 
 
 @dataclass
@@ -166,6 +169,8 @@ def _encoding_of(data: bytes, where: str) -> str:
     faults = []
     for encoding in [wide] if wide else ["utf-8-sig", "cp932"]:
         decoder = codecs.getincrementaldecoder(encoding)()
+        if encoding == "cp932" and _NOT_CP932.search(data):
+            continue
         try:
             for begin in range(0, len(data), CHUNK_BYTES):
                 decoder.decode(data[begin : begin + CHUNK_BYTES])
@@ -174,4 +179,4 @@ def _encoding_of(data: bytes, where: str) -> str:
             faults.append(error)
         else:
             return encoding
-    raise InputError(f"{where} must be text in UTF-8, UTF-16 or CP932. Received: {faults[0]}")
+    raise InputError(f"{where} must be text in UTF-8, UTF-16 or CP932. Received: {faults[0]}") from faults[0]
