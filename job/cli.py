@@ -66,10 +66,10 @@ def sample(out: str, num_pages: int, seed: int, scale: float, layouts: str | Non
 
 @command
 @click.option("--pages", metavar="PLACE", help="Folder or .zip of <image_id>.jpg.")
-@labels_option("--labels", "Label file, or folder or .zip of them: Kaggle's or CODH's CSV, COCO, YOLO, IIIF Curation.")
+@labels_option("--labels", "Kaggle's or CODH's CSV, COCO, YOLO, IIIF Curation.")
 @canvases_option
 @click.option("--crops", metavar="PLACE",
-              help="Instead of pages and labels: a folder of images for each character (は or U+306F).")  # fmt: skip
+              help="Instead of pages and labels: a folder of images per character.")  # fmt: skip
 @click.option("--dataset", required=True, metavar="PLACE", help="New folder, or one to complete or repair.")
 @option(PrepareConfig, "split")
 @option(PrepareConfig, "seed")
