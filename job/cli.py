@@ -2,6 +2,7 @@
 
 import logging
 import shlex
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -28,6 +29,15 @@ start_limit_option = click.option(
     metavar="SECONDS",
     help="Longest wait for hosts of a cluster.",
 )
+
+canvases_option = click.option(
+    "--canvases", metavar="FILE", help="CSV canvas,file: the file of each canvas of IIIF Curations."
+)
+
+
+def labels_option(name: str, text: str, required: bool = False) -> Callable[..., Any]:
+    """Return the click option for label files."""
+    return click.option(name, multiple=True, required=required, metavar="PLACE", help=f"{text} Can be repeated.")
 
 
 @command
@@ -56,8 +66,11 @@ def sample(out: str, num_pages: int, seed: int, scale: float, layouts: str | Non
 
 
 @command
-@click.option("--pages", required=True, metavar="PLACE", help="Folder or .zip of <image_id>.jpg.")
-@click.option("--labels", required=True, metavar="PLACE", help="Kaggle's train.csv, or a file in the same format.")
+@click.option("--pages", metavar="PLACE", help="Folder or .zip of <image_id>.jpg.")
+@labels_option("--labels", "Kaggle's or CODH's CSV, COCO, YOLO, IIIF Curation.")
+@canvases_option
+@click.option("--crops", metavar="PLACE",
+              help="Instead of pages and labels: a folder of images per character.")  # fmt: skip
 @click.option("--dataset", required=True, metavar="PLACE", help="New folder, or one to complete or repair.")
 @option(PrepareConfig, "split")
 @option(PrepareConfig, "books", type=str, metavar="FILE")
@@ -72,7 +85,15 @@ def sample(out: str, num_pages: int, seed: int, scale: float, layouts: str | Non
 @option(PrepareConfig, "shards")
 @option(PrepareConfig, "max_bad_fraction")
 @start_limit_option
-def prepare(pages: str, labels: str, dataset: str, start_limit: float, **options: Any) -> Outcome:
+def prepare(
+    pages: str | None,
+    labels: tuple[str, ...],
+    canvases: str | None,
+    crops: str | None,
+    dataset: str,
+    start_limit: float,
+    **options: Any,
+) -> Outcome:
     """Cut labelled pages into crops, written as TFRecords."""
     from cluster.storage import reachable_place
     from job.report.dataset import write_dataset_report
@@ -87,8 +108,13 @@ def prepare(pages: str, labels: str, dataset: str, start_limit: float, **options
         if click.get_current_context().get_parameter_source(name) == ParameterSource.DEFAULT:
             del options[name]
     config = config_of(PrepareConfig, **options)
-    source = reachable_place(pages), reachable_place(labels)
-    manifest, new = run(*source, reachable_place(dataset), config, start_limit)
+    given = [name for name, value in (("--pages", pages), ("--labels", labels), ("--crops", crops)) if value]
+    if given not in (["--pages", "--labels"], ["--crops"]):
+        raise OptionError(f"--pages and --labels, or --crops, must be given. Received: {' and '.join(given) or 'none'}")
+    label_places = None if crops else [reachable_place(label) for label in labels]
+    canvases_place = reachable_place(canvases) if canvases else None
+    source = reachable_place(crops or pages or ""), label_places
+    manifest, new = run(*source, reachable_place(dataset), config, start_limit, canvases_place)
     counts = {split: manifest.counts[split]["examples"] for split in SPLITS}
     lost = {"losses": manifest.lost, "clipped": len(manifest.clipped), "unlabelled": len(manifest.unlabelled)}
     result = {"dataset": dataset, "written": new, "crops": counts, "shards": len(manifest.shards)} | lost
@@ -199,8 +225,8 @@ def evaluate(model: str, dataset: str, split: str, out: str | None) -> Outcome:
 @command
 @click.option("--model", required=True, metavar="PLACE", help="Model folder, or architecture folder (latest run).")
 @click.option("--pages", required=True, metavar="PLACE", help="Folder or .zip of <image_id>.jpg.")
-@click.option("--boxes", required=True, metavar="PLACE",
-              help="Label file as Kaggle's train.csv; the code points (U+...) may be missing.")  # fmt: skip
+@labels_option("--boxes", "Label files as for prepare; the characters may be missing.", required=True)
+@canvases_option
 @click.option("--out", required=True, metavar="PLACE", help="New folder for a table of boxes and a table of pages.")
 @click.option("--format", "form", type=click.Choice(["parquet", "csv"]), default="parquet", show_default=True,
               help="Format of the tables.")  # fmt: skip
@@ -209,15 +235,24 @@ def evaluate(model: str, dataset: str, split: str, out: str | None) -> Outcome:
               help="Number of actors, each with one GPU; 0: one task per CPU.")  # fmt: skip
 @start_limit_option
 def predict(
-    model: str, pages: str, boxes: str, out: str, form: str, annotate: str | None, gpus: int, start_limit: float
+    model: str,
+    pages: str,
+    boxes: tuple[str, ...],
+    canvases: str | None,
+    out: str,
+    form: str,
+    annotate: str | None,
+    gpus: int,
+    start_limit: float,
 ) -> Outcome:
     """Predict the characters in boxes of new pages, and their text."""
     from cluster.storage import reachable_place
     from job.predict.predict import predict as run
 
-    model_place, pages_place, boxes_place, out_place = map(reachable_place, (model, pages, boxes, out))
-    pictures = reachable_place(annotate) if annotate else None
-    manifest = run(model_place, pages_place, boxes_place, out_place, form, pictures, gpus, start_limit)
+    model_place, pages_place, *box_places, out_place = map(reachable_place, (model, pages, *boxes, out))
+    pictures, canvases_place = (reachable_place(text) if text else None for text in (annotate, canvases))
+    settings = form, pictures, gpus, start_limit, canvases_place
+    manifest = run(model_place, pages_place, box_places, out_place, *settings)
     counts, accuracy, lost = manifest.counts, manifest.accuracy, len(manifest.losses)
     result = {"out": out} | counts | {"losses": lost, "clipped": len(manifest.clipped), "accuracy": accuracy}
     lines = [f"{counts['read']:,} of {counts['boxes']:,} boxes on {counts['pages']:,} pages read: {out}"]

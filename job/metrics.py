@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from job.data.staging import Crops
 from preprocessing.classes import RARE
-from preprocessing.labels import code_point_name, parse_code_point
+from preprocessing.labels.code_points import code_point_name, parse_code_point
 
 RARE_SHOWN = "〓"  # geta mark: printers' sign for a character that they lack
 

@@ -28,7 +28,7 @@ from upath import UPath
 from cluster.errors import InputError
 from cluster.storage import is_file, read_bytes
 from preprocessing.config import BooksFile, TrainOnlyFile
-from preprocessing.labels import Labels
+from preprocessing.labels.table import Labels
 
 # Folders that hold the pages of one or all books.
 NO_BOOKS = frozenset({"images", "train_images"})

@@ -8,7 +8,7 @@ from upath import UPath
 
 from cluster.errors import InputError
 from cluster.storage import is_file, read_bytes, size_of
-from preprocessing.labels import code_point_name, parse_code_point
+from preprocessing.labels.code_points import code_point_name, parse_code_point
 
 RARE = "rare"
 MAX_CLASSES_BYTES = 10_000_000  # room for all of Unicode

@@ -10,6 +10,7 @@ from upath import UPath
 
 from cluster.errors import InputError
 from preprocessing.crop import NO_FILE, PageFault, clip_box, crop, decode_page
+from preprocessing.labels.table import WHOLE_FILE
 from preprocessing.pages import ReadPage, page_reader
 from preprocessing.plan import Group, Page
 from preprocessing.tries import END
@@ -58,6 +59,8 @@ def cut_boxes(group: Group, pages: UPath, begin: Callable[[str], None] = lambda 
 
 
 def _cut(page_id: str, image: "NDArray[np.uint8] | PageFault", box: list[int]) -> Cut:
+    if box == list(WHOLE_FILE):  # of a file that can't be read, no size is known
+        box = [0, 0, 0, 0] if isinstance(image, PageFault) else [0, 0, image.shape[1], image.shape[0]]
     try:
         if isinstance(image, PageFault):
             raise image

@@ -8,9 +8,11 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import cache
 from typing import Protocol
 
+import simplejpeg
 from upath import UPath
 
 from cluster.bucket import explaining
@@ -26,6 +28,7 @@ UNREADABLE = (*BROKEN, ValueError, OSError)
 # 32 bytes contain at most one block of bz2, and a block can decompress to 46 MB.
 STEP_BYTES = {zipfile.ZIP_STORED: CHUNK_BYTES, zipfile.ZIP_DEFLATED: CHUNK_BYTES}
 SMALL_STEP_BYTES = 32
+HEADER_BYTES = 1 << 16  # of a page, in which its size is stated nearly always
 
 
 class ReadPage(Protocol):
@@ -42,10 +45,10 @@ def list_pages(pages: UPath) -> dict[str, tuple[str, int]]:
             the same page id.
         DamageError: two reads of a remote archive's directory gave different lists.
     """
-    if _is_archive(pages):
-        members = _list_members(pages)
+    if is_archive(pages):
+        members = list_members(pages)
         # Read the directory of a remote archive twice: unlike the pages, it has no checksum.
-        if not is_local(pages) and members != _list_members(pages):
+        if not is_local(pages) and members != list_members(pages):
             raise DamageError(
                 f"{pages} must arrive unchanged. Received: two different lists of files. Run the same command again"
             )
@@ -75,16 +78,16 @@ def fingerprint(labels_sha256: str, listing: Mapping[str, tuple[str, int]]) -> s
 
 
 @contextmanager
-def page_reader(pages: UPath) -> Iterator[ReadPage]:
+def page_reader(pages: UPath, option: str = "--pages") -> Iterator[ReadPage]:
     """Yield a function that takes a file name from `list_pages` and returns the first `MAX_PAGE_BYTES` + 1 bytes.
 
     The function raises PageFault if the page can't be read from the archive, and FileNotFoundError if the file no
     longer exists.
     """
-    if not _is_archive(pages):
+    if not is_archive(pages):
         yield lambda name: read_at_most(pages / name, MAX_PAGE_BYTES + 1)
         return
-    with _open_archive(pages) as archive:
+    with _open_archive(pages, option) as archive:
 
         def read(name: str) -> bytes:
             try:
@@ -99,13 +102,43 @@ def page_reader(pages: UPath) -> Iterator[ReadPage]:
         yield read
 
 
-def _is_archive(pages: UPath) -> bool:
+@contextmanager
+def size_reader(
+    pages: UPath, listed: Callable[[], Mapping[str, tuple[str, int]]]
+) -> Iterator[Callable[[str], tuple[int, int] | None]]:
+    """Yield a function that takes a page id and returns the page's width and height in pixels, from its header alone;
+    None for a page without a file or with one that can't be read.
+
+    listed: returns what `list_pages` does; called when the first size is asked for.
+    """
+    with ExitStack() as stack:
+        read = cache(lambda: stack.enter_context(page_reader(pages)))
+
+        def size_of(page_id: str) -> tuple[int, int] | None:
+            if page_id not in listed():
+                return None
+            name, size = listed()[page_id]
+            # After a long preface, such as a thumbnail, the header comes later.
+            for most in (size,) if is_archive(pages) else (HEADER_BYTES, size):
+                try:
+                    data = read()(name) if most == size else read_at_most(pages / name, most)
+                    height, width, _, _ = simplejpeg.decode_jpeg_header(data, strict=True)
+                except (ValueError, PageFault, FileNotFoundError):
+                    continue
+                return width, height
+            return None
+
+        yield size_of
+
+
+def is_archive(pages: UPath) -> bool:
+    """Whether a place is a zip archive, by its suffix."""
     return pages.suffix == ".zip" and not (is_local(pages) and os.path.isdir(pages.path))
 
 
-def _list_members(pages: UPath) -> list[tuple[str, int]]:
-    """Return name and uncompressed size in bytes of each member of an archive."""
-    with _open_archive(pages) as archive:
+def list_members(pages: UPath, option: str = "--pages") -> list[tuple[str, int]]:
+    """Return name and uncompressed size in bytes of each member of an archive. option: to name in error messages."""
+    with _open_archive(pages, option) as archive:
         return [(info.filename, info.file_size) for info in archive.infolist()]
 
 
@@ -141,13 +174,13 @@ def _broken_archive_as(error_type: Callable[[str], Exception], message: str) -> 
 
 
 @contextmanager
-def _open_archive(pages: UPath) -> Iterator[zipfile.ZipFile]:
+def _open_archive(pages: UPath, option: str = "--pages") -> Iterator[zipfile.ZipFile]:
     try:
         stream = open_read(pages)
     except FileNotFoundError as error:
-        raise InputError(f"--pages must exist. Received: {pages}") from error
+        raise InputError(f"{option} must exist. Received: {pages}") from error
     with stream:
-        with _broken_archive_as(InputError, f"--pages must be a folder or a valid .zip. Received: {pages}"):
+        with _broken_archive_as(InputError, f"{option} must be a folder or a valid .zip. Received: {pages}"):
             archive = zipfile.ZipFile(stream)
         with archive:
             yield archive

@@ -25,7 +25,7 @@ from cluster.errors import DamageError
 from cluster.storage import read_bytes, size_of
 from preprocessing.config import SPLITS
 from preprocessing.dataset import Loss, PageSize
-from preprocessing.labels import Labels
+from preprocessing.labels.table import Labels
 
 PAGES_TABLE = "pages.parquet"
 LOSSES_TABLE = "losses.parquet"

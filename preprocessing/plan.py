@@ -5,6 +5,7 @@ import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
@@ -12,13 +13,17 @@ import numpy as np
 from numpy.typing import NDArray
 from upath import UPath
 
+from cluster.errors import OptionError
 from preprocessing.books import books_digest, books_of_pages, pages_for_training
 from preprocessing.classes import class_indices, class_names
 from preprocessing.config import SPLITS, PrepareConfig
 from preprocessing.crop import MAX_PAGE_BYTES, NO_AREA, NO_FILE
 from preprocessing.dataset import Loss, shard_name
-from preprocessing.labels import Labels, name_if_known, read_labels
-from preprocessing.pages import fingerprint, list_pages
+from preprocessing.labels.code_points import name_if_known
+from preprocessing.labels.crops import read_crops
+from preprocessing.labels.read import read_labels
+from preprocessing.labels.table import Labels
+from preprocessing.pages import fingerprint, list_pages, size_reader
 from preprocessing.split import folds_of_boxes, split_of_boxes
 
 # A record has about 6.5 kB, so the largest shards have about 64 MB, a size that readers of object stores handle well.
@@ -106,15 +111,30 @@ class Plan:
     """
 
 
-def make_plan(pages: UPath, labels_path: UPath, config: PrepareConfig) -> Plan:
+def make_plan(
+    pages: UPath, label_places: UPath | Sequence[UPath] | None, config: PrepareConfig, canvases: UPath | None = None
+) -> Plan:
     """Read the labels, list the pages, and assign classes, splits and shards.
 
+    Args:
+        pages: folder or archive of the pages.
+        label_places: label files, see `read_labels`; None: `pages` has crops, see `read_crops`.
+        config: the options.
+        canvases: see `read_labels`.
+
     Raises:
-        OptionError: a split would be empty, or there are too few books or folds.
+        OptionError: a split would be empty, there are too few books or folds, or crops are to be split by page.
         InputError: labels or pages can't be used, or the files of `--books` and `--train-only` do not fit them.
     """
-    labels = read_labels(labels_path)
-    files = list_pages(pages)
+    if label_places is None:
+        if config.split == "page":
+            raise OptionError("--split must be random or book with --crops, which are on no page. Received: page")
+        labels, files = read_crops(pages)
+    else:
+        listed = cache(lambda: list_pages(pages))
+        with size_reader(pages, listed) as size_of:
+            labels = read_labels(label_places, size_of=size_of, canvases=canvases)
+        files = listed()
     books = books_of_pages(labels, files, config.books)
     splits = _splits(labels, files, books, config)
     names = config.classes or class_names(labels.code_points, config.coverage)

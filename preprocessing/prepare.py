@@ -32,11 +32,22 @@ log = logging.getLogger("kuzushiji")
 
 
 def prepare(
-    pages: UPath, labels: UPath, dataset: UPath, config: PrepareConfig, start_limit: float = START_LIMIT
+    pages: UPath,
+    labels: UPath | Sequence[UPath] | None,
+    dataset: UPath,
+    config: PrepareConfig,
+    start_limit: float = START_LIMIT,
+    canvases: UPath | None = None,
 ) -> tuple[DatasetManifest, bool]:
     """Make the dataset, or finish it if an earlier attempt was interrupted.
 
-    start_limit: seconds to wait for a host of a cluster.
+    Args:
+        pages: folder or archive of page scans.
+        labels: label files, see `read_labels`; None: `pages` has crops, in a folder for each character.
+        dataset: folder to write.
+        config: the options.
+        start_limit: seconds to wait for a host of a cluster.
+        canvases: see `read_labels`.
 
     Returns:
         The manifest, and whether anything was written (False: the dataset was already complete and valid).
@@ -53,7 +64,7 @@ def prepare(
         raise OptionError(
             f"--val-fraction and --test-fraction must leave boxes to train on. Received: {total:g} in all"
         )
-    plan = make_plan(pages, labels, config)
+    plan = make_plan(pages, labels, config, canvases)
     manifest = _earlier_attempt(dataset, plan)
     if manifest is None:
         try:

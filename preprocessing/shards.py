@@ -21,7 +21,7 @@ from cluster.storage import CHUNK_BYTES, is_file, list_files, new_file, place, r
 from preprocessing.config import SPLITS
 from preprocessing.cutting import cut_boxes
 from preprocessing.dataset import Clipped, DatasetManifest, Loss, PageSize, Shard
-from preprocessing.labels import code_point_name
+from preprocessing.labels.code_points import code_point_name
 from preprocessing.parquet import LOSSES_TABLE, PAGES_TABLE, losses_of_table, sizes_of_table
 from preprocessing.plan import Group
 from preprocessing.records import Value, encode_example, frame

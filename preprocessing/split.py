@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from cluster.errors import OptionError
 from preprocessing.books import book_of
 from preprocessing.config import SPLITS
-from preprocessing.labels import Labels
+from preprocessing.labels.table import Labels
 
 TRAIN, VALIDATION, TEST = range(3)
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import psutil
 import pytest
@@ -39,6 +40,9 @@ os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
 os.environ.pop("RAY_ADDRESS", None)
 # A shell ignores Ctrl-C in what it runs in the background, and the commands that the tests start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# A busy machine is no fault of the code's.
+hypothesis.settings.register_profile("without deadline", deadline=None)
+hypothesis.settings.load_profile("without deadline")
 
 from cluster.capacity import Request  # noqa: E402
 from cluster.errors import KuzushijiError  # noqa: E402

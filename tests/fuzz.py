@@ -1,5 +1,5 @@
-"""A fuzzer of all that comes from outside: pages, archives of pages, manifests, datasets. Every outcome must be a
-result, a listed loss or one line.
+"""A fuzzer of all that comes from outside: pages, archives of pages, labels, manifests, datasets. Every outcome must be
+a result, a listed loss or one line.
 
     python tests/fuzz.py --seconds 600                  # or: make fuzz FUZZ_SECONDS=600
     python tests/fuzz.py --only pages --seed 7          # one round, in this process: to look at what was found
@@ -23,7 +23,7 @@ import tempfile
 import time
 import zipfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ from job.verify import KINDS, verify
 from preprocessing.classes import read_class_names
 from preprocessing.crop import MAX_PAGE_BYTES, PageFault
 from preprocessing.dataset import DatasetManifest
-from preprocessing.labels import read_labels
+from preprocessing.labels.read import read_labels
 from preprocessing.pages import list_pages, page_reader
 from preprocessing.plan import plan_groups
 from preprocessing.records import encode_example, frame, read_frames
@@ -301,6 +301,102 @@ def told(error: KuzushijiError) -> str:
     return type(error).__name__
 
 
+Row = tuple[int, int, int, int, int]  # code point, x, y, width, height
+LABEL_FORMS = ("kaggle", "codh", "coco", "yolo", "curation")
+
+
+def write_form(
+    form: str, rows: Mapping[str, Sequence[Row]], folder: Path, size: tuple[int, int],
+    names_of: Mapping[str, Sequence[Row]] | None = None,
+) -> Path:  # fmt: skip
+    """Write labels in a form, into a folder, as other tools do; returns the file, or the folder of YOLO's files.
+
+    size: width and height of all pages. names_of: the labels whose characters YOLO's classes are (rows).
+    """
+    kinds = sorted({row[0] for boxes in (names_of or rows).values() for row in boxes})
+    boxes = [(page_id, row) for page_id, page_rows in rows.items() for row in page_rows]
+    folder.mkdir(parents=True, exist_ok=True)
+    if form == "yolo":
+        width, height = size
+        (folder / "labels").mkdir(exist_ok=True)
+        for page_id, page_rows in rows.items():
+            text = ""
+            for code, x, y, w, h in page_rows:
+                shares = (x + w / 2) / width, (y + h / 2) / height, w / width, h / height
+                text += f"{kinds.index(code)} " + " ".join(f"{share:.6f}" for share in shares) + "\n"
+            (folder / "labels" / f"{page_id}.txt").write_text(text)
+        (folder / "classes.txt").write_text("".join(f"{chr(code)}\n" for code in kinds))
+        return folder
+    if form == "kaggle":
+        cells = {
+            page_id: " ".join(f"U+{code:04X} {x} {y} {w} {h}" for code, x, y, w, h in rows[page_id]) for page_id in rows
+        }
+        name, text = (
+            "train.csv",
+            "image_id,labels\n" + "".join(f"{page_id},{cell}\n" for page_id, cell in cells.items()),
+        )
+    elif form == "codh":
+        lines = [f"U+{code:04X},{page_id},{x},{y},B0001,C0001,{w},{h}\n" for page_id, (code, x, y, w, h) in boxes]
+        name = "book_coordinate.csv"
+        text = "Unicode,Image,X,Y,Block ID,Char ID,Width,Height\n" + "".join(lines)
+    elif form == "coco":
+        ids = list(rows)
+        images = [
+            {"id": i, "file_name": f"{page_id}.jpg", "width": size[0], "height": size[1]}
+            for i, page_id in enumerate(ids)
+        ]
+        categories = [{"id": code, "name": chr(code)} for code in kinds]
+        annotations = [
+            {
+                "id": i,
+                "image_id": ids.index(page_id),
+                "category_id": code,
+                "bbox": box,
+                "area": box[2] * box[3],
+                "iscrowd": 0,
+            }
+            for i, (page_id, (code, *box)) in enumerate(boxes)
+        ]
+        name, text = "coco.json", json.dumps({"images": images, "categories": categories, "annotations": annotations})
+    else:
+        members = [
+            {
+                "@id": f"https://example.org/canvas/{page_id}#xywh={x},{y},{w},{h}",
+                "metadata": [{"label": "Char", "value": [{"resource": {"chars": chr(code)}}]}],
+            }
+            for page_id, (code, x, y, w, h) in boxes
+        ]
+        name, text = "curation.json", json.dumps({"selections": [{"members": members}]}, ensure_ascii=False)
+    (folder / name).write_text(text, encoding="utf-8")
+    return folder / name
+
+
+def fuzz_labels(rng: random.Random, folder: Path, count: int) -> Counter[str]:
+    """Label files of every form, changed: read whole, or refused in one line."""
+    rows: dict[str, list[Row]] = {
+        "a_1": [(0x306F, 1, 2, 30, 40), (0x304C, 5, 6, 70, 8)],
+        "b_2": [(0x20B9F, 9, 8, 7, 6)],
+    }
+    outcomes: Counter[str] = Counter()
+    for form in LABEL_FORMS:
+        given = write_form(form, rows, folder / form, (200, 300))
+        files = sorted(path for path in (folder / form).rglob("*") if path.is_file())
+        good = {path: path.read_bytes() for path in files}
+        for _ in range(count // len(LABEL_FORMS)):
+            path = rng.choice(files)
+            odd = form in ("coco", "curation") and rng.random() < 0.6
+            path.write_bytes(odd_json(rng, json.loads(good[path])) if odd else mutated(rng, list(good.values())))
+            try:
+                labels = read_labels(place(given), bare=rng.random() < 0.5, size_of=lambda _: (200, 300))
+                assert labels.starts[-1] == len(labels.boxes) == len(labels.code_points) > 0
+                assert labels.page_ids == sorted(set(labels.page_ids))
+                outcomes[f"{form} read"] += 1
+            except KuzushijiError as error:
+                outcomes[f"{form} {told(error)}"] += 1
+            path.write_bytes(good[path])
+    return outcomes
+
+
 GOOD_MANIFESTS: list[dict[str, Any]] = [
     {
         "format": 1,
@@ -441,6 +537,7 @@ ROUNDS: dict[str, tuple[Callable[[random.Random, Path, int], Counter[str]], int,
     "bombs": (fuzz_bombs, 1, BOMB_MEGABYTES),
     "names": (fuzz_names, 1_000_000, PAGES_MEGABYTES),
     "archives": (fuzz_archives, 1000, PAGES_MEGABYTES),
+    "labels": (fuzz_labels, 1000, PAGES_MEGABYTES),
     "manifests": (fuzz_manifests, 500, PAGES_MEGABYTES),
     "datasets": (fuzz_datasets, 100, DATASETS_MEGABYTES),
 }

@@ -25,7 +25,8 @@ from job.verify import verify
 from preprocessing.books import book_of, books_of_pages, pages_for_training, read_books, read_train_only, volume_of
 from preprocessing.config import BooksFile, PrepareConfig, TrainOnlyFile
 from preprocessing.dataset import DatasetManifest, PageSize
-from preprocessing.labels import Labels, read_labels
+from preprocessing.labels.read import read_labels
+from preprocessing.labels.table import Labels
 from preprocessing.parquet import books_of_table, losses_of_table, pages_table, sizes_of_table
 from preprocessing.plan import make_plan
 from preprocessing.prepare import _manifest, prepare

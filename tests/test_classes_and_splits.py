@@ -14,7 +14,7 @@ from cluster.errors import InputError, OptionError
 from preprocessing.books import book_of
 from preprocessing.classes import class_indices, class_names, parse_class_names
 from preprocessing.config import SPLITS
-from preprocessing.labels import Labels
+from preprocessing.labels.table import Labels
 from preprocessing.split import _fill, split_of_boxes
 
 

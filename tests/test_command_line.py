@@ -24,8 +24,9 @@ from job.cli import main
 SURFACE = {
     "sample": {"--out", "--num-pages", "--seed", "--scale", "--layouts"},
     "prepare": {
-        "--pages", "--labels", "--dataset", "--split", "--seed", "--val-fraction", "--test-fraction", "--coverage",
-        "--classes", "--shards", "--max-bad-fraction", "--start-limit", "--books", "--train-only", "--folds", "--fold",
+        "--pages", "--labels", "--canvases", "--crops", "--dataset", "--split", "--seed", "--val-fraction",
+        "--test-fraction", "--coverage", "--classes", "--shards", "--max-bad-fraction", "--start-limit", "--books",
+        "--train-only", "--folds", "--fold",
     },
     "train": {
         "--dataset", "--models", "--architecture", "--workers", "--gpus-per-worker", "--cpus-per-worker", "--epochs",
@@ -34,7 +35,9 @@ SURFACE = {
         "--deterministic", "--start-limit",
     },
     "evaluate": {"--model", "--dataset", "--split", "--out"},
-    "predict": {"--model", "--pages", "--boxes", "--out", "--format", "--annotate", "--gpus", "--start-limit"},
+    "predict": {
+        "--model", "--pages", "--boxes", "--canvases", "--out", "--format", "--annotate", "--gpus", "--start-limit",
+    },
     "export": {"--model", "--format", "--out"},
     "report": {"--dataset", "--models", "--out"},
     "pull": {"--models", "--to", "names"},
@@ -94,8 +97,10 @@ XCEPTION = ["train", "--dataset", "x", "--models", "y", "--architecture", "xcept
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
-        (["prepare"], 2, "Missing option '--pages'"),
+        (["prepare"], 2, "Missing option '--dataset'"),
         (["prepare", "--split", "half"], 2, "--split"),
+        (["prepare", "--dataset", "z", "--pages", "x"], 2, "--pages and --labels, or --crops, must be given"),
+        (["prepare", "--dataset", "z", "--pages", "x", "--labels", "y", "--crops", "x"], 2, "or --crops, must be"),
         (["prepare", "--pages", "foo://x", "--labels", "y", "--dataset", "z"], 2, "a place must be a path or an"),
         (["pull", "--models", "x", "--to", "y", "../x"], 2, "the name of a model must be"),
         (["train", "--dataset", "x", "--models", "y", "--architecture", "vgg"], 2, "must be one of baseline, xception"),

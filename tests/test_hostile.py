@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from fuzz import ODD_VALUES, example, progressive, run_round, segment, write_dataset
+from fuzz import LABEL_FORMS, ODD_VALUES, example, progressive, run_round, segment, write_dataset
 from upath import UPath
 
 from cluster.errors import DamageError, InputError, KuzushijiError
@@ -165,6 +165,12 @@ def test_an_archive_that_can_not_be_listed_is_refused_in_one_line(odd: str, tmp_
     ) as caught:
         list_pages(place(tmp_path / "pages.zip"))
     one_line(caught)
+
+
+def test_mutated_label_files_of_every_form_are_read_or_refused_in_one_line() -> None:
+    outcomes = run_round("labels", 0, 300).outcomes
+    for form in LABEL_FORMS:
+        assert min(outcomes[f"{form} read"], outcomes[f"{form} InputError"]) > 2
 
 
 @pytest.mark.parametrize("seed", range(3))

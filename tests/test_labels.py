@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from cluster.errors import InputError
 from cluster.storage import place
-from preprocessing.labels import UNKNOWN, Labels, parse_code_point, read_labels
+from preprocessing.labels.code_points import UNKNOWN, parse_code_point
+from preprocessing.labels.read import read_labels
+from preprocessing.labels.table import Labels
 
 HEADER = "image_id,labels\n"
 

@@ -25,7 +25,7 @@ from job.predict.predict import ReadGroup, predict
 from job.verify import verify
 from preprocessing.config import SPLITS
 from preprocessing.cutting import cut_boxes
-from preprocessing.labels import read_labels
+from preprocessing.labels.read import read_labels
 from preprocessing.pages import list_pages
 from preprocessing.plan import group_pages
 

@@ -29,7 +29,8 @@ from cluster.storage import fetch, list_files, local_file, size_of, writing_in
 from preprocessing.books import volume_of
 from preprocessing.classes import LABELS_FILE, read_class_names
 from preprocessing.dataset import VOLUMES, DatasetManifest, Shard
-from preprocessing.labels import parse_code_point, parse_id
+from preprocessing.labels.code_points import parse_code_point
+from preprocessing.labels.page_ids import parse_id
 from preprocessing.parquet import PAGES_TABLE, books_of_table
 from preprocessing.records import FRAME_BYTES, SIDE, decode_example, read_frames
 

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from job.colours import BLACK, ORANGE, VERMILLION
 from preprocessing.crop import clip_box
 from preprocessing.fonts import coverage, packaged_font
-from preprocessing.labels import code_point_name
+from preprocessing.labels.code_points import code_point_name
 
 MAX_PIXELS = 2400  # of the longer side of the page
 CONFIDENT = 0.5  # minimum probability

@@ -4,7 +4,7 @@ import socket
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib.metadata import version
 from typing import Any
 
@@ -26,8 +26,10 @@ from job.predict.folder import PredictionsManifest, clear, table_name
 from job.predict.readings import Readings, accuracy
 from preprocessing.cutting import cut_boxes
 from preprocessing.dataset import Clipped, Loss
-from preprocessing.labels import MAX_NAME_CHARS, Labels, read_labels
-from preprocessing.pages import fingerprint, list_pages, page_reader
+from preprocessing.labels.page_ids import MAX_NAME_CHARS
+from preprocessing.labels.read import read_labels
+from preprocessing.labels.table import Labels
+from preprocessing.pages import fingerprint, list_pages, page_reader, size_reader
 from preprocessing.plan import Group, group_pages, known_losses, number_of_groups
 from preprocessing.tries import END, Tries
 
@@ -51,24 +53,26 @@ class GroupReport(BaseModel):
 def predict(
     model: UPath,
     pages: UPath,
-    boxes: UPath,
+    boxes: UPath | Sequence[UPath],
     out: UPath,
     form: str = "parquet",
     annotate: UPath | None = None,
     gpus: int = 0,
     start_limit: float = START_LIMIT,
+    canvases: UPath | None = None,
 ) -> PredictionsManifest:
     """Predict the characters of boxes on page scans with Ray Data.
 
     Args:
         model: a model folder, or an architecture's folder for its latest run.
         pages: folder or archive of page scans.
-        boxes: a label file, whose boxes may have no characters.
+        boxes: label files, whose boxes may have no characters, see `read_labels`.
         out: new or empty folder for the tables.
         form: `parquet` or `csv`.
         annotate: folder for pictures of the pages with the predictions; None: no pictures.
         gpus: number of processes with one GPU each; 0: one process on each CPU.
         start_limit: seconds to wait for a host of a cluster.
+        canvases: see `read_labels`.
 
     Returns:
         The manifest of `out`.
@@ -85,8 +89,10 @@ def predict(
         _check_pictures(annotate, pages, out)
     folder = resolve_model(model)
     model_sha256 = read_manifest(folder, ModelManifest).sha256
-    labels = read_labels(boxes, "--boxes", bare=True)
-    files = list_pages(pages)
+    listed = cache(lambda: list_pages(pages))
+    with size_reader(pages, listed) as size_of:
+        labels = read_labels(boxes, "--boxes", bare=True, size_of=size_of, canvases=canvases)
+    files = listed()
     _check_before_reading(labels, files, model_sha256, annotate is not None)
     clear(out)
     groups = group_pages(labels, files, number_of_groups(len(labels.boxes), BOXES_PER_GROUP))

@@ -14,7 +14,7 @@ from job.predict.columns import columns
 from preprocessing.classes import class_indices
 from preprocessing.cutting import Cut
 from preprocessing.dataset import Loss
-from preprocessing.labels import UNKNOWN, name_if_known
+from preprocessing.labels.code_points import UNKNOWN, name_if_known
 
 BATCH = 512
 TOP = 5

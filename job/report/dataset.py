@@ -16,7 +16,7 @@ from job.report import html, plots
 from job.report.side_files import report_file, write_side_file
 from preprocessing.config import SPLITS
 from preprocessing.dataset import DatasetManifest, split_rule
-from preprocessing.labels import code_point_name
+from preprocessing.labels.code_points import code_point_name
 from preprocessing.parquet import LOSSES_TABLE, PAGES_TABLE
 
 MAX_STAGED_BYTES = 10**10  # of a dataset that `prepare` stages for its report, on the disk of the driver's machine

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from preprocessing.fonts import coverage, packaged_font
-from preprocessing.labels import code_point_name
+from preprocessing.labels.code_points import code_point_name
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1b1b; --paper: #ffffff; --quiet: #666666; --line: #d8d8d8; }

@@ -18,7 +18,7 @@ from PIL import Image
 from cluster.errors import InputError, OptionError
 from preprocessing.books import volume_of
 from preprocessing.fonts import Font
-from preprocessing.labels import parse_rows
+from preprocessing.labels.kaggle import parse_rows
 from preprocessing.sample.hand import Box, Hand, Ink, Tones, draw_glyph, fit, join, new_hand, scan
 
 PAGE_WIDTH, PAGE_HEIGHT = 2400, 3900  # px at full size

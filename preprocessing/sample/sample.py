@@ -23,7 +23,7 @@ from cluster.runtime import usable_cpus
 from cluster.storage import new_file, place, remove_folder, write_bytes
 from preprocessing.books import volume_of
 from preprocessing.fonts import Font, find_fonts
-from preprocessing.labels import code_point_name
+from preprocessing.labels.code_points import code_point_name
 from preprocessing.sample.pages import Glyph, Page, draw_page, hand_of, inventory, new_pages, read_layouts
 
 MIN_PAGES_FOR_PROCESSES = 4  # fewer pages are drawn before worker processes would have started

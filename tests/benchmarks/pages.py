@@ -22,7 +22,7 @@ from cluster.storage import place
 from preprocessing.config import PrepareConfig
 from preprocessing.crop import clip_box, crop, decode_page
 from preprocessing.dataset import DatasetManifest
-from preprocessing.labels import read_labels
+from preprocessing.labels.read import read_labels
 from preprocessing.prepare import prepare
 from preprocessing.sample.sample import sample
 

@@ -1,0 +1,119 @@
+"""Folders of crops, one for each class: CODH's `characters/`, Kuzushiji-Kanji, what image classifiers train on.
+
+    U+304B/U+304B_100241706_00004_2_X1231_Y3465.jpg    は/0001.png
+
+Each file is a page of one box, which is the whole file.
+"""
+
+import hashlib
+import logging
+import os
+import re
+from collections.abc import Iterator
+
+import numpy as np
+from upath import UPath
+
+from cluster.errors import InputError
+from cluster.storage import is_file, list_files, list_folders
+from preprocessing.books import book_of
+from preprocessing.labels.code_points import code_point_name, parse_character
+from preprocessing.labels.files import MAX_FOLDERS, by_suffix
+from preprocessing.labels.page_ids import is_image, parse_id
+from preprocessing.labels.table import MAX_PAGES, WHOLE_FILE, Labels
+from preprocessing.pages import is_archive, list_members
+
+NO_BOOK = "unknown"  # of all crops whose names tell none
+# CODH's names: code point, page, position on the page.
+_CODH_NAME = re.compile(r"U\+[0-9A-F]{4,6}_(.+)_X[0-9]+_Y[0-9]+")
+
+log = logging.getLogger("kuzushiji")
+
+
+def read_crops(crops: UPath) -> tuple[Labels, dict[str, tuple[str, int]]]:
+    """List a folder or zip archive of crops. The name of the folder in which a file lies is its character.
+
+    Returns:
+        The labels, and the files, as `list_pages` returns them.
+
+    Raises:
+        InputError: there are no crops or too many, the id of one is unsafe, or two have the same id.
+    """
+    found: dict[str, tuple[str, int]] = {}
+    code_points: dict[str, int] = {}
+    aside: list[str] = []
+    for name, size in sorted(_members(crops)):
+        code_point = _class_of(name)
+        if code_point is None or not is_image(name):
+            aside.append(name)
+            continue
+        crop_id = _crop_id(name, code_point, crops)
+        if crop_id in found:
+            raise InputError(
+                f"each crop must have a name of its own. Received: {found[crop_id][0]!r} and {name!r} in {crops}"
+            )
+        found[crop_id], code_points[crop_id] = (name, size), code_point
+        if len(found) > MAX_PAGES:
+            raise InputError(f"--crops must have at most {MAX_PAGES} files. Received: more, in {crops}")
+    if not found:
+        raise InputError(
+            "--crops must be a folder with a folder of images for each character, named は or U+306F. "
+            f"Received: {crops}, without any"
+        )
+    if aside:
+        what = "files are no images in a folder of a character, and left aside"
+        log.warning("%d %s: %s", len(aside), what, by_suffix(aside))
+    ids = sorted(found)
+    codes = [code_points[crop_id] for crop_id in ids]
+    digest = hashlib.sha256("\n".join(f"{crop_id} {code}" for crop_id, code in zip(ids, codes, strict=True)).encode())
+    labels = Labels(
+        ids,
+        np.arange(len(ids) + 1, dtype=np.int64),
+        np.array(codes, np.int32),
+        np.tile(np.array(WHOLE_FILE, np.int32), (len(ids), 1)),
+        digest.hexdigest(),
+        books={crop_id: _book_of(found[crop_id][0]) for crop_id in ids},
+    )
+    return labels, found
+
+
+def _members(crops: UPath) -> Iterator[tuple[str, int]]:
+    if is_file(crops) and is_archive(crops):
+        yield from list_members(crops, "--crops")
+    else:
+        yield from _walk(crops, "", 0)
+
+
+def _walk(folder: UPath, inside: str, depth: int) -> Iterator[tuple[str, int]]:
+    if depth > MAX_FOLDERS:
+        raise InputError(f"--crops must have at most {MAX_FOLDERS} levels of folders. Received: {folder}")
+    for name, size in list_files(folder).items():
+        yield f"{inside}{name}", size
+    for name in list_folders(folder):
+        yield from _walk(folder / name, f"{inside}{name}/", depth + 1)
+
+
+def _class_of(name: str) -> int | None:
+    """Return the code point that the folder of a file is named by, None if it is no character."""
+    *folders, base_name = name.split("/")
+    if not folders or base_name.startswith("."):
+        return None
+    try:
+        return parse_character(folders[-1])
+    except ValueError:
+        return None
+
+
+def _crop_id(name: str, code_point: int, crops: UPath) -> str:
+    """Return `306F_<name>` for `U+306F/<name>.jpg` and for CODH's `U+306F/U+306F_<name>.jpg`."""
+    stem = os.path.splitext(os.path.basename(name))[0]
+    stem = stem.removeprefix(f"{code_point_name(code_point)}_")
+    try:
+        return parse_id(f"{code_point:04X}_{stem}")
+    except ValueError as error:
+        raise InputError(f"{crops}: {name!r}: {error}. Rename the file") from error
+
+
+def _book_of(name: str) -> str:
+    match = _CODH_NAME.fullmatch(os.path.splitext(os.path.basename(name))[0])
+    return book_of(match[1]) if match else NO_BOOK

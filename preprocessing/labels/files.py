@@ -1,0 +1,182 @@
+"""The files that hold labels: one, several, or those of a folder or zip archive, each read within a limit."""
+
+import codecs
+import hashlib
+import io
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+from upath import UPath
+
+from cluster.errors import InputError
+from cluster.storage import CHUNK_BYTES, is_file, list_files, list_folders, read_at_most, size_of
+from preprocessing.crop import PageFault
+from preprocessing.labels.page_ids import is_image
+from preprocessing.pages import is_archive, list_members, page_reader
+
+# A file is read whole, one at a time. Of a member of an archive, `page_reader` reads 100 MB at most.
+MAX_FILE_BYTES = 1 << 29
+MAX_FOLDERS = 10  # within each other
+CHARACTERS_FOLDER = "characters"  # CODH's crops of each book
+HEAD_BYTES = 1 << 14
+# Python decodes these bytes, which CP932 does not use, to private characters.
+_NOT_CP932 = re.compile(rb"[\xfd-\xff]")
+
+
+@dataclass
+class LabelFile:
+    """A file that may hold labels."""
+
+    name: str
+    """Path in the folder or archive that was given; for a file that was given, its name."""
+    where: str
+    """Path or address, for error messages."""
+    size: int
+    """In bytes."""
+    given: bool
+    """Whether the file itself was given, not its folder or archive."""
+    read_at_most: Callable[[int], bytes]
+    sha256: str = ""
+    """Of the bytes that `read` returned."""
+
+    @property
+    def base_name(self) -> str:
+        return os.path.basename(self.name)
+
+    def head(self) -> bytes:
+        return self.read_at_most(HEAD_BYTES)
+
+    def read(self) -> bytes:
+        """Return all bytes.
+
+        Raises:
+            InputError: there are more than `MAX_FILE_BYTES`, or they can't be read from the archive.
+        """
+        data = self.read_at_most(MAX_FILE_BYTES + 1) if self.size <= MAX_FILE_BYTES else b""
+        if max(self.size, len(data)) > MAX_FILE_BYTES:
+            raise InputError(
+                f"a label file must have at most {MAX_FILE_BYTES} bytes. Received: {self.where} with {self.size}. "
+                "Split it into several files"
+            )
+        if len(data) < self.size:
+            raise InputError(
+                f"{self.where} must be readable whole. Received: {len(data)} of {self.size} bytes. "
+                "Unpack the archive, or split the file"
+            )
+        self.sha256 = hashlib.sha256(data).hexdigest()
+        return data
+
+
+@contextmanager
+def label_files(places: Sequence[UPath], option: str) -> Iterator[list[LabelFile]]:
+    """Yield the files of all places, sorted by name, without images and CODH's `characters/`.
+
+    places: files, folders (with their sub-folders), or zip archives.
+
+    Raises:
+        InputError: a place does not exist or has no file, an archive is broken, or folders are too deep.
+    """
+    found: list[LabelFile] = []
+    with ExitStack() as stack:
+        for given in places:
+            if not is_file(given):
+                files = [_file(given / name, name, size) for name, size in _walk(given)]
+            elif is_archive(given):
+                read = stack.enter_context(page_reader(given, option))
+                members = [(name, size) for name, size in list_members(given, option) if _may_hold_labels(name)]
+                files = [_member(given, name, size, read) for name, size in members]
+            else:
+                files = [_file(given, given.name, size_of(given), given=True)]
+            if not files:
+                raise InputError(
+                    f"{option} must be a file or a folder of label files. Received: {given}, where there is none"
+                )
+            found += files
+        yield sorted(found, key=lambda file: (file.name, file.where))
+
+
+def _walk(folder: UPath, inside: str = "", depth: int = 0) -> Iterator[tuple[str, int]]:
+    """Yield path in the folder and size of each file that may hold labels."""
+    if depth > MAX_FOLDERS:
+        raise InputError(f"a folder of labels must have at most {MAX_FOLDERS} levels. Received: {folder}")
+    for name, size in list_files(folder).items():
+        if _may_hold_labels(f"{inside}{name}"):
+            yield f"{inside}{name}", size
+    for name in list_folders(folder):
+        if _may_hold_labels(f"{inside}{name}/x"):
+            yield from _walk(folder / name, f"{inside}{name}/", depth + 1)
+
+
+def _may_hold_labels(name: str) -> bool:
+    *folders, base_name = name.split("/")
+    hidden = any(part.startswith(".") for part in (*folders, base_name))
+    return bool(base_name) and not (hidden or is_image(name) or {CHARACTERS_FOLDER, "__MACOSX"} & set(folders))
+
+
+def _file(path: UPath, name: str, size: int, given: bool = False) -> LabelFile:
+    return LabelFile(name, _printable(str(path)), size, given, lambda most: read_at_most(path, most))
+
+
+def _member(archive: UPath, name: str, size: int, read_member: Callable[[str], bytes]) -> LabelFile:
+    where = _printable(f"{archive}: {name}")
+
+    def read(most: int) -> bytes:
+        try:
+            return read_member(name)[:most]
+        except PageFault as fault:
+            raise InputError(f"{where} must be readable. Received: {fault}") from fault
+
+    return LabelFile(name, where, size, False, read)
+
+
+def _printable(text: str) -> str:
+    return text if text.isprintable() else ascii(text)
+
+
+def by_suffix(names: Sequence[str]) -> str:
+    """Count file names by suffix: `.md 2, .html 1`."""
+    counts = Counter(os.path.splitext(name)[1].lower() or "no suffix" for name in names)
+    return ", ".join(f"{suffix} {count}" for suffix, count in counts.most_common())
+
+
+def open_text(data: bytes, where: str) -> io.TextIOWrapper:
+    """Return a stream of a file's text, with its line ends as they are.
+
+    Raises:
+        InputError: the file is neither UTF-8 nor UTF-16 nor CP932 (Japanese Windows).
+    """
+    return io.TextIOWrapper(io.BytesIO(data), encoding=_encoding_of(data, where), newline="")
+
+
+def head_text(data: bytes) -> str:
+    """Return the text of the first bytes of a file, which may end within a character."""
+    return data.decode(_wide_encoding(data) or "utf-8-sig", errors="replace")
+
+
+def _wide_encoding(data: bytes) -> str | None:
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
+    # Without a mark, the zero bytes of the ASCII characters show it.
+    return {(False, True): "utf-16-le", (True, False): "utf-16-be"}.get((data[:1] == b"\0", data[1:2] == b"\0"))
+
+
+def _encoding_of(data: bytes, where: str) -> str:
+    wide = _wide_encoding(data)
+    faults = []
+    for encoding in [wide] if wide else ["utf-8-sig", "cp932"]:
+        decoder = codecs.getincrementaldecoder(encoding)()
+        if encoding == "cp932" and _NOT_CP932.search(data):
+            continue
+        try:
+            for begin in range(0, len(data), CHUNK_BYTES):
+                decoder.decode(data[begin : begin + CHUNK_BYTES])
+            decoder.decode(b"", final=True)
+        except UnicodeDecodeError as error:
+            faults.append(error)
+        else:
+            return encoding
+    raise InputError(f"{where} must be text in UTF-8, UTF-16 or CP932. Received: {faults[0]}") from faults[0]

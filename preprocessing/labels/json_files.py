@@ -1,0 +1,83 @@
+"""JSON files of labels, parsed within limits of size and depth, and told apart."""
+
+from typing import Any
+
+from pydantic_core import from_json
+
+from cluster.errors import InputError
+from preprocessing.labels.files import LabelFile
+from preprocessing.labels.table import MAX_PIXELS
+
+# CODH's 1,086,326 characters in COCO's form have up to 14 million values. Python's objects take up to 170 bytes each:
+# no file takes over 4 GB of memory.
+MAX_VALUES = 16_000_000
+SHOWN = 60  # characters of a value in an error message
+
+
+def parse_json(file: LabelFile) -> Any:
+    """Return the content of a JSON file of labels.
+
+    Raises:
+        InputError: the file is not JSON in UTF-8 or UTF-16, has over `MAX_VALUES` values, or is nested 200 levels deep.
+    """
+    data = file.read()
+    # In JSON, one of these stands before each value but the outermost: a bound that needs no parsing.
+    if (values := sum(data.count(mark) for mark in (b"{", b"[", b","))) > MAX_VALUES:
+        raise InputError(
+            f"{file.where} must hold at most {MAX_VALUES} values. Received: about {values}. Split it into several files"
+        )
+    try:
+        if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            data = data.decode("utf-16").encode()
+        return from_json(data.removeprefix(b"\xef\xbb\xbf"), allow_inf_nan=False)
+    except ValueError as error:
+        raise InputError(f"{file.where} must be JSON. Received: {str(error)[:200]}") from error
+
+
+class Fault(Exception):  # noqa: N818 - becomes an InputError that names the file
+    """A value that can't be used: where it stands in the file, the rule, and what came."""
+
+    def __init__(self, at: str, rule: str, received: Any) -> None:
+        super().__init__(f"{at}: {rule}. Received: {shown(received)}")
+
+
+def shown(value: Any) -> str:
+    """Return a value for an error message: on one line, and short."""
+    text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
+def member(value: Any, key: str, kind: type, at: str) -> Any:
+    """Return a member of an object, which must be there and of a type.
+
+    Raises:
+        Fault: it is not.
+    """
+    found = value.get(key) if isinstance(value, dict) else None
+    if not isinstance(found, kind):
+        raise Fault(at, f"must have {key!r}, {NAMES[kind]}", found if isinstance(value, dict) else value)
+    return found
+
+
+NAMES: dict[Any, str] = {list: "a list", str: "a text", dict: "an object"}
+
+
+def pixels(value: Any, at: str) -> list[float]:
+    """Check x, y, width and height.
+
+    Raises:
+        Fault: they are no list of four numbers of at most nine digits.
+    """
+    if not isinstance(value, list) or len(value) != 4 or not all(map(_is_pixels, value)):
+        raise Fault(at, "a box must be [x, y, width, height] in pixels", value)
+    return value
+
+
+def _is_pixels(value: Any) -> bool:
+    return type(value) in (int, float) and -MAX_PIXELS <= value <= MAX_PIXELS
+
+
+def page_size(width: Any, height: Any) -> tuple[int, int] | None:
+    """Return the size that a file states for a page; None if it states none, which some tools write as 0."""
+    sizes = (width, height)
+    return sizes if all(type(side) is int and 0 < side <= MAX_PIXELS for side in sizes) else None

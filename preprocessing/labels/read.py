@@ -1,0 +1,213 @@
+"""Read labels of any form. The content of a file tells its form; all files are of one form."""
+
+import csv
+import hashlib
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from enum import Enum
+
+from upath import UPath
+
+from cluster.errors import InputError, OptionError
+from preprocessing.labels.coco import Coco, is_coco
+from preprocessing.labels.codh import is_codh_header, read_codh
+from preprocessing.labels.curation import Curations, is_curation, read_canvases
+from preprocessing.labels.files import LabelFile, by_suffix, head_text, label_files, open_text
+from preprocessing.labels.json_files import parse_json, shown
+from preprocessing.labels.kaggle import HEADER, read_kaggle
+from preprocessing.labels.page_ids import is_image
+from preprocessing.labels.table import Labels, PageBoxes, assemble
+from preprocessing.labels.yolo import CLASS_NAMES_FILES, SizeOf, is_yolo_line, read_yolo
+
+log = logging.getLogger("kuzushiji")
+
+# In a folder, a file of these suffixes that is of no form is an error: it may be damaged. Others are left aside.
+STRICT_SUFFIXES = (".csv", ".json")
+# But for these, which Kaggle and Label Studio give next to the labels, and the files of other options.
+NO_LABELS = ("unicode_translation.csv", "sample_submission.csv", "notes.json")
+OTHER_HEADERS = (["canvas", "file"], ["page", "book"], ["prefix", "book"])
+READ_ME = ("readme", "license", "licence", "notice")
+# Other tools' forms go through COCO.
+FORMS = "Kaggle's or CODH's CSV, COCO, YOLO or a IIIF Curation (docs/data.md says how to convert others)"
+
+
+class Form(Enum):
+    """What the beginning of a file tells."""
+
+    KAGGLE = "Kaggle's CSV"
+    CODH = "CODH's CSV"
+    JSON = "JSON"
+    YOLO = "YOLO"
+    CLASS_NAMES = "names of classes"
+    EMPTY = "an empty file"
+    OTHER = "no labels"
+
+
+LABEL_FORMS = (Form.KAGGLE, Form.CODH, Form.JSON, Form.YOLO)
+
+
+def read_labels(
+    places: UPath | Sequence[UPath],
+    option: str = "--labels",
+    bare: bool = False,
+    size_of: SizeOf = lambda _: None,
+    canvases: UPath | None = None,
+) -> Labels:
+    """Read and check label files.
+
+    Args:
+        places: a file, a folder, a zip archive, or several of these.
+        option: the command-line option to name in error messages.
+        bare: whether boxes may have no characters.
+        size_of: gives the sizes of pages; only called for YOLO, whose files need it.
+        canvases: CSV of the columns `canvas,file`, for IIIF Curations.
+
+    Raises:
+        InputError: a file does not exist, is of no form or of another one than the others, or exceeds a limit; a page
+            is repeated or its id unsafe; a row, line or entry is malformed; or there are no boxes.
+        OptionError: `canvases` is given with labels of another form.
+    """
+    sizes: dict[str, tuple[int, int] | None] = {}
+
+    def recorded_size(page_id: str) -> tuple[int, int] | None:
+        sizes[page_id] = size_of(page_id)
+        return sizes[page_id]
+
+    with label_files([places] if isinstance(places, UPath) else places, option) as found:
+        form, files, names = _sorted_out(found, option)
+        if canvases and form != Form.JSON:
+            raise OptionError(f"--canvases must be given with IIIF Curations. Received: {files[0].where}, {form.value}")
+        pages: Iterator[PageBoxes]
+        if form == Form.KAGGLE:
+            pages = read_kaggle(files, bare)
+        elif form == Form.CODH:
+            pages = read_codh(files, bare)
+        elif form == Form.YOLO:
+            pages = read_yolo(files, names, bare, recorded_size)
+        else:
+            pages = _read_json(files, bare, option, canvases)
+        labels = assemble(pages, lambda: _digest(form, [*files, *names], sizes))
+    if labels.warnings:
+        page_id, what = labels.warnings[0]
+        log.warning("%d pages have boxes with fractions of pixels, first %s: %s", len(labels.warnings), page_id, what)
+    return labels
+
+
+def _digest(form: Form, files: Sequence[LabelFile], sizes: dict[str, tuple[int, int] | None]) -> str:
+    """Return a hex digest of all that the labels were made from. Of Kaggle's CSV it is the SHA-256 of the file."""
+    if form == Form.KAGGLE and len(files) == 1:
+        return files[0].sha256
+    lines = [f"{file.name} {file.sha256}" for file in files] + [f"{page} {sizes[page]}" for page in sorted(sizes)]
+    return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
+
+
+def _sorted_out(found: Sequence[LabelFile], option: str) -> tuple[Form, list[LabelFile], list[LabelFile]]:
+    """Return the form of the label files, these files, and the files that name the classes of YOLO.
+
+    Raises:
+        InputError: there are no labels, labels of several forms, or a file that may be damaged labels.
+    """
+    of_form: dict[Form, list[LabelFile]] = {form: [] for form in Form}
+    for file in found:
+        of_form[_form_of(file)].append(file)
+    if of_form[Form.YOLO]:  # a page without boxes, or one whose first line is malformed
+        pages = [file for file in of_form[Form.EMPTY] + of_form[Form.OTHER] if _may_be_yolo(file)]
+        of_form[Form.YOLO] = sorted(of_form[Form.YOLO] + pages, key=lambda file: (file.name, file.where))
+        for form in (Form.EMPTY, Form.OTHER):
+            of_form[form] = [file for file in of_form[form] if file not in pages]
+    for file in of_form[Form.OTHER] + of_form[Form.EMPTY]:
+        if file.given or (file.name.endswith(STRICT_SUFFIXES) and not _is_known_other(file)):
+            open_text(file.read(), file.where)  # an encoding that is not known is the fault to tell
+            raise InputError(
+                f"{file.where} must begin with the header image_id,labels, or be labels of another form: {FORMS}. "
+                f"Received: {shown(_first_line(file))}"
+            )
+    first, *others = [form for form in LABEL_FORMS if of_form[form]] or [Form.OTHER]
+    if first == Form.OTHER:
+        raise InputError(f"{option} must be {FORMS}. Received: {found[0].where}, which is none of these")
+    if others:
+        one, other = (f"{of_form[form][0].where} ({form.value})" for form in (first, others[0]))
+        raise InputError(f"{option} must be files of one form. Received: {one} and {other}")
+    names = of_form[Form.CLASS_NAMES] if first == Form.YOLO else []
+    used = {id(file) for file in (*of_form[first], *names)}
+    if aside := [file.name for file in found if id(file) not in used]:
+        log.warning("%d files next to the labels are left aside: %s", len(aside), by_suffix(aside))
+    return first, of_form[first], names
+
+
+def _form_of(file: LabelFile) -> Form:
+    if file.base_name in CLASS_NAMES_FILES:
+        return Form.CLASS_NAMES
+    text = head_text(file.head())
+    content = text.lstrip()
+    if not content:
+        return Form.EMPTY
+    if content[0] in "{[":
+        return Form.JSON
+    header = _header(text)
+    if header == HEADER and file.base_name not in NO_LABELS:
+        return Form.KAGGLE
+    if is_codh_header(header):
+        return Form.CODH
+    return Form.YOLO if is_yolo_line(content.splitlines()[0]) else Form.OTHER
+
+
+def _header(text: str) -> list[str]:
+    try:
+        return next(csv.reader([re.split("[\r\n]", text, maxsplit=1)[0]]), [])
+    except csv.Error:
+        return []
+
+
+def _first_line(file: LabelFile) -> str:
+    return head_text(file.head()).lstrip().partition("\n")[0].rstrip("\r")
+
+
+def _may_be_yolo(file: LabelFile) -> bool:
+    """Whether a file among those of YOLO is to be read as one: not a note, nor a list of images."""
+    return file.name.endswith(".txt") and not (
+        file.base_name.lower().startswith(READ_ME) or is_image(_first_line(file))
+    )
+
+
+def _is_known_other(file: LabelFile) -> bool:
+    return file.base_name in NO_LABELS or _header(head_text(file.head())) in OTHER_HEADERS
+
+
+def _read_json(files: Sequence[LabelFile], bare: bool, option: str, canvases: UPath | None) -> Iterator[PageBoxes]:
+    """Yield the pages of COCO files or of IIIF Curations, parsed one at a time."""
+    coco, curations = Coco(bare), Curations(_canvases(canvases), bare)
+    kinds: dict[str, LabelFile] = {}
+    for file in files:
+        if file.base_name in NO_LABELS and not file.given:
+            continue
+        content = parse_json(file)
+        kind = "COCO" if is_coco(content) else "a IIIF Curation" if is_curation(content) else ""
+        if not kind:
+            raise InputError(
+                f"{file.where} must have `images` and `annotations` (COCO), be a list of detections, or have "
+                f"`selections` (a IIIF Curation). Received: {shown(content)}. docs/data.md says how to convert others"
+            )
+        other = next((earlier for earlier in kinds if earlier != kind), None)
+        if other:
+            raise InputError(
+                f"{option} must be files of one form. Received: {kinds[other].where} ({other}) and "
+                f"{file.where} ({kind})"
+            )
+        kinds.setdefault(kind, file)
+        if canvases and kind == "COCO":
+            raise OptionError(f"--canvases must be given with IIIF Curations. Received: {file.where}, {kind}")
+        if kind == "COCO":
+            coco.add(content, file.where)
+        else:
+            yield from curations.pages(content, file.where)
+        del content  # before the next one is parsed
+    yield from coco.pages()
+
+
+def _canvases(place: UPath | None) -> dict[str, str] | None:
+    if place is None:
+        return None
+    with label_files([place], "--canvases") as files:
+        return read_canvases(files[0])

@@ -1,0 +1,151 @@
+"""YOLO's text files: one for each page, named as the page, a line for each box. Numbers are shares of the page.
+
+    3 0.548760 0.917236 0.056886 0.013926        class, x and y of the centre, width, height; a sixth number is ignored
+
+`classes.txt` (a character a line) or `data.yaml` (`names:`) says what the classes are.
+"""
+
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cluster.errors import InputError
+from preprocessing.labels.code_points import UNKNOWN, character_if_any, parse_character
+from preprocessing.labels.files import LabelFile, open_text
+from preprocessing.labels.json_files import shown
+from preprocessing.labels.page_ids import parse_id
+from preprocessing.labels.table import PageBoxes
+
+CLASS_NAMES_FILES = ("classes.txt", "obj.names", "data.yaml", "data.yml")
+MAX_CLASSES_BYTES = 1 << 20
+LABELS_FOLDER = "labels"
+LEAST, MOST = -1e-3, 1 + 1e-3  # of a share, with rounding
+FIELDS = (5, 6)
+_CLASS = re.compile(r"[0-9]{1,6}")
+_SHARE = re.compile(r"-?(?:[0-9]{1,9}\.?[0-9]{0,30}|\.[0-9]{1,30})(?:[eE][+-]?[0-9]{1,3})?")
+
+SizeOf = Callable[[str], tuple[int, int] | None]
+"""Page id to width and height in pixels; None for a page without a file that can be read."""
+
+
+def is_yolo_line(line: str) -> bool:
+    """Whether a line can be one of a YOLO file: a class and at least four numbers."""
+    first, *numbers = line.split() or [""]
+    return bool(_CLASS.fullmatch(first)) and len(numbers) >= 4 and all(map(_SHARE.fullmatch, numbers))
+
+
+def read_yolo(
+    files: Sequence[LabelFile], names: Sequence[LabelFile], bare: bool, size_of: SizeOf
+) -> Iterator[PageBoxes]:
+    """Yield the pages of YOLO files, with boxes in pixels.
+
+    names: files of class names. bare: as in `read_labels`.
+
+    Raises:
+        InputError: a line is malformed, or the names of the classes are missing or contradict one another.
+    """
+    code_points = _code_points(names, bare)
+    if not code_points and not bare:
+        raise InputError(
+            "YOLO labels must have their class names beside them, in classes.txt or data.yaml. Received: "
+            f"{files[0].where} without"
+        )
+    for file, page_id in zip(files, _page_ids(files), strict=True):
+        classes, shares = _parse(file)
+        size = size_of(page_id)
+        boxes = _scaled(shares, *(size or (1, 1)))
+        if size is None:  # a loss, whatever its box; one without an area would have another reason
+            boxes[:] = 0, 0, 1, 1
+        codes = np.array([_code_point(number, code_points, bare, file.where) for number in classes], np.int32)
+        yield PageBoxes(page_id, np.column_stack([codes, boxes]), file.where)
+
+
+def _page_ids(files: Sequence[LabelFile]) -> list[str]:
+    """Return each file's page id: its name, or its path without `labels` where a name occurs in several folders."""
+    stems = [os.path.splitext(file.base_name)[0] for file in files]
+    count = Counter(stems)
+    ids = []
+    for stem, file in zip(stems, files, strict=True):
+        folders = [part for part in file.name.split("/")[:-1] if part != LABELS_FOLDER]
+        try:
+            ids.append(parse_id(stem if count[stem] == 1 else "/".join([*folders, stem])))
+        except ValueError as error:
+            raise InputError(f"{file.where} must be named as its page: {error}") from error
+    return ids
+
+
+def _parse(file: LabelFile) -> tuple[list[int], NDArray[np.float64]]:
+    """Return n classes, and (n, 4) x and y of the centre, width, height as shares of the page."""
+    classes: list[int] = []
+    shares: list[list[float]] = []
+    for number, line in enumerate(open_text(file.read(), file.where), 1):
+        if fields := line.split():
+            values = [float(text) for text in fields[1:5]] if is_yolo_line(line) and len(fields) in FIELDS else []
+            if not values or not all(LEAST <= value <= MOST for value in values):
+                raise InputError(
+                    f"{file.where}, line {number}: a box must be its class and four shares of the page, from 0 to 1. "
+                    f"Received: {shown(line.strip())}. Fix that line"
+                )
+            classes.append(int(fields[0]))
+            shares.append(values)
+    return classes, np.array(shares, np.float64).reshape(-1, 4)
+
+
+def _scaled(shares: NDArray[np.float64], width: int, height: int) -> NDArray[np.int32]:
+    """Return (n, 4) x, y, width, height, whose edges are the nearest whole pixels."""
+    page = np.array([width, height])
+    near = np.floor((shares[:, :2] - shares[:, 2:] / 2) * page + 0.5)
+    far = np.floor((shares[:, :2] + shares[:, 2:] / 2) * page + 0.5)
+    return np.concatenate([near, far - near], axis=1).astype(np.int32)
+
+
+def _code_point(number: int, code_points: Sequence[int], bare: bool, where: str) -> int:
+    if number < len(code_points):
+        return code_points[number]
+    if bare:
+        return UNKNOWN
+    raise InputError(f"{where}: a class must be one of the {len(code_points)} names. Received: {number}")
+
+
+def _code_points(files: Sequence[LabelFile], bare: bool) -> list[int]:
+    """Return the code point of each class; empty if no file names them."""
+    found: list[tuple[LabelFile, list[int]]] = []
+    for file in files:
+        codes = []
+        for number, name in enumerate(_names_in(file)):
+            try:
+                codes.append(character_if_any(name) if bare else parse_character(name))
+            except ValueError as error:
+                raise InputError(f"{file.where}, class {number}: {error}. Name it so") from error
+        found.append((file, codes))
+    for file, codes in found:
+        if codes != found[0][1]:
+            raise InputError(
+                f"the class names of YOLO labels must be the same everywhere. Received: {found[0][0].where} and "
+                f"{file.where}. Give the files of each separately"
+            )
+    return found[0][1] if found else []
+
+
+def _names_in(file: LabelFile) -> list[str]:
+    if file.size > MAX_CLASSES_BYTES:
+        raise InputError(f"{file.where} must have at most {MAX_CLASSES_BYTES} bytes. Received: {file.size}")
+    text = open_text(file.read(), file.where).read()
+    if not file.base_name.endswith((".yaml", ".yml")):
+        return [line.strip(" \r\t") or line for line in text.rstrip("\r\n").split("\n")]
+    import yaml
+
+    try:
+        content = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise InputError(f"{file.where} must be YAML. Received: {' '.join(str(error).split())[:200]}") from error
+    names = content.get("names") if isinstance(content, dict) else None
+    if isinstance(names, dict) and set(names) == set(range(len(names))):
+        names = [names[number] for number in range(len(names))]
+    if not isinstance(names, list) or not all(type(name) in (str, int) for name in names):
+        raise InputError(f"{file.where} must have `names`, a list of characters. Received: {shown(names)}")
+    return [str(name) for name in names]
