@@ -14,6 +14,7 @@ import hashlib
 import io
 import itertools
 import re
+import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 from upath import UPath
 
 from cluster.errors import InputError
-from cluster.storage import is_file, plain_name, read_bytes
+from cluster.storage import is_file, read_bytes
 
 HEADER = ["image_id", "labels"]
 FIELDS_PER_BOX = 5
@@ -33,6 +34,7 @@ MAX_CELL_CHARS = 8_000_000
 MAX_NAME_CHARS = 255  # of a file, in the file systems of Linux
 MAX_ID_CHARS = MAX_NAME_CHARS - len(".jpg")
 
+_ASCII_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _CODE_POINT = re.compile(r"U\+([0-9A-F]{4,6})")
 _INTEGER = re.compile(r"-?[0-9]{1,9}")
 
@@ -53,6 +55,8 @@ class Labels:
     """Hex digest of the file's bytes."""
     books: Mapping[str, str] = field(default_factory=dict)
     """Page id to book, for the pages whose book the file states."""
+    page_sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """Page id to the width and height in pixels that the boxes were made for, where the file says it."""
 
     @property
     def boxes_per_page(self) -> NDArray[np.int64]:
@@ -144,17 +148,29 @@ def parse_rows(data: bytes, where: str, bare: bool = False) -> Iterator[tuple[st
 
 
 def parse_id(text: str) -> str:
-    """Check that a page id is safe as a file name, and return it.
+    """Check that a page id is safe as a path below a folder, and return it in Unicode's form NFC.
 
     Raises:
-        ValueError: the id has other characters than `plain_name` allows (such as `/`), or is too long.
+        ValueError: a part of the id between `/` is empty, starts with a character other than a letter, a digit or `_`
+            (such as `..`), or has other characters than letters and digits of any script, spaces, `.`, `_` and `-`; or
+            the id is too long.
     """
-    if len(text) > MAX_ID_CHARS:
+    page_id = text if text.isascii() else unicodedata.normalize("NFC", text)
+    if len(page_id) > MAX_ID_CHARS:
         raise ValueError(f"an image_id must have at most {MAX_ID_CHARS} characters. Received: {text[:40]!r}...")
-    try:
-        return plain_name(text, "an image_id")
-    except InputError as error:
-        raise ValueError(str(error)) from error
+    if not _ASCII_ID.fullmatch(page_id) and not all(map(_is_plain, page_id.split("/"))):
+        raise ValueError(
+            "an image_id must be letters, digits, spaces, '.', '_' or '-', with '/' between folders, and no part may "
+            f"start with a space, '.' or '-'. Received: {text!r}"
+        )
+    return page_id
+
+
+def _is_plain(name: str) -> bool:
+    # Letters, the marks that scripts add to them, and digits: categories L, M and N of Unicode.
+    return (name[:1].isalnum() or name[:1] == "_") and all(
+        character in " ._-" or unicodedata.category(character)[0] in "LMN" for character in name
+    )
 
 
 def _parse_cell(cell: str, bare: bool) -> NDArray[np.int32]:
