@@ -26,6 +26,7 @@ SURFACE = {
     "prepare": {
         "--pages", "--labels", "--dataset", "--split", "--seed", "--val-fraction", "--test-fraction", "--coverage",
         "--classes", "--shards", "--max-bad-fraction", "--start-limit", "--books", "--train-only", "--folds", "--fold",
+        "--rescale",
     },
     "train": {
         "--dataset", "--models", "--architecture", "--workers", "--gpus-per-worker", "--cpus-per-worker", "--epochs",
@@ -34,7 +35,9 @@ SURFACE = {
         "--deterministic", "--start-limit",
     },
     "evaluate": {"--model", "--dataset", "--split", "--out"},
-    "predict": {"--model", "--pages", "--boxes", "--out", "--format", "--annotate", "--gpus", "--start-limit"},
+    "predict": {
+        "--model", "--pages", "--boxes", "--out", "--format", "--annotate", "--gpus", "--rescale", "--start-limit",
+    },
     "export": {"--model", "--format", "--out"},
     "report": {"--dataset", "--models", "--out"},
     "pull": {"--models", "--to", "names"},
