@@ -29,6 +29,9 @@ from cluster.storage_interface import Store
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 
+_MAX_DEPTH = 32
+
+
 _LOCAL: Store = Local()
 _BUCKET: Store = Bucket()
 _FSSPEC: Store = Fsspec()
@@ -224,6 +227,26 @@ def list_files(folder: UPath) -> dict[str, int]:
 def list_folders(folder: UPath) -> list[str]:
     """Sorted names of the folders directly in a folder; empty without a folder. Raises: as `is_file`."""
     return _store(folder).list_folders(folder)
+
+
+def list_tree(folder: UPath) -> list[tuple[str, int]]:
+    """Path below a folder and size in bytes of each file in it and its sub-folders, with `/` between folders. Folders
+    whose names start with `.` are left out.
+
+    Raises:
+        InputError: folders are nested too deep, as by a symbolic link to a folder that holds it.
+        KuzushijiError: as `is_file`.
+    """
+    found: list[tuple[str, int]] = []
+    waiting = [""]
+    while waiting:
+        prefix = waiting.pop()
+        if prefix.count("/") > _MAX_DEPTH:
+            raise InputError(f"{folder} must have folders at most {_MAX_DEPTH} deep. Received: {prefix[:200]}")
+        here = folder / prefix if prefix else folder
+        found += ((prefix + name, size) for name, size in list_files(here).items())
+        waiting += (f"{prefix}{name}/" for name in list_folders(here) if not name.startswith("."))
+    return found
 
 
 def open_read(path: UPath) -> BinaryIO:

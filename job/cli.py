@@ -66,7 +66,7 @@ def sample(out: str, num_pages: int, seed: int, scale: float, layouts: str | Non
 
 
 @command
-@click.option("--pages", metavar="PLACE", help="Folder or .zip of <image_id>.jpg.")
+@click.option("--pages", metavar="PLACE", help="Folder or .zip of page scans: <image_id>.jpg, .png ...")
 @labels_option("--labels", "Kaggle's or CODH's CSV, COCO, YOLO, IIIF Curation.")
 @canvases_option
 @click.option("--crops", metavar="PLACE",
@@ -83,6 +83,7 @@ def sample(out: str, num_pages: int, seed: int, scale: float, layouts: str | Non
 @option(PrepareConfig, "coverage")
 @option(PrepareConfig, "classes", type=str, metavar="FILE")
 @option(PrepareConfig, "shards")
+@option(PrepareConfig, "rescale", is_flag=True, flag_value=True)
 @option(PrepareConfig, "max_bad_fraction")
 @start_limit_option
 def prepare(
@@ -117,6 +118,7 @@ def prepare(
     manifest, new = run(*source, reachable_place(dataset), config, start_limit, canvases_place)
     counts = {split: manifest.counts[split]["examples"] for split in SPLITS}
     lost = {"losses": manifest.lost, "clipped": len(manifest.clipped), "unlabelled": len(manifest.unlabelled)}
+    lost |= {"warnings": len(manifest.warnings) + manifest.more_warnings, "without_ink": manifest.ink.without_ink}
     result = {"dataset": dataset, "written": new, "crops": counts, "shards": len(manifest.shards)} | lost
     reported = write_dataset_report(reachable_place(dataset), manifest, new)
     if not new:
@@ -124,7 +126,8 @@ def prepare(
     split_line = ", ".join(f"{split} {count:,}" for split, count in counts.items())
     return result, [
         f"{sum(counts.values()):,} crops in {len(manifest.shards)} shards ({split_line}): {dataset}",
-        f"{lost['losses']} boxes lost, {lost['clipped']} clipped, {lost['unlabelled']} pages without labels: "
+        f"{lost['losses']} boxes lost, {lost['clipped']} clipped, {lost['unlabelled']} pages without labels, "
+        f"{lost['warnings']} warnings: "
         f"each is listed in manifest.json{f' or {LOSSES_TABLE}' if manifest.more_losses else ''}",
         *reported,
     ]
@@ -224,7 +227,7 @@ def evaluate(model: str, dataset: str, split: str, out: str | None) -> Outcome:
 
 @command
 @click.option("--model", required=True, metavar="PLACE", help="Model folder, or architecture folder (latest run).")
-@click.option("--pages", required=True, metavar="PLACE", help="Folder or .zip of <image_id>.jpg.")
+@click.option("--pages", required=True, metavar="PLACE", help="Folder or .zip of page scans: <image_id>.jpg, .png ...")
 @labels_option("--boxes", "Label files as for prepare; the characters may be missing.", required=True)
 @canvases_option
 @click.option("--out", required=True, metavar="PLACE", help="New folder for a table of boxes and a table of pages.")
@@ -233,6 +236,8 @@ def evaluate(model: str, dataset: str, split: str, out: str | None) -> Outcome:
 @click.option("--annotate", metavar="PLACE", help="Folder for pictures of the pages with the predicted characters.")
 @click.option("--gpus", default=0, show_default=True, type=click.IntRange(min=0),
               help="Number of actors, each with one GPU; 0: one task per CPU.")  # fmt: skip
+@click.option("--rescale", is_flag=True,
+              help="Scale boxes that were made for another size of their page, if --boxes says it.")  # fmt: skip
 @start_limit_option
 def predict(
     model: str,
@@ -243,6 +248,7 @@ def predict(
     form: str,
     annotate: str | None,
     gpus: int,
+    rescale: bool,
     start_limit: float,
 ) -> Outcome:
     """Predict the characters in boxes of new pages, and their text."""
@@ -251,10 +257,11 @@ def predict(
 
     model_place, pages_place, *box_places, out_place = map(reachable_place, (model, pages, *boxes, out))
     pictures, canvases_place = (reachable_place(text) if text else None for text in (annotate, canvases))
-    settings = form, pictures, gpus, start_limit, canvases_place
-    manifest = run(model_place, pages_place, box_places, out_place, *settings)
+    folders = model_place, pages_place, box_places, out_place
+    manifest = run(*folders, form, pictures, gpus, start_limit, rescale, canvases_place)
     counts, accuracy, lost = manifest.counts, manifest.accuracy, len(manifest.losses)
     result = {"out": out} | counts | {"losses": lost, "clipped": len(manifest.clipped), "accuracy": accuracy}
+    result |= {"warnings": len(manifest.warnings), "without_ink": manifest.ink.without_ink}
     lines = [f"{counts['read']:,} of {counts['boxes']:,} boxes on {counts['pages']:,} pages read: {out}"]
     if accuracy:
         names = {"accuracy": "accuracy", "accuracy_without_rare": "without rare", "top5": "top 5"}

@@ -67,6 +67,8 @@ class PrepareConfig(BaseModel):
     """label.labels.txt of an earlier dataset, to use its classes."""
     shards: PositiveInt | None = None
     """Largest number of files per split.  [default: by size]"""
+    rescale: bool | None = None
+    """Scale boxes that were made for another size of their page, where the labels say the size."""
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
     """Fraction of boxes that may be lost."""
 

@@ -1,4 +1,4 @@
-"""Decode pages and cut 80 x 80 crops. `prepare` and `predict` both use these functions, so their crops are equal.
+"""Cut 80 x 80 crops from a page. `prepare` and `predict` both use these functions, so their crops are equal.
 
 A crop is the box in grayscale, scaled with its aspect ratio so that the longer side has 80 pixels, and centred on a
 black square.
@@ -8,23 +8,25 @@ from collections.abc import Sequence
 
 import cv2
 import numpy as np
-import simplejpeg
 from numpy.typing import NDArray
 
 from preprocessing.records import SIDE
 
-# Kaggle's scans have 9 megapixels. A page that exceeds these limits is rejected before it is decoded, so that no memory
-# is allocated for it. Within the limits, a task uses up to 300 MB of memory; for progressive JPEGs 500 MB with one
-# component, 900 MB with three, 1400 MB with four.
-MAX_PAGE_PIXELS = 100_000_000
+# Limits of a page file. A page that exceeds them is rejected from its header, so that no memory is allocated for it.
+# Kaggle's scans have 9 megapixels.
 MAX_PAGE_BYTES = 100_000_000
-# In a progressive JPEG, each scan can take as long to decode as the whole page, even if it has only a few bytes.
+MAX_PAGE_PIXELS = 100_000_000
+# A JPEG whose pixels are all in one sequential scan is decoded row by row; see `jpeg.py`.
+MAX_SEQUENTIAL_PIXELS = 250_000_000
+# In a JPEG with several scans, each one can take as long to decode as the whole page, even if it has only a few bytes.
 # Encoders write about ten scans.
 MAX_PAGE_SCANS = 100
-SCAN = b"\xff\xda"  # marker "start of scan"; these two bytes do not occur inside the data of a scan
-SEQUENTIAL = (b"\xff\xc0", b"\xff\xc1")  # markers "start of frame" of the sequential (not progressive) codings
-# Markers of segments that may precede the frame: tables, restart interval, application data, comments.
-BEFORE_FRAME = {bytes([0xFF, marker]) for marker in (0xC4, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE)}
+
+# A crop holds ink if its grey levels, without the black border, have at least this standard deviation. Measured on 107
+# real pages of 7 books (3,543 boxes): the lowest is 11.2. With all boxes at half their size and position, 43 % of the
+# crops are below 8, and over 5 % of the crops on every page; at a third: 62 %; at 1.25 times: 17 %, over 5 % on 85 % of
+# the pages; at twice: 13 %, where three quarters of the boxes are off their page.
+LEAST_CONTRAST = 8.0
 
 
 # Faults that are known before the page is read.
@@ -34,38 +36,6 @@ NO_AREA = "box of no area"
 
 class PageFault(Exception):  # noqa: N818 - reported as a loss, not as an error
     """A page or box that can't be cut. The message becomes the reason in the list of losses."""
-
-
-def decode_page(data: bytes) -> NDArray[np.uint8]:
-    """Decode a JPEG file to grayscale, (height, width) uint8.
-
-    Raises:
-        PageFault: the data is not a JPEG file, is truncated, corrupt, or exceeds a limit.
-    """
-    if len(data) > MAX_PAGE_BYTES:
-        raise PageFault(f"page file over {MAX_PAGE_BYTES} bytes")
-    if not data.startswith(b"\xff\xd8"):
-        raise PageFault("page is not a JPEG file")
-    try:
-        height, width, _, _ = simplejpeg.decode_jpeg_header(data, strict=True)
-        if height * width > MAX_PAGE_PIXELS:
-            raise PageFault(f"page of {width} x {height} pixels is over {MAX_PAGE_PIXELS} pixels")
-        if not _is_sequential(data) and (scans := data.count(SCAN)) > MAX_PAGE_SCANS:
-            raise PageFault(f"page of {scans} scans is over {MAX_PAGE_SCANS} scans")
-        # With `fastdct`, crops differ from those of the exact transform by 0.3 grey levels, and by 0.7 for pages saved
-        # with a quality of 95 or higher.
-        page: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, colorspace="GRAY", fastdct=True, strict=True)[:, :, 0]
-    except ValueError as error:
-        raise PageFault(f"page can't be decoded: {error}") from error
-    return page
-
-
-def _is_sequential(data: bytes) -> bool:
-    """Return whether a JPEG file is certainly not progressive. Reads only the segments before the frame."""
-    offset = 2
-    while data[offset : offset + 2] in BEFORE_FRAME:
-        offset += 2 + int.from_bytes(data[offset + 2 : offset + 4])
-    return data[offset : offset + 2] in SEQUENTIAL
 
 
 def clip_box(box: Sequence[int], page_shape: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -103,8 +73,7 @@ def crop(page: NDArray[np.uint8], box: Sequence[int]) -> NDArray[np.uint8]:
     """
     x, y, width, height = box
     longer = max(width, height)
-    # Integer division as in the study. With floats, a side of 77 pixels would scale to 79 instead of 80.
-    new_width, new_height = max(1, width * SIDE // longer), max(1, height * SIDE // longer)
+    new_width, new_height = _scaled(width, height)
     # INTER_LINEAR samples two neighbours per axis: the more it shrinks, the more source pixels it skips.
     shrinking = cv2.INTER_LINEAR if longer <= 4 * SIDE else cv2.INTER_AREA
     interpolation = cv2.INTER_CUBIC if longer <= 2 * SIDE else shrinking
@@ -116,3 +85,23 @@ def crop(page: NDArray[np.uint8], box: Sequence[int]) -> NDArray[np.uint8]:
     middle = square[top : top + new_height, left : left + new_width]
     cv2.resize(doubled, (new_width, new_height), middle, interpolation=cv2.INTER_AREA)  # writes into `square`
     return square
+
+
+def has_ink(square: NDArray[np.uint8], box: Sequence[int]) -> bool:
+    """Return whether a crop has the contrast of writing, see `LEAST_CONTRAST`.
+
+    Args:
+        square: (80, 80) uint8, as returned by `crop`.
+        box: the box that it was cut from.
+    """
+    width, height = _scaled(box[2], box[3])
+    left, top = (SIDE - width) // 2, (SIDE - height) // 2
+    _, deviation = cv2.meanStdDev(square[top : top + height, left : left + width])
+    return bool(deviation[0, 0] >= LEAST_CONTRAST)
+
+
+def _scaled(width: int, height: int) -> tuple[int, int]:
+    """Return width and height of a box in its crop."""
+    # Integer division as in the study. With floats, a side of 77 pixels would scale to 79 instead of 80.
+    longer = max(width, height)
+    return max(1, width * SIDE // longer), max(1, height * SIDE // longer)

@@ -1,6 +1,7 @@
 """Cut the pages of a group into crops, for `prepare` and for `predict`."""
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -9,11 +10,15 @@ from numpy.typing import NDArray
 from upath import UPath
 
 from cluster.errors import InputError
-from preprocessing.crop import NO_FILE, PageFault, clip_box, crop, decode_page
+from preprocessing.crop import NO_FILE, PageFault, clip_box, crop, has_ink
 from preprocessing.labels.table import WHOLE_FILE
+from preprocessing.page_results import PageResult
 from preprocessing.pages import ReadPage, page_reader
 from preprocessing.plan import Group, Page
+from preprocessing.scan import Scan, decode_scan
 from preprocessing.tries import END
+
+MAX_STRETCH = 1.02  # of a box by --rescale: sizes in labels are rounded
 
 
 @dataclass(frozen=True)
@@ -29,8 +34,8 @@ class Cut:
     """Whether the box is partly off its page. The crop shows the part that is on the page."""
     fault: str = ""
     """Reason why there is no crop; empty if there is one."""
-    page_shape: tuple[int, ...] | None = None
-    """Height and width of the page in pixels; None if it was not decoded."""
+    page: PageResult | None = None
+    """What the page is like; None if it was not decoded. Complete after the last box of the page."""
 
 
 def cut_boxes(group: Group, pages: UPath, begin: Callable[[str], None] = lambda _: None) -> Iterator[Cut]:
@@ -42,7 +47,8 @@ def cut_boxes(group: Group, pages: UPath, begin: Callable[[str], None] = lambda 
         begin: called with the id of each page before it is read, and with `tries.END` after the last one.
 
     Raises:
-        InputError: a page file was removed or changed after the pages were listed.
+        InputError: a page file was removed or changed after the pages were listed, or boxes were made for another size
+            of a page and are not to be scaled to it.
     """
     cv2.setNumThreads(1)  # Ray runs one task per core
     start, boxes = 0, group.boxes
@@ -50,29 +56,80 @@ def cut_boxes(group: Group, pages: UPath, begin: Callable[[str], None] = lambda 
         for page in group.pages:
             if page.boxes:
                 begin(page.id)
-            image = _read_page(read, page) if page.boxes else PageFault("page without boxes")
+            scan = _read_page(read, page) if page.boxes else PageFault("page without boxes")
+            cutter = None if isinstance(scan, PageFault) else _Cutter(page, scan, group.rescale)
             for box in boxes[start : start + page.boxes].tolist():
-                yield _cut(page.id, image, box)
+                if box == list(WHOLE_FILE):  # of a file that can't be read, no size is known
+                    box = [0, 0, 0, 0] if isinstance(scan, PageFault) else [0, 0, *scan.image.shape[::-1]]
+                yield cutter.cut(box) if cutter else Cut(page.id, box, None, fault=str(scan))
             start += page.boxes
-            del image  # free the memory before the next page is decoded
+            del scan, cutter  # free the memory before the next page is decoded
         begin(END)
 
 
-def _cut(page_id: str, image: "NDArray[np.uint8] | PageFault", box: list[int]) -> Cut:
-    if box == list(WHOLE_FILE):  # of a file that can't be read, no size is known
-        box = [0, 0, 0, 0] if isinstance(image, PageFault) else [0, 0, image.shape[1], image.shape[0]]
-    try:
-        if isinstance(image, PageFault):
-            raise image
-        clipped_box = clip_box(box, image.shape)
-    except PageFault as fault:
-        shape = None if isinstance(image, PageFault) else image.shape
-        return Cut(page_id, box, None, fault=str(fault), page_shape=shape)
-    return Cut(page_id, box, crop(image, clipped_box), list(clipped_box) != box, page_shape=image.shape)
+class _Cutter:
+    """Cuts the boxes of a page."""
+
+    def __init__(self, page: Page, scan: Scan, rescale: bool) -> None:
+        """Raises: InputError: as `cut_boxes`."""
+        self.image = scan.image
+        height, width = scan.image.shape
+        self.scale = _scale_of(page, width, height, rescale)
+        self.result: PageResult = {
+            "page": page.id, "width": width, "height": height, "orientation": scan.orientation, "crops": 0,
+            "without_ink": 0, "warnings": scan.warnings,
+        }  # fmt: skip
+
+    def cut(self, box: list[int]) -> Cut:
+        placed = box if self.scale is None else scaled(box, *self.scale)
+        try:
+            clipped_box = clip_box(placed, self.image.shape)
+        except PageFault as fault:
+            return Cut(self.result["page"], box, None, fault=str(fault), page=self.result)
+        square = crop(self.image, clipped_box)
+        self.result["crops"] += 1
+        self.result["without_ink"] += not has_ink(square, clipped_box)
+        return Cut(self.result["page"], box, square, list(clipped_box) != placed, page=self.result)
 
 
-def _read_page(read: ReadPage, page: Page) -> "NDArray[np.uint8] | PageFault":
-    """Return the image of a page, (height, width) uint8, or the fault that makes all its boxes losses.
+def scaled(box: Sequence[int], across: float, down: float) -> list[int]:
+    """Scale a box. Near edges move down and far edges up, to whole pixels; a box of no area stays one.
+
+    box: x, y, width, height.
+    """
+    x, y, width, height = box
+    left, top = math.floor(x * across), math.floor(y * down)
+    return [
+        left,
+        top,
+        math.ceil((x + width) * across) - left if width > 0 else width,
+        math.ceil((y + height) * down) - top if height > 0 else height,
+    ]
+
+
+def _scale_of(page: Page, width: int, height: int, rescale: bool) -> tuple[float, float] | None:
+    """Return the factors from the boxes of a page to its scan; None if the boxes were made for this size.
+
+    Raises:
+        InputError: the boxes were made for another size, which is not of the same shape or not to be scaled.
+    """
+    if page.made_for in ((0, 0), (width, height)):
+        return None
+    across, down = width / page.made_for[0], height / page.made_for[1]
+    received = f"Received: boxes for {page.made_for[0]} x {page.made_for[1]} pixels, and {page.file_name} of "
+    received += f"{width} x {height}"
+    if not 1 / MAX_STRETCH <= across / down <= MAX_STRETCH:
+        raise InputError(f"boxes must be made for a scan of the same shape. {received}. Fix the label file or the scan")
+    if not rescale:
+        raise InputError(
+            f"boxes must be made for the size of their scan. {received}. Give --rescale to scale the boxes, or the "
+            "scans that they were made for"
+        )
+    return across, down
+
+
+def _read_page(read: ReadPage, page: Page) -> "Scan | PageFault":
+    """Return a page, or the fault that makes all its boxes losses.
 
     Raises:
         InputError: the page file was removed or changed after the pages were listed.
@@ -83,7 +140,7 @@ def _read_page(read: ReadPage, page: Page) -> "NDArray[np.uint8] | PageFault":
         data = read(page.file_name)
         if len(data) != page.file_bytes:
             raise FileNotFoundError(f"{page.file_name} with {len(data)} bytes instead of {page.file_bytes}")
-        return decode_page(data)
+        return decode_scan(data)
     except PageFault as fault:
         return fault
     except FileNotFoundError as error:

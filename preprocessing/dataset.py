@@ -12,12 +12,14 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import FailFast, model_validator
+from pydantic import FailFast, Field, model_validator
 from typing_extensions import TypedDict  # pydantic needs this one below Python 3.12
 
 from cluster.manifest import Count, FileEntry, Manifest
 from preprocessing.classes import LABELS_FILE, RARE
 from preprocessing.config import SPLITS
+from preprocessing.ink import InkCount
+from preprocessing.page_results import Ignored, PageWarnings
 from preprocessing.records import SIDE
 
 DATASET_NAME = "kuzushiji"
@@ -48,16 +50,6 @@ class Clipped(TypedDict):
     page: str
 
 
-class PageSize(TypedDict):
-    """The size of a decoded page, as the boxes count it."""
-
-    page: str
-    width: int
-    height: int
-    orientation: int
-    """EXIF orientation of the file, 1 to 8, that was applied."""
-
-
 # FailFast: otherwise pydantic creates an error for each of up to a million entries, of which only one is shown.
 Losses = Annotated[list[Loss], FailFast()]
 ClippedBoxes = Annotated[list[Clipped], FailFast()]
@@ -83,6 +75,13 @@ class DatasetManifest(Manifest):
     clipped: ClippedBoxes
     unlabelled: Annotated[list[str], FailFast()]
     """Ids of pages that have a file and no row in the labels."""
+    ignored: Ignored = Field(default_factory=dict)
+    """Kind of file among the pages that is not read (`.db`, `characters/`) to number of such files."""
+    warnings: PageWarnings = Field(default_factory=list)
+    """The first `page_results.LISTED_WARNINGS`; `pages.parquet` has all."""
+    more_warnings: Count = 0
+    """Number of further warnings."""
+    ink: InkCount = InkCount()
     seed: int
     config: dict[str, Any]
     """`PrepareConfig`, as JSON."""
@@ -213,6 +212,7 @@ def dataset_card(
     losses: int,
     clipped: int,
     book_rule: str,
+    warnings: Sequence[str] = (),
 ) -> str:
     """Return the README.md of a dataset folder, in Markdown.
 
@@ -223,11 +223,13 @@ def dataset_card(
         losses: number of lost boxes.
         clipped: number of clipped boxes.
         book_rule: as in `DatasetManifest`.
+        warnings: sentences about the set.
     """
     rows = "\n".join(
         f"| {split} | {c['examples']:,} | {c['pages']:,} | {c['books']:,} |" for split, c in counts.items()
     )
     kept = len(class_names) - 1
+    noted = "".join(f"\n- Warning: {warning}" for warning in warnings)
     return f"""# Kuzushiji crops
 
 {DESCRIPTION}
@@ -242,7 +244,7 @@ def dataset_card(
   {config["coverage"]} of all boxes, have a class of their own, unless the classes of an earlier dataset were given.
 - Crops: the box in grayscale, its longer side scaled to {SIDE} pixels, centred on a black square.
 - Boxes lost: {losses}. Boxes clipped at the edge of their page: {clipped}. Each is listed in `manifest.json`,
-  losses beyond the first 10,000 in `losses.parquet`.
+  losses beyond the first 10,000 in `losses.parquet`.{noted}
 
 Read it with `tfds.builder_from_directory(...)`, `kuzushiji train`, or any reader of TFRecords; each record is a
 `tf.train.Example` with `image` ({SIDE * SIDE:,} bytes, uint8, row-major), `label`, `unicode`, `image_id` and `box`

@@ -1,4 +1,4 @@
-"""List and read page scans: a folder of `<image_id>.jpg` files, or a zip archive of them as Kaggle provides it."""
+"""List and read page scans: the files of a folder and its sub-folders, or of a zip archive as Kaggle provides it."""
 
 import errno
 import hashlib
@@ -7,20 +7,27 @@ import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import cache
 from typing import Protocol
 
-import simplejpeg
 from upath import UPath
 
 from cluster.bucket import explaining
 from cluster.errors import DamageError, InputError
-from cluster.storage import CHUNK_BYTES, is_local, list_files, open_read, read_at_most
+from cluster.storage import CHUNK_BYTES, is_local, list_tree, open_read, read_at_most
 from preprocessing.crop import MAX_PAGE_BYTES, PageFault
+from preprocessing.matching import Files, Matcher
+from preprocessing.scan import SUFFIXES, scan_size
 
-SUFFIX = ".jpg"
+# Folders whose files are no pages: CODH's single characters, which its archives hold beside the pages, and the
+# attributes that macOS adds to an archive.
+OTHER_FOLDERS = ("characters", "__MACOSX")
+MAX_KINDS, MAX_SUFFIX_CHARS = 100, 16
+OTHERS, HIDDEN = "other files", "hidden files"
 # Exceptions that zipfile and its decompressors raise for members that are broken, encrypted or of an unknown method.
 BROKEN = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, RuntimeError, EOFError, OverflowError)
 UNREADABLE = (*BROKEN, ValueError, OSError)
@@ -37,12 +44,27 @@ class ReadPage(Protocol):
     def __call__(self, name: str) -> bytes: ...
 
 
-def list_pages(pages: UPath) -> dict[str, tuple[str, int]]:
-    """Map page ids to the name in the folder or archive and the size in bytes. Files without `.jpg` are ignored.
+@dataclass(frozen=True)
+class Listing:
+    """The files of a folder or archive."""
+
+    scans: dict[str, int]
+    """Path below the folder, or name in the archive, to size in bytes; sorted."""
+    ignored: dict[str, int]
+    """Kind of file that is not read (`.db`, `characters/`) to number of such files."""
+    where: str
+    """The folder or archive, for error messages."""
+
+    def files_of(self, page_ids: Iterable[str]) -> Files:
+        """Return the file of each page, and the other files. Raises: InputError: as `Matcher`."""
+        return Matcher(self.scans, self.where).match(page_ids)
+
+
+def list_pages(pages: UPath) -> Listing:
+    """List the scans in a folder and its sub-folders, or in an archive. The suffix of a file decides, in any case.
 
     Raises:
-        InputError: the folder or archive does not exist, the archive is broken, there are no pages, or two files have
-            the same page id.
+        InputError: the folder or archive does not exist, the archive is broken, or there are no scans.
         DamageError: two reads of a remote archive's directory gave different lists.
     """
     if is_archive(pages):
@@ -52,27 +74,60 @@ def list_pages(pages: UPath) -> dict[str, tuple[str, int]]:
             raise DamageError(
                 f"{pages} must arrive unchanged. Received: two different lists of files. Run the same command again"
             )
-        files = [(name, size) for name, size in members if not name.startswith("__MACOSX/")]
     else:
-        files = list(list_files(pages).items())
-    listing: dict[str, tuple[str, int]] = {}
-    for name, size in sorted(files):
-        page_id, suffix = os.path.splitext(os.path.basename(name))
-        if suffix == SUFFIX:
-            if page_id in listing:
-                raise InputError(f"{pages} must hold one file per page. Received: {listing[page_id][0]!r} and {name!r}")
-            listing[page_id] = (name, size)
-    if not listing:
+        members = list_tree(pages)
+    scans: dict[str, int] = {}
+    ignored: list[str] = []
+    for name, size in sorted(members):
+        kind = _ignored_as(name)
+        if kind:
+            ignored.append(kind)
+        elif name in scans:
+            raise InputError(f"{pages} must hold one file per page. Received: {name!r} twice")
+        else:
+            scans[name] = size
+    if not scans:
         raise InputError(
-            f"--pages must be a folder or .zip of <image_id>{SUFFIX} files. Received: {pages}, without any"
+            f"--pages must be a folder or .zip of scans ({' '.join(SUFFIXES)}). Received: {pages}, without any"
         )
-    return listing
+    return Listing(scans, count_kinds(ignored), str(pages))
 
 
-def fingerprint(labels_sha256: str, listing: Mapping[str, tuple[str, int]]) -> str:
+def count_kinds(kinds: Iterable[str]) -> dict[str, int]:
+    """Count files by their kind, of at most `MAX_KINDS`."""
+    counts: Counter[str] = Counter()
+    for kind in kinds:
+        counts[kind if kind in counts or len(counts) < MAX_KINDS else OTHERS] += 1
+    return dict(sorted(counts.items()))
+
+
+def ignored_line(ignored: Mapping[str, int]) -> str:
+    """Return what was not read as text: `3 .db, 120 characters/`."""
+    return ", ".join(f"{count:,} {kind}" for kind, count in ignored.items())
+
+
+def _ignored_as(name: str) -> str:
+    """Return the kind of a file that is not read, or nothing for a scan."""
+    *folders, base = name.split("/")
+    for folder in OTHER_FOLDERS:
+        if folder in folders:
+            return f"{folder}/"
+    if base.startswith("."):  # macOS writes `._page.jpg` beside `page.jpg`
+        return HIDDEN
+    kind = kind_of(base)
+    return "" if kind in SUFFIXES else kind
+
+
+def kind_of(name: str) -> str:
+    """Return the kind of a file: its suffix, in small letters."""
+    suffix = os.path.splitext(name)[1].lower()
+    return suffix if suffix.isprintable() and 1 < len(suffix) <= MAX_SUFFIX_CHARS else OTHERS
+
+
+def fingerprint(labels_sha256: str, files: Files) -> str:
     """Return a hex digest of the input: the labels' SHA-256, and the ids and sizes of the pages, which are not read."""
     digest = hashlib.sha256(labels_sha256.encode())
-    for page_id, (_, size) in sorted(listing.items()):
+    for page_id, (_, size) in sorted(files.items()):
         digest.update(f"\n{page_id} {size}".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
@@ -103,29 +158,27 @@ def page_reader(pages: UPath, option: str = "--pages") -> Iterator[ReadPage]:
 
 
 @contextmanager
-def size_reader(
-    pages: UPath, listed: Callable[[], Mapping[str, tuple[str, int]]]
-) -> Iterator[Callable[[str], tuple[int, int] | None]]:
+def size_reader(pages: UPath, listed: Callable[[], Listing]) -> Iterator[Callable[[str], tuple[int, int] | None]]:
     """Yield a function that takes a page id and returns the page's width and height in pixels, from its header alone;
     None for a page without a file or with one that can't be read.
 
-    listed: returns what `list_pages` does; called when the first size is asked for.
+    listed: returns the listing of `pages`; called when the first size is asked for.
     """
     with ExitStack() as stack:
         read = cache(lambda: stack.enter_context(page_reader(pages)))
+        matcher = cache(lambda: Matcher(listed().scans, listed().where))
 
         def size_of(page_id: str) -> tuple[int, int] | None:
-            if page_id not in listed():
+            path = matcher().path_of(page_id)
+            if path is None:
                 return None
-            name, size = listed()[page_id]
+            name = matcher().paths[path]
             # After a long preface, such as a thumbnail, the header comes later.
-            for most in (size,) if is_archive(pages) else (HEADER_BYTES, size):
+            for most in (MAX_PAGE_BYTES,) if is_archive(pages) else (HEADER_BYTES, MAX_PAGE_BYTES):
                 try:
-                    data = read()(name) if most == size else read_at_most(pages / name, most)
-                    height, width, _, _ = simplejpeg.decode_jpeg_header(data, strict=True)
-                except (ValueError, PageFault, FileNotFoundError):
+                    return scan_size(read()(name) if most == MAX_PAGE_BYTES else read_at_most(pages / name, most))
+                except (PageFault, FileNotFoundError):
                     continue
-                return width, height
             return None
 
         yield size_of
@@ -137,9 +190,9 @@ def is_archive(pages: UPath) -> bool:
 
 
 def list_members(pages: UPath, option: str = "--pages") -> list[tuple[str, int]]:
-    """Return name and uncompressed size in bytes of each member of an archive. option: to name in error messages."""
+    """Return name and uncompressed size in bytes of each file in an archive. option: to name in error messages."""
     with _open_archive(pages, option) as archive:
-        return [(info.filename, info.file_size) for info in archive.infolist()]
+        return [(info.filename, info.file_size) for info in archive.infolist() if not info.is_dir()]
 
 
 def _read_member(archive: zipfile.ZipFile, name: str) -> bytes:

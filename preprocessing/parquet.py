@@ -5,8 +5,11 @@ pages.parquet    a row per page of the labels, sorted by id
     book           see `preprocessing.books`
     splits         list of `train`, `validation` and `test`: those that the boxes of the page are in
     boxes          number of boxes
-    width, height  in pixels, as the boxes count them; none if the page was not decoded
-    orientation    EXIF orientation of the file, 1 to 8, that was applied; none if the page was not decoded
+    width, height  in pixels, as the boxes count them; this and the following are none if the page was not decoded
+    orientation    EXIF orientation of the file, 1 to 8, that was applied
+    crops          number of boxes that were cut
+    without_ink    number of these crops without the contrast of writing, see `preprocessing.crop.LEAST_CONTRAST`
+    warnings       list of what was mended in the file, or is not as in other scans
 losses.parquet   the losses beyond the first `LISTED_LOSSES`, which the manifest lists; only if there are more
     page, x, y, width, height, unicode, what
 """
@@ -24,11 +27,13 @@ from upath import UPath
 from cluster.errors import DamageError
 from cluster.storage import read_bytes, size_of
 from preprocessing.config import SPLITS
-from preprocessing.dataset import Loss, PageSize
+from preprocessing.dataset import Loss
 from preprocessing.labels.table import Labels
+from preprocessing.page_results import PageResult
 
 PAGES_TABLE = "pages.parquet"
 LOSSES_TABLE = "losses.parquet"
+RESULTS = ("width", "height", "orientation", "crops", "without_ink", "warnings")  # columns of `PageResult`
 LISTED_LOSSES = 10_000  # in the manifest
 # Tables of others are refused beyond these limits. A million pages have some 20 MB.
 MAX_TABLE_BYTES = 1 << 28
@@ -43,6 +48,9 @@ _PAGES = pa.schema(
         ("width", pa.int32()),
         ("height", pa.int32()),
         ("orientation", pa.int8()),
+        ("crops", pa.int32()),
+        ("without_ink", pa.int32()),
+        ("warnings", pa.list_(pa.string())),
     ]
 )
 _LOSSES = pa.schema(
@@ -55,14 +63,16 @@ _LOSSES = pa.schema(
 )
 
 
-def pages_table(labels: Labels, books: Sequence[str], splits: NDArray[np.int8], sizes: Mapping[str, PageSize]) -> bytes:
+def pages_table(
+    labels: Labels, books: Sequence[str], splits: NDArray[np.int8], results: Mapping[str, PageResult]
+) -> bytes:
     """Return the content of `pages.parquet`.
 
     Args:
         labels: P pages, N boxes.
         books: the book of each page.
         splits: (N,), index into `SPLITS` of each box.
-        sizes: page id to size, for the pages that were decoded.
+        results: of the pages that were decoded, by id.
     """
     page_of_box = np.repeat(np.arange(len(labels.page_ids)), labels.boxes_per_page)
     is_in = np.zeros((len(labels.page_ids), len(SPLITS)), np.bool_)
@@ -73,12 +83,8 @@ def pages_table(labels: Labels, books: Sequence[str], splits: NDArray[np.int8], 
         "splits": [[name for name, there in zip(SPLITS, row, strict=True) if there] for row in is_in.tolist()],
         "boxes": labels.boxes_per_page,
     }
-    of_page = [sizes.get(page_id) for page_id in labels.page_ids]
-    columns |= {
-        "width": [size and size["width"] for size in of_page],
-        "height": [size and size["height"] for size in of_page],
-        "orientation": [size and size["orientation"] for size in of_page],
-    }
+    of_page: list[Mapping[str, Any]] = [results.get(page_id, {}) for page_id in labels.page_ids]
+    columns |= {name: [result.get(name) for result in of_page] for name in RESULTS}
     return _bytes_of(pa.table(columns, schema=_PAGES))
 
 
@@ -108,10 +114,10 @@ def books_of_table(path: UPath) -> dict[str, str]:
     return {row["page"]: row["book"] for row in _rows(path, _PAGES, ["page", "book"])}
 
 
-def sizes_of_table(path: UPath) -> list[PageSize]:
-    """Return the sizes of the pages that were decoded from a `pages.parquet`. Raises as `books_of_table`."""
-    sizes: list[Any] = _rows(path, _PAGES, ["page", "width", "height", "orientation"])
-    return [size for size in sizes if size["width"] is not None]
+def results_of_table(path: UPath) -> list[PageResult]:
+    """Return the results of the pages that were decoded from a `pages.parquet`. Raises as `books_of_table`."""
+    results: list[Any] = _rows(path, _PAGES, ["page", *RESULTS])
+    return [result for result in results if result["width"] is not None]
 
 
 def losses_of_table(path: UPath) -> list[Loss]:

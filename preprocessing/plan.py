@@ -31,7 +31,7 @@ BOXES_PER_GROUP = 10_000
 # Small datasets get enough groups for the cores of a laptop. A constant: the bytes must not depend on the machine.
 MIN_GROUPS = 16
 # The packages whose versions are recorded: all of these but Ray determine the bytes of the crops and tables.
-VERSIONED = ("kuzushiji", "numpy", "opencv-python-headless", "pyarrow", "ray", "simplejpeg")
+VERSIONED = ("kuzushiji", "numpy", "opencv-python-headless", "pillow", "pyarrow", "ray", "simplejpeg")
 
 
 class Page(NamedTuple):
@@ -44,6 +44,8 @@ class Page(NamedTuple):
     """Number of bytes to read: the size of the file, at most `MAX_PAGE_BYTES` + 1."""
     boxes: int
     """Number of boxes."""
+    made_for: tuple[int, int]
+    """Width and height in pixels that the boxes were made for; (0, 0) if the labels do not say it."""
 
 
 @dataclass
@@ -67,6 +69,10 @@ class Group:
     """4 N: x, y, width and height of each box in pixels, page by page."""
     code_points: list[int]
     """N code points, `labels.UNKNOWN` where the label file has none."""
+    made_for: list[int]
+    """2 P: width and height that the boxes of each page were made for, see `Page`."""
+    rescale: bool
+    """Whether boxes that were made for another size of their page are scaled to it."""
     labels: list[int] = field(default_factory=list)
     """N class indices; only for `prepare`."""
     splits: list[int] = field(default_factory=list)
@@ -77,7 +83,8 @@ class Group:
     @property
     def pages(self) -> list[Page]:
         """P pages."""
-        fields = zip(self.page_ids, self.file_names, self.file_bytes, self.boxes_per_page, strict=True)
+        made_for = zip(self.made_for[::2], self.made_for[1::2], strict=True)
+        fields = zip(self.page_ids, self.file_names, self.file_bytes, self.boxes_per_page, made_for, strict=True)
         return [Page(*values) for values in fields]
 
     @property
@@ -101,6 +108,8 @@ class Plan:
     groups: list[Group]
     unlabelled: list[str]
     """Ids of pages that have a file and no row in the labels."""
+    ignored: dict[str, int]
+    """Kind of file that is not read to number of such files, see `pages.Listing`."""
     losses: list[Loss]
     """Boxes that are lost whatever the scans show, see `known_losses`."""
     identity: dict[str, Any]
@@ -129,16 +138,20 @@ def make_plan(
     if label_places is None:
         if config.split == "page":
             raise OptionError("--split must be random or book with --crops, which are on no page. Received: page")
-        labels, files = read_crops(pages)
+        labels, files, ignored = read_crops(pages)
     else:
         listed = cache(lambda: list_pages(pages))
         with size_reader(pages, listed) as size_of:
             labels = read_labels(label_places, size_of=size_of, canvases=canvases)
-        files = listed()
+        files, ignored = listed().files_of(labels.page_ids), listed().ignored
+    if config.rescale:
+        check_sizes_are_stated(labels)
     books = books_of_pages(labels, files, config.books)
     splits = _splits(labels, files, books, config)
     names = config.classes or class_names(labels.code_points, config.coverage)
-    groups = plan_groups(labels, class_indices(names, labels.code_points), splits, files, config.shards)
+    groups = plan_groups(
+        labels, class_indices(names, labels.code_points), splits, files, config.shards, bool(config.rescale)
+    )
     identity = config.model_dump(exclude={"max_bad_fraction"})
     versions = {"python": platform.python_version()} | {package: version(package) for package in VERSIONED}
     identity |= {"input": fingerprint(labels.sha256, files), "versions": versions}
@@ -147,7 +160,20 @@ def make_plan(
         identity |= {"book_rule": book_rule}
     unlabelled = sorted(os.fsencode(page).decode(errors="replace") for page in set(files) - set(labels.page_ids))
     lost = known_losses(labels, files)
-    return Plan(labels, names, splits, books, book_rule, groups, unlabelled, lost, identity)
+    return Plan(labels, names, splits, books, book_rule, groups, unlabelled, ignored, lost, identity)
+
+
+def check_sizes_are_stated(labels: Labels) -> None:
+    """Check that `--rescale` has something to scale by.
+
+    Raises:
+        OptionError: the labels do not say for which sizes of the pages their boxes were made.
+    """
+    if not labels.page_sizes:
+        raise OptionError(
+            "--rescale must be given with labels that say the size of their pages (COCO, IIIF Curation). "
+            "Received: labels that do not. Leave it out"
+        )
 
 
 def _splits(
@@ -186,6 +212,7 @@ def plan_groups(
     splits: NDArray[np.int8],
     files: Mapping[str, tuple[str, int]],
     groups: int | None,
+    rescale: bool = False,
 ) -> list[Group]:
     """Return the groups of `prepare`, in the order of their pages.
 
@@ -195,8 +222,9 @@ def plan_groups(
         splits: (N,), index into `SPLITS` of each box.
         files: as in `group_pages`.
         groups: maximum number of groups; None: chosen by the number of boxes.
+        rescale: as in `Group`.
     """
-    planned = group_pages(labels, files, groups or number_of_groups(len(labels.boxes), BOXES_PER_GROUP))
+    planned = group_pages(labels, files, groups or number_of_groups(len(labels.boxes), BOXES_PER_GROUP), rescale)
     ends = np.cumsum([len(group.code_points) for group in planned])
     parts = zip(planned, np.split(classes, ends), np.split(splits, ends), strict=False)  # np.split adds an empty part
     for group, group_classes, group_splits in parts:
@@ -214,16 +242,19 @@ def number_of_groups(boxes: int, per_group: int) -> int:
     return max(MIN_GROUPS, -(-boxes // per_group))
 
 
-def group_pages(labels: Labels, files: Mapping[str, tuple[str, int]], groups: int) -> list[Group]:
+def group_pages(
+    labels: Labels, files: Mapping[str, tuple[str, int]], groups: int, rescale: bool = False
+) -> list[Group]:
     """Divide all pages, sorted by id, into at most `groups` groups with nearly equal numbers of boxes.
 
     Each group has at least one box.
 
     Args:
         labels: the pages and their boxes.
-        files: page id to file name and size in bytes, for the pages that have a file, see `list_pages`.
+        files: page id to file name and size in bytes, for the pages that have a file, see `Listing.files_of`.
         groups: maximum number of groups. There are fewer if there are fewer pages with boxes, or if one page has the
             boxes of several groups.
+        rescale: as in `Group`.
     """
     planned = []
     for number, (first, last) in enumerate(itertools.pairwise(_bounds(labels, groups))):
@@ -239,6 +270,8 @@ def group_pages(labels: Labels, files: Mapping[str, tuple[str, int]], groups: in
             boxes_per_page=labels.boxes_per_page[first:last].tolist(),
             box_numbers=labels.boxes[boxes].ravel().tolist(),
             code_points=labels.code_points[boxes].tolist(),
+            made_for=[side for page_id in page_ids for side in labels.page_sizes.get(page_id, (0, 0))],
+            rescale=rescale,
         )
         planned.append(group)
     return planned

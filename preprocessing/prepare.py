@@ -23,7 +23,17 @@ from cluster.storage import (
     write_bytes,
 )
 from preprocessing.config import SPLITS, PrepareConfig
-from preprocessing.dataset import Clipped, DatasetManifest, Loss, Shard, dataset_card, dataset_files
+from preprocessing.dataset import (
+    Clipped,
+    DatasetManifest,
+    Loss,
+    Shard,
+    dataset_card,
+    dataset_files,
+)
+from preprocessing.ink import count_ink, ink_lines
+from preprocessing.page_results import LISTED_WARNINGS, PageResult, listed_warnings
+from preprocessing.pages import ignored_line
 from preprocessing.parquet import LISTED_LOSSES, LOSSES_TABLE, PAGES_TABLE, losses_table, pages_table
 from preprocessing.plan import Plan, make_plan
 from preprocessing.shards import PLAN_FILE, PROGRESS_FOLDER, CutGroup, GroupReport, report_path, write_reports
@@ -65,6 +75,8 @@ def prepare(
             f"--val-fraction and --test-fraction must leave boxes to train on. Received: {total:g} in all"
         )
     plan = make_plan(pages, labels, config, canvases)
+    if plan.ignored:
+        log.info("not read in %s: %s", pages, ignored_line(plan.ignored))
     manifest = _earlier_attempt(dataset, plan)
     if manifest is None:
         try:
@@ -240,15 +252,19 @@ def _finish(plan: Plan, dataset: UPath, config: PrepareConfig, reports: Sequence
             )
     counts = _counts(plan, shards)
     config_json = config.model_dump()
-    card = dataset_card(plan.class_names, counts, config_json, len(losses), len(clipped), plan.book_rule)
+    results = [result for report in reports for result in report.pages]
+    faint = ink_lines(count_ink(results))
+    card = dataset_card(plan.class_names, counts, config_json, len(losses), len(clipped), plan.book_rule, faint)
     texts = dataset_files(plan.class_names, shards, card)
     contents = {name: text.encode() for name, text in texts.items()}
-    sizes_of_pages = {size["page"]: size for report in reports for size in report.pages}
-    contents[PAGES_TABLE] = pages_table(plan.labels, plan.books, plan.splits, sizes_of_pages)
+    results_by_page = {result["page"]: result for result in results}
+    contents[PAGES_TABLE] = pages_table(plan.labels, plan.books, plan.splits, results_by_page)
     if len(losses) > LISTED_LOSSES:
         contents[LOSSES_TABLE] = losses_table(losses[LISTED_LOSSES:])
     files = [write_listed(dataset / name, contents[name]) for name in sorted(contents)]
-    manifest = _manifest(plan, config, shards, losses, clipped, files)
+    manifest = _manifest(plan, config, shards, losses, clipped, files, results)
+    for line in faint:
+        log.warning("%s", line)
     for folder in (dataset, dataset / PROGRESS_FOLDER):  # left by killed attempts
         remove_temporaries(folder)
     seal(dataset, manifest)
@@ -273,7 +289,9 @@ def _manifest(
     losses: list[Loss],
     clipped: Sequence[Clipped] = (),
     files: Sequence[FileEntry] = (),
+    results: Sequence[PageResult] = (),
 ) -> DatasetManifest:
+    warnings = listed_warnings(results, plan.labels.warnings)
     return DatasetManifest(
         shards=[shard for split_shards in shards.values() for shard in split_shards],
         files=list(files),
@@ -282,6 +300,10 @@ def _manifest(
         more_losses=max(0, len(losses) - LISTED_LOSSES),
         clipped=list(clipped),
         unlabelled=plan.unlabelled,
+        ignored=plan.ignored,
+        warnings=warnings[:LISTED_WARNINGS],
+        more_warnings=max(0, len(warnings) - LISTED_WARNINGS),
+        ink=count_ink(results),
         seed=config.seed,
         config=config.model_dump(),
         versions=plan.identity["versions"],

@@ -20,9 +20,10 @@ from cluster.manifest import fault_of
 from cluster.storage import CHUNK_BYTES, is_file, list_files, new_file, place, read_bytes, sha256_of, write_bytes
 from preprocessing.config import SPLITS
 from preprocessing.cutting import cut_boxes
-from preprocessing.dataset import Clipped, DatasetManifest, Loss, PageSize, Shard
+from preprocessing.dataset import Clipped, DatasetManifest, Loss, Shard
 from preprocessing.labels.code_points import code_point_name
-from preprocessing.parquet import LOSSES_TABLE, PAGES_TABLE, losses_of_table, sizes_of_table
+from preprocessing.page_results import PageResult
+from preprocessing.parquet import LOSSES_TABLE, PAGES_TABLE, losses_of_table, results_of_table
 from preprocessing.plan import Group
 from preprocessing.records import Value, encode_example, frame
 from preprocessing.tries import Tries
@@ -32,13 +33,13 @@ PLAN_FILE = "plan.json"
 
 
 class GroupReport(BaseModel):
-    """Result of a group: the shards that were written, the boxes that were lost or clipped, the sizes of its pages."""
+    """Result of a group: the shards that were written, the boxes that were lost or clipped, what its pages are like."""
 
     shards: dict[str, Shard]
     """Split to shard; no entry for a split without a box in the group."""
     losses: list[Loss]
     clipped: list[Clipped]
-    pages: list[PageSize]
+    pages: list[PageResult]
     """The pages that were decoded."""
 
 
@@ -85,8 +86,8 @@ def write_reports(dataset: UPath, groups: Sequence[Group], manifest: DatasetMani
         of_page[loss["page"]].losses.append(loss)
     for box in manifest.clipped:
         of_page[box["page"]].clipped.append(box)
-    for size in sizes_of_table(dataset / PAGES_TABLE):
-        of_page[size["page"]].pages.append(size)
+    for result in results_of_table(dataset / PAGES_TABLE):
+        of_page[result["page"]].pages.append(result)
     for group, report in zip(groups, reports, strict=True):
         write_bytes(report_path(dataset, group.number), report.model_dump_json().encode())
 
@@ -131,14 +132,13 @@ class CutGroup:
 def _cut_group(group: Group, pages: UPath, folder: UPath, begin: Callable[[str], None]) -> GroupReport:
     losses: list[Loss] = []
     clipped: list[Clipped] = []
-    sizes: dict[str, PageSize] = {}
+    results: dict[str, PageResult] = {}
     with ExitStack() as stack:
         writers = [_open_writer(stack, folder, name) if name else None for name in group.shard_names]
         for i, cut in enumerate(cut_boxes(group, pages, begin)):
             unicode = code_point_name(group.code_points[i])
-            if cut.page_shape and cut.page_id not in sizes:
-                height, width = cut.page_shape
-                sizes[cut.page_id] = {"page": cut.page_id, "width": width, "height": height, "orientation": 1}
+            if cut.page:
+                results[cut.page_id] = cut.page
             if cut.crop is None:
                 losses.append({"box": cut.box, "page": cut.page_id, "unicode": unicode, "what": cut.fault})
                 continue
@@ -155,7 +155,7 @@ def _cut_group(group: Group, pages: UPath, folder: UPath, begin: Callable[[str],
             assert writer is not None, "a shard is planned for every split that has a box in the group"
             writer.write(example)
         shards = {split: writer.close() for split, writer in zip(SPLITS, writers, strict=True) if writer}
-    return GroupReport(shards=shards, losses=losses, clipped=clipped, pages=list(sizes.values()))
+    return GroupReport(shards=shards, losses=losses, clipped=clipped, pages=list(results.values()))
 
 
 def _open_writer(stack: ExitStack, folder: UPath, name: str) -> "_ShardWriter":

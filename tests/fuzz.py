@@ -47,9 +47,10 @@ from preprocessing.shards import PLAN_FILE, PROGRESS_FOLDER, CutGroup
 
 MEGABYTE = 1 << 20
 ROUND_SECONDS = 300  # a round takes some ten; this is for a machine that has other things to do
-# What a task that cuts pages may take, whatever the pages. The largest that is let in, of four colours and progressive,
-# is held by libjpeg as 2 bytes a pixel and colour, then as a byte a pixel and colour, then in gray.
-PAGES_MEGABYTES = 1500
+# What a task that cuts pages may take, whatever the pages. The largest that is let in, a JPEG 2000 of four colours,
+# is held by OpenJPEG as 4 bytes a pixel and colour, then by Pillow as one, twice, then in gray.
+PAGES_MEGABYTES = 2500
+JPEG_MEGABYTES = 1500  # of a progressive one, of four colours
 DATASETS_MEGABYTES = 300  # without TensorFlow
 BOMB_MEGABYTES = 512
 SIZES = (0, 1, 7, 8, 9, 255, 256, 1999, 9999, 30_000, 65_500, 65_535)
@@ -89,6 +90,27 @@ def progressive(width: int, height: int, colours: int, scans: int) -> bytes:
     return b"".join(out) + b"\xff\xd9"
 
 
+def sequential(width: int, height: int, colours: int) -> bytes:
+    """A page of few bytes in one scan, stored turned: two bits for each block."""
+    exif = b"Exif\0\0II*\0\x08\0\0\0\1\0\x12\1\3\0\1\0\0\0\6\0\0\0\0\0\0\0"
+    components = b"".join(bytes([colour, 0x11, 0]) for colour in range(colours))
+    codes = bytes([1, *[0] * 15]) + b"\0"  # one code, of one bit: no difference of the mean, and end of block
+    scan = bytes([colours]) + b"".join(bytes([colour, 0]) for colour in range(colours)) + b"\0\x3f\0"
+    bits = 2 * colours * -(-width // 8) * -(-height // 8)
+    return b"".join(
+        (
+            b"\xff\xd8",
+            segment(0xE1, exif),
+            segment(0xDB, b"\0" + b"\1" * 64),
+            segment(0xC0, struct.pack(">BHHB", 8, height, width, colours) + components),
+            segment(0xC4, b"\0" + codes) + segment(0xC4, b"\x10" + codes),
+            segment(0xDA, scan),
+            bytes(bits // 8) + (bytes([(1 << 8 - bits % 8) - 1]) if bits % 8 else b""),
+            b"\xff\xd9",
+        )
+    )
+
+
 def _packed(bits: str) -> bytes:
     return int(bits, 2).to_bytes(len(bits) // 8, "big").replace(b"\xff", b"\xff\0")
 
@@ -99,6 +121,8 @@ def good_pages() -> list[bytes]:
     colour = Image.fromarray(noise)
     gray, exif = colour.convert("L"), Image.Exif()
     exif[0x010E], exif[0x0112] = "a page", 6
+    see_through = colour.copy()
+    see_through.putalpha(gray)
     ways: list[tuple[Image.Image, str, dict[str, Any]]] = [
         (gray, "JPEG", {}),
         (gray, "JPEG", {"progressive": True}),
@@ -109,7 +133,18 @@ def good_pages() -> list[bytes]:
         (colour, "JPEG", {"restart_marker_blocks": 2, "comment": b"a page"}),
         (colour.convert("CMYK"), "JPEG", {}),
         (colour.convert("CMYK"), "JPEG", {"progressive": True}),
-        *((colour, kind, {}) for kind in ("PNG", "GIF", "WEBP", "BMP", "TIFF")),
+        *((colour, kind, {}) for kind in ("PNG", "GIF", "WEBP", "BMP", "TIFF", "JPEG2000")),
+        *((colour, "TIFF", {"compression": how}) for how in ("tiff_lzw", "tiff_adobe_deflate", "jpeg", "packbits")),
+        (Image.fromarray(noise), "TIFF", {"exif": exif, "save_all": True, "append_images": [see_through]}),
+        (gray.convert("1"), "TIFF", {"compression": "group4"}),
+        (Image.fromarray(noise[..., 0].astype(np.uint16) * 99), "TIFF", {}),
+        (Image.fromarray(noise[..., 0].astype(np.uint16) * 99), "PNG", {"exif": exif}),
+        (Image.fromarray(noise[..., 0].astype(np.uint16) * 99), "JPEG2000", {}),
+        (see_through, "PNG", {}),
+        (see_through, "WEBP", {"lossless": True, "exif": exif}),
+        (see_through, "JPEG2000", {"no_jp2": True}),
+        (colour.quantize(9), "PNG", {"transparency": 3}),
+        (see_through, "WEBP", {"save_all": True, "append_images": [colour]}),
     ]
     pages = [progressive(40, 56, 3, 90), progressive(40, 56, 1, 300)]
     for image, kind, options in ways:
@@ -199,11 +234,16 @@ def fuzz_pages(rng: random.Random, folder: Path, count: int) -> Counter[str]:
 def fuzz_largest(rng: random.Random, folder: Path, count: int) -> Counter[str]:
     """The largest pages that are let in, one after the other: within the memory that is stated, and read."""
     ids = [f"page_{colours:05d}" for colours in (1, 4, 3)]
+    large = "page_00000"
     with zipfile.ZipFile(folder / "pages.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         for page_id in ids:
             page = progressive(9999, 9999, int(page_id[-1]), 10)
             archive.writestr(f"{page_id}.jpg", page + bytes(MAX_PAGE_BYTES - len(page)))
             del page
+        page = sequential(16_000, 15_600, 3)
+        archive.writestr(f"{large}.jpg", page + bytes(MAX_PAGE_BYTES - len(page)))
+        del page
+    ids.append(large)
     outcomes = cut(ids, folder / "pages.zip", folder)
     assert outcomes["pages read"] == len(ids)
     return outcomes
@@ -236,7 +276,7 @@ def fuzz_names(rng: random.Random, folder: Path, count: int) -> Counter[str]:
     end += struct.pack("<4sLQL", b"PK\6\7", 0, len(entries), 1)
     end += struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0)
     (folder / "names.zip").write_bytes(entries + end)
-    return Counter({"names": len(list_pages(place(folder / "names.zip")))})
+    return Counter({"names": len(list_pages(place(folder / "names.zip")).scans)})
 
 
 def cut(ids: list[str], pages: Path, folder: Path) -> Counter[str]:
@@ -246,7 +286,7 @@ def cut(ids: list[str], pages: Path, folder: Path) -> Counter[str]:
     labels = read_labels(place(folder / "train.csv"))
     total = len(labels.boxes)
     splits = (np.arange(total) % 3).astype(np.int8)
-    (group,) = plan_groups(labels, np.zeros(total, np.int64), splits, list_pages(place(pages)), 1)
+    (group,) = plan_groups(labels, np.zeros(total, np.int64), splits, list_pages(place(pages)).files_of(ids), 1)
     write_bytes(place(folder / "crops" / PROGRESS_FOLDER / PLAN_FILE), b"{}")
     report = CutGroup(str(pages), str(folder / "crops"))(group)
     found: Counter[str] = Counter()
@@ -282,7 +322,7 @@ def fuzz_archives(rng: random.Random, folder: Path, count: int) -> Counter[str]:
             listing = list_pages(place(path))
             outcomes["listed"] += 1
             with page_reader(place(path)) as read:
-                for name, _ in listing.values():
+                for name in listing.scans:
                     try:
                         read(name)
                         outcomes["read"] += 1
@@ -533,7 +573,7 @@ def fuzz_datasets(rng: random.Random, folder: Path, count: int) -> Counter[str]:
 # What is done to each kind of input, how often in a round, and within how much memory.
 ROUNDS: dict[str, tuple[Callable[[random.Random, Path, int], Counter[str]], int, int]] = {
     "pages": (fuzz_pages, 1000, PAGES_MEGABYTES),
-    "largest": (fuzz_largest, 1, PAGES_MEGABYTES),
+    "largest": (fuzz_largest, 1, JPEG_MEGABYTES),
     "bombs": (fuzz_bombs, 1, BOMB_MEGABYTES),
     "names": (fuzz_names, 1_000_000, PAGES_MEGABYTES),
     "archives": (fuzz_archives, 1000, PAGES_MEGABYTES),

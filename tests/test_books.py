@@ -24,10 +24,11 @@ from job.report.dataset import dataset_report
 from job.verify import verify
 from preprocessing.books import book_of, books_of_pages, pages_for_training, read_books, read_train_only, volume_of
 from preprocessing.config import BooksFile, PrepareConfig, TrainOnlyFile
-from preprocessing.dataset import DatasetManifest, PageSize
+from preprocessing.dataset import DatasetManifest
 from preprocessing.labels.read import read_labels
 from preprocessing.labels.table import Labels
-from preprocessing.parquet import books_of_table, losses_of_table, pages_table, sizes_of_table
+from preprocessing.page_results import PageResult
+from preprocessing.parquet import books_of_table, losses_of_table, pages_table, results_of_table
 from preprocessing.plan import make_plan
 from preprocessing.prepare import _manifest, prepare
 from preprocessing.split import TEST, TRAIN, VALIDATION, folds_of_boxes, split_of_boxes
@@ -320,19 +321,21 @@ def test_a_dataset_lists_its_pages_and_losses_and_another_file_of_books_is_refus
 
 def test_a_table_that_was_changed_is_read_or_refused_in_one_line(tmp_path: Path) -> None:
     labels = labels_of({f"{i:03}_1": 2 for i in range(50)})
-    size: PageSize = {"page": "003_1", "width": 9, "height": 8, "orientation": 6}
+    size: PageResult = {
+        "page": "003_1", "width": 9, "height": 8, "orientation": 6, "crops": 2, "without_ink": 1, "warnings": ["x"],
+    }  # fmt: skip
     splits = np.full(100, TRAIN, np.int8)
     good = pages_table(labels, [book_of(page_id) for page_id in labels.page_ids], splits, {"003_1": size})
     path = tmp_path / "pages.parquet"
     path.write_bytes(good)
     assert books_of_table(place(path)) == {f"{i:03}_1": f"{i:03}" for i in range(50)}
-    assert sizes_of_table(place(path)) == [size]
+    assert results_of_table(place(path)) == [size]
     rng, refused = np.random.default_rng(1), 0
     for _ in range(300):
         data = np.frombuffer(good, np.uint8).copy()
         data[rng.integers(0, len(data), 3)] = rng.integers(0, 256, 3)
         path.write_bytes(data[: rng.choice([len(data), rng.integers(1, len(data))])].tobytes())
-        for read in (books_of_table, sizes_of_table):
+        for read in (books_of_table, results_of_table):
             try:
                 read(place(path))
             except DamageError as error:

@@ -289,11 +289,21 @@ def test_a_lease_on_a_bucket_has_one_holder_and_goes_with_it(folder: UPath, monk
 
 def test_pages_in_an_archive_on_a_bucket_are_read(archive: UPath, pages: Path) -> None:
     listing = list_pages(archive)
-    assert len(listing) == 12
+    assert len(listing.scans) == 12
     with page_reader(archive) as read:
-        for name, size in listing.values():
+        for name, size in listing.scans.items():
             assert read(name) == (pages / "train_images" / name).read_bytes()
             assert size == len(read(name))
+
+
+def test_scans_in_folders_are_listed_on_a_bucket_as_on_a_disk(folder: UPath) -> None:
+    for name in ("pages/a/源氏 1.jpg", "pages/b.PNG", "pages/b/Thumbs.db", "pages/b/characters/x.jpg", "other/c.jpg"):
+        write_bytes(folder / name, b"x" * len(name))
+    listing = list_pages(folder / "pages")
+    assert listing.scans == {"a/源氏 1.jpg": 16, "b.PNG": 11}
+    assert listing.ignored == {".db": 1, "characters/": 1}
+    with page_reader(folder / "pages") as read:
+        assert [read(name) for name in listing.scans] == [b"x" * 16, b"x" * 11]
 
 
 @pytest.fixture(params=["path", "bucket"])
@@ -567,7 +577,7 @@ def archive(folder: UPath, pages: Path, tmp_path: Path, monkeypatch: pytest.Monk
 def test_an_archive_that_is_refused_later_is_no_loss_of_pages(
     strict: StrictBucket, archive: UPath, kind: str, says: str
 ) -> None:
-    name = next(iter(list_pages(archive).values()))[0]
+    name = next(iter(list_pages(archive).scans))
     with page_reader(archive) as read:
         strict.faults.inject(kind, times=100)
         with pytest.raises(KuzushijiError, match=says):
@@ -580,7 +590,7 @@ def test_a_fault_while_an_archive_is_read_loses_no_page(
 ) -> None:
     listing = list_pages(archive)
     with page_reader(archive) as read:
-        for name, _ in list(listing.values())[:4]:
+        for name in list(listing.scans)[:4]:
             strict.faults.inject(kind, method="GET", matching="alt=media")
             assert read(name) == (pages / "train_images" / name).read_bytes()
             assert strict.faults.left() == 0
@@ -591,7 +601,7 @@ def test_a_flipped_byte_in_the_list_of_an_archives_pages_is_one_line_or_loses_no
     strict: StrictBucket, archive: UPath, pages: Path, downloads: int
 ) -> None:
     listing = list_pages(archive)
-    name = next(iter(listing.values()))[0]
+    name = next(iter(listing.scans))
     for ask in (lambda: list_pages(archive), lambda: read_one(archive, name)):
         for _ in range(downloads):  # before it
             strict.faults.inject("slow", method="GET", matching="alt=media")
@@ -611,7 +621,7 @@ def read_one(archive: UPath, name: str) -> bytes:
 
 
 def test_an_archive_replaced_while_it_is_read_is_not_mixed(archive: UPath) -> None:
-    names = [name for name, _ in list_pages(archive).values()]
+    names = list(list_pages(archive).scans)
     with page_reader(archive) as read:
         read(names[0])
         write_bytes(archive, read_bytes(archive).replace(names[-1].encode(), b"x" * len(names[-1])))

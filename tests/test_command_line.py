@@ -26,7 +26,7 @@ SURFACE = {
     "prepare": {
         "--pages", "--labels", "--canvases", "--crops", "--dataset", "--split", "--seed", "--val-fraction",
         "--test-fraction", "--coverage", "--classes", "--shards", "--max-bad-fraction", "--start-limit", "--books",
-        "--train-only", "--folds", "--fold",
+        "--train-only", "--folds", "--fold", "--rescale",
     },
     "train": {
         "--dataset", "--models", "--architecture", "--workers", "--gpus-per-worker", "--cpus-per-worker", "--epochs",
@@ -37,6 +37,7 @@ SURFACE = {
     "evaluate": {"--model", "--dataset", "--split", "--out"},
     "predict": {
         "--model", "--pages", "--boxes", "--canvases", "--out", "--format", "--annotate", "--gpus", "--start-limit",
+        "--rescale",
     },
     "export": {"--model", "--format", "--out"},
     "report": {"--dataset", "--models", "--out"},

@@ -88,17 +88,13 @@ def labels_of(command: str) -> tuple[Labels, set[str]]:
         with_file = [page.id for group in plan.groups for page in group.pages if page.file_name]
         return plan.labels, set(with_file)
     pages, places = place(given["pages"]), [place(text) for text in given["boxes"]]
-    with size_reader(pages, lambda: list_pages(pages)) as size_of:
-        return read_labels(places, "--boxes", True, size_of, canvases), set(list_pages(pages))
+    listing = list_pages(pages)
+    with size_reader(pages, lambda: listing) as size_of:
+        labels = read_labels(places, "--boxes", True, size_of, canvases)
+    return labels, set(listing.files_of(labels.page_ids))
 
 
-# Pages in sub-folders are read by another part of the same change.
-CODH_TREE = pytest.mark.xfail(reason="needs pages in sub-folders", strict=True)
-
-
-@pytest.mark.parametrize(
-    "command", [pytest.param(text, marks=[CODH_TREE] if "--pages codh" in text else []) for text in COMMANDS]
-)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_each_command_of_the_docs_reads_its_labels(command: str, inputs: Path) -> None:
     labels, pages = labels_of(command)
     books = 2 if "coordinate.csv" in command else 3

@@ -17,14 +17,15 @@ from hypothesis import strategies as st
 
 from cluster.errors import InputError, OptionError
 from cluster.storage import place
+from preprocessing.books import book_of
 from preprocessing.config import PrepareConfig
 from preprocessing.cutting import cut_boxes
-from preprocessing.labels import files, json_files, table
+from preprocessing.labels import json_files, table
 from preprocessing.labels.code_points import UNKNOWN
 from preprocessing.labels.crops import read_crops
 from preprocessing.labels.read import read_labels
 from preprocessing.labels.table import Labels, whole_pixels
-from preprocessing.pages import size_reader
+from preprocessing.pages import list_pages, size_reader
 from preprocessing.plan import make_plan, plan_groups
 
 SIZE = (2400, 3900)  # of all pages here, unless a test says otherwise
@@ -62,8 +63,6 @@ def rows_of(path: Path, most: int = 12) -> dict[str, list[Row]]:
         rows[page_id] = [(code, x, y, w, h) for code, x, y, w, h in boxes]
     return rows
 
-
-PAGE_OF_CASES = {"100241706_00005_1": ("100241706_00005_1.jpg", 10**9)}
 
 PAGES: dict[str, list[Row]] = {
     "100241706_00004_2": [(0x306F, 1231, 3465, 133, 53), (0x304C, 275, 1652, 84, 69), (0x306F, 0, 0, 1, 1)],
@@ -109,7 +108,8 @@ def cases(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_labels_of_each_case_are_those_of_the_page(case: str, cases: Path) -> None:
     whole = read(cases / "no_end_marker" / "labels.csv")
     (given,) = list((cases / case).glob("labels*")) or [cases / case / "pages"]
-    with size_reader(place(cases / "no_end_marker" / "pages"), lambda: PAGE_OF_CASES) as size_of:
+    pages = place(cases / "no_end_marker" / "pages")
+    with size_reader(pages, lambda: list_pages(pages)) as size_of:
         assert_same(read_labels(place(given), size_of=size_of), whole)
 
 
@@ -491,12 +491,12 @@ def test_the_size_of_a_page_is_read_from_its_header(tmp_path: Path) -> None:
     preface = b"".join(b"\xff\xe2\xff\xff" + bytes(0xFFFD) for _ in range(3))  # as a colour profile
     written(tmp_path / "b.jpg", plain[:2] + preface + plain[2:])
     written(tmp_path / "c.jpg", b"x")
-    with zipfile.ZipFile(tmp_path / "pages.zip", "w") as archive:
-        archive.write(tmp_path / "b.jpg", "b.jpg")
-    listed = {f"{name}": (f"{name}.jpg", (tmp_path / f"{name}.jpg").stat().st_size) for name in "abc"}
-    with size_reader(place(tmp_path), lambda: listed) as size_of:
+    with zipfile.ZipFile(tmp_path / "pages.zip", "w") as packed:
+        packed.write(tmp_path / "b.jpg", "b.jpg")
+    with size_reader(place(tmp_path), lambda: list_pages(place(tmp_path))) as size_of:
         assert [size_of(name) for name in "abcd"] == [(20, 30), (20, 30), None, None]
-    with size_reader(place(tmp_path / "pages.zip"), lambda: listed) as size_of:
+    archive = place(tmp_path / "pages.zip")
+    with size_reader(archive, lambda: list_pages(archive)) as size_of:
         assert size_of("b") == (20, 30)
 
 
@@ -587,9 +587,6 @@ def test_more_than_the_limits_is_refused_before_it_is_read(tmp_path: Path, monke
     monkeypatch.setattr(table, "MAX_PAGES", 9)
     monkeypatch.setattr(table, "MAX_BOXES", 2)
     refused(kaggle, says="and 2 boxes")
-    monkeypatch.setattr(files, "MAX_FOLDERS", 0)
-    written(tmp_path / "deep/1/a.csv", "image_id,labels\n")
-    refused(tmp_path / "deep", says="a folder of labels must have at most 0 levels")
 
 
 def test_a_broken_archive_of_labels_is_refused_by_the_name_of_its_option(tmp_path: Path) -> None:
@@ -620,19 +617,19 @@ CROPS = (
 )
 
 
-def test_each_file_of_a_folder_of_crops_is_a_box_of_the_folders_character(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_each_file_of_a_folder_of_crops_is_a_box_of_the_folders_character(tmp_path: Path) -> None:
     folder = crops_of(tmp_path / "crops", *CROPS)
     written(folder / "Thumbs.db", "x")
     written(folder / "images" / "page.jpg", "x")
     written(folder / "は" / "notes.txt", "x")
-    labels, listed = read_crops(place(folder))
+    labels, listed, ignored = read_crops(place(folder))
     ids = ["20B9F_brsk001-003_X0012_Y0345", "304B_100241706_00004_2_X1231_Y3465", "304B_hnsd001-003_X0012_Y0345"]
     assert labels.page_ids == [*ids, "306F_0001"]
     assert labels.code_points.tolist() == [0x20B9F, 0x304B, 0x304B, 0x306F]
-    assert labels.books == dict(zip(labels.page_ids, ("brsk", "100241706", "hnsd", "unknown"), strict=True))
-    assert "3 files are no images in a folder of a character, and left aside: " in caplog.text
+    assert labels.books == dict(zip(ids, map(book_of, ("brsk001-003", "100241706_1", "hnsd001-003")), strict=True)) | {
+        "306F_0001": "unknown"
+    }
+    assert ignored == {".db": 1, ".jpg": 1, ".txt": 1}
     groups = plan_groups(labels, np.zeros(4, np.int64), np.zeros(4, np.int8), listed, 1)
     cuts = [cut for group in groups for cut in cut_boxes(group, place(folder))]
     assert [cut.box for cut in cuts] == [[0, 0, 20, 33], [0, 0, 20, 30], [0, 0, 20, 31], [0, 0, 20, 32]]
@@ -646,15 +643,13 @@ def test_crops_come_from_a_zip_as_from_a_folder_and_a_broken_one_is_a_loss(tmp_p
     with zipfile.ZipFile(tmp_path / "crops.zip", "w") as archive:
         for path in sorted(folder.rglob("*.jpg")):
             archive.write(path, path.relative_to(folder))
-    labels, listed = read_crops(place(tmp_path / "crops.zip"))
+    labels, listed, _ = read_crops(place(tmp_path / "crops.zip"))
     of_folder = read_crops(place(folder))[0]
     assert_same(labels, of_folder)
     assert labels.sha256 == of_folder.sha256
     groups = plan_groups(labels, np.zeros(5, np.int64), np.zeros(5, np.int8), listed, 1)
-    faults = [
-        (cut.page_id, cut.box, cut.fault) for cut in cut_boxes(groups[0], place(tmp_path / "crops.zip")) if cut.fault
-    ]
-    assert faults == [("306F_broken", [0, 0, 0, 0], "page is not a JPEG file")]
+    lost = [cut for cut in cut_boxes(groups[0], place(tmp_path / "crops.zip")) if cut.fault]
+    assert [(cut.page_id, cut.box) for cut in lost] == [("306F_broken", [0, 0, 0, 0])]
 
 
 def test_folders_that_are_no_crops_are_refused_in_one_line(tmp_path: Path) -> None:

@@ -4,9 +4,7 @@ import io
 from collections.abc import Sequence
 from functools import lru_cache
 
-import cv2
 import numpy as np
-import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
@@ -14,6 +12,7 @@ from job.colours import BLACK, ORANGE, VERMILLION
 from preprocessing.crop import clip_box
 from preprocessing.fonts import coverage, packaged_font
 from preprocessing.labels.code_points import code_point_name
+from preprocessing.scan import small_picture
 
 MAX_PIXELS = 2400  # of the longer side of the page
 CONFIDENT = 0.5  # minimum probability
@@ -30,23 +29,22 @@ def annotated(
     """Draw a JPEG: on the left the page with its boxes, on the right the predicted characters at the same positions.
 
     Args:
-        data: the page's JPEG file; it must be decodable.
-        boxes: (n, 4) x, y, width, height.
+        data: the page's file; it must be decodable.
+        boxes: (n, 4) x, y, width, height, on the upright page.
         readings: n lists, the best character first; the others are drawn small beside it.
         probabilities: (n,) of the best character.
         wrong: (n,) True if the labels have another character.
     """
-    page: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, colorspace="RGB")
-    ratio = min(1.0, MAX_PIXELS / max(page.shape[:2]))
-    height, width = (max(1, round(side * ratio)) for side in page.shape[:2])
-    small = cv2.resize(page, (width, height), interpolation=cv2.INTER_AREA)
+    small, page_size = small_picture(data, MAX_PIXELS)
+    ratio = min(1.0, MAX_PIXELS / max(page_size))
+    height, width = small.shape[:2]
     size = max(12, height // 80)
     sheet = Image.new("RGB", (2 * width, height + 2 * size), (255, 255, 255))
     sheet.paste(Image.fromarray(small), (0, 0))
     draw = ImageDraw.Draw(sheet)
     for box, shown, probability, is_wrong in zip(boxes.tolist(), readings, probabilities, wrong, strict=True):
         colour = VERMILLION if is_wrong else BLACK if probability >= CONFIDENT else ORANGE
-        x, y, w, h = (ratio * side for side in clip_box(box, page.shape[:2]))
+        x, y, w, h = (ratio * side for side in clip_box(box, page_size[::-1]))
         draw.rectangle((x, y, x + w, y + h), outline=colour, width=2)
         middle = (width + x + w / 2, y + h / 2)
         best, *others = map(_legible, shown)

@@ -8,13 +8,15 @@ manifest.json                            losses, accuracy, versions; written las
 import re
 from typing import Annotated, Literal
 
-from pydantic import FailFast
+from pydantic import FailFast, Field
 from upath import UPath
 
 from cluster.errors import OptionError
 from cluster.manifest import Count, Manifest, is_sealed
 from cluster.storage import TEMPORARY_PREFIX, list_files, list_folders, remove_file, remove_temporaries
 from preprocessing.dataset import ClippedBoxes, Losses
+from preprocessing.ink import InkCount
+from preprocessing.page_results import Ignored, PageWarnings
 
 _TABLE = re.compile(r"(predictions|pages)-[0-9]{5,}-of-[0-9]{5,}\.(parquet|csv)")
 
@@ -31,6 +33,11 @@ class PredictionsManifest(Manifest):
     """Boxes that could not be read."""
     clipped: ClippedBoxes
     """Boxes partly off their page; the part on the page was read."""
+    ignored: Ignored = Field(default_factory=dict)
+    """Kind of file among the pages that is not read to number of such files."""
+    warnings: PageWarnings = Field(default_factory=list)
+    """What was mended in the files of pages, or is not as in other scans: the first `LISTED_WARNINGS`."""
+    ink: InkCount = InkCount()
     model_manifest_sha256: str
     fingerprint: str
     """Hash of the bytes of the file of boxes and of the ids and sizes of the pages."""

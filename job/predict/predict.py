@@ -1,5 +1,6 @@
 """`predict`: read the characters in the boxes of page scans, and write tables and text to a sealed folder."""
 
+import logging
 import socket
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -26,16 +27,20 @@ from job.predict.folder import PredictionsManifest, clear, table_name
 from job.predict.readings import Readings, accuracy
 from preprocessing.cutting import cut_boxes
 from preprocessing.dataset import Clipped, Loss
+from preprocessing.ink import count_ink, ink_lines
 from preprocessing.labels.page_ids import MAX_NAME_CHARS
 from preprocessing.labels.read import read_labels
 from preprocessing.labels.table import Labels
-from preprocessing.pages import fingerprint, list_pages, page_reader, size_reader
-from preprocessing.plan import Group, group_pages, known_losses, number_of_groups
+from preprocessing.page_results import LISTED_WARNINGS, PageResult, listed_warnings
+from preprocessing.pages import fingerprint, ignored_line, list_pages, page_reader, size_reader
+from preprocessing.plan import Group, check_sizes_are_stated, group_pages, known_losses, number_of_groups
 from preprocessing.tries import END, Tries
 
+log = logging.getLogger("kuzushiji")
+
 BOXES_PER_GROUP = 2_000  # some seconds of work
-PICTURE_SUFFIX = ".jpeg"  # differs from that of pages, so that no scan can be overwritten
-VERSIONED = ("kuzushiji", "keras", "opencv-python-headless", "pandas", "pyarrow", "simplejpeg", "tensorflow")
+PICTURE_SUFFIX = ".jpeg"
+VERSIONED = ("kuzushiji", "keras", "opencv-python-headless", "pandas", "pillow", "pyarrow", "simplejpeg", "tensorflow")
 
 
 class GroupReport(BaseModel):
@@ -48,6 +53,8 @@ class GroupReport(BaseModel):
     """Number of boxes read."""
     correct: dict[str, int]
     """Counts from which `readings.accuracy` is computed."""
+    pages: list[PageResult]
+    """What the pages that were decoded are like."""
 
 
 def predict(
@@ -59,6 +66,7 @@ def predict(
     annotate: UPath | None = None,
     gpus: int = 0,
     start_limit: float = START_LIMIT,
+    rescale: bool = False,
     canvases: UPath | None = None,
 ) -> PredictionsManifest:
     """Predict the characters of boxes on page scans with Ray Data.
@@ -72,6 +80,7 @@ def predict(
         annotate: folder for pictures of the pages with the predictions; None: no pictures.
         gpus: number of processes with one GPU each; 0: one process on each CPU.
         start_limit: seconds to wait for a host of a cluster.
+        rescale: whether to scale boxes that were made for another size of their page.
         canvases: see `read_labels`.
 
     Returns:
@@ -92,10 +101,14 @@ def predict(
     listed = cache(lambda: list_pages(pages))
     with size_reader(pages, listed) as size_of:
         labels = read_labels(boxes, "--boxes", bare=True, size_of=size_of, canvases=canvases)
-    files = listed()
+    if rescale:
+        check_sizes_are_stated(labels)
+    if listed().ignored:
+        log.info("not read in %s: %s", pages, ignored_line(listed().ignored))
+    files = listed().files_of(labels.page_ids)
     _check_before_reading(labels, files, model_sha256, annotate is not None)
     clear(out)
-    groups = group_pages(labels, files, number_of_groups(len(labels.boxes), BOXES_PER_GROUP))
+    groups = group_pages(labels, files, number_of_groups(len(labels.boxes), BOXES_PER_GROUP), rescale)
     read_group = ReadGroup(
         model=str(folder),
         model_sha256=model_sha256,
@@ -116,7 +129,9 @@ def predict(
         gpus=gpus,
         start_limit=start_limit,
     )
-    manifest = _manifest(labels, fingerprint(labels.sha256, files), model_sha256, reports)
+    manifest = _manifest(labels, fingerprint(labels.sha256, files), model_sha256, reports, listed().ignored)
+    for line in ink_lines(manifest.ink):
+        log.warning("%s", line)
     _check_tables(out, manifest)
     remove_temporaries(out)
     seal(out, manifest)
@@ -124,10 +139,10 @@ def predict(
 
 
 def _check_pictures(annotate: UPath, pages: UPath, out: UPath) -> None:
+    if f"{annotate}/".startswith(f"{pages}/"):  # pictures would be read as pages, or overwrite them
+        raise OptionError(f"--annotate must be a folder outside of --pages. Received: {annotate} and {pages}")
     if f"{annotate}/".startswith(f"{out}/"):  # the next attempt would find `out` with other files
         raise OptionError(f"--annotate must be a folder outside of --out. Received: {annotate} and {out}")
-    if str(annotate) == str(pages):
-        raise OptionError(f"--annotate must be another folder than --pages. Received: {pages} for both")
 
 
 def _check_before_reading(
@@ -140,13 +155,14 @@ def _check_before_reading(
     """
     most = MAX_NAME_CHARS - len(PICTURE_SUFFIX)
     for page_id in labels.page_ids if annotate else []:
-        if page_id in files and len(page_id) > most:
+        if page_id in files and max(len(part.encode()) for part in page_id.split("/")) > most:
             raise InputError(
-                f"with --annotate an image_id must have at most {most} characters, since the picture of a page is "
+                f"with --annotate a name in an image_id must have at most {most} bytes, since the picture of a page is "
                 f"named <image_id>{PICTURE_SUFFIX}. Received: {page_id[:40]!r}... Shorten it, or leave out --annotate"
             )
     nothing_read = {"examples": 0, "not_rare": 0}
-    known = GroupReport(files=[], losses=known_losses(labels, files), clipped=[], read=0, correct=nothing_read)
+    lost = known_losses(labels, files)
+    known = GroupReport(files=[], losses=lost, clipped=[], read=0, correct=nothing_read, pages=[])
     encoded(_manifest(labels, "", model_sha256, [known]))
 
 
@@ -160,7 +176,11 @@ def _check_tables(out: UPath, manifest: PredictionsManifest) -> None:
 
 
 def _manifest(
-    labels: Labels, input_fingerprint: str, model_sha256: str, reports: Sequence[GroupReport]
+    labels: Labels,
+    input_fingerprint: str,
+    model_sha256: str,
+    reports: Sequence[GroupReport],
+    ignored: Mapping[str, int] | None = None,
 ) -> PredictionsManifest:
     """Return the manifest.
 
@@ -171,12 +191,16 @@ def _manifest(
     if len(losses) == len(labels.boxes):
         raise InputError(f"at least one box must be readable. Received: {len(losses)} lost, first: {losses[0]['what']}")
     read = sum(report.read for report in reports)
+    results = [result for report in reports for result in report.pages]
     return PredictionsManifest(
         files=[entry for report in reports for entry in report.files],
         counts={"boxes": len(labels.boxes), "read": read, "pages": len(labels.page_ids)},
         accuracy=accuracy([report.correct for report in reports]),
         losses=losses,
         clipped=[box for report in reports for box in report.clipped],
+        ignored=dict(ignored or {}),
+        warnings=listed_warnings(results, labels.warnings)[:LISTED_WARNINGS],
+        ink=count_ink(results),
         model_manifest_sha256=model_sha256,
         fingerprint=input_fingerprint,
         versions={package: version(package) for package in VERSIONED},
@@ -230,6 +254,7 @@ class ReadGroup:
             clipped=[{"box": cut.box, "page": cut.page_id} for cut in readings.cuts if cut.clipped],
             read=len(readings.read),
             correct=readings.correct(),
+            pages=list({cut.page_id: cut.page for cut in readings.cuts if cut.page}.values()),
         )
 
     def _write(self, kind: str, table: pd.DataFrame, group: Group) -> FileEntry:

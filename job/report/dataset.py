@@ -16,7 +16,9 @@ from job.report import html, plots
 from job.report.side_files import report_file, write_side_file
 from preprocessing.config import SPLITS
 from preprocessing.dataset import DatasetManifest, split_rule
+from preprocessing.ink import ink_lines
 from preprocessing.labels.code_points import code_point_name
+from preprocessing.pages import ignored_line
 from preprocessing.parquet import LOSSES_TABLE, PAGES_TABLE
 
 MAX_STAGED_BYTES = 10**10  # of a dataset that `prepare` stages for its report, on the disk of the driver's machine
@@ -168,11 +170,21 @@ def _losses(manifest: DatasetManifest) -> Iterator[str]:
         f"{lost:,} boxes lost, {clipped:,} clipped at the edge of their page, "
         f"{len(manifest.unlabelled):,} pages without labels."
     )
+    for line in ink_lines(manifest.ink, MAX_ROWS):
+        yield html.paragraph(line)
+    if manifest.ignored:
+        yield html.paragraph(f"Not read among the pages: {ignored_line(manifest.ignored)}.")
     reasons = Counter((loss["page"], loss["what"]) for loss in manifest.losses)
     rows = [(page_id, count, reason) for (page_id, reason), count in sorted(reasons.items())]
     if rows:
         yield html.table(["page", "boxes", "reason"], rows[:MAX_ROWS])
     if len(rows) > MAX_ROWS:
         yield html.paragraph(f"... and {len(rows) - MAX_ROWS:,} more: manifest.json lists each box.")
+    warnings = Counter((warning["page"], warning["what"]) for warning in manifest.warnings)
+    if warnings:
+        yield html.paragraph(
+            f"{len(manifest.warnings) + manifest.more_warnings:,} warnings about pages that were read."
+        )
+        yield html.table(["page", "warning"], sorted(warnings)[:MAX_ROWS])
     if manifest.more_losses:
         yield html.paragraph(f"{manifest.more_losses:,} of the lost boxes are in {LOSSES_TABLE} alone.")

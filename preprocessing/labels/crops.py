@@ -6,35 +6,31 @@ Each file is a page of one box, which is the whole file.
 """
 
 import hashlib
-import logging
 import os
 import re
-from collections.abc import Iterator
 
 import numpy as np
 from upath import UPath
 
 from cluster.errors import InputError
-from cluster.storage import is_file, list_files, list_folders
+from cluster.storage import is_file, list_tree
 from preprocessing.books import book_of
 from preprocessing.labels.code_points import code_point_name, parse_character
-from preprocessing.labels.files import MAX_FOLDERS, by_suffix
 from preprocessing.labels.page_ids import is_image, parse_id
 from preprocessing.labels.table import MAX_PAGES, WHOLE_FILE, Labels
-from preprocessing.pages import is_archive, list_members
+from preprocessing.matching import Files
+from preprocessing.pages import count_kinds, is_archive, kind_of, list_members
 
 NO_BOOK = "unknown"  # of all crops whose names tell none
 # CODH's names: code point, page, position on the page.
 _CODH_NAME = re.compile(r"U\+[0-9A-F]{4,6}_(.+)_X[0-9]+_Y[0-9]+")
 
-log = logging.getLogger("kuzushiji")
 
-
-def read_crops(crops: UPath) -> tuple[Labels, dict[str, tuple[str, int]]]:
+def read_crops(crops: UPath) -> tuple[Labels, Files, dict[str, int]]:
     """List a folder or zip archive of crops. The name of the folder in which a file lies is its character.
 
     Returns:
-        The labels, and the files, as `list_pages` returns them.
+        The labels, the files, and how many other files there are of each kind, as in `Listing.ignored`.
 
     Raises:
         InputError: there are no crops or too many, the id of one is unsafe, or two have the same id.
@@ -60,9 +56,6 @@ def read_crops(crops: UPath) -> tuple[Labels, dict[str, tuple[str, int]]]:
             "--crops must be a folder with a folder of images for each character, named は or U+306F. "
             f"Received: {crops}, without any"
         )
-    if aside:
-        what = "files are no images in a folder of a character, and left aside"
-        log.warning("%d %s: %s", len(aside), what, by_suffix(aside))
     ids = sorted(found)
     codes = [code_points[crop_id] for crop_id in ids]
     digest = hashlib.sha256("\n".join(f"{crop_id} {code}" for crop_id, code in zip(ids, codes, strict=True)).encode())
@@ -74,23 +67,13 @@ def read_crops(crops: UPath) -> tuple[Labels, dict[str, tuple[str, int]]]:
         digest.hexdigest(),
         books={crop_id: _book_of(found[crop_id][0]) for crop_id in ids},
     )
-    return labels, found
+    return labels, found, count_kinds(map(kind_of, aside))
 
 
-def _members(crops: UPath) -> Iterator[tuple[str, int]]:
+def _members(crops: UPath) -> list[tuple[str, int]]:
     if is_file(crops) and is_archive(crops):
-        yield from list_members(crops, "--crops")
-    else:
-        yield from _walk(crops, "", 0)
-
-
-def _walk(folder: UPath, inside: str, depth: int) -> Iterator[tuple[str, int]]:
-    if depth > MAX_FOLDERS:
-        raise InputError(f"--crops must have at most {MAX_FOLDERS} levels of folders. Received: {folder}")
-    for name, size in list_files(folder).items():
-        yield f"{inside}{name}", size
-    for name in list_folders(folder):
-        yield from _walk(folder / name, f"{inside}{name}/", depth + 1)
+        return list_members(crops, "--crops")
+    return list(list_tree(crops))
 
 
 def _class_of(name: str) -> int | None:

@@ -13,14 +13,13 @@ from dataclasses import dataclass
 from upath import UPath
 
 from cluster.errors import InputError
-from cluster.storage import CHUNK_BYTES, is_file, list_files, list_folders, read_at_most, size_of
+from cluster.storage import CHUNK_BYTES, is_file, list_tree, read_at_most, size_of
 from preprocessing.crop import PageFault
 from preprocessing.labels.page_ids import is_image
 from preprocessing.pages import is_archive, list_members, page_reader
 
 # A file is read whole, one at a time. Of a member of an archive, `page_reader` reads 100 MB at most.
 MAX_FILE_BYTES = 1 << 29
-MAX_FOLDERS = 10  # within each other
 CHARACTERS_FOLDER = "characters"  # CODH's crops of each book
 HEAD_BYTES = 1 << 14
 # Python decodes these bytes, which CP932 does not use, to private characters.
@@ -84,7 +83,7 @@ def label_files(places: Sequence[UPath], option: str) -> Iterator[list[LabelFile
     with ExitStack() as stack:
         for given in places:
             if not is_file(given):
-                files = [_file(given / name, name, size) for name, size in _walk(given)]
+                files = [_file(given / name, name, size) for name, size in list_tree(given) if _may_hold_labels(name)]
             elif is_archive(given):
                 read = stack.enter_context(page_reader(given, option))
                 members = [(name, size) for name, size in list_members(given, option) if _may_hold_labels(name)]
@@ -97,18 +96,6 @@ def label_files(places: Sequence[UPath], option: str) -> Iterator[list[LabelFile
                 )
             found += files
         yield sorted(found, key=lambda file: (file.name, file.where))
-
-
-def _walk(folder: UPath, inside: str = "", depth: int = 0) -> Iterator[tuple[str, int]]:
-    """Yield path in the folder and size of each file that may hold labels."""
-    if depth > MAX_FOLDERS:
-        raise InputError(f"a folder of labels must have at most {MAX_FOLDERS} levels. Received: {folder}")
-    for name, size in list_files(folder).items():
-        if _may_hold_labels(f"{inside}{name}"):
-            yield f"{inside}{name}", size
-    for name in list_folders(folder):
-        if _may_hold_labels(f"{inside}{name}/x"):
-            yield from _walk(folder / name, f"{inside}{name}/", depth + 1)
 
 
 def _may_hold_labels(name: str) -> bool:

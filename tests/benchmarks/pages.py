@@ -20,11 +20,12 @@ from benchmarks.pairs import Ratio, compare
 from cluster.manifest import read_manifest
 from cluster.storage import place
 from preprocessing.config import PrepareConfig
-from preprocessing.crop import clip_box, crop, decode_page
+from preprocessing.crop import clip_box, crop
 from preprocessing.dataset import DatasetManifest
 from preprocessing.labels.read import read_labels
 from preprocessing.prepare import prepare
 from preprocessing.sample.sample import sample
+from preprocessing.scan import decode_scan
 
 REAL = Path(__file__).parents[3] / "shared" / "kuzushiji"
 
@@ -77,7 +78,7 @@ def source_in(folder: Path) -> Source:
 
 def cut(page: Page) -> list[np.ndarray]:
     """Our way, as a task of prepare does it."""
-    gray = decode_page(page.data)
+    gray = decode_scan(page.data).image
     return [crop(gray, clip_box(box, gray.shape)) for box in page.boxes]
 
 

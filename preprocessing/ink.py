@@ -1,0 +1,69 @@
+"""Count crops without ink: where boxes were made for another size of a scan nothing fails, but crops show paper."""
+
+from collections.abc import Sequence
+from typing import Annotated
+
+from pydantic import BaseModel, FailFast, Field
+from typing_extensions import TypedDict  # pydantic needs this one below Python 3.12
+
+from cluster.manifest import Count
+from preprocessing.page_results import PageResult
+
+# Of the crops of a page, or of all, see `crop.LEAST_CONTRAST`. On the real pages that were measured, the share was 0.
+MOST_WITHOUT_INK = 0.05
+FEWEST_WITHOUT_INK = 2  # a single crop is no sign
+LISTED_PAGES = 1000  # in a manifest
+SHOWN_PAGES = 10  # in the log
+
+
+class PageInk(TypedDict):
+    """A page with too many crops without ink."""
+
+    page: str
+    crops: int
+    without_ink: int
+
+
+class InkCount(BaseModel):
+    """The crops without the contrast of writing, see `crop.LEAST_CONTRAST`."""
+
+    crops: Count = 0
+    without_ink: Count = 0
+    pages: Count = 0
+    """Number of pages with too many."""
+    listed: Annotated[list[PageInk], FailFast()] = Field(default_factory=list)
+    """The first of these pages."""
+
+
+def count_ink(pages: Sequence[PageResult]) -> InkCount:
+    """Count the crops without ink, and name the pages with too many."""
+    faint = [page for page in pages if _are_too_many(page["without_ink"], page["crops"])]
+    return InkCount(
+        crops=sum(page["crops"] for page in pages),
+        without_ink=sum(page["without_ink"] for page in pages),
+        pages=len(faint),
+        listed=[
+            {"page": page["page"], "crops": page["crops"], "without_ink": page["without_ink"]}
+            for page in faint[:LISTED_PAGES]
+        ],
+    )
+
+
+def ink_lines(count: InkCount, shown: int = SHOWN_PAGES) -> list[str]:
+    """Return a line for all pages together, if too many crops hold no ink, and for each page with too many."""
+    lines = []
+    if _are_too_many(count.without_ink, count.crops):
+        lines.append(_line(f"the {count.crops:,} crops", count.without_ink, count.crops))
+    for page in count.listed[:shown]:
+        lines.append(_line(f"the {page['crops']:,} crops of {page['page']}", page["without_ink"], page["crops"]))
+    if count.pages > shown:
+        lines.append(f"... and {count.pages - shown:,} more pages: pages.parquet has the counts of each page")
+    return lines
+
+
+def _are_too_many(without_ink: int, crops: int) -> bool:
+    return without_ink >= FEWEST_WITHOUT_INK and without_ink > MOST_WITHOUT_INK * crops
+
+
+def _line(what: str, without_ink: int, crops: int) -> str:
+    return f"{100 * without_ink / crops:.0f} % of {what} hold no ink: were the boxes made for another size?"

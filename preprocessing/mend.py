@@ -1,0 +1,152 @@
+"""Mend JPEG files that every viewer opens and libjpeg complains about, without hiding damage.
+
+A mend changes bytes that are not of the picture; the caller decodes the result strictly again. Three complaints are
+mended. What might be a part of the picture is not dropped, so that a damaged file stays a loss:
+
+- Bytes between the segments of the header are dropped, unless they are a segment whose marker was destroyed.
+- Bytes between the end of the picture and the end marker are dropped if the picture's codes can be followed up to its
+  last block, are padded there as the format demands, and the bytes do not continue them (see `huffman.py`).
+- A missing end marker is added. In a file of several scans, the last ones must be there. That the data of a scan are
+  cut off shows only in the second decoding.
+- The parameters of a sequential scan, which have one legal value, are set right.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from preprocessing.huffman import end_of_picture, frame_of, scan_of, tables_of
+
+END = b"\xff\xd9"
+SOF, SOF_EXTENDED, SOF_PROGRESSIVE, DHT, SOS, DRI = 0xC0, 0xC1, 0xC2, 0xC4, 0xDA, 0xDD
+FRAMES = (SOF, SOF_EXTENDED, SOF_PROGRESSIVE)
+MAX_SEGMENTS = 10_000
+ALL_COEFFICIENTS = b"\0\x3f\0"  # first and last coefficient, and bit positions, of a sequential scan
+
+_MARKER = re.compile(rb"\xff+([^\x00\xff])", re.DOTALL)
+_END_OF_SCAN = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]", re.DOTALL)
+_EXTRANEOUS = re.compile("extraneous bytes before marker 0x(..)")
+
+
+@dataclass(frozen=True)
+class Mend:
+    """A mended file. It may have further faults."""
+
+    data: bytes
+    what: str
+    """What was mended."""
+
+
+class _Segment(NamedTuple):
+    marker: int
+    garbage: int
+    """Offset of the bytes before the marker; equal to `begin` if there are none."""
+    begin: int
+    """Offset of the marker, with its fill bytes."""
+    content: int
+    """Offset behind the length."""
+    end: int
+    """Offset behind the segment, and behind the data of a scan."""
+
+
+def mend(data: bytes, complaint: str) -> Mend | None:
+    """Mend what libjpeg complained about. Return None if that may be damage.
+
+    complaint: the message.
+    """
+    if "Premature end of JPEG file" in complaint:
+        return _with_end(data)
+    if "Invalid SOS parameters" in complaint:
+        return _with_right_parameters(data)
+    if found := _EXTRANEOUS.search(complaint):
+        return _without_extraneous(data, at_end=found[1] == "d9")
+    return None
+
+
+def _segments(data: bytes) -> Iterator[_Segment]:
+    """Yield the segments behind the start marker, up to the first that is malformed, and without the end marker."""
+    offset = 2
+    for _ in range(MAX_SEGMENTS):
+        if not (found := _MARKER.search(data, offset)):
+            return
+        marker, content = found[1][0], found.end() + 2
+        end = found.end() + int.from_bytes(data[found.end() : content])
+        if marker in (0x01, *range(0xD0, 0xDA)) or not content <= end <= len(data):
+            return
+        if marker == SOS:
+            after = _END_OF_SCAN.search(data, end)
+            end = after.start() if after else len(data)
+        yield _Segment(marker, offset, found.start(), content, end)
+        offset = end
+
+
+def _with_end(data: bytes) -> Mend | None:
+    missing: set[tuple[int, int]] = set()  # component and coefficient
+    for segment in _segments(data):
+        content = data[segment.content : segment.end] if segment.marker in (*FRAMES, SOS) else b""
+        if segment.marker in FRAMES:
+            missing = {(component.id, k) for component in frame_of(content).components for k in range(64)}
+        elif segment.marker == SOS and (scan := scan_of(content)).last_bit == 0:
+            missing -= {(name, k) for name in scan.components for k in range(scan.first, scan.last + 1)}
+    return None if missing else Mend(data.rstrip(b"\xff") + END, "end marker was missing")
+
+
+def _with_right_parameters(data: bytes) -> Mend | None:
+    mended = bytearray(data)
+    sequential = False
+    for segment in _segments(data):
+        if segment.marker in FRAMES:
+            sequential = segment.marker != SOF_PROGRESSIVE
+        elif segment.marker == SOS:
+            at = segment.content + 1 + 2 * data[segment.content]
+            if not sequential or at + 3 > segment.end:
+                return None
+            mended[at : at + 3] = ALL_COEFFICIENTS
+    return Mend(bytes(mended), "parameters of a scan were out of range")
+
+
+def _without_extraneous(data: bytes, at_end: bool) -> Mend | None:
+    """Drop the bytes before markers of the header; if there are none and `at_end`, those before the end marker."""
+    kept, dropped = [data[:2]], 0
+    for segment in _segments(data):
+        garbage = data[segment.garbage : segment.begin]
+        if garbage and _is_lost_segment(garbage):
+            return None
+        if segment.marker == SOS:
+            kept.append(data[segment.begin :])
+            break
+        kept.append(data[segment.begin : segment.end])
+        dropped += len(garbage)
+    if not dropped:
+        return _without_extraneous_end(data) if at_end else None
+    return Mend(b"".join(kept), f"{dropped} extraneous bytes before a marker were dropped")
+
+
+def _is_lost_segment(garbage: bytes) -> bool:
+    """Return whether bytes look like a segment, or its rest, rather than nothing: what they said would be missed."""
+    return b"Exif" in garbage or int.from_bytes(garbage[2:4]) == len(garbage) - 2
+
+
+def _without_extraneous_end(data: bytes) -> Mend | None:
+    tables: dict[int, bytes] = {}
+    frame, interval = None, 0
+    for segment in _segments(data):
+        content = data[segment.content : segment.end]
+        if segment.marker == DHT:
+            tables |= dict(tables_of(content))
+        elif segment.marker == DRI:
+            interval = int.from_bytes(content[:2])
+        elif segment.marker in FRAMES:
+            frame = frame_of(content) if segment.marker != SOF_PROGRESSIVE else None
+        elif segment.marker == SOS:
+            header = int.from_bytes(data[segment.content - 2 : segment.content]) - 2
+            end = frame and end_of_picture(content[header:], frame, scan_of(content), tables, interval)
+            if not end:
+                return None
+            extraneous = len(content) - header - end
+            return Mend(
+                data[: segment.content + header + end] + data[segment.end :],
+                f"{extraneous} extraneous bytes behind the picture were dropped",
+            )
+    return None

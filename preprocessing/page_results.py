@@ -1,0 +1,45 @@
+"""What is told of pages that were read: in reports of groups, `pages.parquet` and manifests."""
+
+from collections.abc import Sequence
+from typing import Annotated
+
+from pydantic import FailFast
+from typing_extensions import TypedDict  # pydantic needs this one below Python 3.12
+
+from cluster.manifest import Count
+
+
+class PageResult(TypedDict):
+    """What was found on a page that was decoded."""
+
+    page: str
+    width: int
+    """Pixels, as the boxes count them."""
+    height: int
+    orientation: int
+    """EXIF orientation of the file, 1 to 8, that was applied."""
+    crops: int
+    """Number of boxes that were cut."""
+    without_ink: int
+    """Number of these crops without the contrast of writing, see `crop.LEAST_CONTRAST`."""
+    warnings: list[str]
+    """What was mended in the file, or is not as in other scans."""
+
+
+class PageWarning(TypedDict):
+    """Something about a page that was read nevertheless."""
+
+    page: str
+    what: str
+
+
+# FailFast: see `preprocessing.dataset`.
+PageWarnings = Annotated[list[PageWarning], FailFast()]
+LISTED_WARNINGS = 10_000  # in a manifest
+Ignored = Annotated[dict[str, Count], FailFast()]
+
+
+def listed_warnings(pages: Sequence[PageResult], labels: Sequence[tuple[str, str]] = ()) -> list[PageWarning]:
+    """Return the warnings of all pages. labels: those of `Labels.warnings`."""
+    of_labels: list[PageWarning] = [{"page": page_id, "what": what} for page_id, what in labels]
+    return of_labels + [{"page": page["page"], "what": what} for page in pages for what in page["warnings"]]

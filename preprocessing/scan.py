@@ -1,0 +1,92 @@
+"""Decode a page scan of any format that is read, and turn it upright."""
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import simplejpeg
+from numpy.typing import NDArray
+
+from preprocessing.crop import MAX_PAGE_BYTES, PageFault
+from preprocessing.exif import TURNED, upright
+from preprocessing.jpeg import START, decode_jpeg, read_header
+from preprocessing.raster import decode_raster, is_raster, is_turned, open_raster
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".jp2", ".webp", ".bmp")
+
+
+@dataclass(frozen=True)
+class Scan:
+    """A decoded page."""
+
+    image: NDArray[np.uint8]
+    """(height, width) uint8, grayscale, upright."""
+    orientation: int
+    """EXIF orientation of the file, 1 to 8; 1: it was stored upright."""
+    warnings: list[str]
+    """What was mended, or is not as in other scans."""
+
+
+def decode_scan(data: bytes) -> Scan:
+    """Decode a page to grayscale, upright. The format is recognized by the content, not by the file's suffix.
+
+    Raises:
+        PageFault: the file is of no format that is read, truncated, corrupt, or exceeds a limit.
+    """
+    image, orientation, warnings = _stored(data, colour=False)
+    return Scan(image if is_turned(data) else upright(image, orientation), orientation, warnings)
+
+
+def scan_size(data: bytes) -> tuple[int, int]:
+    """Return width and height of a page in pixels, upright, from its header alone.
+
+    Raises:
+        PageFault: the header is of no format that is read, malformed, or exceeds a limit.
+    """
+    if not data.startswith(START):
+        raster = open_raster(_checked(data))
+        return raster.width, raster.height
+    header = read_header(data)
+    width, height = header.width, header.height
+    if not width or not height:
+        try:
+            height, width, _, _ = simplejpeg.decode_jpeg_header(data, strict=False)
+        except (ValueError, KeyError) as error:  # KeyError: simplejpeg, of a header that is cut off
+            raise PageFault(f"page can't be decoded: {error}") from error
+    return (height, width) if header.orientation in TURNED else (width, height)
+
+
+def small_picture(data: bytes, longest: int) -> tuple[NDArray[np.uint8], tuple[int, int]]:
+    """Decode a page to RGB for people to look at, upright.
+
+    Args:
+        data: the file.
+        longest: pixels of the longer side; larger pages are scaled down.
+
+    Returns:
+        (height, width, 3) uint8, and width and height of the page itself.
+
+    Raises:
+        PageFault: as `decode_scan`.
+    """
+    page, orientation, _ = _stored(data, colour=True)
+    height, width = page.shape[:2]
+    ratio = min(1.0, longest / max(height, width))
+    size = max(1, round(width * ratio)), max(1, round(height * ratio))
+    small = cv2.resize(page, size, interpolation=cv2.INTER_AREA)  # before it is turned, which copies it
+    if is_turned(data):
+        return small, (width, height)
+    return upright(small, orientation), (height, width) if orientation in TURNED else (width, height)
+
+
+def _stored(data: bytes, colour: bool) -> tuple[NDArray[np.uint8], int, list[str]]:
+    """Return image, EXIF orientation and warnings, see `decode_jpeg` and `decode_raster`."""
+    return decode_jpeg(data, colour) if _checked(data).startswith(START) else decode_raster(data, colour)
+
+
+def _checked(data: bytes) -> bytes:
+    if len(data) > MAX_PAGE_BYTES:
+        raise PageFault(f"page file over {MAX_PAGE_BYTES} bytes")
+    if not data.startswith(START) and not is_raster(data):
+        raise PageFault("page is not a JPEG, PNG, TIFF, JPEG 2000, WebP or BMP file")
+    return data
