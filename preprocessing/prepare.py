@@ -1,42 +1,25 @@
-"""Run `prepare`: turn page scans and labels into a sealed dataset folder, or resume an earlier attempt."""
+"""Run `prepare`: turn page scans and labels into a sealed dataset folder, or resume an earlier one (`attempts.py`)."""
 
-import json
 import logging
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from upath import UPath
 
 from cluster.capacity import START_LIMIT
 from cluster.errors import DamageError, InputError, OptionError
-from cluster.manifest import MANIFEST_FILE, FileEntry, encoded, fault_of, is_sealed, read_manifest, seal, write_listed
+from cluster.manifest import FileEntry, encoded, is_sealed, seal, write_listed
 from cluster.runtime import map_tasks
-from cluster.storage import (
-    change_bytes,
-    is_file,
-    list_files,
-    list_folders,
-    remove_file,
-    remove_folder,
-    remove_temporaries,
-    write_bytes,
-)
+from cluster.storage import list_files, remove_file, remove_temporaries
+from preprocessing.attempts import earlier_attempt, remove_traces, sealed_manifest
 from preprocessing.config import SPLITS, PrepareConfig
-from preprocessing.dataset import (
-    Clipped,
-    DatasetManifest,
-    Loss,
-    Shard,
-    dataset_card,
-    dataset_files,
-)
+from preprocessing.dataset import Clipped, DatasetManifest, Loss, Shard, dataset_card, dataset_files
 from preprocessing.ink import count_ink, ink_lines
 from preprocessing.page_results import LISTED_WARNINGS, PageResult, listed_warnings
 from preprocessing.pages import ignored_line
 from preprocessing.parquet import LISTED_LOSSES, LOSSES_TABLE, PAGES_TABLE, losses_table, pages_table
 from preprocessing.plan import Plan, make_plan
-from preprocessing.shards import PLAN_FILE, PROGRESS_FOLDER, CutGroup, GroupReport, report_path, write_reports
+from preprocessing.shards import PROGRESS_FOLDER, CutGroup, GroupReport, report_path
 
 log = logging.getLogger("kuzushiji")
 
@@ -77,7 +60,7 @@ def prepare(
     plan = make_plan(pages, labels, config, canvases)
     if plan.ignored:
         log.info("not read in %s: %s", pages, ignored_line(plan.ignored))
-    manifest = _earlier_attempt(dataset, plan)
+    manifest = earlier_attempt(dataset, plan)
     if manifest is None:
         try:
             return _make(plan, pages, dataset, config, start_limit), True
@@ -85,11 +68,11 @@ def prepare(
             # Another prepare of this folder may have sealed it first and removed the files of this one.
             if not is_sealed(dataset):
                 raise
-            manifest, faults = _sealed(dataset, plan)
+            manifest, faults = sealed_manifest(dataset, plan)
             if faults:
                 raise
     _check_losses(manifest.losses, manifest.lost, plan, config, dataset)
-    _remove_traces(dataset)
+    remove_traces(dataset)
     return manifest, False
 
 
@@ -127,115 +110,6 @@ def _check_losses(losses: Sequence[Loss], lost: int, plan: Plan, config: Prepare
         )
 
 
-def _earlier_attempt(dataset: UPath, plan: Plan) -> DatasetManifest | None:
-    """Return the manifest if the folder is complete and valid. Otherwise prepare the folder for (more) work.
-
-    Raises:
-        OptionError: the folder is neither empty nor of the same job.
-    """
-    plan_path = dataset / PROGRESS_FOLDER / PLAN_FILE
-    # In this order: a concurrent attempt writes its plan first and removes it after it has written the manifest.
-    # Folders of the file system itself, such as `lost+found` and `.snapshot`, are no other files.
-    folders = [name for name in list_folders(dataset) if not name.startswith(".") and name != "lost+found"]
-    others = [*list_files(dataset), *folders]
-    has_plan = is_file(plan_path)
-    if is_sealed(dataset):
-        manifest, faults = _sealed(dataset, plan)
-        if not faults:
-            return manifest
-        # Other versions of the libraries may cut different crops.
-        _refuse_other(dataset, plan, _identity_of(manifest, plan))
-        log.warning("%s: %s; damaged files are made again", dataset, "; ".join(faults))
-        write_reports(dataset, plan.groups, manifest)
-        write_bytes(plan_path, json.dumps(plan.identity).encode())
-        remove_file(dataset / MANIFEST_FILE)
-    elif others and not has_plan:
-        raise OptionError(
-            f"--dataset must be a new or empty folder, or one of the same job. Received: {dataset}, with "
-            f"{sorted(others)[0]}. Name another folder or empty it"
-        )
-    else:
-
-        def write_plan_once(old: bytes | None) -> bytes | None:
-            if old is None:
-                return json.dumps(plan.identity).encode()
-            _refuse_other(dataset, plan, _parse_plan(plan_path, old))
-            return None
-
-        change_bytes(plan_path, write_plan_once)
-        if is_sealed(dataset):  # by a concurrent attempt, after the check above
-            return _earlier_attempt(dataset, plan)
-    return None
-
-
-def _sealed(dataset: UPath, plan: Plan) -> tuple[DatasetManifest, list[str]]:
-    """Return the manifest of a sealed folder of this job, and the faults of its files, one line each.
-
-    Raises:
-        OptionError: the folder belongs to another job.
-        DamageError: the manifest is damaged, or lists other shards than planned.
-    """
-    manifest = read_manifest(dataset, DatasetManifest)
-    _refuse_other(dataset, plan, _identity_of(manifest, plan) | {"versions": plan.identity["versions"]})
-    if {shard.name for shard in manifest.shards} != {
-        name for group in plan.groups for name in group.shard_names if name
-    }:
-        raise DamageError(
-            f"{dataset / MANIFEST_FILE} must list the planned shards. Remove the folder and prepare again"
-        )
-    sizes = list_files(dataset)
-    return manifest, [fault for entry in manifest.entries if (fault := fault_of(dataset, entry, sizes))]
-
-
-def _identity_of(manifest: DatasetManifest, plan: Plan) -> dict[str, Any]:
-    """Return options, input and versions that the dataset was made with, under the keys of `Plan.identity`.
-
-    A package that an earlier release did not record had no part in its shards: its version counts as equal.
-    """
-    versions = plan.identity["versions"] | manifest.versions
-    return manifest.config | {"input": manifest.fingerprint, "versions": versions, "book_rule": manifest.book_rule}
-
-
-def _remove_traces(dataset: UPath) -> None:
-    """Remove what attempts leave in a sealed dataset: the progress of the last one, temporary files of killed ones."""
-    for _ in range(2):  # a task of a killed attempt may still add a file during the removal
-        remove_folder(dataset / PROGRESS_FOLDER)
-    remove_temporaries(dataset)
-
-
-def _parse_plan(path: UPath, content: bytes) -> dict[str, Any]:
-    try:
-        plan = json.loads(content)
-        if not isinstance(plan, dict):
-            raise ValueError("it is no object")
-    except ValueError as error:
-        raise DamageError(
-            f"{path} must be a JSON object. Received: {error}. Remove the folder and prepare again"
-        ) from error
-    return plan
-
-
-def _refuse_other(dataset: UPath, plan: Plan, earlier: dict[str, Any]) -> None:
-    """Raise OptionError if `earlier`, the identity of an earlier attempt, differs from the plan's."""
-    there, now = _flat(earlier), _flat(plan.identity)
-    differing = [key for key, value in now.items() if there.get(key) != value]
-    if differing:
-        differences = ", ".join(f"{k} (there {str(there.get(k))[:40]}, now {str(now[k])[:40]})" for k in differing)
-        raise OptionError(
-            f"--dataset must be a new folder, or one made with the same options and input. Received: {dataset}, where "
-            f"these differ: {differences}. Name another folder or remove it"
-        )
-
-
-def _flat(identity: dict[str, Any]) -> dict[str, Any]:
-    """Return an identity with a key for each package, instead of `versions`."""
-    versions = identity.get("versions")
-    return {key: value for key, value in identity.items() if key != "versions"} | {
-        f"version of {package}": version
-        for package, version in (versions if isinstance(versions, dict) else {}).items()
-    }
-
-
 def _finish(plan: Plan, dataset: UPath, config: PrepareConfig, reports: Sequence[GroupReport]) -> DatasetManifest:
     """Check the counts, write the other files of the dataset, seal the folder, and clean up."""
     shards = {split: [report.shards[split] for report in reports if split in report.shards] for split in SPLITS}
@@ -268,7 +142,7 @@ def _finish(plan: Plan, dataset: UPath, config: PrepareConfig, reports: Sequence
     for folder in (dataset, dataset / PROGRESS_FOLDER):  # left by killed attempts
         remove_temporaries(folder)
     seal(dataset, manifest)
-    _remove_traces(dataset)  # after sealing: a folder with neither plan nor manifest would be refused as unknown
+    remove_traces(dataset)  # after sealing: a folder with neither plan nor manifest would be refused as unknown
     return manifest
 
 

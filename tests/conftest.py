@@ -6,13 +6,11 @@ training are made once, and each process has its copy.
 
 import fcntl
 import os
-import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -26,6 +24,7 @@ import pytest
 from click.testing import CliRunner
 from equal_workers import A_FEW, EQUAL_BATCH, one_batch, then
 from fake_cloud.bucket import StrictBucket
+from schedule import pytest_collection_modifyitems, pytest_terminal_summary, pytest_xdist_make_scheduler  # noqa: F401
 from small_head import WORK, work_after
 
 # Before anything imports Ray or TensorFlow, so that some imports come after (E402):
@@ -59,50 +58,6 @@ KUZUSHIJI = Path(sys.executable).with_name("kuzushiji")
 CPUS = 2  # of the Ray of the tests: few, since each process of Ray takes seconds to start
 # A training on the dataset `few`: 15 steps in 3 epochs of 5, with dropout.
 GIVEN = {"architecture": "baseline", "epochs": 3, "global_batch_size": 7, "learning_rate": 1e-4, "workers": 2}
-
-# --- which process runs what
-
-# The tests of a file stay in one process, for the fixtures of the file; so do those of files that must not run beside
-# one another: they mount disks, or look at all mounts.
-TOGETHER = dict.fromkeys(("test_fake_cloud", "test_storage_faults", "test_pull_and_verify"), "mounts")
-# Those that take longest begin first.
-LONGEST = (
-    "test_submit", "test_train", "test_survival", "test_weights", "test_architectures", "mounts", "test_bucket",
-    "test_prepare_survives", "test_terminal", "test_predict", "test_report", "test_hostile", "test_command_line",
-)  # fmt: skip
-
-
-def group_of(file: str) -> str:
-    name = Path(file).stem
-    return TOGETHER.get(name, name)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    groups = [*LONGEST, *sorted({group_of(item.path.name) for item in items} - set(LONGEST))]
-    items.sort(key=lambda item: groups.index(group_of(item.path.name)))
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """As `--dist loadgroup`, whose marks pytest-xdist 3.8 loses with pytest 9.2."""
-    from xdist.scheduler import LoadScopeScheduling
-
-    class Groups(LoadScopeScheduling):  # type: ignore[misc]
-        def _split_scope(self, nodeid: str) -> str:
-            return group_of(nodeid.partition("::")[0])
-
-    config.option.loadscopereorder = False  # by the number of tests
-    return Groups(config, log)
-
-
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Tell in one line what was skipped, and how to have it."""
-    reports = terminalreporter.stats.get("skipped", [])
-    reasons = Counter(re.sub("^Skipped: ", "", report.longrepr[2]) for report in reports)
-    if reasons:
-        told = "; ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-        terminalreporter.write_line(f"skipped: {len(reports)} tests: {told}")
-
 
 # --- what is made once, or by one process at a time
 
@@ -154,6 +109,19 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("need the real pages at shared/kuzushiji beside the checkout")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def cases(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One real page with its labels in many forms."""
+    maker = shared.parent / "cases" / "make_cases.py"
+    if not maker.exists():
+        pytest.skip("need shared/cases beside the checkout")
+
+    def make(out: Path) -> None:
+        subprocess.run([sys.executable, maker, out], check=True, capture_output=True)
+
+    return made_once(tmp_path_factory, "cases", make)
 
 
 @pytest.fixture(scope="session")

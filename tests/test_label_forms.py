@@ -2,8 +2,6 @@
 
 import csv
 import json
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -95,15 +93,6 @@ def test_a_folder_and_a_zip_of_labels_are_read_as_their_files(form: str, tmp_pat
     assert folder.sha256 == packed.sha256
 
 
-@pytest.fixture(scope="module")
-def cases(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One real page in many forms: the issue's own cases."""
-    out = tmp_path_factory.mktemp("cases")
-    subprocess.run([sys.executable, shared.parent / "cases" / "make_cases.py", out], check=True, capture_output=True)
-    return out
-
-
-@pytest.mark.long
 @pytest.mark.parametrize("case", ["decimals", "utf_16", "codh_csv", "codh_tree", "coco", "yolo", "iiif_curation"])
 def test_the_labels_of_each_case_are_those_of_the_page(case: str, cases: Path) -> None:
     whole = read(cases / "no_end_marker" / "labels.csv")

@@ -152,7 +152,7 @@ def test_a_prepare_that_was_overtaken_takes_what_the_other_sealed(
     assert hashes_of_dataset(out) == hashes_of_dataset(undisturbed)
 
 
-@pytest.mark.parametrize("moment", ["seal", "_remove_traces"])
+@pytest.mark.parametrize("moment", ["seal", "remove_traces"])
 def test_a_prepare_that_is_killed_as_it_seals_is_finished_by_the_next(
     moment: str, source: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,8 +2,6 @@
 
 import io
 import random
-import subprocess
-import sys
 import unicodedata
 import warnings
 import zipfile
@@ -565,16 +563,6 @@ def test_real_boxes_hold_ink_and_those_for_another_size_do_not(shared: Path, tmp
 
 
 # --- all of it
-
-
-@pytest.fixture(scope="module")
-def cases(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    maker = shared.parent / "cases" / "make_cases.py"
-    if not maker.exists():
-        pytest.skip("need shared/cases beside the checkout")
-    out = tmp_path_factory.mktemp("cases")
-    subprocess.run([sys.executable, maker, out], check=True, capture_output=True)
-    return out
 
 
 # With all their boxes, but for the one whose picture is cut off.

@@ -354,9 +354,7 @@ def test_a_job_runs_the_code_of_a_checkout_where_it_is_asked_for_and_its_log_and
 ) -> None:
     checkout = tmp_path / "checkout"
     for package in ("cluster", "preprocessing", "job"):
-        (checkout / package).mkdir(parents=True)
-        for file in (ROOT / package).glob("*.py"):
-            (checkout / package / file.name).write_text(file.read_text())
+        shutil.copytree(ROOT / package, checkout / package, ignore=shutil.ignore_patterns("__pycache__"))
     manifest = checkout / "cluster" / "manifest.py"
     manifest.write_text(manifest.read_text() + '\nprint("of the checkout")\n')
     done = head.submit("--working-dir", str(checkout), "--", "verify", str(dataset))

@@ -1,0 +1,80 @@
+"""The command that runs other ones as jobs on a cluster: `submit`."""
+
+import logging
+import shlex
+
+import click
+
+from cluster.errors import InputError, OptionError
+from job.command import Outcome, command, main
+
+# Commands that can run as jobs on a cluster. The others read or write the local disk.
+JOBS = ("prepare", "train", "evaluate", "predict", "report", "export", "verify")
+
+log = logging.getLogger("kuzushiji")
+
+
+@command
+@click.option("--cluster", metavar="FILE", help="Cluster file that `ray up` was given.  [default: ray_cluster.yaml]")
+@click.option(
+    "--address", metavar="URL", help="Address of a head node, such as http://127.0.0.1:8265, instead of --cluster."
+)
+@click.option("--insecure", is_flag=True, help="Send the token to --address without encryption.")
+@click.option("--working-dir", metavar="DIR", help="Checkout to upload; the job runs its code instead of the image's.")
+@click.option("--no-wait", is_flag=True, help="Return as soon as the job is submitted.")
+@click.option("--attach", metavar="JOB", help="Follow a job that was submitted before.")
+@click.argument("arguments", nargs=-1, metavar="[-- prepare|train|evaluate|predict|... ...]")
+def submit(
+    cluster: str | None,
+    address: str | None,
+    insecure: bool,
+    working_dir: str | None,
+    no_wait: bool,
+    attach: str | None,
+    arguments: tuple[str, ...],
+) -> Outcome:
+    """Run a command as a job on a cluster, and follow its log.
+
+    The exit code is that of the job.
+    """
+    from cluster.storage import local_path, plain_name
+    from cluster.submit import Head, connected, follow, submit_job
+
+    if cluster and address:
+        raise OptionError("only one of --cluster and --address must be given. Received: both")
+    if bool(attach) == bool(arguments):
+        raise OptionError(
+            f"either a command after -- or --attach JOB must be given. Received: {' '.join(arguments) or 'none'}"
+        )
+    if arguments:
+        _check_job(arguments)
+    elif attach:
+        try:
+            plain_name(attach, "--attach")
+        except InputError as error:
+            raise OptionError(str(error)) from error
+    folder = local_path(working_dir, "--working-dir") if working_dir else None
+    if folder and not folder.is_dir():
+        raise OptionError(f"--working-dir must be an existing folder. Received: {working_dir}")
+    file = None if address else local_path(cluster or "ray_cluster.yaml", "--cluster")
+    head = Head(address, file, insecure)
+    with connected(head) as client:
+        job = attach or submit_job(client, arguments, folder, head)
+        log.info("job %s%s", job, "" if attach else f" was submitted: kuzushiji {shlex.join(arguments)}")
+        if no_wait:
+            return {"job": job}, [f"to follow it: kuzushiji submit {head.option} --attach {job}"]
+        code = follow(client, job, head)
+    return {"job": job, "exit_code": code}, []
+
+
+def _check_job(arguments: tuple[str, ...]) -> None:
+    """Find usage errors before the job is submitted, not after minutes on a cluster.
+
+    Raises:
+        OptionError: the command can't run as a job.
+        click.UsageError: its options are invalid.
+    """
+    name, *rest = arguments
+    if name not in JOBS:
+        raise OptionError(f"a job must be one of {', '.join(JOBS)}. Received: {name}")
+    main.commands[name].make_context(f"kuzushiji {name}", rest)
