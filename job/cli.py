@@ -10,10 +10,13 @@ from typing import Any
 import click
 
 from cluster.errors import OptionError
-from job.command import Outcome, command, option
+from job.command import Outcome, command, main, option
 from job.config import TrainConfig
-from job.data_commands import canvases_option, labels_option, start_limit_option
+from job.data_commands import canvases_option, labels_option, prepare, sample, start_limit_option
+from job.submit_command import submit
 from preprocessing.config import SPLITS
+
+__all__ = ["evaluate", "export", "main", "predict", "prepare", "pull", "report", "sample", "submit", "train", "verify"]
 
 SHOWN_CONFUSIONS = 20
 
