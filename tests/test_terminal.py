@@ -4,7 +4,6 @@ import os
 import re
 import select
 import subprocess
-import sys
 import termios
 import time
 from collections.abc import Callable, Sequence
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pyte
 import pytest
-from conftest import KUZUSHIJI, TRIES_TO_START_RAY
+from conftest import KUZUSHIJI, KUZUSHIJI_WITH_SMALL_HEAD, TRIES_TO_START_RAY
 
 from cluster.runtime import START_TIMED_OUT
 
@@ -89,31 +88,13 @@ def _read(terminal: int, deadline: float) -> bytes:
         return b""
 
 
-# The command line, whose worker is its own process: Ray Train's local mode.
-LOCALLY = """
-import ray.train
-from job.train import run
-from job.cli import main
-
-def with_small_head(given):
-    from job.model import architectures
-    architectures.BASELINE_HEAD = (16, 8)
-    return work(given)
-
-one = ray.train.ScalingConfig(num_workers=0)
-ray.train.ScalingConfig = lambda **_: one
-work, run._work = run._work, with_small_head
-main()
-"""
-
-
 def test_a_training_shows_in_a_line_where_it_stands_from_its_first_step_to_its_report(
     few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_address: str
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", ray_address)
     models = ["--models", tmp_path / "models", "--architecture", "baseline", "--run", "seen"]
     sizes = ["--epochs", "2", "--global-batch-size", "4", "--workers", "1"]
-    seen = shown([sys.executable, "-c", LOCALLY, "train", "--dataset", few, *models, *sizes])
+    seen = shown([*KUZUSHIJI_WITH_SMALL_HEAD, "train", "--dataset", few, *models, *sizes])
     assert seen.code == 0, "\n".join(seen.screens[-1])
     assert seen.lines(f"[{SPINNER}] Ray starts ...")
     assert seen.lines(f"baseline {BAR}+  workers start")
@@ -126,6 +107,8 @@ def test_a_training_shows_in_a_line_where_it_stands_from_its_first_step_to_its_r
     assert seen.lines(f"baseline {BAR}+ 0:00:00 writes the model and its report")
     assert not any(BAR in line for line in seen.screens[-1]), "\n".join(seen.screens[-1])
     assert any(line.startswith("model: ") for line in seen.screens[-1])
+    # 5 seconds and 700 MB, only where it computes.
+    assert seen.lines("TensorFlow was loaded here: False")
     assert seen.cursor
 
 
