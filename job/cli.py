@@ -151,7 +151,7 @@ def predict(
     manifest = run(*folders, form, pictures, gpus, start_limit, rescale, canvases_place)
     counts, accuracy, lost = manifest.counts, manifest.accuracy, len(manifest.losses)
     result = {"out": out} | counts | {"losses": lost, "clipped": len(manifest.clipped), "accuracy": accuracy}
-    result |= {"warnings": len(manifest.warnings), "without_ink": manifest.ink.without_ink}
+    result |= {"warnings": len(manifest.warnings) + manifest.more_warnings, "without_ink": manifest.ink.without_ink}
     lines = [f"{counts['read']:,} of {counts['boxes']:,} boxes on {counts['pages']:,} pages read: {out}"]
     if accuracy:
         names = {"accuracy": "accuracy", "accuracy_without_rare": "without rare", "top5": "top 5"}

@@ -90,6 +90,7 @@ def prepare(
     from job.report.dataset import write_dataset_report
     from preprocessing.books import read_books, read_train_only
     from preprocessing.classes import read_class_names
+    from preprocessing.ink import ink_line
     from preprocessing.parquet import LOSSES_TABLE
     from preprocessing.prepare import prepare as run
 
@@ -102,6 +103,12 @@ def prepare(
     given = [name for name, value in (("--pages", pages), ("--labels", labels), ("--crops", crops)) if value]
     if given not in (["--pages", "--labels"], ["--crops"]):
         raise OptionError(f"--pages and --labels, or --crops, must be given. Received: {' and '.join(given) or 'none'}")
+    if crops and canvases:
+        raise OptionError("--canvases must be given with --labels. Received: --crops. Leave one of them out")
+    for name, place in (("--pages", pages), ("--crops", crops), *(("--labels", label) for label in labels)):
+        if place and f"{reachable_place(dataset)}/".startswith(f"{reachable_place(place)}/"):
+            # The same command would find the files of the dataset among its input.
+            raise OptionError(f"--dataset must be a folder outside of {name}. Received: {dataset} and {place}")
     label_places = None if crops else [reachable_place(label) for label in labels]
     canvases_place = reachable_place(canvases) if canvases else None
     source = reachable_place(crops or pages or ""), label_places
@@ -119,5 +126,6 @@ def prepare(
         f"{lost['losses']} boxes lost, {lost['clipped']} clipped, {lost['unlabelled']} pages without labels, "
         f"{lost['warnings']} warnings: "
         f"each is listed in manifest.json{f' or {LOSSES_TABLE}' if manifest.more_losses else ''}",
+        *ink_line(manifest.ink),
         *reported,
     ]

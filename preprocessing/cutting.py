@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import cv2
 import numpy as np
@@ -36,6 +36,8 @@ class Cut:
     """Reason why there is no crop; empty if there is one."""
     page: PageResult | None = None
     """What the page is like; None if it was not decoded. Complete after the last box of the page."""
+    placed: list[int] = field(default_factory=list)
+    """The box on the upright scan: another one than `box` if it was scaled. Empty if the box was lost."""
 
 
 def cut_boxes(group: Group, pages: UPath, begin: Callable[[str], None] = lambda _: None) -> Iterator[Cut]:
@@ -89,7 +91,7 @@ class _Cutter:
         square = crop(self.image, clipped_box)
         self.result["crops"] += 1
         self.result["without_ink"] += not has_ink(square, clipped_box)
-        return Cut(self.result["page"], box, square, list(clipped_box) != placed, page=self.result)
+        return Cut(self.result["page"], box, square, list(clipped_box) != placed, page=self.result, placed=placed)
 
 
 def scaled(box: Sequence[int], across: float, down: float) -> list[int]:
@@ -122,8 +124,8 @@ def _scale_of(page: Page, width: int, height: int, rescale: bool) -> tuple[float
         raise InputError(f"boxes must be made for a scan of the same shape. {received}. Fix the label file or the scan")
     if not rescale:
         raise InputError(
-            f"boxes must be made for the size of their scan. {received}. Give --rescale to scale the boxes, or the "
-            "scans that they were made for"
+            f"boxes must be made for the size of their scan. {received}. Give --rescale to scale the boxes, with "
+            "another --dataset, or the scans that they were made for"
         )
     return across, down
 

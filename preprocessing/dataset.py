@@ -78,7 +78,7 @@ class DatasetManifest(Manifest):
     ignored: Ignored = Field(default_factory=dict)
     """Kind of file among the pages that is not read (`.db`, `characters/`) to number of such files."""
     warnings: PageWarnings = Field(default_factory=list)
-    """The first `page_results.LISTED_WARNINGS`; `pages.parquet` has all."""
+    """The first `page_results.LISTED_WARNINGS`, of scans and of labels; `pages.parquet` has all of scans."""
     more_warnings: Count = 0
     """Number of further warnings."""
     ink: InkCount = InkCount()

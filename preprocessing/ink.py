@@ -49,11 +49,16 @@ def count_ink(pages: Sequence[PageResult]) -> InkCount:
     )
 
 
+def ink_line(count: InkCount) -> list[str]:
+    """Return a line for all pages together, if too many crops hold no ink."""
+    if not _are_too_many(count.without_ink, count.crops):
+        return []
+    return [_line(f"the {count.crops:,} crops", count.without_ink, count.crops)]
+
+
 def ink_lines(count: InkCount, shown: int = SHOWN_PAGES) -> list[str]:
-    """Return a line for all pages together, if too many crops hold no ink, and for each page with too many."""
-    lines = []
-    if _are_too_many(count.without_ink, count.crops):
-        lines.append(_line(f"the {count.crops:,} crops", count.without_ink, count.crops))
+    """Return `ink_line`, and a line for each page with too many crops without ink."""
+    lines = ink_line(count)
     for page in count.listed[:shown]:
         lines.append(_line(f"the {page['crops']:,} crops of {page['page']}", page["without_ink"], page["crops"]))
     if count.pages > shown:

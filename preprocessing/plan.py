@@ -172,7 +172,8 @@ def check_sizes_are_stated(labels: Labels) -> None:
     if not labels.page_sizes:
         raise OptionError(
             "--rescale must be given with labels that say the size of their pages (COCO, IIIF Curation). "
-            "Received: labels that do not. Leave it out"
+            "Received: labels that do not. Add width and height to each entry of `images` in the COCO file, scale the "
+            "boxes yourself, or leave --rescale out if the boxes fit the scans"
         )
 
 

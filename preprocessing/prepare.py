@@ -59,7 +59,7 @@ def prepare(
         )
     plan = make_plan(pages, labels, config, canvases)
     if plan.ignored:
-        log.info("not read in %s: %s", pages, ignored_line(plan.ignored))
+        log.info("no scans in %s: %s", pages, ignored_line(plan.ignored))
     manifest = earlier_attempt(dataset, plan)
     if manifest is None:
         try:

@@ -117,6 +117,8 @@ XCEPTION = ["train", "--dataset", "x", "--models", "y", "--architecture", "xcept
         (["verify", "x"], 1, "must hold manifest.json"),
         (["sample", "--out", "x", "--num-pages", "0"], 2, "--num-pages must be at least 1"),
         (["sample", "--out", "gs://demo/y", "--num-pages", "1"], 2, "--out must be a path of this machine"),
+        (["prepare", "--crops", "x", "--canvases", "y", "--dataset", "z"], 2, "--canvases must be given with --labels"),
+        (["prepare", "--pages", "x", "--labels", "y", "--dataset", "x/z"], 2, "must be a folder outside of --pages"),
         (["verify", "gs://"], 2, "must be gs://BUCKET/"),
         (["verify", "gs://Bad_Name/x"], 2, "must be gs://BUCKET/"),
         (["verify", "s3://bucket/x"], 2, "Install s3fs"),

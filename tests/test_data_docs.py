@@ -56,6 +56,9 @@ def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     assert annotations
     Path("detections.json").write_text(annotations[1])
     write_form("curation", PAGES, tmp_path, SIZE)
+    cells = [[page_id, chr(box[0]), *box[1:]] for page_id, boxes in PAGES.items() for box in boxes]
+    with open("sheet.csv", "w", newline="", encoding="cp932") as stream:
+        csv.writer(stream).writerows([["Image", "Unicode", "X", "Y", "Width", "Height"], *cells])
     with open("canvases.csv", "w", newline="") as stream:
         rows = [[f"https://example.org/canvas/{page_id}", f"{page_id}.jpg"] for page_id in PAGES]
         csv.writer(stream).writerows([["canvas", "file"], *rows])

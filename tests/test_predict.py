@@ -22,9 +22,10 @@ from cluster.storage import place
 from job.predict.columns import columns
 from job.predict.folder import PredictionsManifest, clear
 from job.predict.predict import ReadGroup, predict
+from job.predict.readings import Readings
 from job.verify import verify
 from preprocessing.config import SPLITS
-from preprocessing.cutting import cut_boxes
+from preprocessing.cutting import Cut, cut_boxes
 from preprocessing.labels.read import read_labels
 from preprocessing.pages import list_pages
 from preprocessing.plan import group_pages
@@ -50,6 +51,16 @@ def model(real_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts = {"labels.txt": labels, "config.json": "{}"}
     write_model(place(folder), keras.Sequential([keras.Input((80, 80, 1)), *layers]), texts, "0" * 64)
     return folder.parent
+
+
+def test_a_picture_has_boxes_where_they_are_on_the_scan_also_if_they_were_scaled() -> None:
+    cuts = [Cut("a_1", [1, 2, 3, 4], None, placed=[2, 4, 6, 8])]
+    one = np.zeros((1, 1), np.int64)
+    readings = Readings(
+        cuts, np.array([0x306F]), np.array([0]), one, one.astype(np.float32), ["U+306F"], {"a_1": [[0]]}
+    )
+    assert readings.for_picture("a_1")[0].tolist() == [[2, 4, 6, 8]]
+    assert readings.predictions()[["x", "y", "width", "height"]].to_numpy().tolist() == [[1, 2, 3, 4]]
 
 
 @pytest.fixture(scope="module")

@@ -513,6 +513,7 @@ def test_boxes_for_another_size_are_refused_or_scaled(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
     scaled_cuts = cuts_of(tmp_path, half, rescale=True)
     assert [cut.box for cut in scaled_cuts] == halves  # as in the labels
+    assert [cut.placed for cut in scaled_cuts] == [*boxes[:2], []]
     for one, other in zip(whole, scaled_cuts, strict=True):
         assert (one.fault, one.clipped) == (other.fault, other.clipped)
         assert one.crop is None or other.crop is None or np.array_equal(one.crop, other.crop)

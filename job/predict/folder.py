@@ -37,6 +37,8 @@ class PredictionsManifest(Manifest):
     """Kind of file among the pages that is not read to number of such files."""
     warnings: PageWarnings = Field(default_factory=list)
     """What was mended in the files of pages, or is not as in other scans: the first `LISTED_WARNINGS`."""
+    more_warnings: Count = 0
+    """Number of further warnings."""
     ink: InkCount = InkCount()
     model_manifest_sha256: str
     fingerprint: str

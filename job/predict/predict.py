@@ -104,7 +104,7 @@ def predict(
     if rescale:
         check_sizes_are_stated(labels)
     if listed().ignored:
-        log.info("not read in %s: %s", pages, ignored_line(listed().ignored))
+        log.info("no scans in %s: %s", pages, ignored_line(listed().ignored))
     files = listed().files_of(labels.page_ids)
     _check_before_reading(labels, files, model_sha256, annotate is not None)
     clear(out)
@@ -192,6 +192,7 @@ def _manifest(
         raise InputError(f"at least one box must be readable. Received: {len(losses)} lost, first: {losses[0]['what']}")
     read = sum(report.read for report in reports)
     results = [result for report in reports for result in report.pages]
+    warnings = listed_warnings(results, labels.warnings)
     return PredictionsManifest(
         files=[entry for report in reports for entry in report.files],
         counts={"boxes": len(labels.boxes), "read": read, "pages": len(labels.page_ids)},
@@ -199,7 +200,8 @@ def _manifest(
         losses=losses,
         clipped=[box for report in reports for box in report.clipped],
         ignored=dict(ignored or {}),
-        warnings=listed_warnings(results, labels.warnings)[:LISTED_WARNINGS],
+        warnings=warnings[:LISTED_WARNINGS],
+        more_warnings=max(0, len(warnings) - LISTED_WARNINGS),
         ink=count_ink(results),
         model_manifest_sha256=model_sha256,
         fingerprint=input_fingerprint,

@@ -104,9 +104,9 @@ class Readings:
         return pd.DataFrame(rows, columns=["image_id", "characters", "text"])
 
     def for_picture(self, page_id: str) -> tuple[Any, ...]:
-        """Return the arguments of `annotated` for a page: boxes, readings, probabilities, wrong."""
+        """Return the arguments of `annotated` for a page: boxes on the scan, readings, probabilities, wrong."""
         order = [i for column in self.page_columns[page_id] for i in column]
-        boxes = np.array([self.cuts[self.read[i]].box for i in order], np.int64)
+        boxes = np.array([self.cuts[self.read[i]].placed for i in order], np.int64)
         correct, known, _ = self._compared()
         return boxes, [self._readings(i) for i in order], self.probabilities[order, 0], (known & ~correct)[order]
 

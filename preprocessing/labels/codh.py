@@ -2,13 +2,15 @@
 
 Unicode,Image,X,Y,Block ID,Char ID,Width,Height
 U+306F,100241706_00004_2,1231,3465,B0001,C0001,133,53
+
+Six columns are read, in any order. The character may be written as itself, so that a spreadsheet can be in this form.
 """
 
 import csv
 from collections.abc import Iterator, Sequence
 
 from cluster.errors import InputError
-from preprocessing.labels.code_points import UNKNOWN, parse_code_point
+from preprocessing.labels.code_points import UNKNOWN, parse_character
 from preprocessing.labels.files import LabelFile, open_text
 from preprocessing.labels.kaggle import MAX_CELL_CHARS, parse_integer
 from preprocessing.labels.page_ids import id_of_file
@@ -56,7 +58,7 @@ def _parse(file: LabelFile, bare: bool) -> Collected:
             if name not in ids:
                 ids[name] = id_of_file(name)
             text = row[character] if character is not None else ""
-            code_point = UNKNOWN if bare and not text else parse_code_point(text)
+            code_point = UNKNOWN if bare and not text else parse_character(text)
             collected.add(ids[name], code_point, [parse_integer(row[i]) for i in box])
     except csv.Error as error:
         raise InputError(f"{file.where}, line {reader.line_num}: not CSV ({error})") from error
