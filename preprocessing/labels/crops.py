@@ -14,7 +14,7 @@ from upath import UPath
 
 from cluster.errors import InputError
 from cluster.storage import is_file, list_tree
-from preprocessing.books import book_of
+from preprocessing.books import NO_BOOKS, book_of
 from preprocessing.labels.code_points import code_point_name, parse_character
 from preprocessing.labels.page_ids import is_image, parse_id
 from preprocessing.labels.table import MAX_PAGES, WHOLE_FILE, Labels
@@ -33,14 +33,15 @@ def read_crops(crops: UPath) -> tuple[Labels, Files, dict[str, int]]:
         The labels, the files, and how many other files there are of each kind, as in `Listing.ignored`.
 
     Raises:
-        InputError: there are no crops or too many, the id of one is unsafe, or two have the same id.
+        InputError: there are no crops or too many, a folder of images is not named as a character, the id of one is
+            unsafe, or two have the same id.
     """
     found: dict[str, tuple[str, int]] = {}
     code_points: dict[str, int] = {}
     aside: list[str] = []
     for name, size in sorted(_members(crops)):
-        code_point = _class_of(name)
-        if code_point is None or not is_image(name):
+        code_point = _class_of(name, crops)
+        if code_point is None:
             aside.append(name)
             continue
         crop_id = _crop_id(name, code_point, crops)
@@ -76,15 +77,28 @@ def _members(crops: UPath) -> list[tuple[str, int]]:
     return list(list_tree(crops))
 
 
-def _class_of(name: str) -> int | None:
-    """Return the code point that the folder of a file is named by, None if it is no character."""
+def _class_of(name: str, crops: UPath) -> int | None:
+    """Return the code point that the folder of an image is named by; None for a file that is left aside.
+
+    Left aside are files that are no images, hidden files and folders, and images in no folder or in one of `NO_BOOKS`,
+    which are pages.
+
+    Raises:
+        InputError: an image lies in any other folder that is not named as a character.
+    """
     *folders, base_name = name.split("/")
-    if not folders or base_name.startswith("."):
+    if not folders or base_name.startswith(".") or not is_image(name):
         return None
     try:
         return parse_character(folders[-1])
-    except ValueError:
-        return None
+    except ValueError as error:
+        if folders[-1] in NO_BOOKS or any(folder.startswith(".") and len(folder) > 1 for folder in folders):
+            return None
+        what = "Rename class numbers to their characters" if folders[-1].isdecimal() else "Rename the folder"
+        raise InputError(
+            "each image of --crops must lie in a folder that is named as its character, は or U+306F. "
+            f"Received: {name!r} in {crops}. {what}"
+        ) from error
 
 
 def _crop_id(name: str, code_point: int, crops: UPath) -> str:
