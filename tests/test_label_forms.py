@@ -668,6 +668,17 @@ def test_pages_and_hidden_files_next_to_crops_are_left_aside(name: str, tmp_path
     assert (labels.page_ids, ignored) == (["306F_a"], {".jpg": 2})
 
 
+def test_crops_of_one_name_in_several_folders_have_the_folders_in_their_ids(tmp_path: Path) -> None:
+    crops_of(tmp_path, "train/か/1.jpg", "test/か/1.jpg", "train/U+306F/1.jpg", "か/1.jpg", "train/か/2.jpg")
+    labels, listed, _ = read_crops(place(tmp_path))
+    assert {crop_id: name for crop_id, (name, _) in listed.items()} == {
+        "304B_1": "か/1.jpg", "test/304B_1": "test/か/1.jpg", "train/304B_1": "train/か/1.jpg",
+        "306F_1": "train/U+306F/1.jpg", "304B_2": "train/か/2.jpg",
+    }  # fmt: skip
+    assert labels.page_ids == sorted(listed)
+    assert labels.code_points.tolist() == [0x304B, 0x304B, 0x306F, 0x304B, 0x304B]
+
+
 def test_crops_are_not_split_by_page(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="--split must be random or book with --crops"):
         make_plan(place(crops_of(tmp_path, *CROPS)), None, PrepareConfig(split="page"))

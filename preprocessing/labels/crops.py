@@ -8,6 +8,7 @@ Each file is a page of one box, which is the whole file.
 import hashlib
 import os
 import re
+from collections import Counter
 
 import numpy as np
 from upath import UPath
@@ -36,22 +37,18 @@ def read_crops(crops: UPath) -> tuple[Labels, Files, dict[str, int]]:
         InputError: there are no crops or too many, a folder of images is not named as a character, the id of one is
             unsafe, or two have the same id.
     """
+    listed, aside = _list_images(crops)
     found: dict[str, tuple[str, int]] = {}
     code_points: dict[str, int] = {}
-    aside: list[str] = []
-    for name, size in sorted(_members(crops)):
-        code_point = _class_of(name, crops)
-        if code_point is None:
-            aside.append(name)
-            continue
-        crop_id = _crop_id(name, code_point, crops)
+    short_ids = [_crop_id(name, code_point, crops) for name, _, code_point in listed]
+    count = Counter(short_ids)
+    for short_id, (name, size, code_point) in zip(short_ids, listed, strict=True):
+        crop_id = short_id if count[short_id] == 1 else _crop_id(name, code_point, crops, with_folders=True)
         if crop_id in found:
             raise InputError(
                 f"each crop must have a name of its own. Received: {found[crop_id][0]!r} and {name!r} in {crops}"
             )
         found[crop_id], code_points[crop_id] = (name, size), code_point
-        if len(found) > MAX_PAGES:
-            raise InputError(f"--crops must have at most {MAX_PAGES} files. Received: more, in {crops}")
     if not found:
         raise InputError(
             "--crops must be a folder with a folder of images for each character, named は or U+306F. "
@@ -69,6 +66,21 @@ def read_crops(crops: UPath) -> tuple[Labels, Files, dict[str, int]]:
         books={crop_id: _book_of(found[crop_id][0]) for crop_id in ids},
     )
     return labels, found, count_kinds(map(kind_of, aside))
+
+
+def _list_images(crops: UPath) -> tuple[list[tuple[str, int, int]], list[str]]:
+    """Return name, size in bytes and code point of each crop, sorted, and the names of the files left aside."""
+    listed: list[tuple[str, int, int]] = []
+    aside: list[str] = []
+    for name, size in sorted(_members(crops)):
+        code_point = _class_of(name, crops)
+        if code_point is None:
+            aside.append(name)
+            continue
+        listed.append((name, size, code_point))
+        if len(listed) > MAX_PAGES:
+            raise InputError(f"--crops must have at most {MAX_PAGES} files. Received: more, in {crops}")
+    return listed, aside
 
 
 def _members(crops: UPath) -> list[tuple[str, int]]:
@@ -101,14 +113,17 @@ def _class_of(name: str, crops: UPath) -> int | None:
         ) from error
 
 
-def _crop_id(name: str, code_point: int, crops: UPath) -> str:
-    """Return `306F_<name>` for `U+306F/<name>.jpg` and for CODH's `U+306F/U+306F_<name>.jpg`."""
-    stem = os.path.splitext(os.path.basename(name))[0]
-    stem = stem.removeprefix(f"{code_point_name(code_point)}_")
+def _crop_id(name: str, code_point: int, crops: UPath, with_folders: bool = False) -> str:
+    """Return `306F_<name>` for `U+306F/<name>.jpg` and for CODH's `U+306F/U+306F_<name>.jpg`.
+
+    with_folders: return `train/306F_<name>` for `train/U+306F/<name>.jpg`.
+    """
+    *folders, _, base_name = name.split("/")
+    stem = os.path.splitext(base_name)[0].removeprefix(f"{code_point_name(code_point)}_")
     try:
-        return parse_id(f"{code_point:04X}_{stem}")
+        return parse_id("/".join([*(folders if with_folders else []), f"{code_point:04X}_{stem}"]))
     except ValueError as error:
-        raise InputError(f"{crops}: {name!r}: {error}. Rename the file") from error
+        raise InputError(f"{crops}: {name!r}: {error}. Rename the file or folder") from error
 
 
 def _book_of(name: str) -> str:
