@@ -29,6 +29,7 @@ from cluster.errors import InputError
 from cluster.storage import is_file, read_bytes
 from preprocessing.config import BooksFile, TrainOnlyFile
 from preprocessing.labels.table import Labels
+from preprocessing.pages import decode_name
 
 # Folders that hold the pages of one or all books.
 NO_BOOKS = frozenset({"images", "train_images"})
@@ -50,7 +51,9 @@ def book_of(page_id: str, folders: Sequence[str] = (), stated: str | None = None
     if stated:
         return _normal(stated)
     if folders:
-        return _normal(os.fsencode(folders[0]).decode(errors="replace"))
+        folder = os.fsencode(folders[0])
+        # With escapes, where it is of neither encoding: different folders stay different books.
+        return _normal(decode_name(folder) or folder.decode(errors="backslashreplace"))
     name = _normal(page_id.rpartition("/")[2])
     letters = _LETTERS.match(name)
     return letters[0] if letters else volume_of(name) or name

@@ -35,6 +35,7 @@ UNREADABLE = (*BROKEN, ValueError, OSError)
 # 32 bytes contain at most one block of bz2, and a block can decompress to 46 MB.
 STEP_BYTES = {zipfile.ZIP_STORED: CHUNK_BYTES, zipfile.ZIP_DEFLATED: CHUNK_BYTES}
 SMALL_STEP_BYTES = 32
+UTF8_FLAG = 0x800  # of a member of an archive whose name is UTF-8
 HEADER_BYTES = 1 << 16  # of a page, in which its size is stated nearly always
 
 
@@ -185,14 +186,40 @@ def size_reader(pages: UPath, listed: Callable[[], Listing]) -> Iterator[Callabl
 
 
 def is_archive(pages: UPath) -> bool:
-    """Whether a place is a zip archive, by its suffix."""
-    return pages.suffix == ".zip" and not (is_local(pages) and os.path.isdir(pages.path))
+    """Whether a place is a zip archive, by its suffix in any case."""
+    return pages.suffix.lower() == ".zip" and not (is_local(pages) and os.path.isdir(pages.path))
 
 
 def list_members(pages: UPath, option: str = "--pages") -> list[tuple[str, int]]:
-    """Return name and uncompressed size in bytes of each file in an archive. option: to name in error messages."""
+    r"""Return name and uncompressed size in bytes of each file in an archive. option: to name in error messages.
+
+    Names that are not marked as UTF-8 are read by `decode_name`, and `\` in names is `/`.
+    """
     with _open_archive(pages, option) as archive:
         return [(info.filename, info.file_size) for info in archive.infolist() if not info.is_dir()]
+
+
+def decode_name(name: bytes) -> str | None:
+    """Return the name of a file as text: of UTF-8 or of CP932, which Japanese Windows writes; None if it is neither."""
+    for encoding in ("utf-8", "cp932"):
+        try:
+            return name.decode(encoding)
+        except UnicodeDecodeError:
+            continue
+    return None
+
+
+def _rename_members(archive: zipfile.ZipFile) -> None:
+    """Give the members of an archive the names that were meant, for `infolist` and `getinfo`."""
+    for info in archive.infolist():
+        name = info.filename
+        # Without the flag, zipfile decodes as CP437, which keeps every byte. A name in an extra field is right already.
+        if not info.flag_bits & UTF8_FLAG and not name.isascii() and name == info.orig_filename:
+            name = decode_name(name.encode("cp437")) or name
+        name = name.replace("\\", "/")  # only now: the second byte of 表 in CP932 is a backslash
+        if name != info.filename:
+            info.filename = name
+            archive.NameToInfo[name] = info
 
 
 def _read_member(archive: zipfile.ZipFile, name: str) -> bytes:
@@ -235,5 +262,6 @@ def _open_archive(pages: UPath, option: str = "--pages") -> Iterator[zipfile.Zip
     with stream:
         with _broken_archive_as(InputError, f"{option} must be a folder or a valid .zip. Received: {pages}"):
             archive = zipfile.ZipFile(stream)
+            _rename_members(archive)
         with archive:
             yield archive

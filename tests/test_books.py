@@ -1,6 +1,7 @@
 """Books: a title stays on one side, folds test each book once, and the dataset says which book each page is of."""
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -75,6 +76,15 @@ def test_a_book_that_the_label_file_states_comes_before_folders_and_ids() -> Non
     labels = labels_of({"1_1": 1, "2_1": 1})
     stated = Labels(**(vars(labels) | {"books": {"1_1": "hnsd00000"}}))
     assert books_of_pages(stated, {"1_1": ("a/1_1.jpg", 1), "2_1": ("b/2_1.jpg", 1)}) == ["hnsd00000", "b"]
+
+
+def test_folders_whose_names_are_not_utf_8_are_books_of_their_own() -> None:
+    titles = "源氏", "伊勢", "枕草"
+    names = [os.fsdecode(title.encode("cp932") + b"/1.jpg") for title in titles]
+    names += [os.fsdecode(name + b"/1.jpg") for name in (b"\x82\xff", b"\x82\xfe")]  # nor CP932
+    labels = labels_of({str(i): 1 for i in range(len(names))})
+    files = {str(i): (name, 1) for i, name in enumerate(names)}
+    assert books_of_pages(labels, files) == [*titles, r"\x82\xff", r"\x82\xfe"]
 
 
 @given(st.text("aZ", min_size=1), st.sampled_from(["", "0", "_", "-"]), st.text("aZ0_-"))

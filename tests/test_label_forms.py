@@ -647,10 +647,36 @@ def test_folders_that_are_no_crops_are_refused_in_one_line(tmp_path: Path) -> No
         (lambda: tmp_path / "none", "--crops must be a folder with a folder of images"),
         (lambda: crops_of(tmp_path / "b", "は/a.jpg", "U+306F/a.jpg"), "each crop must have a name of its own"),
         (lambda: crops_of(tmp_path / "c", "は/a b\n.jpg"), "an image_id must be"),
+        (lambda: crops_of(tmp_path / "d", "1/a.jpg", "9/a.jpg", "10/a.jpg"), "Received: '10/a.jpg' .* class numbers"),
+        (lambda: crops_of(tmp_path / "e", "train/00/a.jpg"), "Received: 'train/00/a.jpg' .* class numbers"),
+        (lambda: crops_of(tmp_path / "f", "は/a.jpg", "ka/a.jpg"), "'ka/a.jpg' .*/f. Rename the folder"),
+        (lambda: crops_of(tmp_path / "g", "a/は/1.jpg", "a/U+306F/1.png"), "each crop must have a name of its own"),
     ):
         with pytest.raises(InputError, match=says) as caught:
             read_crops(place(make()))
         assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["page.jpg", "images/a.jpg", "train_images/a.jpg", "ka/.a.jpg", "__MACOSX/ka/._a.jpg"])
+def test_pages_and_hidden_files_next_to_crops_are_left_aside(name: str, tmp_path: Path) -> None:
+    crops_of(tmp_path, "は/a.jpg", name)
+    with zipfile.ZipFile(tmp_path / "crops.zip", "w") as archive:
+        for path in sorted(tmp_path.rglob("*.jpg")):
+            archive.write(path, path.relative_to(tmp_path))
+        archive.writestr(".git/ka/a.jpg", "x")
+    labels, _, ignored = read_crops(place(tmp_path / "crops.zip"))
+    assert (labels.page_ids, ignored) == (["306F_a"], {".jpg": 2})
+
+
+def test_crops_of_one_name_in_several_folders_have_the_folders_in_their_ids(tmp_path: Path) -> None:
+    crops_of(tmp_path, "train/か/1.jpg", "test/か/1.jpg", "train/U+306F/1.jpg", "か/1.jpg", "train/か/2.jpg")
+    labels, listed, _ = read_crops(place(tmp_path))
+    assert {crop_id: name for crop_id, (name, _) in listed.items()} == {
+        "304B_1": "か/1.jpg", "test/304B_1": "test/か/1.jpg", "train/304B_1": "train/か/1.jpg",
+        "306F_1": "train/U+306F/1.jpg", "304B_2": "train/か/2.jpg",
+    }  # fmt: skip
+    assert labels.page_ids == sorted(listed)
+    assert labels.code_points.tolist() == [0x304B, 0x304B, 0x306F, 0x304B, 0x304B]
 
 
 def test_crops_are_not_split_by_page(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from preprocessing.jpeg import AMBIGUOUS_CMYK, read_header
 from preprocessing.labels.read import read_labels
 from preprocessing.labels.table import Labels
 from preprocessing.page_results import PageResult
-from preprocessing.pages import list_pages
+from preprocessing.pages import list_pages, page_reader
 from preprocessing.parquet import results_of_table
 from preprocessing.plan import group_pages, make_plan
 from preprocessing.prepare import prepare
@@ -417,6 +417,46 @@ def test_scans_in_sub_folders_are_listed_and_what_is_not_taken_is_counted(archiv
     assert listing.ignored == {
         ".db": 1, ".xml": 2, "__MACOSX/": 1, "characters/": 2, "hidden files": 1, "other files": 2,
     }  # fmt: skip
+
+
+def zip_of(path: Path, *names: bytes) -> Path:
+    """A zip of members whose names are these bytes, without the flag of UTF-8. Each member holds its own name."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for i, name in enumerate(names):
+            archive.writestr(chr(ord("A") + i) * len(name), name)
+    data = path.read_bytes()
+    for i, name in enumerate(names):
+        data = data.replace(chr(ord("A") + i).encode() * len(name), name)
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("stored", "name"),
+    [
+        ("源氏/がく_001.jpg".encode("cp932"), "源氏/がく_001.jpg"),
+        ("ソ表\\能_1.jpg".encode("cp932"), "ソ表/能_1.jpg"),  # the second byte of ソ, 表 and 能 is a backslash
+        ("源氏/がく_001.jpg".encode(), "源氏/がく_001.jpg"),  # macOS: UTF-8 without the flag
+        (b"\x82\xff_1.jpg", "é\xa0_1.jpg"),  # CP437: neither UTF-8 nor CP932
+        (b"scans\\b\\100.jpg", "scans/b/100.jpg"),
+        (b"scans/100.jpg", "scans/100.jpg"),
+    ],
+)
+def test_names_in_an_archive_are_read_as_windows_and_macos_write_them(stored: bytes, name: str, tmp_path: Path) -> None:
+    archive = place(zip_of(tmp_path / "pages.zip", stored, "表\\".encode("cp932")))
+    assert list(list_pages(archive).scans) == [name]
+    with page_reader(archive) as read:
+        assert read(name) == stored
+
+
+def test_two_names_in_an_archive_that_become_one_are_refused(tmp_path: Path) -> None:
+    archive = zip_of(tmp_path / "pages.zip", b"b/1.jpg", b"b\\1.jpg")
+    with pytest.raises(InputError, match="must hold one file per page. Received: 'b/1.jpg' twice"):
+        list_pages(place(archive))
+
+
+def test_an_archive_is_known_by_its_suffix_in_any_case(tmp_path: Path) -> None:
+    assert list(list_pages(place(zip_of(tmp_path / "PAGES.ZIP", b"a.jpg"))).scans) == ["a.jpg"]
 
 
 def test_kinds_of_files_that_are_not_taken_are_bounded(tmp_path: Path) -> None:

@@ -8,13 +8,14 @@ Each file is a page of one box, which is the whole file.
 import hashlib
 import os
 import re
+from collections import Counter
 
 import numpy as np
 from upath import UPath
 
 from cluster.errors import InputError
 from cluster.storage import is_file, list_tree
-from preprocessing.books import book_of
+from preprocessing.books import NO_BOOKS, book_of
 from preprocessing.labels.code_points import code_point_name, parse_character
 from preprocessing.labels.page_ids import is_image, parse_id
 from preprocessing.labels.table import MAX_PAGES, WHOLE_FILE, Labels
@@ -33,24 +34,21 @@ def read_crops(crops: UPath) -> tuple[Labels, Files, dict[str, int]]:
         The labels, the files, and how many other files there are of each kind, as in `Listing.ignored`.
 
     Raises:
-        InputError: there are no crops or too many, the id of one is unsafe, or two have the same id.
+        InputError: there are no crops or too many, a folder of images is not named as a character, the id of one is
+            unsafe, or two have the same id.
     """
+    listed, aside = _list_images(crops)
     found: dict[str, tuple[str, int]] = {}
     code_points: dict[str, int] = {}
-    aside: list[str] = []
-    for name, size in sorted(_members(crops)):
-        code_point = _class_of(name)
-        if code_point is None or not is_image(name):
-            aside.append(name)
-            continue
-        crop_id = _crop_id(name, code_point, crops)
+    short_ids = [_crop_id(name, code_point, crops) for name, _, code_point in listed]
+    count = Counter(short_ids)
+    for short_id, (name, size, code_point) in zip(short_ids, listed, strict=True):
+        crop_id = short_id if count[short_id] == 1 else _crop_id(name, code_point, crops, with_folders=True)
         if crop_id in found:
             raise InputError(
                 f"each crop must have a name of its own. Received: {found[crop_id][0]!r} and {name!r} in {crops}"
             )
         found[crop_id], code_points[crop_id] = (name, size), code_point
-        if len(found) > MAX_PAGES:
-            raise InputError(f"--crops must have at most {MAX_PAGES} files. Received: more, in {crops}")
     if not found:
         raise InputError(
             "--crops must be a folder with a folder of images for each character, named は or U+306F. "
@@ -70,31 +68,62 @@ def read_crops(crops: UPath) -> tuple[Labels, Files, dict[str, int]]:
     return labels, found, count_kinds(map(kind_of, aside))
 
 
+def _list_images(crops: UPath) -> tuple[list[tuple[str, int, int]], list[str]]:
+    """Return name, size in bytes and code point of each crop, sorted, and the names of the files left aside."""
+    listed: list[tuple[str, int, int]] = []
+    aside: list[str] = []
+    for name, size in sorted(_members(crops)):
+        code_point = _class_of(name, crops)
+        if code_point is None:
+            aside.append(name)
+            continue
+        listed.append((name, size, code_point))
+        if len(listed) > MAX_PAGES:
+            raise InputError(f"--crops must have at most {MAX_PAGES} files. Received: more, in {crops}")
+    return listed, aside
+
+
 def _members(crops: UPath) -> list[tuple[str, int]]:
     if is_file(crops) and is_archive(crops):
         return list_members(crops, "--crops")
     return list(list_tree(crops))
 
 
-def _class_of(name: str) -> int | None:
-    """Return the code point that the folder of a file is named by, None if it is no character."""
+def _class_of(name: str, crops: UPath) -> int | None:
+    """Return the code point that the folder of an image is named by; None for a file that is left aside.
+
+    Left aside are files that are no images, hidden files and folders, and images in no folder or in one of `NO_BOOKS`,
+    which are pages.
+
+    Raises:
+        InputError: an image lies in any other folder that is not named as a character.
+    """
     *folders, base_name = name.split("/")
-    if not folders or base_name.startswith("."):
+    if not folders or base_name.startswith(".") or not is_image(name):
         return None
     try:
         return parse_character(folders[-1])
-    except ValueError:
-        return None
-
-
-def _crop_id(name: str, code_point: int, crops: UPath) -> str:
-    """Return `306F_<name>` for `U+306F/<name>.jpg` and for CODH's `U+306F/U+306F_<name>.jpg`."""
-    stem = os.path.splitext(os.path.basename(name))[0]
-    stem = stem.removeprefix(f"{code_point_name(code_point)}_")
-    try:
-        return parse_id(f"{code_point:04X}_{stem}")
     except ValueError as error:
-        raise InputError(f"{crops}: {name!r}: {error}. Rename the file") from error
+        if folders[-1] in NO_BOOKS or any(folder.startswith(".") and len(folder) > 1 for folder in folders):
+            return None
+        what = "Rename class numbers to their characters" if folders[-1].isdecimal() else "Rename the folder"
+        raise InputError(
+            "each image of --crops must lie in a folder that is named as its character, は or U+306F. "
+            f"Received: {name!r} in {crops}. {what}"
+        ) from error
+
+
+def _crop_id(name: str, code_point: int, crops: UPath, with_folders: bool = False) -> str:
+    """Return `306F_<name>` for `U+306F/<name>.jpg` and for CODH's `U+306F/U+306F_<name>.jpg`.
+
+    with_folders: return `train/306F_<name>` for `train/U+306F/<name>.jpg`.
+    """
+    *folders, _, base_name = name.split("/")
+    stem = os.path.splitext(base_name)[0].removeprefix(f"{code_point_name(code_point)}_")
+    try:
+        return parse_id("/".join([*(folders if with_folders else []), f"{code_point:04X}_{stem}"]))
+    except ValueError as error:
+        raise InputError(f"{crops}: {name!r}: {error}. Rename the file or folder") from error
 
 
 def _book_of(name: str) -> str:
