@@ -265,6 +265,28 @@ def test_coco_tells_the_size_of_pages_and_has_pages_without_boxes(tmp_path: Path
 
 
 @pytest.mark.parametrize(
+    ("sides", "size"),
+    [({"width": 2392.0, "height": 3e2}, {"a_1": (2392, 300)}), ({"width": 0, "height": 0.0}, {}), ({"width": None}, {})],
+)
+def test_a_size_may_be_written_as_decimals_or_not_be_stated(
+    sides: dict[str, Any], size: dict[str, tuple[int, int]], tmp_path: Path
+) -> None:
+    images = [{"id": 7, "file_name": "a_1.jpg"} | sides]
+    assert read(json_file(tmp_path / "coco.json", coco_of(images=images))).page_sizes == size
+    curation = json_file(tmp_path / "curation.json", curation_of(canvas_box(**sides)))
+    assert read(curation).page_sizes == size
+
+
+@pytest.mark.parametrize("side", ["2392", 2392.5, -1, True, [], 10**12])
+def test_a_size_that_is_no_number_of_pixels_is_refused(side: Any, tmp_path: Path) -> None:
+    rule = "'width' and 'height' must be whole numbers of pixels, 0 or left out. Received: "
+    images = [{"id": 7, "file_name": "a_1.jpg", "width": 200, "height": side}]
+    refused(json_file(tmp_path / "coco.json", coco_of(images=images)), says=rf"images\[0\]: {rule}")
+    curation = json_file(tmp_path / "curation.json", curation_of(canvas_box(width=side)))
+    refused(curation, says=rf"members\[0\]: {rule}")
+
+
+@pytest.mark.parametrize(
     ("bbox", "box", "warned"),
     [
         ([1.5, 2.25, 3, 4.5], [1, 2, 4, 5], True),

@@ -120,7 +120,7 @@ def _names_of(content: Any) -> Names:
         name = member(image, "file_name", str, at)
         page_id = _page_id(name, at)
         names.pages[key] = page_id
-        if size := page_size(image.get("width"), image.get("height")):
+        if size := page_size(image.get("width"), image.get("height"), at):
             names.sizes[page_id] = size
     listed = Counter(names.pages.values()).most_common(1)
     if listed and listed[0][1] > 1:

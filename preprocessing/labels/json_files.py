@@ -77,7 +77,14 @@ def _is_pixels(value: Any) -> bool:
     return type(value) in (int, float) and -MAX_PIXELS <= value <= MAX_PIXELS
 
 
-def page_size(width: Any, height: Any) -> tuple[int, int] | None:
-    """Return the size that a file states for a page; None if it states none, which some tools write as 0."""
-    sizes = (width, height)
-    return sizes if all(type(side) is int and 0 < side <= MAX_PIXELS for side in sizes) else None
+def page_size(width: Any, height: Any, at: str) -> tuple[int, int] | None:
+    """Return the size that a file states for a page; None if it states none, which some tools write as 0.
+
+    Raises:
+        Fault: a side is stated, and is no whole number of pixels.
+    """
+    for side in (width, height):
+        # Some tools write whole numbers as 2392.0.
+        if side is not None and not (_is_pixels(side) and side >= 0 and side == int(side)):
+            raise Fault(at, "'width' and 'height' must be whole numbers of pixels, 0 or left out", side)
+    return (int(width), int(height)) if width and height else None
