@@ -266,7 +266,11 @@ def test_coco_tells_the_size_of_pages_and_has_pages_without_boxes(tmp_path: Path
 
 @pytest.mark.parametrize(
     ("sides", "size"),
-    [({"width": 2392.0, "height": 3e2}, {"a_1": (2392, 300)}), ({"width": 0, "height": 0.0}, {}), ({"width": None}, {})],
+    [
+        ({"width": 2392.0, "height": 3e2}, {"a_1": (2392, 300)}),
+        ({"width": 0, "height": 0.0}, {}),
+        ({"width": None}, {}),
+    ],
 )
 def test_a_size_may_be_written_as_decimals_or_not_be_stated(
     sides: dict[str, Any], size: dict[str, tuple[int, int]], tmp_path: Path
@@ -346,7 +350,9 @@ def test_a_decomposed_character_is_composed_and_a_single_ideograph_stays(tmp_pat
         (annotation(image_id=[]), r"annotations\[0\]: 'image_id'"),
         (annotation(category_id=9), r"annotations\[0\]: 'category_id' must be the id of a category"),
         (annotation(category_id={}), r"annotations\[0\]: 'category_id'"),
-        (coco_of(annotations=[3]), r"annotations\[0\].bbox"),
+        (coco_of(annotations=[3]), r"annotations\[0\]: must be an object. Received: 3"),
+        (coco_of(annotations=[[1, 2, 3, 4]]), r"annotations\[0\]: must be an object. Received: \[1, 2, 3, 4\]"),
+        ([[1, 2, 3, 4]], r"\[0\]: must be an object. Received: \[1, 2, 3, 4\]"),
         (coco_of(annotations={}), "the file: must have 'annotations', a list"),
         (coco_of(images=None), "the file: must have 'images', a list"),
         (coco_of(images=[3]), r"images\[0\]: 'id' must be"),
