@@ -21,6 +21,7 @@ from preprocessing.cutting import cut_boxes
 from preprocessing.labels import json_files, table
 from preprocessing.labels.code_points import UNKNOWN
 from preprocessing.labels.crops import read_crops
+from preprocessing.labels.json_files import shown
 from preprocessing.labels.read import read_labels
 from preprocessing.labels.table import Labels, whole_pixels
 from preprocessing.pages import list_pages, size_reader
@@ -438,7 +439,13 @@ def test_yolo_boxes_are_scaled_to_the_page(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "names", ["names: [は, U+304C]\n", "names:\n  0: は\n  1: が\n", "path: x\nnames:\n- は\n- が\n"]
+    "names",
+    [
+        "names: [は, U+304C]\n",
+        "names:\n  0: は\n  1: が\n",
+        "path: x\nnames:\n- は\n- が\n",
+        "date: !!timestamp x\nnames: {'1': が, 0: !!bool は}\n",  # all are texts, whatever their tags say
+    ],
 )
 def test_yolo_classes_may_be_named_in_yaml(names: str, tmp_path: Path) -> None:
     yolo_of(tmp_path, "1 0.5 0.25 0.1 0.01\n", names=None)
@@ -474,12 +481,23 @@ def test_what_is_malformed_in_yolo_is_refused_with_its_line(
     refused(yolo_of(tmp_path, lines, names), says=says)
 
 
+# Each list has ten times the one before it: written out, the last one would have 10**20 values.
+LAUGHS = "a0: &a0 [は]\n" + "".join(f"a{i}: &a{i} [{f'*a{i - 1}, ' * 10}]\n" for i in range(1, 21)) + "names: [*a20]\n"
+
+
 @pytest.mark.parametrize(
     ("names", "says"),
     [
         ("names: は\n", "must have `names`"),
         ("{", "must be YAML"),
         ("names: [[]]\n", "must have `names`"),
+        ("names: {0: は, 2: が}\n", "must have `names`"),
+        ("names: {0: は, 00: が}\n", "must have `names`"),
+        ("names: !!bool foo\n", "must have `names`"),
+        ("names: !!timestamp foo\n", "must have `names`"),
+        ('names: ["\\UFFFFFFFF"]\n', "must be YAML"),
+        ("a: &a [は]\nnames: *a\n", "must be YAML. Received: an anchor or alias"),
+        (LAUGHS, "must be YAML. Received: an anchor or alias"),
         ("", "must have"),
     ],
 )
@@ -588,6 +606,17 @@ def test_a_curation_may_tell_sizes_and_have_boxes_to_be_read(tmp_path: Path) -> 
 
 
 # --- limits
+
+
+def test_a_value_of_any_size_is_shown_short_in_an_error() -> None:
+    value: list[Any] = ["x"]
+    for _ in range(50):
+        value = [value] * 10  # written out, 10**50 texts
+    assert shown(value).startswith("[[[")
+    assert len(shown({"a": value, "b": "x" * 10**6})) <= json_files.SHOWN + 3
+    assert shown("は" * 100) == f"'{'は' * 59}..."
+    assert shown([1, 2.5, None, "は", {"a": [True]}]) == "[1, 2.5, None, 'は', {'a': [True]}]"
+    assert shown("a\n") == "'a\\n'"
 
 
 def test_more_than_the_limits_is_refused_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """JSON files of labels, parsed within limits of size and depth, and told apart."""
 
+import reprlib
 from typing import Any
 
 from pydantic_core import from_json
@@ -12,6 +13,9 @@ from preprocessing.labels.table import MAX_PIXELS
 # no file takes over 4 GB of memory.
 MAX_VALUES = 16_000_000
 SHOWN = 60  # characters of a value in an error message
+# Stops within these limits, whatever the size of a value: `repr` writes all of it, before it can be shortened.
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict, _SHORT.maxstring = 4, 8, 8, SHOWN
 
 
 def parse_json(file: LabelFile) -> Any:
@@ -43,7 +47,11 @@ class Fault(Exception):  # noqa: N818 - becomes an InputError that names the fil
 
 def shown(value: Any) -> str:
     """Return a value for an error message: on one line, and short."""
-    text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
+    if isinstance(value, str):
+        begin = value[: SHOWN + 1]
+        text = repr(begin) if begin.isprintable() else ascii(begin)
+    else:
+        text = _SHORT.repr(value)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
