@@ -25,7 +25,7 @@ from preprocessing.labels.json_files import shown
 from preprocessing.labels.read import read_labels
 from preprocessing.labels.table import Labels, whole_pixels
 from preprocessing.pages import list_pages, size_reader
-from preprocessing.plan import make_plan, plan_groups
+from preprocessing.plan import check_sizes_are_stated, make_plan, plan_groups
 
 SIZE = (2400, 3900)  # of all pages here, unless a test says otherwise
 
@@ -591,6 +591,10 @@ def test_canvases_of_the_same_end_need_a_file_that_names_pages(tmp_path: Path) -
     ):
         refused(path, says=says, canvases=written(canvases, text))
     written(canvases, rows)
+    written(tmp_path / "several" / "a.csv", rows)
+    assert_same(read(path, canvases=tmp_path / "several"), labels)
+    written(tmp_path / "several" / "b.csv", "canvas,file\n")
+    refused(path, says="--canvases must be one file. Received: .*several with 2", canvases=tmp_path / "several")
     for form in ("kaggle", "coco"):
         others = write_form(form, PAGES, tmp_path / form, SIZE)
         refused(others, says="--canvases must be given with IIIF Curations", canvases=canvases)
@@ -603,6 +607,17 @@ def test_a_curation_may_tell_sizes_and_have_boxes_to_be_read(tmp_path: Path) -> 
     assert labels.page_sizes == {"a_1": (200, 300)}
     assert labels.boxes.tolist() == [[1, 2, 3, 4], [5, 6, 8, 8], [1, 2, 3, 4]]
     assert labels.code_points.tolist() == [0x306F, 0x884C, UNKNOWN]
+
+
+def test_pages_that_rescale_leaves_as_they_are_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    images = [{"id": i, "file_name": f"a_{i}.jpg"} for i in (7, 8, 9)]
+    images[0] |= {"width": 200, "height": 300}
+    path = tmp_path / "coco.json"
+    check_sizes_are_stated(read(json_file(path, coco_of(images=images))))
+    assert "--rescale leaves the boxes of 2 pages as they are: the labels do not say the size" in caplog.text
+    caplog.clear()
+    check_sizes_are_stated(read(json_file(path, coco_of(images=images[:1]))))
+    assert not caplog.text
 
 
 # --- limits
