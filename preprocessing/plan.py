@@ -1,6 +1,7 @@
 """Plan the work of `prepare` before any page is read: classes, splits, groups of pages, file names."""
 
 import itertools
+import logging
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,8 @@ from preprocessing.labels.read import read_labels
 from preprocessing.labels.table import Labels
 from preprocessing.pages import fingerprint, list_pages, size_reader
 from preprocessing.split import folds_of_boxes, split_of_boxes
+
+log = logging.getLogger("kuzushiji")
 
 # A record has about 6.5 kB, so the largest shards have about 64 MB, a size that readers of object stores handle well.
 BOXES_PER_GROUP = 10_000
@@ -164,7 +167,7 @@ def make_plan(
 
 
 def check_sizes_are_stated(labels: Labels) -> None:
-    """Check that `--rescale` has something to scale by.
+    """Check that `--rescale` has something to scale by, and count the pages of which it has nothing in the log.
 
     Raises:
         OptionError: the labels do not say for which sizes of the pages their boxes were made.
@@ -175,6 +178,8 @@ def check_sizes_are_stated(labels: Labels) -> None:
             "Received: labels that do not. Add width and height to each entry of `images` in the COCO file, scale the "
             "boxes yourself, or leave --rescale out if the boxes fit the scans"
         )
+    if unstated := len(labels.page_ids) - len(labels.page_sizes):
+        log.warning("--rescale leaves the boxes of %d pages as they are: the labels do not say the size", unstated)
 
 
 def _splits(

@@ -425,7 +425,12 @@ def fuzz_labels(rng: random.Random, folder: Path, count: int) -> Counter[str]:
         for _ in range(count // len(LABEL_FORMS)):
             path = rng.choice(files)
             odd = form in ("coco", "curation") and rng.random() < 0.6
-            path.write_bytes(odd_json(rng, json.loads(good[path])) if odd else mutated(rng, list(good.values())))
+            content = json.loads(good[path]) if odd else None
+            if form == "coco" and odd and rng.random() < 0.4:  # detections, or boxes alone
+                boxes = [one["bbox"] for one in content["annotations"]]
+                detections = [one | {"image_id": "a_1"} for one in content["annotations"]]
+                content = rng.choice((detections, boxes, content | {"annotations": boxes}))
+            path.write_bytes(odd_json(rng, content) if odd else mutated(rng, list(good.values())))
             try:
                 labels = read_labels(place(given), bare=rng.random() < 0.5, size_of=lambda _: (200, 300))
                 assert labels.starts[-1] == len(labels.boxes) == len(labels.code_points) > 0
@@ -466,12 +471,12 @@ GOOD_MANIFESTS: list[dict[str, Any]] = [
 ODD_VALUES: list[Any] = [
     None, True, -1, 0, 1.5, 10**12, 10**30, -(10**400), float("nan"), float("inf"), "", "x", "../../evil", "/etc/x",
     "..", "a/b", "a\nb", "\ud800", "\0", "x" * 3000, "manifest.json", [], {}, [[]], {"a": {"b": []}}, {"\n": 1},
-    {"\ud800": []},
+    {"\ud800": []}, [1, 2, 3, 4],
 ]  # fmt: skip
 
 
-def odd_json(rng: random.Random, good: dict[str, Any]) -> bytes:
-    """A manifest of which some values are others, twice there, gone, or deep."""
+def odd_json(rng: random.Random, good: Any) -> bytes:
+    """A manifest, or a file of labels, of which some values are others, twice there, gone, or deep."""
     content = json.loads(json.dumps(good))
     for _ in range(rng.choice((1, 1, 2, 5))):
         at: Any = content

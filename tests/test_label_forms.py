@@ -21,10 +21,11 @@ from preprocessing.cutting import cut_boxes
 from preprocessing.labels import json_files, table
 from preprocessing.labels.code_points import UNKNOWN
 from preprocessing.labels.crops import read_crops
+from preprocessing.labels.json_files import shown
 from preprocessing.labels.read import read_labels
 from preprocessing.labels.table import Labels, whole_pixels
 from preprocessing.pages import list_pages, size_reader
-from preprocessing.plan import make_plan, plan_groups
+from preprocessing.plan import check_sizes_are_stated, make_plan, plan_groups
 
 SIZE = (2400, 3900)  # of all pages here, unless a test says otherwise
 
@@ -265,6 +266,32 @@ def test_coco_tells_the_size_of_pages_and_has_pages_without_boxes(tmp_path: Path
 
 
 @pytest.mark.parametrize(
+    ("sides", "size"),
+    [
+        ({"width": 2392.0, "height": 3e2}, {"a_1": (2392, 300)}),
+        ({"width": 0, "height": 0.0}, {}),
+        ({"width": None}, {}),
+    ],
+)
+def test_a_size_may_be_written_as_decimals_or_not_be_stated(
+    sides: dict[str, Any], size: dict[str, tuple[int, int]], tmp_path: Path
+) -> None:
+    images = [{"id": 7, "file_name": "a_1.jpg"} | sides]
+    assert read(json_file(tmp_path / "coco.json", coco_of(images=images))).page_sizes == size
+    curation = json_file(tmp_path / "curation.json", curation_of(canvas_box(**sides)))
+    assert read(curation).page_sizes == size
+
+
+@pytest.mark.parametrize("side", ["2392", 2392.5, -1, True, [], 10**12])
+def test_a_size_that_is_no_number_of_pixels_is_refused(side: Any, tmp_path: Path) -> None:
+    rule = "'width' and 'height' must be whole numbers of pixels, 0 or left out. Received: "
+    images = [{"id": 7, "file_name": "a_1.jpg", "width": 200, "height": side}]
+    refused(json_file(tmp_path / "coco.json", coco_of(images=images)), says=rf"images\[0\]: {rule}")
+    curation = json_file(tmp_path / "curation.json", curation_of(canvas_box(width=side)))
+    refused(curation, says=rf"members\[0\]: {rule}")
+
+
+@pytest.mark.parametrize(
     ("bbox", "box", "warned"),
     [
         ([1.5, 2.25, 3, 4.5], [1, 2, 4, 5], True),
@@ -324,7 +351,9 @@ def test_a_decomposed_character_is_composed_and_a_single_ideograph_stays(tmp_pat
         (annotation(image_id=[]), r"annotations\[0\]: 'image_id'"),
         (annotation(category_id=9), r"annotations\[0\]: 'category_id' must be the id of a category"),
         (annotation(category_id={}), r"annotations\[0\]: 'category_id'"),
-        (coco_of(annotations=[3]), r"annotations\[0\].bbox"),
+        (coco_of(annotations=[3]), r"annotations\[0\]: must be an object. Received: 3"),
+        (coco_of(annotations=[[1, 2, 3, 4]]), r"annotations\[0\]: must be an object. Received: \[1, 2, 3, 4\]"),
+        ([[1, 2, 3, 4]], r"\[0\]: must be an object. Received: \[1, 2, 3, 4\]"),
         (coco_of(annotations={}), "the file: must have 'annotations', a list"),
         (coco_of(images=None), "the file: must have 'images', a list"),
         (coco_of(images=[3]), r"images\[0\]: 'id' must be"),
@@ -410,7 +439,13 @@ def test_yolo_boxes_are_scaled_to_the_page(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "names", ["names: [は, U+304C]\n", "names:\n  0: は\n  1: が\n", "path: x\nnames:\n- は\n- が\n"]
+    "names",
+    [
+        "names: [は, U+304C]\n",
+        "names:\n  0: は\n  1: が\n",
+        "path: x\nnames:\n- は\n- が\n",
+        "date: !!timestamp x\nnames: {'1': が, 0: !!bool は}\n",  # all are texts, whatever their tags say
+    ],
 )
 def test_yolo_classes_may_be_named_in_yaml(names: str, tmp_path: Path) -> None:
     yolo_of(tmp_path, "1 0.5 0.25 0.1 0.01\n", names=None)
@@ -446,12 +481,23 @@ def test_what_is_malformed_in_yolo_is_refused_with_its_line(
     refused(yolo_of(tmp_path, lines, names), says=says)
 
 
+# Each list has ten times the one before it: written out, the last one would have 10**20 values.
+LAUGHS = "a0: &a0 [は]\n" + "".join(f"a{i}: &a{i} [{f'*a{i - 1}, ' * 10}]\n" for i in range(1, 21)) + "names: [*a20]\n"
+
+
 @pytest.mark.parametrize(
     ("names", "says"),
     [
         ("names: は\n", "must have `names`"),
         ("{", "must be YAML"),
         ("names: [[]]\n", "must have `names`"),
+        ("names: {0: は, 2: が}\n", "must have `names`"),
+        ("names: {0: は, 00: が}\n", "must have `names`"),
+        ("names: !!bool foo\n", "must have `names`"),
+        ("names: !!timestamp foo\n", "must have `names`"),
+        ('names: ["\\UFFFFFFFF"]\n', "must be YAML"),
+        ("a: &a [は]\nnames: *a\n", "must be YAML. Received: an anchor or alias"),
+        (LAUGHS, "must be YAML. Received: an anchor or alias"),
         ("", "must have"),
     ],
 )
@@ -545,6 +591,10 @@ def test_canvases_of_the_same_end_need_a_file_that_names_pages(tmp_path: Path) -
     ):
         refused(path, says=says, canvases=written(canvases, text))
     written(canvases, rows)
+    written(tmp_path / "several" / "a.csv", rows)
+    assert_same(read(path, canvases=tmp_path / "several"), labels)
+    written(tmp_path / "several" / "b.csv", "canvas,file\n")
+    refused(path, says="--canvases must be one file. Received: .*several with 2", canvases=tmp_path / "several")
     for form in ("kaggle", "coco"):
         others = write_form(form, PAGES, tmp_path / form, SIZE)
         refused(others, says="--canvases must be given with IIIF Curations", canvases=canvases)
@@ -559,7 +609,29 @@ def test_a_curation_may_tell_sizes_and_have_boxes_to_be_read(tmp_path: Path) -> 
     assert labels.code_points.tolist() == [0x306F, 0x884C, UNKNOWN]
 
 
+def test_pages_that_rescale_leaves_as_they_are_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    images = [{"id": i, "file_name": f"a_{i}.jpg"} for i in (7, 8, 9)]
+    images[0] |= {"width": 200, "height": 300}
+    path = tmp_path / "coco.json"
+    check_sizes_are_stated(read(json_file(path, coco_of(images=images))))
+    assert "--rescale leaves the boxes of 2 pages as they are: the labels do not say the size" in caplog.text
+    caplog.clear()
+    check_sizes_are_stated(read(json_file(path, coco_of(images=images[:1]))))
+    assert not caplog.text
+
+
 # --- limits
+
+
+def test_a_value_of_any_size_is_shown_short_in_an_error() -> None:
+    value: list[Any] = ["x"]
+    for _ in range(50):
+        value = [value] * 10  # written out, 10**50 texts
+    assert shown(value).startswith("[[[")
+    assert len(shown({"a": value, "b": "x" * 10**6})) <= json_files.SHOWN + 3
+    assert shown("は" * 100) == f"'{'は' * 59}..."
+    assert shown([1, 2.5, None, "は", {"a": [True]}]) == "[1, 2.5, None, 'は', {'a': [True]}]"
+    assert shown("a\n") == "'a\\n'"
 
 
 def test_more_than_the_limits_is_refused_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

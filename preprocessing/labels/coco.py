@@ -81,7 +81,7 @@ class Coco:
                 found.add_page(page_id)
             for i, one in enumerate(annotations):
                 at = f"annotations[{i}]"
-                box = pixels(one.get("bbox") if isinstance(one, dict) else one, f"{at}.bbox")
+                box = _box(one, at)
                 image = one.get("image_id")
                 if type(image) not in (int, str) or image not in names.pages:
                     raise Fault(at, "'image_id' must be the id of an image", image)
@@ -120,7 +120,7 @@ def _names_of(content: Any) -> Names:
         name = member(image, "file_name", str, at)
         page_id = _page_id(name, at)
         names.pages[key] = page_id
-        if size := page_size(image.get("width"), image.get("height")):
+        if size := page_size(image.get("width"), image.get("height"), at):
             names.sizes[page_id] = size
     listed = Counter(names.pages.values()).most_common(1)
     if listed and listed[0][1] > 1:
@@ -138,6 +138,12 @@ def _key(value: Any, earlier: dict[Any, str], at: str) -> int | str:
     return key
 
 
+def _box(one: Any, at: str) -> list[float]:
+    if not isinstance(one, dict):
+        raise Fault(at, "must be an object", one)
+    return pixels(one.get("bbox"), f"{at}.bbox")
+
+
 def _page_id(name: str, at: str) -> str:
     try:
         return id_of_file(name)
@@ -150,7 +156,7 @@ def _detected(detections: list[Any], where: str, names: Names, bare: bool) -> It
     try:
         for i, one in enumerate(detections):
             at = f"[{i}]"
-            box = pixels(one.get("bbox") if isinstance(one, dict) else one, f"{at}.bbox")
+            box = _box(one, at)
             image = one.get("image_id")
             if type(image) in (int, str) and image in names.pages:
                 page_id = names.pages[image]

@@ -55,7 +55,7 @@ class Curations:
                         raise Fault(at, "'@id' must be <canvas>#xywh=x,y,w,h in pixels", one["@id"])
                     box = pixels([float(number) for number in match[1].split(",")], at)
                     found.add(page_id, self._code_point(one, at), box)
-                    if size := page_size(one.get("width"), one.get("height")):
+                    if size := page_size(one.get("width"), one.get("height"), at):
                         sizes[page_id] = size
         except Fault as fault:
             raise InputError(f"{where}, {fault}. Fix the file") from fault

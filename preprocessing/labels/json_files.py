@@ -1,5 +1,6 @@
 """JSON files of labels, parsed within limits of size and depth, and told apart."""
 
+import reprlib
 from typing import Any
 
 from pydantic_core import from_json
@@ -12,6 +13,9 @@ from preprocessing.labels.table import MAX_PIXELS
 # no file takes over 4 GB of memory.
 MAX_VALUES = 16_000_000
 SHOWN = 60  # characters of a value in an error message
+# Stops within these limits, whatever the size of a value: `repr` writes all of it, before it can be shortened.
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict, _SHORT.maxstring = 4, 8, 8, SHOWN
 
 
 def parse_json(file: LabelFile) -> Any:
@@ -43,7 +47,11 @@ class Fault(Exception):  # noqa: N818 - becomes an InputError that names the fil
 
 def shown(value: Any) -> str:
     """Return a value for an error message: on one line, and short."""
-    text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
+    if isinstance(value, str):
+        begin = value[: SHOWN + 1]
+        text = repr(begin) if begin.isprintable() else ascii(begin)
+    else:
+        text = _SHORT.repr(value)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
@@ -77,7 +85,14 @@ def _is_pixels(value: Any) -> bool:
     return type(value) in (int, float) and -MAX_PIXELS <= value <= MAX_PIXELS
 
 
-def page_size(width: Any, height: Any) -> tuple[int, int] | None:
-    """Return the size that a file states for a page; None if it states none, which some tools write as 0."""
-    sizes = (width, height)
-    return sizes if all(type(side) is int and 0 < side <= MAX_PIXELS for side in sizes) else None
+def page_size(width: Any, height: Any, at: str) -> tuple[int, int] | None:
+    """Return the size that a file states for a page; None if it states none, which some tools write as 0.
+
+    Raises:
+        Fault: a side is stated, and is no whole number of pixels.
+    """
+    for side in (width, height):
+        # Some tools write whole numbers as 2392.0.
+        if side is not None and not (_is_pixels(side) and side >= 0 and side == int(side)):
+            raise Fault(at, "'width' and 'height' must be whole numbers of pixels, 0 or left out", side)
+    return (int(width), int(height)) if width and height else None

@@ -210,4 +210,8 @@ def _canvases(place: UPath | None) -> dict[str, str] | None:
     if place is None:
         return None
     with label_files([place], "--canvases") as files:
+        if len(files) > 1:
+            raise InputError(
+                f"--canvases must be one file. Received: {place} with {len(files)}. Give the file of all canvases"
+            )
         return read_canvases(files[0])

@@ -9,6 +9,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -137,15 +138,32 @@ def _names_in(file: LabelFile) -> list[str]:
     text = open_text(file.read(), file.where).read()
     if not file.base_name.endswith((".yaml", ".yml")):
         return [line.strip(" \r\t") or line for line in text.rstrip("\r\n").split("\n")]
+    content = _parse_yaml(text, file.where)
+    names = content.get("names") if isinstance(content, dict) else None
+    if isinstance(names, dict) and all(map(_CLASS.fullmatch, names)):
+        numbered = {int(number): name for number, name in names.items()}
+        if set(numbered) == set(range(len(names))):
+            names = [numbered[number] for number in range(len(names))]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise InputError(f"{file.where} must have `names`, a list of characters. Received: {shown(names)}")
+    return names
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    """Return the lists, dicts and texts of a YAML file: numbers and dates stay texts, and tags have no meaning.
+
+    Raises:
+        InputError: it is not YAML, or has an anchor or alias, by which a small file can stand for a huge value.
+    """
     import yaml
 
+    class Loader(yaml.BaseLoader):
+        def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+            if getattr(self.peek_event(), "anchor", None) is not None:  # type: ignore[no-untyped-call]
+                raise ValueError("an anchor or alias")
+            return super().compose_node(parent, index)
+
     try:
-        content = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise InputError(f"{file.where} must be YAML. Received: {' '.join(str(error).split())[:200]}") from error
-    names = content.get("names") if isinstance(content, dict) else None
-    if isinstance(names, dict) and set(names) == set(range(len(names))):
-        names = [names[number] for number in range(len(names))]
-    if not isinstance(names, list) or not all(type(name) in (str, int) for name in names):
-        raise InputError(f"{file.where} must have `names`, a list of characters. Received: {shown(names)}")
-    return [str(name) for name in names]
+        return yaml.load(text, Loader)  # noqa: S506 - makes no objects but lists, dicts and texts
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
+        raise InputError(f"{where} must be YAML. Received: {' '.join(str(error).split())[:200]}") from error
