@@ -580,6 +580,8 @@ def test_canvases_of_the_same_end_need_a_file_that_names_pages(tmp_path: Path) -
     rows = "canvas,file\nhttps://x/a/canvas/10,a_10.jpg\nhttps://x/b/canvas/10,b_10.jpg\n"
     canvases = written(tmp_path / "canvases.csv", rows)
     labels = read(path, canvases=canvases)
+    other = written(tmp_path / "other.csv", rows.replace("a_10", "c_10"))
+    assert read(path, canvases=other).sha256 != labels.sha256  # a dataset of it is another one
     assert labels.page_ids == ["a_10", "b_10"]
     for text, says in (
         (rows.replace("b_10", "a_10"), "canvases must end with different ids"),

@@ -10,6 +10,7 @@ from enum import Enum
 from upath import UPath
 
 from cluster.errors import InputError, OptionError
+from cluster.storage import sha256_of
 from preprocessing.labels.coco import Coco, is_coco
 from preprocessing.labels.codh import is_codh_header, read_codh
 from preprocessing.labels.curation import Curations, is_curation, read_canvases
@@ -87,18 +88,21 @@ def read_labels(
             pages = read_yolo(files, names, bare, recorded_size)
         else:
             pages = _read_json(files, bare, option, canvases)
-        labels = assemble(pages, lambda: _digest(form, [*files, *names], sizes))
+        labels = assemble(pages, lambda: _digest(form, [*files, *names], sizes, canvases))
     if labels.warnings:
         page_id, what = labels.warnings[0]
         log.warning("%d pages have boxes with fractions of pixels, first %s: %s", len(labels.warnings), page_id, what)
     return labels
 
 
-def _digest(form: Form, files: Sequence[LabelFile], sizes: dict[str, tuple[int, int] | None]) -> str:
+def _digest(
+    form: Form, files: Sequence[LabelFile], sizes: dict[str, tuple[int, int] | None], canvases: UPath | None
+) -> str:
     """Return a hex digest of all that the labels were made from. Of Kaggle's CSV it is the SHA-256 of the file."""
     if form == Form.KAGGLE and len(files) == 1:
         return files[0].sha256
     lines = [f"{file.name} {file.sha256}" for file in files] + [f"{page} {sizes[page]}" for page in sorted(sizes)]
+    lines += [f"canvases {sha256_of(canvases)}"] if canvases else []
     return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
 
 
