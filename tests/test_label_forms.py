@@ -393,7 +393,7 @@ def test_a_list_of_detections_is_read_with_the_names_of_pages(tmp_path: Path) ->
         assert (labels.page_ids, labels.code_points.tolist()) == (["b_2"], [UNKNOWN])
     refused(tmp_path / "more.json", says="'category_id' must be the id of a category")
     refused(detections, named, json_file(tmp_path / "n.json", coco_of()), says="at most one file of images", bare=True)
-    refused(json_file(tmp_path / "x.json", ["x"]), says=r"\[0\].bbox: a box must be", bare=True)
+    refused(json_file(tmp_path / "x.json", ["x"]), says=r"\[0\]: must be an object", bare=True)
 
 
 def test_categories_that_are_no_characters_are_boxes_to_be_read(tmp_path: Path) -> None:
