@@ -145,7 +145,7 @@ def test_a_failure_is_one_line_with_the_rule_and_what_came(
 
 def test_debug_shows_the_whole_chain_of_causes(kuzushiji: Kuzushiji, tmp_path: Path) -> None:
     (tmp_path / "labels.csv").write_bytes(b"\xff")
-    arguments = ["prepare", "--pages", tmp_path, "--labels", tmp_path / "labels.csv", "--dataset", tmp_path / "out"]
+    arguments = ["prepare", "--pages", tmp_path, "--labels", tmp_path / "labels.csv", "--dataset", "out"]
     assert len(kuzushiji(*arguments).stderr.splitlines()) == 1
     shown = kuzushiji(*arguments, "--debug")
     assert shown.code == 1

@@ -220,8 +220,8 @@ def test_codh_files_tell_the_book(tmp_path: Path) -> None:
     [
         ("U+306F,a,1,2,B,C,3\n", "line 2: a row must have 8 columns"),
         ("U+306F,a,1,2,B,C,3,x\n", "line 2: x, y, width and height must be whole numbers"),
-        ("306F,a,1,2,B,C,3,4\n", "line 2: a code point must look like"),
-        (",a,1,2,B,C,3,4\n", "line 2: a code point must look like"),
+        ("306F,a,1,2,B,C,3,4\n", "line 2: a character must be one character or look like"),
+        (",a,1,2,B,C,3,4\n", "line 2: a character must be one character or look like"),
         ("U+306F,../a,1,2,B,C,3,4\n", "line 2: an image_id must"),
         ('U+306F,"a,1,2,B,C,3,4\n', "line 2: not CSV"),
         ("", "at least one page must have a labelled box"),

@@ -10,7 +10,6 @@ from enum import Enum
 from upath import UPath
 
 from cluster.errors import InputError, OptionError
-from cluster.storage import sha256_of
 from preprocessing.labels.coco import Coco, is_coco
 from preprocessing.labels.codh import is_codh_header, read_codh
 from preprocessing.labels.curation import Curations, is_curation, read_canvases
@@ -102,7 +101,10 @@ def _digest(
     if form == Form.KAGGLE and len(files) == 1:
         return files[0].sha256
     lines = [f"{file.name} {file.sha256}" for file in files] + [f"{page} {sizes[page]}" for page in sorted(sizes)]
-    lines += [f"canvases {sha256_of(canvases)}"] if canvases else []
+    if canvases:
+        with label_files([canvases], "--canvases") as found:
+            found[0].read()
+            lines.append(f"canvases {found[0].sha256}")
     return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
 
 
