@@ -27,8 +27,8 @@ check: .venv/.installed-dev
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
-# The number of test processes (pytest-xdist), which spend much of their time waiting for other processes.
-TEST_PROCESSES ?= 2
+# The number of test processes (pytest-xdist): more than cores, since they spend much of their time waiting for others.
+TEST_PROCESSES ?= 3
 test: .venv/.installed-dev
 	.venv/bin/pytest -q -n $(TEST_PROCESSES) -m 'not cloud and not long'
 
