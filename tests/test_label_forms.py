@@ -103,7 +103,6 @@ def test_the_labels_of_each_case_are_those_of_the_page(case: str, cases: Path) -
         assert_same(read_labels(place(given), size_of=size_of), whole)
 
 
-@pytest.mark.long
 def test_the_case_of_fractions_is_refused_and_that_of_another_size_says_it(cases: Path) -> None:
     refused(cases / "fractions" / "labels.csv", says="line 2: x, y, width and height must be whole numbers of pixels")
     half, coco = (read(cases / name / "labels.json").page_sizes for name in ("coco_of_half_the_size", "coco"))

@@ -619,6 +619,37 @@ TOLD = {
 }  # fmt: skip
 
 
+def test_boxes_of_half_the_size_are_refused_with_both_sizes_and_scaled_give_all_crops(cases: Path) -> None:
+    pages = place(cases / "coco_of_half_the_size" / "pages")
+    labels = read_labels(place(cases / "coco_of_half_the_size" / "labels.json"))
+    files = list_pages(pages).files_of(labels.page_ids)
+    with pytest.raises(InputError, match="boxes for 1196 x 1937 pixels, and .*jpg of 2392 x 3874. Give --rescale"):
+        list(cut_boxes(group_pages(labels, files, 1)[0], pages))
+    cuts = list(cut_boxes(group_pages(labels, files, 1, rescale=True)[0], pages))
+    assert len(cuts) == len(labels.boxes)
+    assert all(cut.crop is not None for cut in cuts)
+
+
+def test_the_plan_of_sub_folders_has_the_book_and_counts_what_is_no_page_of_the_labels(cases: Path) -> None:
+    case = cases / "sub_folders"
+    plan = make_plan(place(case / "pages"), place(case / "labels.csv"), PrepareConfig())
+    assert (plan.books, plan.unlabelled, plan.losses) == (["scans"], ["more/other_001"], [])
+    tree = place(cases / "codh_tree" / "pages")
+    plan = make_plan(tree, tree, PrepareConfig())
+    assert (plan.books, plan.ignored, plan.losses) == (["100241706"], {".csv": 1, "characters/": 1}, [])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("folder", ["", "real"])
+def test_the_real_pages_give_all_their_boxes_and_all_hold_ink(folder: str, shared: Path) -> None:
+    pages, labels = place(shared / folder / "pages"), read_labels(place(shared / folder / "train.csv"))
+    (group,) = group_pages(labels, list_pages(pages).files_of(labels.page_ids), 1)
+    cuts = list(cut_boxes(group, pages))
+    assert len(cuts) == len(labels.boxes)
+    assert not any(cut.fault or cut.clipped for cut in cuts)
+    assert count_ink(list({cut.page_id: cut.page for cut in cuts if cut.page}.values())).without_ink == 0
+
+
 def test_each_case_of_files_that_people_hold_becomes_what_it_should(cases: Path) -> None:
     expected: dict[tuple[int, ...], NDArray[np.uint8]] = {}
     for case in ("bytes_after_the_end", "cut_off_in_the_middle", *WHOLE):

@@ -45,6 +45,7 @@ def test_a_step_follows_the_weighted_loss_and_tells_the_plain_one(balanced: bool
     assert model.layers[-1].bias.numpy() == pytest.approx(-gradient, abs=1e-5)
 
 
+@pytest.mark.long
 def test_what_xla_compiles_computes_the_same() -> None:
     """As on one GPU, with the same dropout masks; here on the CPU."""
     import keras

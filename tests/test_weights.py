@@ -187,20 +187,18 @@ def test_what_cannot_be_fetched_is_one_line_each_and_debug_shows_where(
     assert all(re.match(r"[0-9:]{8} (xception|resnet152v2): ", line) for line in lines)
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_one_architecture_that_fails_does_not_take_another_along(
     few: Path,
-    ray_here: None,
     kuzushiji: Kuzushiji,
-    workers_do: WorkersDo,
     caplog: pytest.LogCaptureFixture,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    workers_do()
+    monkeypatch.setattr("job.model.architectures.BASELINE_HEAD", (16, 8))
     caplog.set_level("INFO", "kuzushiji")
-    (tmp_path / "models" / ".runs").mkdir(parents=True)
-    (tmp_path / "models" / ".runs" / "fcn-both").write_text("in the way of the checkpoints")
+    (tmp_path / "models" / ".runs" / "fcn-both.json").mkdir(parents=True)  # in the way of its options
     # Nor do curves and a report that can't be written.
     (tmp_path / "models" / "tensorboard").touch()
     (tmp_path / "models" / "baseline" / "both.report.html").mkdir(parents=True)
@@ -218,7 +216,7 @@ def test_one_architecture_that_fails_does_not_take_another_along(
     assert len(started) == 2
     assert max(started) < min(failed + trained)
     assert [line.split()[0] for line in done.stdout.splitlines()] == ["test", "baseline", "fcn"]
-    assert re.search("^fcn +failed: FileExistsError: .*/.runs/fcn-both", done.stdout, re.M)
+    assert re.search("^fcn +failed: .*/.runs: Is a directory", done.stdout, re.M)
     assert verify(place(tmp_path / "models" / "baseline" / "both"))[1:] == ([], [])
     not_written = re.findall(r"([^/]+) could not be written: ", done.stderr)
     assert set(not_written) == {"events.out.tfevents.00001", "both.report.html"}
