@@ -34,6 +34,8 @@ os.environ["XDG_CACHE_HOME"] = _CACHE.name
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 # A process of Ray Train's that only the test of a drained node needs: it takes 1.5 s to start, with each training.
 os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
+# Nobody looks at the metrics of Ray's processes, of which there are some fifty.
+os.environ["RAY_enable_metrics_collection"] = "0"  # noqa: SIM112 - as Ray spells it
 # Ray Train looks every 2 s for what workers report, and an epoch of a test takes less.
 os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
 os.environ.pop("RAY_ADDRESS", None)

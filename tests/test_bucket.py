@@ -251,12 +251,14 @@ def test_a_dataset_on_a_bucket_has_the_bytes_of_one_in_a_folder(
 def test_what_is_read_and_exported_on_a_bucket_has_the_bytes_of_what_is_in_a_folder(
     strict: StrictBucket, folder: UPath, pages: Path, trained: Path, kuzushiji: Kuzushiji, tmp_path: Path
 ) -> None:
-    sources = {"boxes.csv": pages / "train.csv"}
+    boxes = tmp_path / "boxes.csv"  # of one page: a process loads TensorFlow
+    boxes.write_text("".join((pages / "train.csv").read_text().splitlines(keepends=True)[:2]))
+    sources = {"boxes.csv": boxes}
     sources |= {f"pages/{path.name}": path for path in (pages / "train_images").iterdir()}
     sources |= {f"model/{path.name}": path for path in trained.iterdir()}
     for name, path in sources.items():
         strict.write("demo", f"{folder.path.partition('/')[2]}/{name}", path.read_bytes())
-    here = ["--model", trained, "--pages", pages / "train_images", "--boxes", pages / "train.csv"]
+    here = ["--model", trained, "--pages", pages / "train_images", "--boxes", boxes]
     there = ["--model", f"{folder}/model", "--pages", f"{folder}/pages", "--boxes", f"{folder}/boxes.csv"]
     for inputs, out, pictures in (
         (here, tmp_path / "read", tmp_path / "pictures"),

@@ -54,8 +54,9 @@ def test_1_000_mutated_pages_a_round_are_crops_or_listed_losses_within_the_state
     assert 50 * rounds < outcomes["pages read"] < 500 * rounds
 
 
-def test_the_largest_pages_are_cut_within_the_stated_memory() -> None:
-    assert run_round("largest", 0).outcomes["crops"] > 0
+@pytest.mark.parametrize("pages", [1, pytest.param(4, marks=pytest.mark.long)])
+def test_the_largest_pages_are_cut_within_the_stated_memory(pages: int) -> None:
+    assert run_round("largest", 0, pages).outcomes["pages read"] == pages
 
 
 @pytest.mark.parametrize(
