@@ -56,7 +56,7 @@ def one_batch(job: Any, out: Path, steps: dict[str, int]) -> Callable[[Any], Non
             training.steps.estimate_statistics([images])
             norms = [layer for layer in training.model.layers if isinstance(layer, keras.layers.BatchNormalization)]
             moving = np.concatenate([np.asarray(norm.moving_variance) for norm in norms])
-            Path(folder).mkdir(exist_ok=True)
+            Path(folder).mkdir(parents=True, exist_ok=True)
             np.savez(f"{folder}/rank-{training.rank}.npz", statistics=moving, **losses)
 
     return measure
