@@ -92,6 +92,11 @@ def is_local(path: UPath) -> bool:
     return _store(path) is _LOCAL
 
 
+def is_inside(path: UPath, folder: UPath) -> bool:
+    """Whether a path is a folder, or below it."""
+    return f"{path}/".startswith(f"{str(folder).rstrip('/')}/")
+
+
 def local_path(text: str, option: str) -> Path:
     """The path on this machine that a command line option names.
 

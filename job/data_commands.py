@@ -86,7 +86,7 @@ def prepare(
     **options: Any,
 ) -> Outcome:
     """Cut labelled pages into crops, written as TFRecords."""
-    from cluster.storage import reachable_place
+    from cluster.storage import is_inside, reachable_place
     from job.report.dataset import write_dataset_report
     from preprocessing.books import read_books, read_train_only
     from preprocessing.classes import read_class_names
@@ -106,7 +106,7 @@ def prepare(
     if crops and canvases:
         raise OptionError("--canvases must be given with --labels. Received: --crops. Leave one of them out")
     for name, place in (("--pages", pages), ("--crops", crops), *(("--labels", label) for label in labels)):
-        if place and f"{reachable_place(dataset)}/".startswith(f"{reachable_place(place)}/"):
+        if place and is_inside(reachable_place(dataset), reachable_place(place)):
             # The same command would find the files of the dataset among its input.
             raise OptionError(f"--dataset must be a folder outside of {name}. Received: {dataset} and {place}")
     label_places = None if crops else [reachable_place(label) for label in labels]

@@ -52,7 +52,7 @@ class Listing:
     scans: dict[str, int]
     """Path below the folder, or name in the archive, to size in bytes; sorted."""
     ignored: dict[str, int]
-    """Kind of file that is not read (`.db`, `characters/`) to number of such files."""
+    """Kind of file that is no scan (`.db`, `characters/`) to number of such files."""
     where: str
     """The folder or archive, for error messages."""
 
@@ -103,7 +103,7 @@ def count_kinds(kinds: Iterable[str]) -> dict[str, int]:
 
 
 def ignored_line(ignored: Mapping[str, int]) -> str:
-    """Return what was not read as text: `3 .db, 120 characters/`."""
+    """Return counts of files by kind as text: `3 .db, 120 characters/`."""
     return ", ".join(f"{count:,} {kind}" for kind, count in ignored.items())
 
 

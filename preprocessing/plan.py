@@ -1,12 +1,10 @@
 """Plan the work of `prepare` before any page is read: classes, splits, groups of pages, file names."""
 
 import itertools
-import logging
 import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
@@ -20,14 +18,11 @@ from preprocessing.classes import class_indices, class_names
 from preprocessing.config import SPLITS, PrepareConfig
 from preprocessing.crop import MAX_PAGE_BYTES, NO_AREA, NO_FILE
 from preprocessing.dataset import Loss, shard_name
+from preprocessing.input import read_input
 from preprocessing.labels.code_points import name_if_known
-from preprocessing.labels.crops import read_crops
-from preprocessing.labels.read import read_labels
 from preprocessing.labels.table import Labels
-from preprocessing.pages import fingerprint, list_pages, size_reader
+from preprocessing.pages import fingerprint
 from preprocessing.split import folds_of_boxes, split_of_boxes
-
-log = logging.getLogger("kuzushiji")
 
 # A record has about 6.5 kB, so the largest shards have about 64 MB, a size that readers of object stores handle well.
 BOXES_PER_GROUP = 10_000
@@ -138,17 +133,9 @@ def make_plan(
         OptionError: a split would be empty, there are too few books or folds, or crops are to be split by page.
         InputError: labels or pages can't be used, or the files of `--books` and `--train-only` do not fit them.
     """
-    if label_places is None:
-        if config.split == "page":
-            raise OptionError("--split must be random or book with --crops, which are on no page. Received: page")
-        labels, files, ignored = read_crops(pages)
-    else:
-        listed = cache(lambda: list_pages(pages))
-        with size_reader(pages, listed) as size_of:
-            labels = read_labels(label_places, size_of=size_of, canvases=canvases)
-        files, ignored = listed().files_of(labels.page_ids), listed().ignored
-    if config.rescale:
-        check_sizes_are_stated(labels)
+    if label_places is None and config.split == "page":
+        raise OptionError("--split must be random or book with --crops, which are on no page. Received: page")
+    labels, files, ignored = read_input(pages, label_places, rescale=bool(config.rescale), canvases=canvases)
     books = books_of_pages(labels, files, config.books)
     splits = _splits(labels, files, books, config)
     names = config.classes or class_names(labels.code_points, config.coverage)
@@ -164,22 +151,6 @@ def make_plan(
     unlabelled = sorted(os.fsencode(page).decode(errors="replace") for page in set(files) - set(labels.page_ids))
     lost = known_losses(labels, files)
     return Plan(labels, names, splits, books, book_rule, groups, unlabelled, ignored, lost, identity)
-
-
-def check_sizes_are_stated(labels: Labels) -> None:
-    """Check that `--rescale` has something to scale by, and count the pages of which it has nothing in the log.
-
-    Raises:
-        OptionError: the labels do not say for which sizes of the pages their boxes were made.
-    """
-    if not labels.page_sizes:
-        raise OptionError(
-            "--rescale must be given with labels that say the size of their pages (COCO, IIIF Curation). "
-            "Received: labels that do not. Add width and height to each entry of `images` in the COCO file, scale the "
-            "boxes yourself, or leave --rescale out if the boxes fit the scans"
-        )
-    if unstated := len(labels.page_ids) - len(labels.page_sizes):
-        log.warning("--rescale leaves the boxes of %d pages as they are: the labels do not say the size", unstated)
 
 
 def _splits(

@@ -16,7 +16,6 @@ from preprocessing.config import SPLITS, PrepareConfig
 from preprocessing.dataset import Clipped, DatasetManifest, Loss, Shard, dataset_card, dataset_files
 from preprocessing.ink import count_ink, ink_lines
 from preprocessing.page_results import LISTED_WARNINGS, PageResult, listed_warnings
-from preprocessing.pages import ignored_line
 from preprocessing.parquet import LISTED_LOSSES, LOSSES_TABLE, PAGES_TABLE, losses_table, pages_table
 from preprocessing.plan import Plan, make_plan
 from preprocessing.shards import PROGRESS_FOLDER, CutGroup, GroupReport, report_path
@@ -58,8 +57,6 @@ def prepare(
             f"--val-fraction and --test-fraction must leave boxes to train on. Received: {total:g} in all"
         )
     plan = make_plan(pages, labels, config, canvases)
-    if plan.ignored:
-        log.info("no scans in %s: %s", pages, ignored_line(plan.ignored))
     manifest = earlier_attempt(dataset, plan)
     if manifest is None:
         try:

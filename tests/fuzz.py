@@ -346,6 +346,35 @@ Row = tuple[int, int, int, int, int]  # code point, x, y, width, height
 LABEL_FORMS = ("kaggle", "codh", "coco", "yolo", "curation")
 
 
+def coco_of(
+    page_ids: Sequence[str], boxes: Sequence[tuple[str, Row]], kinds: Sequence[int], size: tuple[int, int]
+) -> dict[str, Any]:
+    """COCO's form of the boxes of pages of one size, in characters of these kinds."""
+    images = [
+        {"id": i, "file_name": f"{page_id}.jpg", "width": size[0], "height": size[1]}
+        for i, page_id in enumerate(page_ids)
+    ]
+    annotations = [
+        {"id": i, "image_id": page_ids.index(page_id), "category_id": code, "bbox": box, "area": box[2] * box[3],
+         "iscrowd": 0}
+        for i, (page_id, (code, *box)) in enumerate(boxes)
+    ]  # fmt: skip
+    categories = [{"id": code, "name": chr(code)} for code in kinds]
+    return {"images": images, "categories": categories, "annotations": annotations}
+
+
+def curation_of(boxes: Sequence[tuple[str, Row]]) -> dict[str, Any]:
+    """The boxes of pages as a IIIF Curation."""
+    members = [
+        {
+            "@id": f"https://example.org/canvas/{page_id}#xywh={x},{y},{w},{h}",
+            "metadata": [{"label": "Char", "value": [{"resource": {"chars": chr(code)}}]}],
+        }
+        for page_id, (code, x, y, w, h) in boxes
+    ]
+    return {"selections": [{"members": members}]}
+
+
 def write_form(
     form: str, rows: Mapping[str, Sequence[Row]], folder: Path, size: tuple[int, int],
     names_of: Mapping[str, Sequence[Row]] | None = None,
@@ -381,33 +410,9 @@ def write_form(
         name = "book_coordinate.csv"
         text = "Unicode,Image,X,Y,Block ID,Char ID,Width,Height\n" + "".join(lines)
     elif form == "coco":
-        ids = list(rows)
-        images = [
-            {"id": i, "file_name": f"{page_id}.jpg", "width": size[0], "height": size[1]}
-            for i, page_id in enumerate(ids)
-        ]
-        categories = [{"id": code, "name": chr(code)} for code in kinds]
-        annotations = [
-            {
-                "id": i,
-                "image_id": ids.index(page_id),
-                "category_id": code,
-                "bbox": box,
-                "area": box[2] * box[3],
-                "iscrowd": 0,
-            }
-            for i, (page_id, (code, *box)) in enumerate(boxes)
-        ]
-        name, text = "coco.json", json.dumps({"images": images, "categories": categories, "annotations": annotations})
+        name, text = "coco.json", json.dumps(coco_of(list(rows), boxes, kinds, size))
     else:
-        members = [
-            {
-                "@id": f"https://example.org/canvas/{page_id}#xywh={x},{y},{w},{h}",
-                "metadata": [{"label": "Char", "value": [{"resource": {"chars": chr(code)}}]}],
-            }
-            for page_id, (code, x, y, w, h) in boxes
-        ]
-        name, text = "curation.json", json.dumps({"selections": [{"members": members}]}, ensure_ascii=False)
+        name, text = "curation.json", json.dumps(curation_of(boxes), ensure_ascii=False)
     (folder / name).write_text(text, encoding="utf-8")
     return folder / name
 

@@ -10,7 +10,7 @@ import pytest
 # The tests of a file stay in one process, for the fixtures of the file; so do those of files that must not run beside
 # one another: they mount disks, or look at all mounts.
 TOGETHER = dict.fromkeys(("test_fake_cloud", "test_storage_faults", "test_pull_and_verify"), "mounts")
-# Those that take longest begin first; but the third not with what the second makes for it.
+# Those that take longest begin first. test_survival is not among the first three: it needs what test_train trains.
 LONGEST = (
     "test_submit", "test_train", "test_architectures", "test_survival", "test_weights", "mounts", "test_bucket",
     "test_prepare_survives", "test_terminal", "test_predict", "test_report", "test_hostile", "test_command_line",

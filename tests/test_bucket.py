@@ -39,6 +39,7 @@ from cluster.storage import (
     change_bytes,
     fetch,
     is_file,
+    is_inside,
     list_files,
     list_folders,
     place,
@@ -130,6 +131,15 @@ def anywhere(request: pytest.FixtureRequest, folder: UPath, tmp_path: Path) -> U
     """A folder that does not exist yet, of each kind of storage."""
     of_kind = {"path": tmp_path / "new", "bucket": folder, "memory": f"memory://{tmp_path.name}/new"}
     return place(of_kind[request.param])
+
+
+def test_a_path_is_inside_of_its_folder_and_bucket_and_not_of_a_folder_whose_name_it_begins_with(
+    strict: StrictBucket,
+) -> None:
+    for path, folder in (("gs://demo/x", "gs://demo"), ("gs://demo/x/y", "gs://demo/x"), ("/x", "/"), ("/x", "/x")):
+        assert is_inside(place(path), place(folder))
+    for path, folder in (("gs://demo/xy", "gs://demo/x"), ("/xy", "/x"), ("/", "/x"), ("/demo/x", "gs://demo")):
+        assert not is_inside(place(path), place(folder))
 
 
 def test_a_file_is_written_sized_changed_and_removed_alike_in_each_kind_of_storage(anywhere: UPath) -> None:

@@ -18,6 +18,7 @@ from cluster.storage import place
 from preprocessing.books import book_of
 from preprocessing.config import PrepareConfig
 from preprocessing.cutting import cut_boxes
+from preprocessing.input import check_sizes_are_stated
 from preprocessing.labels import json_files, table
 from preprocessing.labels.code_points import UNKNOWN
 from preprocessing.labels.crops import read_crops
@@ -25,7 +26,7 @@ from preprocessing.labels.json_files import shown
 from preprocessing.labels.read import read_labels
 from preprocessing.labels.table import Labels, whole_pixels
 from preprocessing.pages import list_pages, size_reader
-from preprocessing.plan import check_sizes_are_stated, make_plan, plan_groups
+from preprocessing.plan import make_plan, plan_groups
 
 SIZE = (2400, 3900)  # of all pages here, unless a test says otherwise
 

@@ -5,7 +5,7 @@ import socket
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, lru_cache
+from functools import lru_cache
 from importlib.metadata import version
 from typing import Any
 
@@ -19,7 +19,7 @@ from cluster.errors import DamageError, InputError, KuzushijiError, OptionError
 from cluster.manifest import FileEntry, encoded, read_manifest, seal, size_fault_of, write_listed
 from cluster.models import ModelManifest, resolve_model
 from cluster.runtime import map_tasks
-from cluster.storage import list_files, place, remove_temporaries, write_bytes
+from cluster.storage import is_inside, list_files, place, remove_temporaries, write_bytes
 from job.model.folder import load_model
 from job.model.load_tensorflow import configure_gpus, without_chatter
 from job.predict.annotate import annotated
@@ -28,12 +28,12 @@ from job.predict.readings import Readings, accuracy
 from preprocessing.cutting import cut_boxes
 from preprocessing.dataset import Clipped, Loss
 from preprocessing.ink import count_ink, ink_lines
+from preprocessing.input import read_input
 from preprocessing.labels.page_ids import MAX_NAME_CHARS
-from preprocessing.labels.read import read_labels
 from preprocessing.labels.table import Labels
 from preprocessing.page_results import LISTED_WARNINGS, PageResult, listed_warnings
-from preprocessing.pages import fingerprint, ignored_line, list_pages, page_reader, size_reader
-from preprocessing.plan import Group, check_sizes_are_stated, group_pages, known_losses, number_of_groups
+from preprocessing.pages import fingerprint, page_reader
+from preprocessing.plan import Group, group_pages, known_losses, number_of_groups
 from preprocessing.tries import END, Tries
 
 log = logging.getLogger("kuzushiji")
@@ -98,14 +98,7 @@ def predict(
         _check_pictures(annotate, pages, out)
     folder = resolve_model(model)
     model_sha256 = read_manifest(folder, ModelManifest).sha256
-    listed = cache(lambda: list_pages(pages))
-    with size_reader(pages, listed) as size_of:
-        labels = read_labels(boxes, "--boxes", bare=True, size_of=size_of, canvases=canvases)
-    if rescale:
-        check_sizes_are_stated(labels)
-    if listed().ignored:
-        log.info("no scans in %s: %s", pages, ignored_line(listed().ignored))
-    files = listed().files_of(labels.page_ids)
+    labels, files, ignored = read_input(pages, boxes, "--boxes", bare=True, rescale=rescale, canvases=canvases)
     _check_before_reading(labels, files, model_sha256, annotate is not None)
     clear(out)
     groups = group_pages(labels, files, number_of_groups(len(labels.boxes), BOXES_PER_GROUP), rescale)
@@ -129,7 +122,7 @@ def predict(
         gpus=gpus,
         start_limit=start_limit,
     )
-    manifest = _manifest(labels, fingerprint(labels.sha256, files), model_sha256, reports, listed().ignored)
+    manifest = _manifest(labels, fingerprint(labels.sha256, files), model_sha256, reports, ignored)
     for line in ink_lines(manifest.ink):
         log.warning("%s", line)
     _check_tables(out, manifest)
@@ -139,9 +132,9 @@ def predict(
 
 
 def _check_pictures(annotate: UPath, pages: UPath, out: UPath) -> None:
-    if f"{annotate}/".startswith(f"{pages}/"):  # pictures would be read as pages, or overwrite them
+    if is_inside(annotate, pages):  # pictures would be read as pages, or overwrite them
         raise OptionError(f"--annotate must be a folder outside of --pages. Received: {annotate} and {pages}")
-    if f"{annotate}/".startswith(f"{out}/"):  # the next attempt would find `out` with other files
+    if is_inside(annotate, out):  # the next attempt would find `out` with other files
         raise OptionError(f"--annotate must be a folder outside of --out. Received: {annotate} and {out}")
 
 

@@ -173,7 +173,7 @@ def _losses(manifest: DatasetManifest) -> Iterator[str]:
     for line in ink_lines(manifest.ink, MAX_ROWS):
         yield html.paragraph(line)
     if manifest.ignored:
-        yield html.paragraph(f"Not read among the pages: {ignored_line(manifest.ignored)}.")
+        yield html.paragraph(f"No scans among the pages: {ignored_line(manifest.ignored)}.")
     reasons = Counter((loss["page"], loss["what"]) for loss in manifest.losses)
     rows = [(page_id, count, reason) for (page_id, reason), count in sorted(reasons.items())]
     if rows:

@@ -29,7 +29,7 @@ def is_curation(content: Any) -> bool:
 
 
 class Curations:
-    """Collects the contents of curations. One canvas may be in several of them, each canvas is one page."""
+    """Yields the pages of curations. Two canvases, also of two curations, must not be the same page."""
 
     def __init__(self, canvases: Mapping[str, str] | None, bare: bool) -> None:
         """canvases: address of a canvas to page id, None: the last part of its address. bare: as in `read_labels`."""

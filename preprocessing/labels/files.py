@@ -5,7 +5,6 @@ import hashlib
 import io
 import os
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,11 +15,10 @@ from cluster.errors import InputError
 from cluster.storage import CHUNK_BYTES, is_file, list_tree, read_at_most, size_of
 from preprocessing.crop import PageFault
 from preprocessing.labels.page_ids import is_image
-from preprocessing.pages import is_archive, list_members, page_reader
+from preprocessing.pages import OTHER_FOLDERS, is_archive, list_members, page_reader
 
 # A file is read whole, one at a time. Of a member of an archive, `page_reader` reads 100 MB at most.
 MAX_FILE_BYTES = 1 << 29
-CHARACTERS_FOLDER = "characters"  # CODH's crops of each book
 HEAD_BYTES = 1 << 14
 # Python decodes these bytes, which CP932 does not use, to private characters.
 _NOT_CP932 = re.compile(rb"[\xfd-\xff]")
@@ -101,7 +99,7 @@ def label_files(places: Sequence[UPath], option: str) -> Iterator[list[LabelFile
 def _may_hold_labels(name: str) -> bool:
     *folders, base_name = name.split("/")
     hidden = any(part.startswith(".") for part in (*folders, base_name))
-    return bool(base_name) and not (hidden or is_image(name) or {CHARACTERS_FOLDER, "__MACOSX"} & set(folders))
+    return bool(base_name) and not (hidden or is_image(name) or set(OTHER_FOLDERS) & set(folders))
 
 
 def _file(path: UPath, name: str, size: int, given: bool = False) -> LabelFile:
@@ -122,12 +120,6 @@ def _member(archive: UPath, name: str, size: int, read_member: Callable[[str], b
 
 def _printable(text: str) -> str:
     return text if text.isprintable() else ascii(text)
-
-
-def by_suffix(names: Sequence[str]) -> str:
-    """Count file names by suffix: `.md 2, .html 1`."""
-    counts = Counter(os.path.splitext(name)[1].lower() or "no suffix" for name in names)
-    return ", ".join(f"{suffix} {count}" for suffix, count in counts.most_common())
 
 
 def open_text(data: bytes, where: str) -> io.TextIOWrapper:

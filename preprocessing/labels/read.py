@@ -13,12 +13,13 @@ from cluster.errors import InputError, OptionError
 from preprocessing.labels.coco import Coco, is_coco
 from preprocessing.labels.codh import is_codh_header, read_codh
 from preprocessing.labels.curation import Curations, is_curation, read_canvases
-from preprocessing.labels.files import LabelFile, by_suffix, head_text, label_files, open_text
+from preprocessing.labels.files import LabelFile, head_text, label_files, open_text
 from preprocessing.labels.json_files import parse_json, shown
 from preprocessing.labels.kaggle import HEADER, read_kaggle
 from preprocessing.labels.page_ids import is_image
 from preprocessing.labels.table import Labels, PageBoxes, assemble
 from preprocessing.labels.yolo import CLASS_NAMES_FILES, SizeOf, is_yolo_line, read_yolo
+from preprocessing.pages import count_kinds, ignored_line, kind_of
 
 log = logging.getLogger("kuzushiji")
 
@@ -138,7 +139,8 @@ def _sorted_out(found: Sequence[LabelFile], option: str) -> tuple[Form, list[Lab
     names = of_form[Form.CLASS_NAMES] if first == Form.YOLO else []
     used = {id(file) for file in (*of_form[first], *names)}
     if aside := [file.name for file in found if id(file) not in used]:
-        log.warning("%d files next to the labels are left aside: %s", len(aside), by_suffix(aside))
+        kinds = ignored_line(count_kinds(map(kind_of, aside)))
+        log.warning("%d files next to the labels are left aside: %s", len(aside), kinds)
     return first, of_form[first], names
 
 

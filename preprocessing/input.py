@@ -1,0 +1,76 @@
+"""The input of `prepare` and of `predict`: labels, and the files of their pages."""
+
+import logging
+from collections.abc import Sequence
+from functools import cache
+from typing import NamedTuple
+
+from upath import UPath
+
+from cluster.errors import OptionError
+from preprocessing.labels.crops import read_crops
+from preprocessing.labels.read import read_labels
+from preprocessing.labels.table import Labels
+from preprocessing.matching import Files
+from preprocessing.pages import ignored_line, list_pages, size_reader
+
+log = logging.getLogger("kuzushiji")
+
+
+class Input(NamedTuple):
+    """Labels, and the files of their pages."""
+
+    labels: Labels
+    files: Files
+    ignored: dict[str, int]
+    """Kind of file that is no scan to number of such files, see `pages.Listing`."""
+
+
+def read_input(
+    pages: UPath,
+    label_places: UPath | Sequence[UPath] | None,
+    option: str = "--labels",
+    bare: bool = False,
+    rescale: bool = False,
+    canvases: UPath | None = None,
+) -> Input:
+    """Read the labels and list the pages. Logs how many files are no scans.
+
+    Args:
+        pages: folder or archive of the pages.
+        label_places: label files, see `read_labels`; None: `pages` has crops, see `read_crops`.
+        option, bare, canvases: see `read_labels`.
+        rescale: whether the labels must say the sizes of pages.
+
+    Raises:
+        OptionError: the labels say no sizes, or `canvases` is given with labels of another form.
+        InputError: labels or pages can't be used.
+    """
+    if label_places is None:
+        found = Input(*read_crops(pages))
+    else:
+        listed = cache(lambda: list_pages(pages))
+        with size_reader(pages, listed) as size_of:
+            labels = read_labels(label_places, option, bare, size_of, canvases)
+        found = Input(labels, listed().files_of(labels.page_ids), listed().ignored)
+    if rescale:
+        check_sizes_are_stated(found.labels)
+    if found.ignored:
+        log.info("no scans in %s: %s", pages, ignored_line(found.ignored))
+    return found
+
+
+def check_sizes_are_stated(labels: Labels) -> None:
+    """Check that `--rescale` has something to scale by, and count the pages of which it has nothing in the log.
+
+    Raises:
+        OptionError: the labels do not say for which sizes of the pages their boxes were made.
+    """
+    if not labels.page_sizes:
+        raise OptionError(
+            "--rescale must be given with labels that say the size of their pages (COCO, IIIF Curation). "
+            "Received: labels that do not. Add width and height to each entry of `images` in the COCO file, scale the "
+            "boxes yourself, or leave --rescale out if the boxes fit the scans"
+        )
+    if unstated := len(labels.page_ids) - len(labels.page_sizes):
+        log.warning("--rescale leaves the boxes of %d pages as they are: the labels do not say the size", unstated)
