@@ -5,7 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -55,7 +55,16 @@ class _TerminalHandler(logging.Handler):
 @contextmanager
 def waiting(what: str) -> Iterator[None]:
     """Show a spinner with the text `what` on a terminal while the block runs; nothing elsewhere."""
-    with terminal().status(what) if on_terminal() else nullcontext():
+    if not on_terminal():
+        yield
+        return
+    from rich.live import Live
+    from rich.spinner import Spinner
+
+    # `Console.status` leaves the first drawing to its thread; a log line at that moment leaves a second spinner.
+    with Live(
+        Spinner("dots", what, style="status.spinner"), console=terminal(), refresh_per_second=12.5, transient=True
+    ):
         yield
 
 

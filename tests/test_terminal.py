@@ -1,5 +1,6 @@
 """What people see at a terminal of 100 columns while they wait, and that they have it back at the end."""
 
+import io
 import os
 import re
 import select
@@ -13,8 +14,13 @@ from pathlib import Path
 import pyte
 import pytest
 from conftest import KUZUSHIJI, KUZUSHIJI_WITH_SMALL_HEAD, TRIES_TO_START_RAY
+from rich.console import Console
 
+import cluster.progress
+import job.train.display
+from cluster.progress import waiting
 from cluster.runtime import START_TIMED_OUT
+from job.train.display import watched
 
 COLUMNS, LINES = 100, 30
 SECONDS = 600.0  # that a command may take, on a slow machine
@@ -110,6 +116,18 @@ def test_a_training_shows_in_a_line_where_it_stands_from_its_first_step_to_its_r
     # 5 seconds and 700 MB, only where it computes.
     assert seen.lines("TensorFlow was loaded here: False")
     assert seen.cursor
+
+
+def test_what_is_shown_stands_before_another_thread_can_log(ray_here: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.StringIO()
+    console = Console(file=written, force_terminal=True, width=COLUMNS)
+    for module in (cluster.progress, job.train.display):
+        monkeypatch.setattr(module, "on_terminal", lambda: True)
+        monkeypatch.setattr(module, "terminal", lambda: console)
+    with waiting("Ray starts ..."):
+        assert "Ray starts" in written.getvalue()
+    with watched(["baseline"]):
+        assert "baseline" in written.getvalue()
 
 
 def test_prepare_shows_rays_bar_and_ctrl_c_gives_the_terminal_back(pages: Path, tmp_path: Path) -> None:

@@ -195,38 +195,40 @@ def watched(architectures: Sequence[str]) -> Iterator[Any]:
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     board: Any = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
     done = threading.Event()
-    thread = threading.Thread(target=_show, args=(board, architectures, done), daemon=True)
-    thread.start()
-    try:
-        yield board
-    finally:
-        done.set()
-        thread.join(timeout=30)
-        ray.kill(board)
-
-
-def _show(board: Any, architectures: Sequence[str], done: threading.Event) -> None:
+    # Drawn before another thread logs: while rich draws a bar for the first time, a line of another thread leaves a
+    # second copy of the bar on the screen.
     with _Table(architectures) if on_terminal() else _LogLines() as lines:
-        while True:
-            last = done.wait(0.5)
-            try:
-                events = ray.get(board.take.remote(), timeout=10)
-            except ray.exceptions.GetTimeoutError:  # Ray is slow
-                events = []
-            except ray.exceptions.RayError:
-                return
-            for event in events:
-                match event:
-                    case LogLine():
-                        log.info("%s: %s", event.architecture, event.text)
-                    case RunState():
-                        lines.state(event)
-                    case Activity():
-                        lines.activity(event)
-                    case StepDone():
-                        lines.step(event)
-            if last:
-                return
+        thread = threading.Thread(target=_show, args=(board, lines, done), daemon=True)
+        thread.start()
+        try:
+            yield board
+        finally:
+            done.set()
+            thread.join(timeout=30)
+            ray.kill(board)
+
+
+def _show(board: Any, lines: "_LogLines | _Table", done: threading.Event) -> None:
+    while True:
+        last = done.wait(0.5)
+        try:
+            events = ray.get(board.take.remote(), timeout=10)
+        except ray.exceptions.GetTimeoutError:  # Ray is slow
+            events = []
+        except ray.exceptions.RayError:
+            return
+        for event in events:
+            match event:
+                case LogLine():
+                    log.info("%s: %s", event.architecture, event.text)
+                case RunState():
+                    lines.state(event)
+                case Activity():
+                    lines.activity(event)
+                case StepDone():
+                    lines.step(event)
+        if last:
+            return
 
 
 class _LogLines:
