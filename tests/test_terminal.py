@@ -17,10 +17,8 @@ from conftest import KUZUSHIJI, KUZUSHIJI_WITH_SMALL_HEAD, TRIES_TO_START_RAY
 from rich.console import Console
 
 import cluster.progress
-import job.train.display
 from cluster.progress import waiting
 from cluster.runtime import START_TIMED_OUT
-from job.train.display import watched
 
 COLUMNS, LINES = 100, 30
 SECONDS = 600.0  # that a command may take, on a slow machine
@@ -119,6 +117,8 @@ def test_a_training_shows_in_a_line_where_it_stands_from_its_first_step_to_its_r
 
 
 def test_what_is_shown_stands_before_another_thread_can_log(ray_here: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    import job.train.display  # imports Ray, which must see the environment of `ray_here`
+
     written = io.StringIO()
     console = Console(file=written, force_terminal=True, width=COLUMNS)
     for module in (cluster.progress, job.train.display):
@@ -126,7 +126,7 @@ def test_what_is_shown_stands_before_another_thread_can_log(ray_here: None, monk
         monkeypatch.setattr(module, "terminal", lambda: console)
     with waiting("Ray starts ..."):
         assert "Ray starts" in written.getvalue()
-    with watched(["baseline"]):
+    with job.train.display.watched(["baseline"]):
         assert "baseline" in written.getvalue()
 
 
