@@ -27,8 +27,8 @@ log = logging.getLogger("kuzushiji")
 @click.option("--dataset", required=True, metavar="PLACE", help="Folder made by `prepare`.")
 @click.option("--models", required=True, metavar="PLACE", help="Folder for the models: <architecture>/<run>/.")
 @click.option("--architecture", "architectures", required=True, multiple=True, metavar="NAME",
-              help="baseline, xception, resnet152v2, inceptionresnetv2, fcn (550 times the cost of baseline), "
-              "or all. Can be repeated.")  # fmt: skip
+              help="resnet (recommended), baseline, xception, resnet152v2, inceptionresnetv2, fcn (550 times the "
+              "cost of baseline), or all. Can be repeated.")  # fmt: skip
 @option(TrainConfig, "weights", metavar="imagenet|none|FILE")
 @option(TrainConfig, "unfreeze")
 @option(TrainConfig, "workers")
@@ -37,6 +37,10 @@ log = logging.getLogger("kuzushiji")
 @option(TrainConfig, "epochs")
 @option(TrainConfig, "global_batch_size")
 @option(TrainConfig, "learning_rate")
+@option(TrainConfig, "schedule", metavar="constant|cosine")
+@option(TrainConfig, "augment", metavar="none|standard")
+@option(TrainConfig, "weight_decay")
+@option(TrainConfig, "label_smoothing")
 @option(TrainConfig, "precision", metavar="NAME")
 @option(TrainConfig, "deterministic", "--deterministic/--fast")
 @option(TrainConfig, "class_weights", metavar="none|balanced")

@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from cluster.errors import OptionError
 
-ArchitectureName = Literal["baseline", "xception", "resnet152v2", "inceptionresnetv2", "fcn"]
+ArchitectureName = Literal["resnet", "baseline", "xception", "resnet152v2", "inceptionresnetv2", "fcn"]
 NAMES: tuple[ArchitectureName, ...] = get_args(ArchitectureName)
 ALL = "all"
 
@@ -24,16 +24,25 @@ class Study(NamedTuple):
 
 
 class Recipe(BaseModel):
-    """Settings with which the study trained an architecture, with Adam on one GPU. The defaults of `train`."""
+    """Settings of a training: the defaults of `train`. Those of the study's architectures are the study's, which
+    trained with Adam on one GPU.
+    """
 
     model_config = ConfigDict(frozen=True)
 
     epochs: int
     global_batch_size: int
     learning_rate: float
+    schedule: Literal["constant", "cosine"] = "constant"
+    augment: Literal["none", "standard"] = "none"
+    weight_decay: float = 0.0
+    label_smoothing: float = 0.0
 
 
 RECIPES: dict[ArchitectureName, Recipe] = {
+    "resnet": Recipe(
+        epochs=12, global_batch_size=256, learning_rate=2e-3, schedule="cosine", augment="standard", weight_decay=0.05
+    ),
     "baseline": Recipe(epochs=10, global_batch_size=512, learning_rate=1e-4),  # 80 s per epoch
     "xception": Recipe(epochs=30, global_batch_size=512, learning_rate=1e-3),
     "resnet152v2": Recipe(epochs=30, global_batch_size=512, learning_rate=1e-3),
@@ -85,6 +94,14 @@ class TrainConfig(BaseModel):
     """Crops per step over all workers.  [default: from the recipe]"""
     learning_rate: float = Field(gt=0, allow_inf_nan=False)
     """Learning rate of Adam, never scaled.  [default: from the recipe]"""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """cosine: 5 % warm-up, then down to 0.  [default: from the recipe]"""
+    augment: Literal["none", "standard"] = "none"
+    """standard: distort each crop a little.  [default: from the recipe]"""
+    weight_decay: float = Field(0.0, ge=0, lt=1)
+    """Weight decay of AdamW; 0: Adam.  [default: from the recipe]"""
+    label_smoothing: float = Field(0.0, ge=0, le=0.5)
+    """Share of the label spread over all classes.  [default: from the recipe]"""
     precision: Literal["float32", "mixed_bfloat16"] = "float32"
     """Precision of layers: float32 or mixed_bfloat16."""
     deterministic: bool = True

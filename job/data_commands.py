@@ -44,13 +44,15 @@ def labels_option(name: str, text: str, required: bool = False) -> Callable[...,
 @click.option(
     "--layouts", metavar="FILE", help="Label file; its first pages are drawn, with their ids, boxes, characters."
 )
-def sample(out: str, num_pages: int, seed: int, scale: float, layouts: str | None) -> Outcome:
+@click.option("--fonts", metavar="DIR", help="Folder of the fonts to draw with.  [default: those of this machine]")
+def sample(out: str, num_pages: int, seed: int, scale: float, layouts: str | None, fonts: str | None) -> Outcome:
     """Draw synthetic pages in Kaggle's format, to test without data."""
     from cluster.storage import local_path
     from preprocessing.sample.sample import sample as draw
 
     layouts_file = local_path(layouts, "--layouts") if layouts else None
-    summary = draw(local_path(out, "--out"), num_pages, seed, scale, layouts_file)
+    font_folder = local_path(fonts, "--fonts") if fonts else None
+    summary = draw(local_path(out, "--out"), num_pages, seed, scale, layouts_file, fonts=font_folder)
     result = {"out": out, "pages": summary.pages, "characters": summary.characters, "books": summary.books}
     return result, [f"{summary.pages} pages, {summary.books} books, {summary.characters:,} characters: {out}"]
 
@@ -74,6 +76,7 @@ def sample(out: str, num_pages: int, seed: int, scale: float, layouts: str | Non
 @option(PrepareConfig, "classes", type=str, metavar="FILE")
 @option(PrepareConfig, "shards")
 @option(PrepareConfig, "rescale", is_flag=True, flag_value=True)
+@option(PrepareConfig, "margin")
 @option(PrepareConfig, "max_bad_fraction")
 @start_limit_option
 def prepare(

@@ -12,7 +12,7 @@ from cluster.progress import progress
 from cluster.storage import check_writable, write_bytes
 from job.data.staging import staged
 from job.metrics import SplitMetrics, confusions, metrics, misclassified, per_class
-from job.model.folder import load_model
+from job.model.folder import load_model, read_margin
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ def evaluate(model_place: UPath, dataset_place: UPath, split: str, out: UPath | 
     """Predict each crop of a split once. out: folder for the result, checked before the work starts.
 
     Raises:
-        OptionError: the classes of the dataset and of the model differ, or `out` is sealed.
+        OptionError: the classes or margins of the dataset and of the model differ, or `out` is sealed.
         KuzushijiError: `out` is read-only or not a folder, or the model gives probabilities that are not finite.
         InputError, DamageError: the model or the dataset can't be used, or does not match its manifest.
     """
@@ -44,6 +44,12 @@ def evaluate(model_place: UPath, dataset_place: UPath, split: str, out: UPath | 
             raise OptionError(
                 f"the classes of --dataset must be the model's. Received: {len(dataset.class_names)} and "
                 f"{len(class_names)} classes, which differ. Prepare the dataset with --classes {folder / 'labels.txt'}"
+            )
+        margin = read_margin(folder)
+        if dataset.manifest.margin != margin:
+            raise OptionError(
+                f"--dataset must have the margin of the model's crops, {margin:g}. Received: "
+                f"{dataset.manifest.margin:g}. Prepare it with --margin {margin:g}"
             )
         from job.model.inference import Inference
 

@@ -1,7 +1,7 @@
 """Cut 80 x 80 crops from a page. `prepare` and `predict` both use these functions, so their crops are equal.
 
-A crop is the box in grayscale, scaled with its aspect ratio so that the longer side has 80 pixels, and centred on a
-black square.
+A crop is the box in grayscale, with a margin if one was asked for, scaled with its aspect ratio so that the longer side
+has 80 pixels, and centred on a black square.
 """
 
 from collections.abc import Sequence
@@ -59,6 +59,16 @@ def clip_box(box: Sequence[int], page_shape: tuple[int, int]) -> tuple[int, int,
     if left >= right or top >= bottom:
         raise PageFault(f"box is off its page of {page_shape[1]} x {page_shape[0]} pixels")
     return left, top, right - left, bottom - top
+
+
+def widened(box: Sequence[int], margin: float) -> tuple[int, int, int, int]:
+    """Widen a box by `margin` of its longer side on each side, rounded down to whole pixels.
+
+    box: x, y, width, height in pixels.
+    """
+    x, y, width, height = box
+    by = int(margin * max(width, height))
+    return x - by, y - by, width + 2 * by, height + 2 * by
 
 
 def crop(page: NDArray[np.uint8], box: Sequence[int]) -> NDArray[np.uint8]:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from upath import UPath
 
 from cluster.errors import InputError
-from preprocessing.crop import NO_FILE, PageFault, clip_box, crop, has_ink
+from preprocessing.crop import NO_FILE, PageFault, clip_box, crop, has_ink, widened
 from preprocessing.labels.table import WHOLE_FILE
 from preprocessing.page_results import PageResult
 from preprocessing.pages import ReadPage, page_reader
@@ -59,7 +59,7 @@ def cut_boxes(group: Group, pages: UPath, begin: Callable[[str], None] = lambda 
             if page.boxes:
                 begin(page.id)
             scan = _read_page(read, page) if page.boxes else PageFault("page without boxes")
-            cutter = None if isinstance(scan, PageFault) else _Cutter(page, scan, group.rescale)
+            cutter = None if isinstance(scan, PageFault) else _Cutter(page, scan, group)
             for box in boxes[start : start + page.boxes].tolist():
                 if box == list(WHOLE_FILE):  # of a file that can't be read, no size is known
                     box = [0, 0, 0, 0] if isinstance(scan, PageFault) else [0, 0, *scan.image.shape[::-1]]
@@ -72,11 +72,11 @@ def cut_boxes(group: Group, pages: UPath, begin: Callable[[str], None] = lambda 
 class _Cutter:
     """Cuts the boxes of a page."""
 
-    def __init__(self, page: Page, scan: Scan, rescale: bool) -> None:
+    def __init__(self, page: Page, scan: Scan, group: Group) -> None:
         """Raises: InputError: as `cut_boxes`."""
-        self.image = scan.image
+        self.image, self.margin = scan.image, group.margin
         height, width = scan.image.shape
-        self.scale = _scale_of(page, width, height, rescale)
+        self.scale = _scale_of(page, width, height, group.rescale)
         self.result: PageResult = {
             "page": page.id, "width": width, "height": height, "orientation": scan.orientation, "crops": 0,
             "without_ink": 0, "warnings": scan.warnings,
@@ -88,9 +88,10 @@ class _Cutter:
             clipped_box = clip_box(placed, self.image.shape)
         except PageFault as fault:
             return Cut(self.result["page"], box, None, fault=str(fault), page=self.result)
-        square = crop(self.image, clipped_box)
+        with_margin = clip_box(widened(placed, self.margin), self.image.shape)
+        square = crop(self.image, with_margin)
         self.result["crops"] += 1
-        self.result["without_ink"] += not has_ink(square, clipped_box)
+        self.result["without_ink"] += not has_ink(square, with_margin)
         return Cut(self.result["page"], box, square, list(clipped_box) != placed, page=self.result, placed=placed)
 
 

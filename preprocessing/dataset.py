@@ -106,9 +106,20 @@ class DatasetManifest(Manifest):
         return f"{unit}, fold {self.config.get('fold')} of {folds}" if folds else unit
 
     @property
+    def margin(self) -> float:
+        """The margin round boxes, as `PrepareConfig.margin`."""
+        return float(self.config.get("margin", 0.0))  # datasets of earlier releases have none
+
+    @property
     def entries(self) -> list[FileEntry]:
         """Shards and other files."""
         return [*self.shards, *self.files]
+
+    @model_validator(mode="after")
+    def _has_a_margin(self) -> Self:
+        if not is_margin(self.config.get("margin", 0.0)):
+            raise ValueError("the margin must be a number from 0 to 1")
+        return self
 
     @model_validator(mode="after")
     def _counts_its_splits(self) -> Self:
@@ -120,6 +131,11 @@ class DatasetManifest(Manifest):
     def shards_of(self, split: str) -> list[Shard]:
         """Return the shards of a split, in the order of their pages."""
         return [shard for shard in self.shards if f"-{split}.tfrecord-" in shard.name]
+
+
+def is_margin(value: object) -> bool:
+    """Return whether a value of a JSON file is a margin, as `PrepareConfig.margin`."""
+    return type(value) in (int, float) and 0 <= value <= 1  # type: ignore[operator]  # a number by its type
 
 
 def shard_name(split: str, index: int, count: int) -> str:
@@ -205,6 +221,11 @@ def split_rule(config: Mapping[str, Any], book_rule: str) -> str:
     return f"{by}. {shares}, seed {config.get('seed')}.{alone}"
 
 
+def _margin(config: Mapping[str, Any]) -> str:
+    margin = config.get("margin")  # datasets of earlier releases have none
+    return f", widened by {margin:g} of its longer side on each side," if margin else ""
+
+
 def dataset_card(
     class_names: Sequence[str],
     counts: Mapping[str, Mapping[str, int]],
@@ -242,7 +263,7 @@ def dataset_card(
 - Pages: the book, splits, size and EXIF orientation of each are in `pages.parquet`.
 - Classes: {kept} characters and `{RARE}`, one per line of `{LABELS_FILE}`. The most frequent characters, up to
   {config["coverage"]} of all boxes, have a class of their own, unless the classes of an earlier dataset were given.
-- Crops: the box in grayscale, its longer side scaled to {SIDE} pixels, centred on a black square.
+- Crops: the box in grayscale{_margin(config)}, its longer side scaled to {SIDE} pixels, centred on a black square.
 - Boxes lost: {losses}. Boxes clipped at the edge of their page: {clipped}. Each is listed in `manifest.json`,
   losses beyond the first 10,000 in `losses.parquet`.{noted}
 

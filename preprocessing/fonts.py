@@ -24,8 +24,13 @@ class Font:
     name: str
 
 
-def find_fonts(folders: Iterable[Path] = FONT_FOLDERS) -> tuple[Font, ...]:
-    """Return the installed fonts that have all hiragana, sorted by file name, or the packaged font if there are none.
+def find_fonts() -> tuple[Font, ...]:
+    """Return the fonts of this machine that have all hiragana, or the packaged font if there are none."""
+    return japanese_fonts(FONT_FOLDERS) or (packaged_font(),)
+
+
+def japanese_fonts(folders: Iterable[Path]) -> tuple[Font, ...]:
+    """Return the fonts below the folders that have all hiragana, sorted by file name.
 
     Files that can't be read are skipped. Of a collection, only the first such face is returned: its other faces mostly
     have the same shapes, for other languages.
@@ -33,7 +38,7 @@ def find_fonts(folders: Iterable[Path] = FONT_FOLDERS) -> tuple[Font, ...]:
     suffixes = (".ttf", ".otf", ".ttc")
     files = {path for folder in folders for path in folder.rglob("*") if path.suffix.lower() in suffixes}
     faces = (_japanese_face(path) for path in sorted(files, key=lambda path: (path.name, str(path))))
-    return tuple(font for font in faces if font) or (packaged_font(),)
+    return tuple(font for font in faces if font)
 
 
 def _japanese_face(path: Path) -> Font | None:

@@ -71,6 +71,8 @@ class Group:
     """2 P: width and height that the boxes of each page were made for, see `Page`."""
     rescale: bool
     """Whether boxes that were made for another size of their page are scaled to it."""
+    margin: float
+    """As `PrepareConfig.margin`."""
     labels: list[int] = field(default_factory=list)
     """N class indices; only for `prepare`."""
     splits: list[int] = field(default_factory=list)
@@ -139,9 +141,8 @@ def make_plan(
     books = books_of_pages(labels, files, config.books)
     splits = _splits(labels, files, books, config)
     names = config.classes or class_names(labels.code_points, config.coverage)
-    groups = plan_groups(
-        labels, class_indices(names, labels.code_points), splits, files, config.shards, bool(config.rescale)
-    )
+    classes = class_indices(names, labels.code_points)
+    groups = plan_groups(labels, classes, splits, files, config.shards, bool(config.rescale), config.margin)
     identity = config.model_dump(exclude={"max_bad_fraction"})
     versions = {"python": platform.python_version()} | {package: version(package) for package in VERSIONED}
     identity |= {"input": fingerprint(labels.sha256, files), "versions": versions}
@@ -190,6 +191,7 @@ def plan_groups(
     files: Mapping[str, tuple[str, int]],
     groups: int | None,
     rescale: bool = False,
+    margin: float = 0.0,
 ) -> list[Group]:
     """Return the groups of `prepare`, in the order of their pages.
 
@@ -199,9 +201,10 @@ def plan_groups(
         splits: (N,), index into `SPLITS` of each box.
         files: as in `group_pages`.
         groups: maximum number of groups; None: chosen by the number of boxes.
-        rescale: as in `Group`.
+        rescale, margin: as in `Group`.
     """
-    planned = group_pages(labels, files, groups or number_of_groups(len(labels.boxes), BOXES_PER_GROUP), rescale)
+    groups = groups or number_of_groups(len(labels.boxes), BOXES_PER_GROUP)
+    planned = group_pages(labels, files, groups, rescale, margin)
     ends = np.cumsum([len(group.code_points) for group in planned])
     parts = zip(planned, np.split(classes, ends), np.split(splits, ends), strict=False)  # np.split adds an empty part
     for group, group_classes, group_splits in parts:
@@ -220,7 +223,7 @@ def number_of_groups(boxes: int, per_group: int) -> int:
 
 
 def group_pages(
-    labels: Labels, files: Mapping[str, tuple[str, int]], groups: int, rescale: bool = False
+    labels: Labels, files: Mapping[str, tuple[str, int]], groups: int, rescale: bool = False, margin: float = 0.0
 ) -> list[Group]:
     """Divide all pages, sorted by id, into at most `groups` groups with nearly equal numbers of boxes.
 
@@ -231,7 +234,7 @@ def group_pages(
         files: page id to file name and size in bytes, for the pages that have a file, see `Listing.files_of`.
         groups: maximum number of groups. There are fewer if there are fewer pages with boxes, or if one page has the
             boxes of several groups.
-        rescale: as in `Group`.
+        rescale, margin: as in `Group`.
     """
     planned = []
     for number, (first, last) in enumerate(itertools.pairwise(_bounds(labels, groups))):
@@ -249,6 +252,7 @@ def group_pages(
             code_points=labels.code_points[boxes].tolist(),
             made_for=[side for page_id in page_ids for side in labels.page_sizes.get(page_id, (0, 0))],
             rescale=rescale,
+            margin=margin,
         )
         planned.append(group)
     return planned

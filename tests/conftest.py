@@ -59,7 +59,10 @@ SHARED = Path(__file__).parents[2] / "shared" / "kuzushiji"
 KUZUSHIJI = Path(sys.executable).with_name("kuzushiji")
 CPUS = 2  # of the Ray of the tests: few, since each process of Ray takes seconds to start
 # A training on the dataset `few`: 15 steps in 3 epochs of 5, with dropout.
-GIVEN = {"architecture": "baseline", "epochs": 3, "global_batch_size": 7, "learning_rate": 1e-4, "workers": 2}
+GIVEN = {
+    "architecture": "baseline", "epochs": 3, "global_batch_size": 7, "learning_rate": 1e-4, "workers": 2,
+    "augment": "standard", "schedule": "cosine", "weight_decay": 0.01,
+}  # fmt: skip
 
 # --- what is made once, or by one process at a time
 
@@ -287,7 +290,10 @@ def two_workers(dataset: Path, few: Path, tmp_path_factory: pytest.TempPathFacto
     from job.train.driver import train
 
     def make(folder: Path) -> None:
-        one = job_of(TrainConfig.model_validate(GIVEN | {"global_batch_size": EQUAL_BATCH}), dataset=str(dataset))
+        one = job_of(
+            TrainConfig.model_validate(GIVEN | {"global_batch_size": EQUAL_BATCH, "schedule": "constant"}),
+            dataset=str(dataset),
+        )
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(WORK, work_after(then(one_batch(one, folder / "equal", A_FEW), folder / "equal")))
             (outcome,) = train(place(few), place(folder / "models"), [TrainConfig.model_validate(GIVEN)], "first")

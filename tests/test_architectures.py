@@ -1,4 +1,4 @@
-"""The five architectures: what they are made of, what they begin with, and that each trains, saves and loads."""
+"""The architectures: what they are made of, what they begin with, and that each trains, saves and loads."""
 
 import gc
 import json
@@ -18,6 +18,7 @@ from job.verify import verify
 
 # At 514 classes: all, as the study counts them, and those that the study trained.
 PARAMETERS = {
+    "resnet": (3_105_698, 3_100_322),
     "baseline": (37_934_274, 37_921_314),
     "xception": (96_935_994, 80_791_314),
     "resnet152v2": (134_406_162, 77_098_258),
@@ -48,7 +49,7 @@ def trainable(model: Any) -> int:
 
 @pytest.mark.usefixtures("memory")
 @pytest.mark.parametrize("name", NAMES)
-def test_parameters_are_those_of_the_study(name: str) -> None:
+def test_parameters_are_those_that_the_docs_state(name: str) -> None:
     from job.model.architectures import ARCHITECTURES
 
     assert set(ARCHITECTURES) == set(NAMES) == set(RECIPES)
@@ -94,11 +95,17 @@ def test_defaults_come_from_each_architecture_s_recipe_and_options_go_before_the
     assert set(TRANSFER) < set(NAMES)
     assert configs["fcn"] == TrainConfig(architecture="fcn", epochs=40, global_batch_size=200, learning_rate=1e-3)
     assert {name: (c.epochs, c.global_batch_size, c.learning_rate) for name, c in configs.items()} == {
+        "resnet": (12, 256, 2e-3),
         "baseline": (10, 512, 1e-4),
         **dict.fromkeys(TRANSFER, (30, 512, 1e-3)),
         "fcn": (40, 200, 1e-3),
     }
+    assert {name: (c.schedule, c.augment, c.weight_decay) for name, c in configs.items()} == {
+        "resnet": ("cosine", "standard", 0.05),
+        **dict.fromkeys(("baseline", *TRANSFER, "fcn"), ("constant", "none", 0)),
+    }
     assert {name: (c.weights, c.unfreeze) for name, c in configs.items()} == {
+        "resnet": ("none", "all"),
         "baseline": ("none", "all"),
         **dict.fromkeys(TRANSFER, ("imagenet", "last")),
         "fcn": ("none", "all"),
@@ -112,7 +119,7 @@ def test_defaults_come_from_each_architecture_s_recipe_and_options_go_before_the
 
 
 @pytest.mark.parametrize(("architectures", "weights", "unfreeze", "says"), [
-    (["vgg"], None, None, "--architecture must be one of baseline, .*, all. Received: 'vgg'"),
+    (["vgg"], None, None, "--architecture must be one of resnet, .*, all. Received: 'vgg'"),
     (["baseline"], "imagenet", None, "--weights must come with one of xception"),
     (["fcn"], None, "all", "--unfreeze must come with one of xception"),
     (["all"], f"sha256:{'0' * 64}", None, "must come with one architecture. Received: xception, resnet152v2"),

@@ -22,17 +22,17 @@ from cluster.runtime import ray_session
 from job.cli import main
 
 SURFACE = {
-    "sample": {"--out", "--num-pages", "--seed", "--scale", "--layouts"},
+    "sample": {"--out", "--num-pages", "--seed", "--scale", "--layouts", "--fonts"},
     "prepare": {
         "--pages", "--labels", "--canvases", "--crops", "--dataset", "--split", "--seed", "--val-fraction",
         "--test-fraction", "--coverage", "--classes", "--shards", "--max-bad-fraction", "--start-limit", "--books",
-        "--train-only", "--folds", "--fold", "--rescale",
+        "--train-only", "--folds", "--fold", "--rescale", "--margin",
     },
     "train": {
         "--dataset", "--models", "--architecture", "--workers", "--gpus-per-worker", "--cpus-per-worker", "--epochs",
         "--global-batch-size", "--learning-rate", "--seed", "--patience", "--run", "--weights", "--unfreeze",
         "--precision", "--class-weights", "--checkpoint-every", "--max-failures", "--step-limit",
-        "--deterministic", "--start-limit",
+        "--deterministic", "--start-limit", "--schedule", "--augment", "--weight-decay", "--label-smoothing",
     },
     "evaluate": {"--model", "--dataset", "--split", "--out"},
     "predict": {

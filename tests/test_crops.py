@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from preprocessing.crop import SIDE, PageFault, clip_box, crop
+from preprocessing.crop import SIDE, PageFault, clip_box, crop, widened
 from preprocessing.scan import decode_scan
 
 WORST_GREY_LEVELS, MEAN_GREY_LEVELS = 2.5, 1.25
@@ -98,6 +98,12 @@ def test_77_pixels_become_80_where_floats_would_give_79() -> None:
 )
 def test_a_box_partly_off_its_page_is_clipped(box: tuple[int, ...], on_page: tuple[int, ...]) -> None:
     assert clip_box(box, (200, 100)) == on_page
+
+
+def test_a_margin_is_a_fraction_of_the_longer_side_on_each_side() -> None:
+    assert widened((10, 20, 30, 41), 0.0) == (10, 20, 30, 41)
+    assert widened((10, 20, 30, 41), 0.1) == (6, 16, 38, 49)
+    assert widened((10, 20, 41, 30), 0.5) == (-10, 0, 81, 70)
 
 
 @pytest.mark.parametrize("box", [(100, 0, 5, 5), (0, 200, 5, 5), (-5, 0, 5, 5), (0, -9, 5, 9), (999, 999, 1, 1)])

@@ -17,28 +17,33 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from cluster.errors import InputError, OptionError
+from cluster.errors import DamageError, InputError, OptionError
 from cluster.storage import place
 from job.predict.columns import columns
 from job.predict.folder import PredictionsManifest, clear
 from job.predict.predict import ReadGroup, predict
 from job.predict.readings import Readings
 from job.verify import verify
-from preprocessing.config import SPLITS
+from preprocessing.config import SPLITS, PrepareConfig
 from preprocessing.cutting import Cut, cut_boxes
 from preprocessing.labels.read import read_labels
 from preprocessing.pages import list_pages
 from preprocessing.plan import group_pages
+from preprocessing.prepare import prepare
 
 
 @pytest.fixture(scope="module")
 def model(real_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder of the real pages' classes. Its answers depend on every pixel, and are mostly wrong."""
+    return any_model(tmp_path_factory.mktemp("model"), (real_dataset / "label.labels.txt").read_text(), {})
+
+
+def any_model(folder: Path, labels: str, config: dict[str, Any]) -> Path:
+    """As `model`. config: content of its `config.json`."""
     import keras
 
     from job.model.folder import write_model
 
-    labels = (real_dataset / "label.labels.txt").read_text()
     keras.utils.set_random_seed(1)
     layers = [
         keras.layers.Rescaling(1 / 255),
@@ -47,10 +52,11 @@ def model(real_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         keras.layers.LayerNormalization(),
         keras.layers.Dense(len(labels.splitlines()), activation="softmax", kernel_initializer="he_normal"),
     ]
-    folder = tmp_path_factory.mktemp("model") / "baseline" / "first"
-    texts = {"labels.txt": labels, "config.json": "{}"}
-    write_model(place(folder), keras.Sequential([keras.Input((80, 80, 1)), *layers]), texts, "0" * 64)
-    return folder.parent
+    texts = {"labels.txt": labels, "config.json": json.dumps(config)}
+    write_model(
+        place(folder / "baseline" / "first"), keras.Sequential([keras.Input((80, 80, 1)), *layers]), texts, "0" * 64
+    )
+    return folder / "baseline"
 
 
 def test_a_picture_has_boxes_where_they_are_on_the_scan_also_if_they_were_scaled() -> None:
@@ -113,6 +119,46 @@ def test_what_is_read_are_the_very_crops_of_the_dataset(
                 np.testing.assert_allclose(told, probabilities[i][best], rtol=1e-4)
                 compared += 1
     assert compared == len(cuts) == len(found)
+
+
+def test_a_model_of_crops_with_a_margin_reads_new_pages_with_it_and_is_evaluated_with_no_other(
+    ray_here: None, pages: Path, dataset: Path, tmp_path: Path
+) -> None:
+    from job.data.staging import staged
+    from job.evaluate import evaluate
+    from job.model.folder import load_model
+
+    source, config = (pages / "train_images", pages / "train.csv"), PrepareConfig(coverage=0.5, margin=0.15)
+    prepare(*map(place, source), place(tmp_path / "wide"), config)
+    labels = (tmp_path / "wide" / "label.labels.txt").read_text()
+    assert labels == (dataset / "label.labels.txt").read_text()
+    assert "widened by 0.15 of its longer side" in (tmp_path / "wide" / "README.md").read_text()
+    model = any_model(tmp_path / "models", labels, {"margin": 0.15})
+    do(model, *source, tmp_path / "out")
+    found = table(tmp_path / "out").set_index(["image_id", "x", "y", "width", "height"])
+    loaded = load_model(place(model))[0]
+    with staged(place(tmp_path / "wide"), ["test"]) as wide, staged(place(dataset), ["test"]) as plain:
+        crops, narrow = wide.splits["test"], plain.splits["test"]
+        assert np.array_equal(crops.boxes, narrow.boxes)  # as in the labels
+        assert not np.array_equal(crops.images, narrow.images)
+        best = loaded.predict(crops.images[:], verbose=0).max(axis=1)
+        where = zip(crops.page_ids, crops.boxes.tolist(), strict=True)
+        told = [found.loc[(page_id, *box), "probability_1"] for page_id, box in where]
+    np.testing.assert_allclose(told, best, rtol=1e-4)
+    assert evaluate(place(model), place(tmp_path / "wide"), "test").metrics.examples == len(best)
+    with pytest.raises(OptionError, match=r"margin of the model's crops, 0\.15\. Received: 0\. .*--margin 0\.15"):
+        evaluate(place(model), place(dataset), "test")
+    with pytest.raises(OptionError, match=r"margin \(there 0\.15, now 0\.0\)"):
+        prepare(*map(place, source), place(tmp_path / "wide"), PrepareConfig(coverage=0.5))
+
+
+@pytest.mark.parametrize("margin", ["0.1", True, -0.1, 2, None, float("nan")])
+def test_a_margin_that_is_none_is_damage(margin: object, tmp_path: Path) -> None:
+    from job.model.folder import read_margin
+
+    model = any_model(tmp_path, "U+306F\nrare\n", {"margin": margin})
+    with pytest.raises(DamageError, match="the margin must be a number from 0 to 1"):
+        read_margin(place(model / "first"))
 
 
 def test_the_accuracy_is_that_of_evaluate(read: Path, model: Path, real_dataset: Path) -> None:

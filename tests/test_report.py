@@ -124,6 +124,7 @@ def test_what_a_model_gets_wrong_is_listed_as_evaluate_does_and_shown_in_pairs(
     text = Page(of_two).text
     assert found.confusions
     assert all(line in text for line in found.confusions)
+    assert "augmented crops" in text
     worst = found.misclassified.groupby(["label", "predicted"]).size().max()
     assert f"({worst})" in text
 

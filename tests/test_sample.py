@@ -18,7 +18,7 @@ from PIL import Image
 
 from cluster.errors import InputError, OptionError
 from preprocessing.books import volume_of
-from preprocessing.fonts import find_fonts, packaged_font
+from preprocessing.fonts import japanese_fonts, packaged_font
 from preprocessing.sample import pages as layout
 from preprocessing.sample import sample as drawing
 from preprocessing.sample.hand import Hand, draw_glyph, fit, new_hand
@@ -257,6 +257,21 @@ def test_frequencies_are_zipf_like_so_that_the_90_percent_rule_has_work_to_do(dr
 
 def test_fonts_without_hiragana_and_files_that_are_no_fonts_are_passed_over(tmp_path: Path) -> None:
     (tmp_path / "broken.ttf").write_bytes(b"no font")
-    assert find_fonts([tmp_path, tmp_path / "absent"]) == (packaged_font(),)
+    assert japanese_fonts([tmp_path, tmp_path / "absent"]) == ()
     (tmp_path / "a.ttf").symlink_to(packaged_font().path)
-    assert [font.path for font in find_fonts([tmp_path])] == [str(tmp_path / "a.ttf")]
+    assert [font.path for font in japanese_fonts([tmp_path])] == [str(tmp_path / "a.ttf")]
+
+
+def test_pages_are_drawn_with_the_fonts_of_a_folder_which_must_have_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drawing, "find_fonts", lambda: pytest.fail("those of the machine are not asked for"))
+    fonts = tmp_path / "fonts"
+    for received in ("which is no folder", "with none"):
+        with pytest.raises(
+            OptionError, match=rf"^--fonts must be a folder with .*: {re.escape(str(fonts))}, {received}$"
+        ):
+            sample(tmp_path / "out", 1, scale=SMALL, fonts=fonts)
+        fonts.mkdir(exist_ok=True)
+    (fonts / "a.ttf").symlink_to(packaged_font().path)
+    assert sample(tmp_path / "out", 1, scale=SMALL, fonts=fonts).fonts == (packaged_font().name,)

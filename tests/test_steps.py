@@ -45,6 +45,50 @@ def test_a_step_follows_the_weighted_loss_and_tells_the_plain_one(balanced: bool
     assert model.layers[-1].bias.numpy() == pytest.approx(-gradient, abs=1e-5)
 
 
+def test_label_smoothing_spreads_a_share_of_the_label_and_the_plain_loss_is_told() -> None:
+    import keras
+    import tensorflow as tf
+
+    from job.train.step import Steps
+
+    images, labels = np.random.default_rng(0).integers(0, 255, (8, 80, 80, 1), dtype=np.uint8), np.arange(8) % 3
+    crops = keras.Input((80, 80, 1))
+    x = keras.layers.Flatten()(keras.layers.Rescaling(1 / 255, dtype="float32")(crops))
+    model = keras.Model(crops, keras.layers.Dense(3, activation="softmax")(x))
+    before = model.predict(images, verbose=0)
+    optimizer = keras.optimizers.SGD(1.0)
+    optimizer.build(model.trainable_variables)
+    steps = Steps(tf.distribute.get_strategy(), 1, model, optimizer, 8, label_smoothing=0.3)
+    loss = float(steps.train(images, labels, 0)[0])
+    assert loss == pytest.approx(-np.log(before[np.arange(8), labels]).sum(), rel=1e-5)
+    target = 0.7 * np.eye(3)[labels] + 0.3 / 3
+    assert model.layers[-1].bias.numpy() == pytest.approx(-(before - target).mean(axis=0), abs=1e-5)
+
+
+def test_the_learning_rate_rises_for_a_twentieth_of_the_steps_and_falls_to_0_and_weights_decay_but_not_biases() -> None:
+    import keras
+
+    from job.config import TrainConfig
+    from job.train.optimizer import last_learning_rate, make_optimizer
+
+    given = {"architecture": "resnet", "epochs": 1, "global_batch_size": 1, "learning_rate": 0.1}
+    config = TrainConfig.model_validate(given | {"schedule": "cosine", "weight_decay": 0.5})
+    kernel, bias = keras.Variable(np.ones((2, 2), np.float32)), keras.Variable(np.ones(2, np.float32))
+    optimizer = make_optimizer(config, [kernel, bias], steps=40)
+    rates, kernels = [], [np.asarray(kernel)[0, 0]]
+    for _ in range(40):
+        optimizer.apply([np.zeros((2, 2), np.float32), np.zeros(2, np.float32)])
+        rates.append(last_learning_rate(optimizer))
+        kernels.append(np.asarray(kernel)[0, 0])
+    assert rates[:3] == pytest.approx([0, 0.05, 0.1])
+    assert rates[2:] == pytest.approx(0.05 * (1 + np.cos(np.pi * np.arange(38) / 38)), rel=1e-4)
+    assert kernels[1:] == pytest.approx(np.cumprod(1 - 0.5 * np.array(rates)), rel=1e-5)
+    assert np.asarray(bias).tolist() == [1, 1]
+    constant = make_optimizer(TrainConfig.model_validate(given), [keras.Variable(np.ones(2, np.float32))], steps=40)
+    constant.apply([np.zeros(2, np.float32)])
+    assert last_learning_rate(constant) == pytest.approx(0.1)
+
+
 @pytest.mark.long
 def test_what_xla_compiles_computes_the_same() -> None:
     """As on one GPU, with the same dropout masks; here on the CPU."""

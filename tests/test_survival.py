@@ -8,6 +8,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,7 @@ def kill_the_driver_within_epoch_1(few: Path, models: Path, ray_address: str) ->
     places = ["--dataset", few, "--models", models, "--run", "disturbed"]
     command = [*KUZUSHIJI_WITH_SMALL_HEAD, "train", *map(str, places)]
     command += ["--architecture", "baseline", "--epochs", "3", "--global-batch-size", "7", "--learning-rate", "1e-4"]
+    command += ["--augment", "standard", "--schedule", "cosine", "--weight-decay", "0.01"]
     command += ["--workers", "2", "--cpus-per-worker", "1", "--checkpoint-every", "1"]
     registered = models / ".runs" / "baseline-disturbed" / "checkpoint_manager_snapshot.json"
     there = os.environ | {"RAY_ADDRESS": ray_address}
@@ -139,6 +141,18 @@ def test_a_run_whose_driver_was_killed_goes_on_within_the_epoch_with_another_num
     losses = [row["loss"] for row in result(Path(folder.path))[1]]
     # Of batches of 7 crops, with dropout.
     assert losses == pytest.approx([row["loss"] for row in result(trained)[1]], abs=2e-2)
+
+
+def test_a_run_of_an_earlier_release_is_resumed_with_what_later_options_are_by_default(tmp_path: Path) -> None:
+    config = TrainConfig(architecture="baseline", epochs=3, global_batch_size=7, learning_rate=1e-4)
+    run = Run("old", config, place(tmp_path), "0" * 64, place(tmp_path))
+    later = {"schedule", "augment", "weight_decay", "label_smoothing"}
+    earlier = {name: value for name, value in run._options().items() if name not in later}
+    (tmp_path / ".runs").mkdir()
+    (tmp_path / ".runs" / "baseline-old.json").write_text(json.dumps(earlier))
+    assert not run.is_finished()
+    with pytest.raises(OptionError, match=r"augment \(then none, now standard\)"):
+        replace(run, config=config.model_copy(update={"augment": "standard"})).is_finished()
 
 
 def test_a_torn_list_of_checkpoints_is_said_and_the_run_begins_anew_but_not_understood_ones_stay(

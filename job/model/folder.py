@@ -31,6 +31,7 @@ from cluster.models import ModelManifest, point_to_latest, resolve_model
 from cluster.storage import fetch, list_files, new_file, read_bytes, sha256_of, writing_in
 from job.model.load_tensorflow import load_tensorflow
 from preprocessing.classes import read_class_names
+from preprocessing.dataset import is_margin
 
 if TYPE_CHECKING:
     import keras
@@ -111,6 +112,21 @@ def load_model(place: UPath) -> tuple["keras.Model", list[str], UPath]:
                 f"Received: {' '.join(str(error).split())[:300]}. Ask the owner of the models"
             ) from error
     return model, names, folder
+
+
+def read_margin(folder: UPath) -> float:
+    """Return the margin round boxes of the crops that a model was trained on, see `PrepareConfig.margin`.
+
+    Raises:
+        DamageError: the model's config is missing, or does not match its manifest.
+    """
+    for entry in read_manifest(folder, ModelManifest).files:
+        if entry.name == CONFIG_FILE and (fault := fault_of(folder, entry, list_files(folder))):
+            raise DamageError(f"{folder}: {fault}. Pull the model again")
+    margin = read_json(folder / CONFIG_FILE).get("margin", 0.0)  # models of earlier releases have none
+    if not is_margin(margin):
+        raise DamageError(f"{folder}: the margin must be a number from 0 to 1. Received: {str(margin)[:40]}")
+    return float(margin)
 
 
 def _load_archive(path: Path, classes: int) -> "keras.Model":

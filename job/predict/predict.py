@@ -20,7 +20,7 @@ from cluster.manifest import FileEntry, encoded, read_manifest, seal, size_fault
 from cluster.models import ModelManifest, resolve_model
 from cluster.runtime import map_tasks
 from cluster.storage import is_inside, list_files, place, remove_temporaries, write_bytes
-from job.model.folder import load_model
+from job.model.folder import load_model, read_margin
 from job.model.load_tensorflow import configure_gpus, without_chatter
 from job.predict.annotate import annotated
 from job.predict.folder import PredictionsManifest, clear, table_name
@@ -101,7 +101,8 @@ def predict(
     labels, files, ignored = read_input(pages, boxes, "--boxes", bare=True, rescale=rescale, canvases=canvases)
     _check_before_reading(labels, files, model_sha256, annotate is not None)
     clear(out)
-    groups = group_pages(labels, files, number_of_groups(len(labels.boxes), BOXES_PER_GROUP), rescale)
+    number = number_of_groups(len(labels.boxes), BOXES_PER_GROUP)
+    groups = group_pages(labels, files, number, rescale, read_margin(folder))
     read_group = ReadGroup(
         model=str(folder),
         model_sha256=model_sha256,

@@ -19,7 +19,7 @@ from cluster.storage import list_folders, read_bytes
 from job.config import STUDY
 from job.data.staging import StagedDataset, staged
 from job.metrics import confusions, shown
-from job.model.folder import METRICS_FILE, load_model
+from job.model.folder import CONFIG_FILE, METRICS_FILE, load_model
 from job.model.load_tensorflow import load_tensorflow
 from job.report import html, plots
 from preprocessing.config import SPLITS
@@ -37,6 +37,7 @@ MISCLASSIFIED = dict.fromkeys(("image_id", "label", "predicted"), str) | dict.fr
 
 MAX_LINES = 100  # of the list of confusions
 MAX_PAIRS = 24  # pictures of confusions
+MAX_AUGMENTED = 40
 MAX_CHANNELS = 24  # of a convolution
 MAX_LAYERS = 4  # convolutions
 
@@ -48,6 +49,8 @@ class Trained:
     architecture: str
     folder: UPath
     dataset_manifest_sha256: str
+    augment: str
+    seed: int
     metrics: dict[str, Any]
     history: pd.DataFrame
     per_class: pd.DataFrame
@@ -131,12 +134,14 @@ def _parse(folder: UPath, dataset_manifest_sha256: str, content: Callable[[str],
         return texts[list(dtypes)].astype(dtypes)
 
     try:
-        metrics = json.loads(content(METRICS_FILE))
+        config, metrics = json.loads(content(CONFIG_FILE)), json.loads(content(METRICS_FILE))
         history = pd.DataFrame([json.loads(line) for line in content("history.jsonl").splitlines()])
         trained = Trained(
             folder.parent.name,
             folder,
             dataset_manifest_sha256,
+            str(config.get("augment", "none")),  # models of earlier releases do not have it
+            int(config["seed"]),
             {split: {key: metrics[split][key] for key in SPLIT_METRICS} for split in SPLITS}
             | {key: float(metrics[key]) for key in RUN_METRICS},
             history[["epoch", *CURVES]].astype(float),
@@ -159,6 +164,8 @@ def _run_sections(run: Trained, data: StagedDataset | None, model: Any) -> Itera
     yield html.section(f"{run.architecture}, run {run.folder.name}: metrics", *_metrics(run))
     yield html.section(f"{run.architecture}: errors", *_errors(run, data))
     if data:
+        if run.augment != "none":
+            yield html.section(f"{run.architecture}: augmented crops", *_augmented_crops(run, data))
         yield html.section(f"{run.architecture}: responses of convolutions", *_responses(model, data))
 
 
@@ -279,6 +286,20 @@ def _pairs(misclassified: pd.DataFrame, data: StagedDataset) -> Iterator[str]:
         images.append(np.hstack(pair))
         captions.append(f"{shown(label)} → {shown(predicted)} ({count})")
     yield html.crops(images, captions)
+
+
+def _augmented_crops(run: Trained, data: StagedDataset) -> Iterator[str]:
+    """Show training crops, each with what a step of the training makes of it."""
+    import tensorflow as tf
+
+    from job.data.augment import augmented
+    from job.data.chance import BatchRows
+
+    crops = data.splits["train"].images[:MAX_AUGMENTED]
+    after = augmented(crops, BatchRows(tf.constant(0, tf.int64), 0, len(crops)), run.seed).numpy().astype(np.uint8)
+    yield html.paragraph("Each pair: a training crop, and an augmented copy. Every step makes other copies.")
+    pairs = [np.hstack(pair) for pair in zip(crops[..., 0], after[..., 0], strict=True)]
+    yield html.crops(pairs, [chr(code_point) for code_point in data.splits["train"].code_points[:MAX_AUGMENTED]])
 
 
 def _responses(model: Any, data: StagedDataset) -> Iterator[str]:

@@ -7,22 +7,12 @@ on the number of workers. Here a mask is a pure function of (seed, layer, step),
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-
-@dataclass(frozen=True)
-class BatchRows:
-    """The rows of a global batch that a replica works on. `step` and `first` are scalar tensors in a traced step."""
-
-    step: Any
-    first: Any
-    """First row of the replica."""
-    global_batch_size: int
-
+from job.data.chance import BatchRows
 
 _masks: ContextVar[Mapping[str, Any] | None] = ContextVar("masks", default=None)
 
@@ -53,11 +43,9 @@ class SharedDropout(keras.layers.Layer):  # type: ignore[misc]  # Keras has no t
     def mask(self, rows: BatchRows, count: Any) -> Any:
         """Return a (count, *features) bool mask: True for the values to keep. rows: the replica's; count: their number.
 
-        Call it outside functions that XLA compiles: XLA draws other random numbers.
+        Call it outside functions that XLA compiles, as `BatchRows.uniform`.
         """
-        shape = (rows.global_batch_size, *self.features)
-        drawn = tf.random.stateless_uniform(shape, seed=tf.stack([tf.cast(self.seed, tf.int64), rows.step]))
-        return drawn[rows.first : rows.first + count] >= self.rate
+        return rows.own(rows.uniform(self.seed, self.features), count) >= self.rate
 
     def call(self, inputs: Any, training: bool = False) -> Any:
         masks = _masks.get()

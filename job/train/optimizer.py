@@ -7,11 +7,43 @@ Measured with `baseline` on 2 cores, 2 workers with 1 thread each, 128 crops per
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
+
+from job.config import TrainConfig
+
+WARM_UP = 20  # a twentieth of the steps
+
+
+def make_optimizer(config: TrainConfig, variables: list[Any], steps: int) -> "FusedAdam":
+    """Return the built optimizer of a training of so many steps. Call it within `strategy.scope()`.
+
+    Weight decay is that of AdamW (arxiv.org/abs/1711.05101), of kernels only, not of biases and norms.
+    """
+    rate: Any = config.learning_rate
+    if config.schedule == "cosine":
+        rate = keras.optimizers.schedules.CosineDecay(
+            0.0, max(1, steps - steps // WARM_UP), warmup_target=rate, warmup_steps=steps // WARM_UP
+        )
+    optimizer = FusedAdam(rate, weight_decay=config.weight_decay or None)
+    optimizer.exclude_from_weight_decay(var_list=[variable for variable in variables if len(variable.shape) < 2])
+    optimizer.build(variables)
+    return optimizer
+
+
+def last_learning_rate(optimizer: keras.Optimizer) -> float:
+    """Return the learning rate of the last step."""
+    rate = optimizer._learning_rate  # `learning_rate` is the value for the next step
+    if isinstance(rate, keras.optimizers.schedules.LearningRateSchedule):
+        rate = rate(optimizer.iterations - 1)
+    return float(np.asarray(rate))
 
 
 class FusedAdam(keras.optimizers.Adam):  # type: ignore[misc]  # Keras has no types
-    """`keras.optimizers.Adam` with the same defaults and state, for float32 variables."""
+    """`keras.optimizers.Adam` with the same defaults and state, for float32 variables.
+
+    With `weight_decay` it is AdamW: Keras subtracts the decay from the variables before `update_step`.
+    """
 
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         """Update with TensorFlow's fused kernel. Keras computes the same formula in a dozen operations, each a copy."""

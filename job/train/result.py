@@ -87,7 +87,7 @@ def folder_texts(
     predictions: split to (N, 4) float32, as `inference.predictions_of`.
     """
     names, test = dataset.class_names, dataset.splits["test"]
-    recorded = config.model_dump()
+    recorded = config.model_dump() | {"margin": dataset.manifest.margin}
     numbers: dict[str, Any] = {
         split: asdict(metrics(predictions[split], dataset.splits[split].labels, names)) for split in SPLITS
     }
@@ -131,18 +131,32 @@ A classifier of Kuzushiji characters: {metrics["parameters"]:,} parameters, {met
 Macro F1 is the mean over the classes that have a crop in the split. scikit-learn also counts classes that were only
 predicted, with F1 0.
 
-- Input: N x 80 x 80 x 1, uint8 or float, 0 to 255: crops as `kuzushiji prepare` cuts them. The model scales them
-  itself.{_any_size(config)} Output: class probabilities, N x {metrics["classes"]}.
+- Input: N x 80 x 80 x 1, uint8 or float, 0 to 255: crops as `kuzushiji prepare{_margin(config)}` cuts
+  them. The model scales them itself.{_any_size(config)} Output: class probabilities, N x {metrics["classes"]}.
 - To load the model: `keras.saving.load_model("{MODEL_FILE}", compile=False)`. It loads in safe mode and does not need
   the kuzushiji package.
-- Training: Adam, learning rate {config["learning_rate"]:g}, global batch size {config["global_batch_size"]},
+- Training: {_optimizer(config)}, global batch size {config["global_batch_size"]},
   at most {config["epochs"]} epochs, seed {config["seed"]}, precision {config["precision"]},
-  class weights: {config["class_weights"]}. The weights are those of epoch {metrics["best_epoch"]}, which has the best
-  validation accuracy.{_base(config)}
+  augmentation: {config["augment"]}, class weights: {config["class_weights"]}. The weights are those of epoch
+  {metrics["best_epoch"]}, which has the best validation accuracy.{_base(config)}
 - Split of the dataset: {dataset}. The class `rare` stands for all characters that have no class of their own.
 - The licence of the training data also covers works derived from them: CC BY-SA 4.0 for the pages of Kaggle's
   *Kuzushiji Recognition*.
 """
+
+
+def _optimizer(config: Mapping[str, Any]) -> str:
+    decay, smoothing = config["weight_decay"], config["label_smoothing"]
+    parts = [
+        f"AdamW with weight decay {decay:g}" if decay else "Adam",
+        f"learning rate {config['learning_rate']:g} ({config['schedule']})",
+        *([f"label smoothing {smoothing:g}"] if smoothing else []),
+    ]
+    return ", ".join(parts)
+
+
+def _margin(config: Mapping[str, Any]) -> str:
+    return f" --margin {config['margin']:g}" if config["margin"] else ""
 
 
 def _any_size(config: Mapping[str, Any]) -> str:

@@ -140,6 +140,9 @@ class Run:
 
     def _check_same_options(self, earlier: dict[str, Any]) -> None:
         now = self._options()
+        # A run of an earlier release was trained without the options that came later, which their defaults are.
+        fields = TrainConfig.model_fields.items()
+        earlier = {name: field.default for name, field in fields if not field.is_required()} | earlier
         differing = [key for key in now if key not in MAY_DIFFER and earlier.get(key) != now[key]]
         if differing:
             changes = ", ".join(

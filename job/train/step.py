@@ -14,9 +14,11 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
+from job.data.augment import augmented
+from job.data.chance import BatchRows
 from job.data.order import share
 from job.model.inference import COUNT, IMAGES, LABELS, crops_per_step, predictions_of
-from job.train.dropout import BatchRows, SharedDropout, dropout_masks
+from job.train.dropout import SharedDropout, dropout_masks
 
 
 def balanced_weights(labels: NDArray[np.int64], classes: int) -> NDArray[np.float32]:
@@ -76,14 +78,18 @@ class Steps:
         global_batch_size: int,
         class_weights: NDArray[np.float32] | None = None,
         xla: bool = False,
+        label_smoothing: float = 0.0,
+        augment_seed: int | None = None,
     ) -> None:
         """The model and the built optimizer must be created within `strategy.scope()`.
 
         class_weights: (K,) weight of a crop of each class in the loss to minimize; None: 1. xla: compile the
-        computation of a replica with XLA; for a single replica only.
+        computation of a replica with XLA; for a single replica only. label_smoothing: share of the label that is spread
+        evenly over all classes. augment_seed: seed of the training's augmentation; None: crops as they are.
         """
         self.strategy, self.model, self.optimizer = strategy, model, optimizer
         self.global_batch_size, self.class_weights, self.xla = global_batch_size, class_weights, xla
+        self.label_smoothing, self.augment_seed = label_smoothing, augment_seed
         self.predict_rows = crops_per_step(model)
         self.local_replicas = strategy.num_replicas_in_sync // workers
         self.train = tf.function(self._train, autograph=False, input_signature=[IMAGES, LABELS, COUNT])
@@ -100,7 +106,8 @@ class Steps:
         """Train one step on this worker's n rows, which begin at `first_row` of the global batch.
 
         images: (n, 80, 80, 1) uint8. labels: (n,) int64. Returns (2,) float32 sums over the rows, computed before the
-        update: cross-entropy without class weights (to compare with other splits), and correct predictions.
+        update: cross-entropy without class weights and label smoothing (to compare with other splits), and correct
+        predictions.
         """
 
         def replica() -> Any:
@@ -108,7 +115,10 @@ class Steps:
             step = tf.cast(self.optimizer.iterations.value, tf.int64)
             batch_rows = BatchRows(step, first_row + first, self.global_batch_size)
             masks = {layer.name: layer.mask(batch_rows, end - first) for layer in self._dropouts}
-            return self._compiled_train(images[first:end], labels[first:end], masks)
+            crops = images[first:end]
+            if self.augment_seed is not None:
+                crops = augmented(crops, batch_rows, self.augment_seed)
+            return self._compiled_train(crops, labels[first:end], masks)
 
         return tf.add_n(self.strategy.experimental_local_results(self.strategy.run(replica)))
 
@@ -118,6 +128,9 @@ class Steps:
             probabilities = self.model(images, training=True)
             losses = keras.losses.sparse_categorical_crossentropy(labels, probabilities)
             weighted = losses
+            if self.label_smoothing:
+                everywhere = -tf.reduce_mean(tf.math.log(probabilities + keras.config.epsilon()), axis=-1)
+                weighted = (1 - self.label_smoothing) * losses + self.label_smoothing * everywhere
             if self.class_weights is not None:
                 weighted *= tf.gather(self.class_weights, labels)
             # `apply` sums gradients over all replicas, so the loss is divided by B, not by the rows of this replica.

@@ -36,7 +36,7 @@ from job.train.checkpoint import (
     wait_for_upload,
 )
 from job.train.display import Reporter, StartUp
-from job.train.optimizer import FusedAdam
+from job.train.optimizer import last_learning_rate, make_optimizer
 from job.train.result import EpochRow, write_result
 from job.train.run import TrainJob
 from job.train.step import Steps, balanced_weights, training_form
@@ -80,10 +80,20 @@ class Training:
         xla = on_one_gpu and not config.deterministic and config.architecture in XLA_COMPILES
         with strategy.scope():
             self.model = training_form(plain, config.seed, config.dropout, synchronized=not on_one_gpu)
-            self.optimizer = FusedAdam(config.learning_rate)
-            self.optimizer.build(self.model.trainable_variables)
+            steps = config.epochs * (len(dataset.splits["train"]) // batch)
+            self.optimizer = make_optimizer(config, self.model.trainable_variables, steps)
         class_weights = balanced_weights(self._labels("train"), classes) if config.class_weights == "balanced" else None
-        self.steps = Steps(strategy, self.workers, self.model, self.optimizer, batch, class_weights, xla)
+        self.steps = Steps(
+            strategy,
+            self.workers,
+            self.model,
+            self.optimizer,
+            batch,
+            class_weights,
+            xla,
+            config.label_smoothing,
+            augment_seed=None if config.augment == "none" else config.seed,
+        )
         self.state = State()
         self.changing = changing_variables(self.model)
         self.best_weights: list[NDArray[Any]] = []
@@ -155,7 +165,7 @@ class Training:
             accuracy=accuracy,
             val_loss=validation.loss,
             val_accuracy=validation.accuracy,
-            learning_rate=float(np.asarray(self.optimizer.learning_rate)),
+            learning_rate=last_learning_rate(self.optimizer),
             seconds=seconds,
             crops_per_s=steps * size / seconds,
             data_wait=waited / seconds,

@@ -22,7 +22,7 @@ from cluster.progress import progress
 from cluster.runtime import usable_cpus
 from cluster.storage import new_file, place, remove_folder, write_bytes
 from preprocessing.books import volume_of
-from preprocessing.fonts import Font, find_fonts
+from preprocessing.fonts import Font, find_fonts, japanese_fonts
 from preprocessing.labels.code_points import code_point_name
 from preprocessing.sample.pages import Glyph, Page, draw_page, hand_of, inventory, new_pages, read_layouts
 
@@ -46,6 +46,7 @@ def sample(
     scale: float = 1.0,
     layouts: Path | None = None,
     processes: int | None = None,
+    fonts: Path | None = None,
 ) -> SampleSummary:
     """Draw pages into `out`. The same seed and fonts give the same bytes, for any number of processes.
 
@@ -57,17 +58,20 @@ def sample(
         seed: 0 or more.
         scale: scale of all lengths, in (0, 1]; 1.0 gives pages of about 2,400 x 3,900 px.
         layouts: a label file whose first `num_pages` rows give ids, boxes and characters; None: all are random.
+        fonts: folder of the fonts to draw with; None: the fonts of this machine.
         processes: number of processes; None: one per usable CPU, or this process for fewer than 4 pages.
 
     Raises:
-        OptionError: a number is out of its range, `out` is not a new or empty folder, or `layouts` has too few rows.
+        OptionError: a number is out of its range, `out` is not a new or empty folder, `layouts` has too few rows, or
+            `fonts` has no Japanese font.
         InputError: `layouts` can't be read, is not in Kaggle's format, repeats an id, or has an invalid box.
         KuzushijiError: `out` is full, read-only or gone. The files that were written are removed.
     """
     _check_options(out, num_pages, seed, scale)
+    faces = find_fonts() if fonts is None else _fonts_in(fonts)
     pages = read_layouts(layouts, num_pages) if layouts else new_pages(num_pages, seed)
     try:
-        return _draw_all(pages, out, seed, scale, processes)
+        return _draw_all(pages, out, seed, scale, faces, processes)
     except BaseException:  # also Ctrl-C: empty the folder, so that the same command can be run again
         remove_folder(place(out / "train_images"))
         for name in ("unicode_translation.csv", "train.csv"):
@@ -87,8 +91,19 @@ def _check_options(out: Path, num_pages: int, seed: int, scale: float) -> None:
         raise OptionError(f"--out must be a new or an empty folder. Received: {out}. Name another folder or empty it")
 
 
-def _draw_all(pages: list[Page], out: Path, seed: int, scale: float, processes: int | None) -> SampleSummary:
-    fonts = find_fonts()
+def _fonts_in(folder: Path) -> tuple[Font, ...]:
+    fonts = japanese_fonts([folder])
+    if not fonts:
+        raise OptionError(
+            f"--fonts must be a folder with a .ttf, .otf or .ttc font that has all hiragana. Received: {folder}, "
+            f"{'with none' if folder.is_dir() else 'which is no folder'}"
+        )
+    return fonts
+
+
+def _draw_all(
+    pages: list[Page], out: Path, seed: int, scale: float, fonts: tuple[Font, ...], processes: int | None
+) -> SampleSummary:
     draw = partial(_draw_to_file, out=out, seed=seed, scale=scale, fonts=fonts)
     with progress("pages drawn", len(pages), "pages") as advance:
         rows = []

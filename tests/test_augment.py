@@ -1,0 +1,108 @@
+"""Augmentation: what becomes of a crop, which does not depend on how many workers share the batch."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+SEED = 42
+
+
+def augmented(images: Any, step: int = 0, first: int = 0, size: int | None = None) -> np.ndarray:
+    """The rows from `first` on of step `step`, of a global batch of `size`."""
+    import tensorflow as tf
+
+    from job.data import augment
+    from job.data.chance import BatchRows
+
+    rows = BatchRows(tf.constant(step, tf.int64), first, size or len(images))
+    return augment.augmented(tf.constant(images), rows, SEED).numpy()
+
+
+@pytest.fixture
+def crops() -> np.ndarray:
+    """Eight crops with a black border on both sides, as tall boxes have it."""
+    images = np.random.default_rng(0).integers(1, 256, (8, 80, 80, 1), dtype=np.uint8)
+    images[:, :, :20] = images[:, :, 60:] = 0
+    return images
+
+
+def test_a_crop_is_augmented_the_same_whichever_worker_has_it_and_otherwise_in_each_step_and_row(
+    crops: np.ndarray,
+) -> None:
+    whole = augmented(crops, step=3)
+    parts = [augmented(crops[first:end], 3, first, 8) for first, end in ((0, 3), (3, 4), (4, 8))]
+    assert np.array_equal(np.concatenate(parts), whole)
+    same = np.repeat(crops[:1], 8, axis=0)
+    copies = [augmented(same, step) for step in range(2)]
+    assert len({crop.tobytes() for step in copies for crop in step}) == 16
+
+
+def test_grey_levels_stay_in_their_range_and_black_stays_black(crops: np.ndarray) -> None:
+    for step in range(20):
+        after = augmented(crops, step)
+        assert after.dtype == np.float32
+        assert after.shape == crops.shape
+        assert 0 <= after.min() <= after.max() <= 255
+        assert np.isfinite(after).all()
+    assert not augmented(np.zeros_like(crops)).any()
+
+
+def only(monkeypatch: pytest.MonkeyPatch, **limits: float) -> None:
+    """Nothing is changed but by these limits."""
+    from job.data import augment
+
+    names = ("ROTATION", "SHEAR", "LOG_ZOOM", "SHIFT", "GAIN", "LOG_GAMMA", "STROKE", "ERASED")
+    for name in names:
+        monkeypatch.setattr(augment, name, limits.get(name, 0.0))
+
+
+def test_with_limits_of_0_crops_stay_as_they_are(crops: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    only(monkeypatch)
+    assert augmented(crops) == pytest.approx(crops, abs=1e-3)
+
+
+def test_a_transform_turns_zooms_and_shifts_about_the_middle() -> None:
+    import tensorflow as tf
+
+    from job.data.augment import _transforms
+
+    def of(angle: float = 0, shear: float = 0, zoom_x: float = 1, zoom_y: float = 1, x: float = 0, y: float = 0) -> Any:
+        values = (tf.constant([value], tf.float32) for value in (angle, shear, zoom_x, zoom_y, x, y))
+        return _transforms(*values).numpy()[0]
+
+    def source(transform: Any, x: float, y: float) -> list[float]:
+        a, b, c, d, e, f, *perspective = transform
+        assert perspective == [0, 0]
+        return [a * x + b * y + c, d * x + e * y + f]
+
+    assert source(of(), 10, 20) == pytest.approx([10, 20])
+    assert source(of(x=3, y=-2), 10, 20) == pytest.approx([13, 18])
+    assert source(of(zoom_x=2), 39.5 + 10, 39.5 + 10) == pytest.approx([39.5 + 5, 39.5 + 10], abs=1e-4)
+    assert source(of(angle=np.pi / 2), 39.5 + 10, 39.5) == pytest.approx([39.5, 39.5 + 10], abs=1e-4)
+    assert source(of(shear=0.1), 39.5, 39.5 + 10) == pytest.approx([39.5 + 1, 39.5 + 10], abs=1e-4)
+    assert source(of(0.3, 0.1, 1.2, 0.8), 39.5, 39.5) == pytest.approx([39.5, 39.5], abs=1e-4)
+
+
+def test_strokes_become_thinner_or_bolder(monkeypatch: pytest.MonkeyPatch) -> None:
+    only(monkeypatch, STROKE=0.5)
+    images = np.full((16, 80, 80, 1), 255, np.uint8)
+    images[:, 20:60, 38:42] = 0
+    ink = (255 - augmented(images)).sum(axis=(1, 2, 3)) / (255.0 * 40 * 4)
+    assert (ink < 0.95).any()
+    assert (ink > 1.05).any()
+    assert ((ink > 0.5) & (ink < 1.6)).all()
+
+
+def test_some_crops_have_a_rectangle_of_their_mean(crops: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    only(monkeypatch, ERASED=1.0)
+    for before, after in zip(crops.astype(np.float32), augmented(crops), strict=True):
+        changed = np.abs(after - before)[..., 0] > 1e-3
+        rows, columns = np.flatnonzero(changed.any(axis=1)), np.flatnonzero(changed.any(axis=0))
+        assert 1 <= len(rows) <= 0.36 * 80
+        assert 1 <= len(columns) <= 0.36 * 80
+        assert after[changed] == pytest.approx(before.mean(), rel=1e-4)
+    only(monkeypatch, ERASED=0.25)
+    many = np.repeat(crops, 50, axis=0)
+    share = (np.abs(augmented(many) - many) > 1e-3).any(axis=(1, 2, 3)).mean()
+    assert 0.15 < share < 0.35
