@@ -4,7 +4,7 @@ PYTHON ?= $(shell for python in python3.13 python3.12 python3.11; do \
   $$python -c 'import ensurepip, venv' > /dev/null 2>&1 && echo $$python && break; done)
 KUZUSHIJI = .venv/bin/kuzushiji
 
-.PHONY: demo check test test-long test-smoke test-cloud test-image bench chaos fuzz lock clean
+.PHONY: demo check test test-long test-smoke test-cloud test-image bench recognition chaos fuzz lock clean
 .DELETE_ON_ERROR:
 
 # Hashes are checked for every package; the project itself comes from this folder, built by the locked setuptools.
@@ -47,6 +47,12 @@ test-cloud: .venv/.installed-dev
 BENCH ?= --plot docs/growth.png
 bench: .venv/.installed-dev
 	PYTHONPATH=tests .venv/bin/python -m benchmarks $(BENCH)
+
+# How well each recipe reads what it was not trained on: parts of up to 20 minutes on 2 cores, as many as fit into half an
+# hour; called again it goes on. FONTS is a folder of five brush fonts, a file each (docs/recognition/README.md).
+FONTS ?= fonts
+recognition: .venv/.installed-dev
+	PYTHONPATH=tests .venv/bin/python -m benchmarks.recognition --fonts $(FONTS)
 
 # prepare and train under random SIGKILLs: the same bytes, or exit code 1. A round has 18 to 30 kills.
 ROUNDS ?= 10

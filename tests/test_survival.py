@@ -321,6 +321,7 @@ def test_a_node_that_is_drained_is_left_with_a_checkpoint_of_just_then_whose_upl
     environment = os.environ | {
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "1",
         "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "2",  # Ray's own, not that of the tests
     }
     environment["PATH"] = f"{KUZUSHIJI.parent}:{environment['PATH']}"
     environment["PYTHONPATH"] = str(Path(__file__).parent)
