@@ -100,8 +100,8 @@ class TrainConfig(BaseModel):
     """standard: distort each crop a little.  [default: from the recipe]"""
     weight_decay: float = Field(0.0, ge=0, lt=1)
     """Weight decay of AdamW; 0: Adam.  [default: from the recipe]"""
-    label_smoothing: float = Field(0.0, ge=0, le=0.5)
-    """Share of the label spread over all classes.  [default: from the recipe]"""
+    label_smoothing: float = Field(0.0, ge=0, le=0.05)
+    """Share of the label spread over all classes, at most 0.05.  [default: from the recipe]"""
     precision: Literal["float32", "mixed_bfloat16"] = "float32"
     """Precision of layers: float32 or mixed_bfloat16."""
     deterministic: bool = True
