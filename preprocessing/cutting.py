@@ -91,7 +91,9 @@ class _Cutter:
         with_margin = clip_box(widened(placed, self.margin), self.image.shape)
         square = crop(self.image, with_margin)
         self.result["crops"] += 1
-        self.result["without_ink"] += not has_ink(square, with_margin)
+        # A margin holds ink of the neighbours, also where the boxes miss all characters.
+        own = square if with_margin == clipped_box else crop(self.image, clipped_box)
+        self.result["without_ink"] += not has_ink(own, clipped_box)
         return Cut(self.result["page"], box, square, list(clipped_box) != placed, page=self.result, placed=placed)
 
 

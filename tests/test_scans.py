@@ -536,9 +536,9 @@ def labels_of(tmp_path: Path, boxes: dict[str, list[list[int]]], **more: Any) ->
     return Labels(**(vars(labels) | more))
 
 
-def cuts_of(tmp_path: Path, labels: Labels, rescale: bool = False) -> list[Cut]:
+def cuts_of(tmp_path: Path, labels: Labels, rescale: bool = False, margin: float = 0.0) -> list[Cut]:
     pages = place(tmp_path / "pages")
-    (group,) = group_pages(labels, list_pages(pages).files_of(labels.page_ids), 1, rescale)
+    (group,) = group_pages(labels, list_pages(pages).files_of(labels.page_ids), 1, rescale, margin)
     return list(cut_boxes(group, pages))
 
 
@@ -637,6 +637,18 @@ def test_the_plan_of_sub_folders_has_the_book_and_counts_what_is_no_page_of_the_
     tree = place(cases / "codh_tree" / "pages")
     plan = make_plan(tree, tree, PrepareConfig())
     assert (plan.books, plan.ignored, plan.losses) == (["100241706"], {".csv": 1, "characters/": 1}, [])
+
+
+def test_the_ink_of_a_box_is_not_that_of_its_margin(tmp_path: Path) -> None:
+    pixels = np.full((100, 100), 200, np.uint8)
+    pixels[:, 60:] = 0
+    (tmp_path / "pages").mkdir()
+    Image.fromarray(pixels).save(tmp_path / "pages" / "a.png")
+    (cut,) = cuts_of(tmp_path, labels_of(tmp_path, {"a": [[20, 20, 40, 40]]}), margin=0.25)
+    assert cut.crop is not None
+    assert cut.crop.min() == 0  # of the margin
+    assert cut.page is not None
+    assert cut.page["without_ink"] == 1
 
 
 @pytest.mark.long
