@@ -108,6 +108,11 @@ def prepare(
         raise OptionError(f"--pages and --labels, or --crops, must be given. Received: {' and '.join(given) or 'none'}")
     if crops and canvases:
         raise OptionError("--canvases must be given with --labels. Received: --crops. Leave one of them out")
+    if crops and config.margin:
+        raise OptionError(
+            f"--margin must be given with --labels, whose boxes it widens. Received: --margin {config.margin:g} and "
+            "--crops. Leave it out"
+        )
     for name, place in (("--pages", pages), ("--crops", crops), *(("--labels", label) for label in labels)):
         if place and is_inside(reachable_place(dataset), reachable_place(place)):
             # The same command would find the files of the dataset among its input.

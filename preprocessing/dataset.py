@@ -263,7 +263,7 @@ def dataset_card(
 - Pages: the book, splits, size and EXIF orientation of each are in `pages.parquet`.
 - Classes: {kept} characters and `{RARE}`, one per line of `{LABELS_FILE}`. The most frequent characters, up to
   {config["coverage"]} of all boxes, have a class of their own, unless the classes of an earlier dataset were given.
-- Crops: the box in grayscale{_margin(config)}, its longer side scaled to {SIDE} pixels, centred on a black square.
+- Crops: the box{_margin(config)} in grayscale, its longer side scaled to {SIDE} pixels, centred on a black square.
 - Boxes lost: {losses}. Boxes clipped at the edge of their page: {clipped}. Each is listed in `manifest.json`,
   losses beyond the first 10,000 in `losses.parquet`.{noted}
 

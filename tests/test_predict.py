@@ -132,7 +132,8 @@ def test_a_model_of_crops_with_a_margin_reads_new_pages_with_it_and_is_evaluated
     prepare(*map(place, source), place(tmp_path / "wide"), config)
     labels = (tmp_path / "wide" / "label.labels.txt").read_text()
     assert labels == (dataset / "label.labels.txt").read_text()
-    assert "widened by 0.15 of its longer side" in (tmp_path / "wide" / "README.md").read_text()
+    card = (tmp_path / "wide" / "README.md").read_text()
+    assert "the box, widened by 0.15 of its longer side on each side, in grayscale, its longer side scaled" in card
     model = any_model(tmp_path / "models", labels, {"margin": 0.15})
     do(model, *source, tmp_path / "out")
     found = table(tmp_path / "out").set_index(["image_id", "x", "y", "width", "height"])
