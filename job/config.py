@@ -101,7 +101,7 @@ class TrainConfig(BaseModel):
     weight_decay: float = Field(0.0, ge=0, lt=1)
     """Weight decay of AdamW; 0: Adam.  [default: from the recipe]"""
     label_smoothing: float = Field(0.0, ge=0, le=0.05)
-    """Share of the label spread over all classes, at most 0.05.  [default: from the recipe]"""
+    """Share of the label spread over all classes.  [default: from the recipe]"""
     precision: Literal["float32", "mixed_bfloat16"] = "float32"
     """Precision of layers: float32 or mixed_bfloat16."""
     deterministic: bool = True
@@ -109,7 +109,7 @@ class TrainConfig(BaseModel):
     class_weights: Literal["none", "balanced"] = "none"
     """balanced: each class has the same total weight."""
     seed: int = Field(42, ge=0, lt=2**31)
-    """Random seed of weights, order and dropout."""
+    """Random seed of weights, order, dropout and augmentation."""
     patience: PositiveInt | None = None
     """Stop after this many epochs without improvement.  [default: never]"""
     dropout: bool = True

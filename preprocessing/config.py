@@ -68,9 +68,9 @@ class PrepareConfig(BaseModel):
     shards: PositiveInt | None = None
     """Largest number of files per split.  [default: by size]"""
     rescale: bool | None = None
-    """Scale boxes that were made for another size of their page, where the labels say the size."""
+    """Scale boxes made for another size of their page, where the labels say it."""
     margin: float = Field(0.0, ge=0, le=1)
-    """Widen each box by this fraction of its longer side on each side, within its page."""
+    """Widen boxes by this fraction of their longer side on each side."""
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
     """Fraction of boxes that may be lost."""
 

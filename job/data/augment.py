@@ -13,7 +13,7 @@ from preprocessing.records import SIDE
 
 # The limits of `--augment standard`; each value is drawn uniformly up to its limit in both directions.
 ROTATION = math.radians(6)
-SHEAR = 0.1  # pixels along the text per pixel across it
+SHEAR = 0.1  # pixels to the side per pixel down
 LOG_ZOOM = math.log(1.14)  # on each axis
 SHIFT = 5.0  # pixels
 GAIN = 0.2  # of the grey levels
@@ -27,7 +27,7 @@ NUMBERS = 14  # that are drawn for a crop
 
 
 def augmented(images: Any, rows: BatchRows, seed: int) -> Any:
-    """Return distorted crops, (n, 80, 80, 1) float32 from 0 to 255. The black border stays black.
+    """Return distorted crops, (n, 80, 80, 1) float32 from 0 to 255. What is beyond their edges is black.
 
     Args:
         images: (n, 80, 80, 1), from 0 to 255, with paper lighter than ink.
