@@ -2,6 +2,7 @@
 
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,49 +21,55 @@ def test_balanced_classes_count_the_same_and_a_crop_1_on_average() -> None:
     assert weights[labels].mean() == pytest.approx(1)
 
 
-@pytest.mark.parametrize("balanced", [False, True])
-def test_a_step_follows_the_weighted_loss_and_tells_the_plain_one(balanced: bool) -> None:
-    import keras
-    import tensorflow as tf
-
-    from job.train.step import Steps, balanced_weights
-
-    images = np.random.default_rng(0).integers(0, 255, (8, 80, 80, 1), dtype=np.uint8)
-    labels = np.array([0, 0, 0, 0, 0, 1, 1, 2])
-    crops = keras.Input((80, 80, 1))
-    x = keras.layers.Flatten()(keras.layers.Rescaling(1 / 255, dtype="float32")(crops))
-    model = keras.Model(crops, keras.layers.Dense(3, activation="softmax")(x))
-    before = model.predict(images, verbose=0)
-    weights = balanced_weights(labels, 3) if balanced else None
-    optimizer = keras.optimizers.SGD(1.0)
-    optimizer.build(model.trainable_variables)
-    steps = Steps(tf.distribute.get_strategy(), 1, model, optimizer, 8, weights)
-    loss = float(steps.train(images, labels, 0)[0])
-    assert loss == pytest.approx(-np.log(before[np.arange(8), labels]).sum(), rel=1e-5)
-    # The gradient of cross-entropy by the bias of a softmax is what was predicted less what is so.
-    counted = np.ones(8) if weights is None else weights[labels]
-    gradient = (counted[:, None] * (before - np.eye(3)[labels])).sum(axis=0) / 8
-    assert model.layers[-1].bias.numpy() == pytest.approx(-gradient, abs=1e-5)
-
-
-def test_label_smoothing_spreads_a_share_of_the_label_and_the_plain_loss_is_told() -> None:
+def linear_steps(classes: int, batch: int, **options: Any) -> Any:
+    """The steps of a model of one layer, by SGD with learning rate 1."""
     import keras
     import tensorflow as tf
 
     from job.train.step import Steps
 
-    images, labels = np.random.default_rng(0).integers(0, 255, (8, 80, 80, 1), dtype=np.uint8), np.arange(8) % 3
     crops = keras.Input((80, 80, 1))
     x = keras.layers.Flatten()(keras.layers.Rescaling(1 / 255, dtype="float32")(crops))
-    model = keras.Model(crops, keras.layers.Dense(3, activation="softmax")(x))
-    before = model.predict(images, verbose=0)
+    model = keras.Model(crops, keras.layers.Dense(classes, activation="softmax")(x))
     optimizer = keras.optimizers.SGD(1.0)
     optimizer.build(model.trainable_variables)
-    steps = Steps(tf.distribute.get_strategy(), 1, model, optimizer, 8, label_smoothing=0.3)
+    return Steps(tf.distribute.get_strategy(), 1, model, optimizer, batch, **options)
+
+
+@pytest.mark.parametrize(("balanced", "smoothing"), [(False, 0.0), (True, 0.0), (False, 0.3), (True, 0.3)])
+def test_a_step_follows_the_weighted_and_smoothed_loss_and_tells_the_plain_one(
+    balanced: bool, smoothing: float
+) -> None:
+    from job.train.step import balanced_weights
+
+    images = np.random.default_rng(0).integers(0, 255, (8, 80, 80, 1), dtype=np.uint8)
+    labels = np.array([0, 0, 0, 0, 0, 1, 1, 2])
+    weights = balanced_weights(labels, 3) if balanced else None
+    steps = linear_steps(3, 8, class_weights=weights, label_smoothing=smoothing)
+    before = steps.model.predict(images, verbose=0)
     loss = float(steps.train(images, labels, 0)[0])
     assert loss == pytest.approx(-np.log(before[np.arange(8), labels]).sum(), rel=1e-5)
-    target = 0.7 * np.eye(3)[labels] + 0.3 / 3
-    assert model.layers[-1].bias.numpy() == pytest.approx(-(before - target).mean(axis=0), abs=1e-5)
+    # The gradient of cross-entropy by the bias of a softmax is what was predicted less what is so.
+    counted = np.ones(8) if weights is None else weights[labels]
+    so = (1 - smoothing) * np.eye(3)[labels] + smoothing / 3
+    gradient = (counted[:, None] * (before - so)).sum(axis=0) / 8
+    assert steps.model.layers[-1].bias.numpy() == pytest.approx(-gradient, abs=1e-5)
+
+
+def test_a_training_step_sees_augmented_crops_and_a_prediction_the_crops_as_they_are() -> None:
+    import tensorflow as tf
+
+    from job.data.augment import augmented
+    from job.data.chance import BatchRows
+
+    images = np.random.default_rng(0).integers(0, 255, (8, 80, 80, 1), dtype=np.uint8)
+    labels = np.arange(8) % 3
+    steps = linear_steps(3, 10, augment_seed=7)  # rows 2 to 9 of the batch
+    copies = augmented(images, BatchRows(tf.constant(0, tf.int64), 2, 10), 7)
+    of_copies, of_crops = (-np.log(steps.model.predict(x, verbose=0)[np.arange(8), labels]) for x in (copies, images))
+    assert steps.predict(images, labels)[:, 3] == pytest.approx(of_crops, rel=1e-4)
+    assert of_copies.sum() != pytest.approx(of_crops.sum(), rel=1e-2)
+    assert float(steps.train(images, labels, 2)[0]) == pytest.approx(of_copies.sum(), rel=1e-4)
 
 
 def test_the_learning_rate_rises_for_a_twentieth_of_the_steps_and_falls_to_0_and_weights_decay_but_not_biases() -> None:

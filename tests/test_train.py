@@ -168,6 +168,7 @@ def test_the_model_folder_holds_what_the_contract_says(trained: Path, few: Path)
     history = [json.loads(line) for line in (trained / "history.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in history] == [1, 2, 3]
     assert all(set(row) == EPOCH_KEYS for row in history)
+    assert 0 < history[-1]["learning_rate"] < 0.1 * GIVEN["learning_rate"]  # cosine
     metrics = json.loads((trained / "metrics.json").read_text())
     assert all(set(metrics[split]) == SPLIT_KEYS for split in ("train", "validation", "test"))
     assert json.loads((trained / "config.json").read_text()) == TrainConfig.model_validate(GIVEN).model_dump() | {
