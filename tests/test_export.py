@@ -46,6 +46,17 @@ def test_a_tflite_model_predicts_what_the_model_does(trained: Path, crops: np.nd
     np.testing.assert_allclose(predicted, load_model(place(trained))[0].predict(crops, verbose=0), atol=1e-4)
 
 
+def test_resnet_can_be_a_tflite_model(tmp_path: Path) -> None:
+    import keras
+
+    from job.export import MAX_DIFFERENCE, _as_tflite, _difference
+    from job.model.architectures import resnet
+
+    keras.utils.set_random_seed(1)
+    model = resnet(5)
+    assert _difference(model, _as_tflite(model, tmp_path)) <= MAX_DIFFERENCE
+
+
 def test_what_predicts_something_else_is_not_written(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

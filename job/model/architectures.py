@@ -43,10 +43,9 @@ def resnet(num_classes: int) -> keras.Model:
     for filters, strides in RESNET_BLOCKS:
         x = _residual(x, filters, strides)
     x = _norm_relu(_convolution(x, RESNET_FEATURES, 1))
-    places = x.shape[1] * x.shape[2]
-    x = layers.EinsumDense("abcd,bcd->ad", RESNET_FEATURES, kernel_initializer=keras.initializers.Constant(1 / places))(
-        x
-    )
+    x = layers.Reshape((-1, RESNET_FEATURES))(x)  # LiteRT's converter fails on a sum over two axes
+    average = keras.initializers.Constant(1 / x.shape[1])
+    x = layers.EinsumDense("abc,bc->ac", RESNET_FEATURES, kernel_initializer=average)(x)
     x = layers.Dropout(0.25)(x)
     return keras.Model(inputs, _probabilities(x, num_classes), name="resnet")
 
