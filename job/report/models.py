@@ -50,7 +50,6 @@ class Trained:
     folder: UPath
     dataset_manifest_sha256: str
     augment: str
-    seed: int
     metrics: dict[str, Any]
     history: pd.DataFrame
     per_class: pd.DataFrame
@@ -141,7 +140,6 @@ def _parse(folder: UPath, dataset_manifest_sha256: str, content: Callable[[str],
             folder,
             dataset_manifest_sha256,
             str(config.get("augment", "none")),  # models of earlier releases do not have it
-            int(config["seed"]),
             {split: {key: metrics[split][key] for key in SPLIT_METRICS} for split in SPLITS}
             | {key: float(metrics[key]) for key in RUN_METRICS},
             history[["epoch", *CURVES]].astype(float),
@@ -165,7 +163,7 @@ def _run_sections(run: Trained, data: StagedDataset | None, model: Any) -> Itera
     yield html.section(f"{run.architecture}: errors", *_errors(run, data))
     if data:
         if run.augment != "none":
-            yield html.section(f"{run.architecture}: augmented crops", *_augmented_crops(run, data))
+            yield html.section(f"{run.architecture}: augmented crops", *_augmented_crops(data))
         yield html.section(f"{run.architecture}: responses of convolutions", *_responses(model, data))
 
 
@@ -288,15 +286,15 @@ def _pairs(misclassified: pd.DataFrame, data: StagedDataset) -> Iterator[str]:
     yield html.crops(images, captions)
 
 
-def _augmented_crops(run: Trained, data: StagedDataset) -> Iterator[str]:
-    """Show training crops, each with what a step of the training makes of it."""
+def _augmented_crops(data: StagedDataset) -> Iterator[str]:
+    """Show training crops, each with what a step of a training could make of it."""
     import tensorflow as tf
 
     from job.data.augment import augmented
     from job.data.chance import BatchRows
 
     crops = data.splits["train"].images[:MAX_AUGMENTED]
-    after = augmented(crops, BatchRows(tf.constant(0, tf.int64), 0, len(crops)), run.seed).numpy().astype(np.uint8)
+    after = augmented(crops, BatchRows(tf.constant(0, tf.int64), 0, len(crops)), seed=0).numpy().astype(np.uint8)
     yield html.paragraph("Each pair: a training crop, and an augmented copy. Every step makes other copies.")
     pairs = [np.hstack(pair) for pair in zip(crops[..., 0], after[..., 0], strict=True)]
     yield html.crops(pairs, [chr(code_point) for code_point in data.splits["train"].code_points[:MAX_AUGMENTED]])
