@@ -69,27 +69,28 @@ fuzz: .venv/.installed-dev
 test-image:
 	tests/build_image.sh
 
-# From drawn pages to a checked model and pages that it reads, under demo/ (which git ignores).
+# From drawn pages to a checked model and pages that it reads, under demo/ (which git ignores). Without augmentation, which
+# needs more epochs to pay.
 demo: .venv/.installed
 	rm -rf demo
 	$(KUZUSHIJI) sample --out demo/pages --num-pages 80 --scale 0.5
 	$(KUZUSHIJI) prepare --pages demo/pages/train_images --labels demo/pages/train.csv --dataset demo/dataset
-	$(KUZUSHIJI) train --dataset demo/dataset --models demo/models --architecture baseline --workers 2 \
-	  --epochs 2 --global-batch-size 256 --learning-rate 8e-4 --run demo
-	$(KUZUSHIJI) evaluate --model demo/models/baseline --dataset demo/dataset --out demo/evaluation
+	$(KUZUSHIJI) train --dataset demo/dataset --models demo/models --architecture resnet --workers 2 \
+	  --epochs 2 --global-batch-size 64 --augment none --run demo
+	$(KUZUSHIJI) evaluate --model demo/models/resnet --dataset demo/dataset --out demo/evaluation
 	$(KUZUSHIJI) pull --models demo/models --to demo/pulled
-	$(KUZUSHIJI) verify demo/pulled/baseline
+	$(KUZUSHIJI) verify demo/pulled/resnet
 	$(KUZUSHIJI) sample --out demo/new --num-pages 4 --scale 0.5 --seed 7
-	$(KUZUSHIJI) predict --model demo/pulled/baseline --pages demo/new/train_images --boxes demo/new/train.csv \
+	$(KUZUSHIJI) predict --model demo/pulled/resnet --pages demo/new/train_images --boxes demo/new/train.csv \
 	  --out demo/read --format csv --annotate demo/pictures
 	@echo
-	@grep '^|' demo/pulled/baseline/demo/README.md
+	@grep '^|' demo/pulled/resnet/demo/README.md
 	@echo
 	@echo 'The pages:           demo/pages/train_images/'
 	@echo 'The dataset:         demo/dataset/README.md'
-	@echo 'The model:           demo/pulled/baseline/demo/README.md'
+	@echo 'The model:           demo/pulled/resnet/demo/README.md'
 	@echo 'What it gets wrong:  demo/evaluation/misclassified.csv'
-	@echo 'Reports:             demo/dataset.report.html, demo/models/baseline/demo.report.html'
+	@echo 'Reports:             demo/dataset.report.html, demo/models/resnet/demo.report.html'
 	@echo 'New pages, read:     demo/pictures/, demo/read/'
 
 # After a change of pyproject.toml. One set for Python 3.11 and later: --universal. The lock files hold no address: the one in

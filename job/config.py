@@ -41,7 +41,7 @@ class Recipe(BaseModel):
 
 RECIPES: dict[ArchitectureName, Recipe] = {
     "resnet": Recipe(
-        epochs=12, global_batch_size=256, learning_rate=2e-3, schedule="cosine", augment="standard", weight_decay=0.05
+        epochs=12, global_batch_size=128, learning_rate=1e-2, schedule="cosine", augment="standard", weight_decay=0.01
     ),
     "baseline": Recipe(epochs=10, global_batch_size=512, learning_rate=1e-4),  # 80 s per epoch
     "xception": Recipe(epochs=30, global_batch_size=512, learning_rate=1e-3),

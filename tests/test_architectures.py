@@ -95,13 +95,13 @@ def test_defaults_come_from_each_architecture_s_recipe_and_options_go_before_the
     assert set(TRANSFER) < set(NAMES)
     assert configs["fcn"] == TrainConfig(architecture="fcn", epochs=40, global_batch_size=200, learning_rate=1e-3)
     assert {name: (c.epochs, c.global_batch_size, c.learning_rate) for name, c in configs.items()} == {
-        "resnet": (12, 256, 2e-3),
+        "resnet": (12, 128, 1e-2),
         "baseline": (10, 512, 1e-4),
         **dict.fromkeys(TRANSFER, (30, 512, 1e-3)),
         "fcn": (40, 200, 1e-3),
     }
     assert {name: (c.schedule, c.augment, c.weight_decay) for name, c in configs.items()} == {
-        "resnet": ("cosine", "standard", 0.05),
+        "resnet": ("cosine", "standard", 0.01),
         **dict.fromkeys(("baseline", *TRANSFER, "fcn"), ("constant", "none", 0)),
     }
     assert {name: (c.weights, c.unfreeze) for name, c in configs.items()} == {
