@@ -2,6 +2,7 @@
 
 Measured with `baseline` on 2 cores, 2 workers with 1 thread each, 128 crops per step, median of 8 steps: Keras' Adam
 1.89 s, the fused kernel 1.82 s, the fused kernel with gradients reduced one by one 1.57 s.
+With `resnet`, 2 workers, 64 crops per step: 117 crops/s with gradients reduced one by one, 134 in packs of 1 MiB.
 """
 
 from typing import Any
@@ -12,6 +13,8 @@ import tensorflow as tf
 
 from job.config import TrainConfig
 
+# Large gradients are reduced one by one, as soon as they are ready; the many small ones of `resnet` share a transfer.
+PACK_BYTES = 1 << 20
 WARM_UP = 20  # a twentieth of the steps
 
 
@@ -63,11 +66,11 @@ class FusedAdam(keras.optimizers.Adam):  # type: ignore[misc]  # Keras has no ty
         )
 
     def _all_reduce_sum_gradients(self, grads_and_vars: Any) -> list[Any]:
-        """Reduce gradients one by one. Keras' own method packs all into one transfer, which waits for the last one."""
+        """Reduce gradients in small packs. Keras' own method packs all into one transfer, which waits for the last."""
         gradients, variables = zip(*grads_and_vars, strict=True)
         reduced = tf.distribute.get_replica_context().all_reduce(
             tf.distribute.ReduceOp.SUM,
             list(gradients),
-            options=tf.distribute.experimental.CommunicationOptions(bytes_per_pack=1),
+            options=tf.distribute.experimental.CommunicationOptions(bytes_per_pack=PACK_BYTES),
         )
         return list(zip(reduced, variables, strict=True))

@@ -18,6 +18,7 @@ from job.data.augment import augmented
 from job.data.chance import BatchRows
 from job.data.order import share
 from job.model.inference import COUNT, IMAGES, LABELS, crops_per_step, predictions_of
+from job.train.batch_norm import SharedBatchNorm
 from job.train.dropout import SharedDropout, dropout_masks
 
 
@@ -45,7 +46,7 @@ def training_form(model: keras.Model, seed: int, dropout: bool, synchronized: bo
     def replace(layer: keras.Layer) -> keras.Layer:
         config = layer.get_config()
         if isinstance(layer, keras.layers.BatchNormalization):
-            return layer.from_config(config | {"synchronized": synchronized})
+            return SharedBatchNorm.from_config(config | {"synchronized": synchronized})
         if isinstance(layer, keras.layers.Dropout):
             dropout_names.append(layer.name)
             rate = config["rate"] if dropout else 0.0
