@@ -1,10 +1,15 @@
 """lock: one process at a time, on a disk and elsewhere; what a killed process held is free again."""
 
+import errno
+import fcntl
+import os
+import stat
 import subprocess
 import sys
 import uuid
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 import pytest
 from conftest import GIVEN
@@ -13,8 +18,10 @@ from upath import UPath
 from cluster import lock
 from cluster.errors import KuzushijiError, OptionError
 from cluster.lock import locked
+from cluster.pull import pull
 from cluster.storage import is_file, place, read_bytes, write_bytes
 from job.config import TrainConfig
+from job.data.staging import staged
 from job.train.driver import _check_taken_over, train
 from job.train.run import Run
 
@@ -52,6 +59,36 @@ def test_one_process_at_a_time_holds_a_lock_and_its_file_goes_with_it(
                 pass
             assert is_file(at)
         assert not is_file(at)
+
+
+@pytest.fixture
+def nfs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Files are locked as on NFS (flock(2), "NFS details"): exclusively only what is open for writing, for all to share
+    only what is open for reading. Returns what was locked.
+    """
+    asked, flock = [], fcntl.flock
+
+    def checked(file: Any, operation: int) -> None:
+        descriptor = file if isinstance(file, int) else file.fileno()
+        access = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):  # folders are locked by the kernel of the host
+            asked.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+            if access == (os.O_RDONLY if operation & fcntl.LOCK_EX else os.O_WRONLY):
+                raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", checked)
+    return asked
+
+
+def test_what_is_locked_can_be_locked_on_nfs(nfs: list[str], few: Path, trained: Path, tmp_path: Path) -> None:
+    for _ in range(2):  # the second one looks whether what the first one staged is in use
+        with staged(place(few), ["test"]), staged(place(few), ["train", "test"]):
+            pass
+    with locked(place(tmp_path / "it.lock"), "it", Event()):
+        pass
+    assert pull(place(trained.parents[1]), place(tmp_path / "models"), ["baseline"])
+    assert {"in-use", "lock", "it.lock", ".model.keras.part"} <= {*nfs}
 
 
 def test_a_killed_process_leaves_its_lock_on_a_disk_at_once(tmp_path: Path) -> None:
