@@ -76,7 +76,7 @@ demo: .venv/.installed
 	$(KUZUSHIJI) sample --out demo/pages --num-pages 80 --scale 0.5
 	$(KUZUSHIJI) prepare --pages demo/pages/train_images --labels demo/pages/train.csv --dataset demo/dataset
 	$(KUZUSHIJI) train --dataset demo/dataset --models demo/models --architecture resnet --workers 2 \
-	  --epochs 2 --global-batch-size 64 --augment none --run demo
+	  --epochs 2 --global-batch-size 96 --augment none --run demo
 	$(KUZUSHIJI) evaluate --model demo/models/resnet --dataset demo/dataset --out demo/evaluation
 	$(KUZUSHIJI) pull --models demo/models --to demo/pulled
 	$(KUZUSHIJI) verify demo/pulled/resnet
