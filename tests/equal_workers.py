@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 
 EQUAL_BATCH = 25  # of a size that no number of workers but 1 divides
-A_FEW = {"by chance": 3}
-MORE = {"by chance": 3, "not by chance": 20}  # until the batch is learned
+A_FEW = {"with dropout": 3, "augmented": 2}
+MORE = {"with dropout": 2, "augmented": 2, "without": 20}  # until the batch is learned
 
 
 def one_batch(job: Any, out: Path, steps: dict[str, int]) -> Callable[[Any], None]:
     """What each worker does with its strategy: write `rank-<rank>.npz` with the losses of the first steps, and the
     statistics of batch norm. A closure: Ray would import a function of this file.
 
-    job: a `TrainJob`; its config says how many workers there are. steps: how many, `by chance` (with dropout and
-    augmentation) and `not by chance`.
+    job: a `TrainJob`; its config says how many workers there are. steps: how many, `with dropout`, `augmented`
+    (with dropout too) and `without`.
     """
     from dataclasses import replace
 
@@ -46,8 +46,7 @@ def one_batch(job: Any, out: Path, steps: dict[str, int]) -> Callable[[Any], Non
             order = permutation(len(crops), config.seed, 1)
             for kind, count in steps.items():
                 keras.utils.set_random_seed(config.seed)
-                by_chance = kind == "by chance"
-                changes = {"dropout": by_chance, "augment": "standard" if by_chance else "none"}
+                changes = {"dropout": kind != "without", "augment": "standard" if kind == "augmented" else "none"}
                 as_told = replace(job, config=config.model_copy(update=changes))
                 training = Training(as_told, strategy, data, StartUp())
                 training.step_limit.stop()

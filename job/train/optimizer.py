@@ -15,7 +15,7 @@ from job.config import TrainConfig
 
 # Large gradients are reduced one by one, as soon as they are ready; the many small ones of `resnet` share a transfer.
 PACK_BYTES = 1 << 20
-WARM_UP = 20  # a twentieth of the steps
+WARM_UP_PARTS = 20  # the learning rate rises in the first of so many parts of the steps
 
 
 def make_optimizer(config: TrainConfig, variables: list[Any], steps: int) -> "FusedAdam":
@@ -26,7 +26,7 @@ def make_optimizer(config: TrainConfig, variables: list[Any], steps: int) -> "Fu
     rate: Any = config.learning_rate
     if config.schedule == "cosine":
         rate = keras.optimizers.schedules.CosineDecay(
-            0.0, max(1, steps - steps // WARM_UP), warmup_target=rate, warmup_steps=steps // WARM_UP
+            0.0, max(1, steps - steps // WARM_UP_PARTS), warmup_target=rate, warmup_steps=steps // WARM_UP_PARTS
         )
     optimizer = FusedAdam(rate, weight_decay=config.weight_decay or None)
     optimizer.exclude_from_weight_decay(var_list=[variable for variable in variables if len(variable.shape) < 2])
