@@ -52,7 +52,7 @@ def only(monkeypatch: pytest.MonkeyPatch, **limits: float) -> None:
     """Nothing is changed but by these limits."""
     from job.data import augment
 
-    names = ("ROTATION", "SHEAR", "LOG_ZOOM", "SHIFT", "GAIN", "LOG_GAMMA", "STROKE", "ERASED")
+    names = ("ROTATION", "SHEAR", "LOG_ZOOM", "SHIFT", "ELASTIC", "GAIN", "LOG_GAMMA", "STROKE", "ERASED")
     for name in names:
         monkeypatch.setattr(augment, name, limits.get(name, 0.0))
 
@@ -72,9 +72,7 @@ def test_a_transform_turns_zooms_and_shifts_about_the_middle() -> None:
         return _transforms(*values).numpy()[0]
 
     def source(transform: Any, x: float, y: float) -> list[float]:
-        a, b, c, d, e, f, *perspective = transform
-        assert perspective == [0, 0]
-        return [a * x + b * y + c, d * x + e * y + f]
+        return list(transform @ [x, y, 1])
 
     assert source(of(), 10, 20) == pytest.approx([10, 20])
     assert source(of(x=3, y=-2), 10, 20) == pytest.approx([13, 18])
@@ -82,6 +80,28 @@ def test_a_transform_turns_zooms_and_shifts_about_the_middle() -> None:
     assert source(of(angle=np.pi / 2), 39.5 + 10, 39.5) == pytest.approx([39.5, 39.5 + 10], abs=1e-4)
     assert source(of(shear=0.1), 39.5, 39.5 + 10) == pytest.approx([39.5 + 1, 39.5 + 10], abs=1e-4)
     assert source(of(0.3, 0.1, 1.2, 0.8), 39.5, 39.5) == pytest.approx([39.5, 39.5], abs=1e-4)
+
+
+def test_a_line_becomes_a_curve_that_stays_near_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    only(monkeypatch, ELASTIC=3.5)
+    images = np.zeros((8, 80, 80, 1), np.uint8)
+    images[:, :, 39:41] = 255
+    after = augmented(images)[:, 5:-5, :, 0]
+    across = (after * np.arange(80)).sum(axis=2) / after.sum(axis=2)  # middle of the line, in each row
+    assert (np.ptp(across, axis=1) > 1).all()
+    assert np.abs(across - 39.5).max() < 4.5
+    assert np.abs(np.diff(across, axis=1)).max() < 1  # a stroke stays whole
+
+
+def test_what_is_beyond_the_edges_is_black(monkeypatch: pytest.MonkeyPatch) -> None:
+    only(monkeypatch, SHIFT=5.0)
+    after = augmented(np.full((16, 80, 80, 1), 255, np.uint8))[..., 0]
+    assert after[:, 6:-6, 6:-6] == pytest.approx(255)
+    for crop in after:
+        edges = np.stack([crop[40, :6], crop[40, -6:][::-1], crop[:6, 40], crop[-6:, 40][::-1]])
+        assert (np.diff(edges, axis=1) >= 0).all()
+        assert ((edges > 0) & (edges < 255)).any(axis=1).sum() <= 2  # on each axis, one edge has a part of a pixel
+        assert edges.min() < 255
 
 
 def test_strokes_become_thinner_or_bolder(monkeypatch: pytest.MonkeyPatch) -> None:

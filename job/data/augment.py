@@ -4,8 +4,10 @@ Keras' own augmentation layers draw for the rows of one worker, so that their re
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from job.data.chance import BatchRows
@@ -16,6 +18,7 @@ ROTATION = math.radians(6)
 SHEAR = 0.1  # pixels to the side per pixel down
 LOG_ZOOM = math.log(1.14)  # on each axis
 SHIFT = 5.0  # pixels
+ELASTIC, GRID = 3.5, 5  # pixels, that each of GRID x GRID places moves on each axis; others move between them
 GAIN = 0.2  # of the grey levels
 LOG_GAMMA = math.log(1.4)
 STROKE = 0.5  # of the way to the lightest or darkest of 3 x 3 pixels
@@ -23,7 +26,7 @@ ERASED = 0.25  # of the crops
 LEAST_ERASED, MOST_ERASED = 0.1, 0.35  # of the side
 
 SEED_OFFSET = 1 << 62  # dropout layers have the seeds from seed + (1 << 32)
-NUMBERS = 14  # that are drawn for a crop
+NUMBERS = 14 + 2 * GRID**2  # that are drawn for a crop
 
 
 def augmented(images: Any, rows: BatchRows, seed: int) -> Any:
@@ -47,21 +50,16 @@ def augmented(images: Any, rows: BatchRows, seed: int) -> Any:
     )
     levels = tf.stack([STROKE * stroke, tf.exp(LOG_GAMMA * gamma), 1 + GAIN * gain], axis=1)
     count = tf.shape(images)[0]
-    stroke, gamma, gain = tf.unstack(rows.own(levels, count)[:, None, None, None], axis=-1)
-    x = tf.raw_ops.ImageProjectiveTransformV3(
-        images=tf.cast(images, tf.float32),
-        transforms=rows.own(transforms, count),
-        output_shape=[SIDE, SIDE],
-        fill_value=0.0,
-        interpolation="BILINEAR",
-        fill_mode="CONSTANT",
-    )
-    x = gain * 255 * tf.pow(_with_stroke(x, stroke) / 255, gamma)
-    return tf.minimum(_erased(x, rows.own(drawn, count)[:, 9:]), 255)
+    drawn, transforms, levels = (rows.own(values, count) for values in (drawn, transforms, levels))
+    moves = tf.reshape(ELASTIC * (2 * drawn[:, 14:] - 1), (-1, GRID, GRID, 2))
+    x = _warped(tf.cast(images, tf.float32), transforms, moves)
+    stroke, gamma, gain = tf.unstack(levels[:, None, None, None], axis=-1)
+    x = gain * 255 * tf.exp(gamma * tf.math.log(_with_stroke(x, stroke) / 255))  # `tf.pow` takes 5 times as long
+    return tf.minimum(_erased(x, drawn[:, 9:14]), 255)
 
 
 def _transforms(angle: Any, shear: Any, zoom_x: Any, zoom_y: Any, shift_x: Any, shift_y: Any) -> Any:
-    """Return (n, 8) projective transforms about the middle: from pixels of the result to those of the crop."""
+    """Return (n, 2, 3) affine transforms about the middle: from pixels (x, y, 1) of the result to those of the crop."""
     cosine, sine = tf.cos(angle), tf.sin(angle)
     # The rotation times the shear times the zoom.
     a, b = cosine / zoom_x, (cosine * shear - sine) / zoom_y
@@ -69,16 +67,51 @@ def _transforms(angle: Any, shear: Any, zoom_x: Any, zoom_y: Any, shift_x: Any, 
     middle = (SIDE - 1) / 2
     x = middle - (a + b) * middle + shift_x
     y = middle - (c + d) * middle + shift_y
-    zero = tf.zeros_like(angle)
-    return tf.stack([a, b, x, c, d, y, zero, zero], axis=1)
+    return tf.reshape(tf.stack([a, b, x, c, d, y], axis=1), (-1, 2, 3))
+
+
+def _warped(x: Any, transforms: Any, moves: Any) -> Any:
+    """Return crops of which each pixel is taken from where its transform and the moves round it lead (bilinear).
+
+    TensorFlow warps by transforms alone; the elastic part is that of
+    doi.org/10.1109/ICDAR.2003.1227801. moves: (n, GRID, GRID, 2), pixels along x and y.
+    """
+    # Pixels between places of the grid move by a mean of both, weighted by cosines.
+    distance = np.linspace(0, GRID - 1, SIDE, dtype=np.float32)[:, None] - np.arange(GRID, dtype=np.float32)
+    weights = np.where(np.abs(distance) < 1, np.cos(np.pi / 2 * distance) ** 2, 0)
+    moved = tf.einsum("yi,nijc,xj->cnyx", weights, moves, weights)
+    columns, lines = np.meshgrid(np.arange(SIDE, dtype=np.float32), np.arange(SIDE, dtype=np.float32))
+    transforms = transforms[..., None, None]
+    sources = (
+        transforms[:, axis, 0] * columns + transforms[:, axis, 1] * lines + transforms[:, axis, 2] + moved[axis]
+        for axis in (0, 1)
+    )
+    # A border of black: what is farther out is the same.
+    width = SIDE + 3
+    pixels = tf.reshape(tf.pad(x, ((0, 0), (1, 2), (1, 2), (0, 0))), (-1, width * width))
+    right, down = (tf.clip_by_value(source + 1, 0, SIDE + 1) for source in sources)
+    left, top = tf.floor(right), tf.floor(down)
+    right, down = right - left, down - top
+    first = tf.cast(top * width + left, tf.int32)
+    upper_left, upper_right, lower_left, lower_right = (
+        tf.gather(pixels, first + offset, batch_dims=1) for offset in (0, 1, width, width + 1)
+    )
+    upper = upper_left + right * (upper_right - upper_left)
+    lower = lower_left + right * (lower_right - lower_left)
+    return (upper + down * (lower - upper))[..., None]
 
 
 def _with_stroke(x: Any, weight: Any) -> Any:
     """Blend crops with the lightest (weight > 0, thinner strokes) or darkest (bolder ones) of 3 x 3 pixels."""
-    lightest = tf.nn.max_pool2d(x, 3, 1, "SAME")
-    darkest = -tf.nn.max_pool2d(-x, 3, 1, "SAME")
-    changed = tf.where(weight > 0, lightest, darkest)
+    changed = tf.where(weight > 0, _of_neighbours(x, tf.maximum), _of_neighbours(x, tf.minimum))
     return x + tf.abs(weight) * (changed - x)
+
+
+def _of_neighbours(x: Any, better: Callable[[Any, Any], Any]) -> Any:
+    """Return the best of 3 x 3 pixels, within the crop. Four times as fast as pooling, on a CPU."""
+    bordered = tf.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), "SYMMETRIC")
+    x = better(better(bordered[:, :-2], bordered[:, 1:-1]), bordered[:, 2:])
+    return better(better(x[:, :, :-2], x[:, :, 1:-1]), x[:, :, 2:])
 
 
 def _erased(x: Any, drawn: Any) -> Any:
