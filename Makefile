@@ -17,8 +17,11 @@ KUZUSHIJI = .venv/bin/kuzushiji
 	.venv/bin/pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
-.venv/.installed-dev: requirements-dev.lock .venv/.installed
+.venv/.installed-dev: requirements-dev.lock .venv/.installed $(wildcard tests/old_keras/*.lock)
 	.venv/bin/pip install --quiet --require-hashes -r requirements-dev.lock
+	for lock in tests/old_keras/*.lock; do \
+	  .venv/bin/pip install --quiet --upgrade --no-deps --require-hashes -r $$lock \
+	    --target .venv/old_keras/$$(basename $$lock .lock) || exit; done
 	touch $@
 
 # Style, then types, of our packages.

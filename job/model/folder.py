@@ -30,6 +30,7 @@ from cluster.manifest import (
 from cluster.models import ModelManifest, point_to_latest, resolve_model
 from cluster.storage import fetch, list_files, new_file, read_bytes, sha256_of, writing_in
 from job.model.load_tensorflow import load_tensorflow
+from job.model.portable import save_portable
 from preprocessing.classes import read_class_names
 from preprocessing.dataset import is_margin
 
@@ -63,7 +64,7 @@ def write_model(
         )
     with writing_in(Path(tempfile.gettempdir())), tempfile.TemporaryDirectory() as temporary:
         saved = Path(temporary) / MODEL_FILE
-        model.save(saved)
+        save_portable(model, saved)
         entry = FileEntry(name=MODEL_FILE, bytes=saved.stat().st_size, sha256=sha256_of(UPath(saved)))
         with new_file(folder / MODEL_FILE) as target:
             shutil.copyfile(saved, target)

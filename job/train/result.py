@@ -15,6 +15,7 @@ from job.config import TRANSFER, TrainConfig
 from job.data.staging import StagedDataset
 from job.metrics import metrics, misclassified, per_class
 from job.model.folder import CONFIG_FILE, LABELS_FILE, METRICS_FILE, MODEL_FILE, write_model
+from job.model.portable import OLDEST_KERAS
 from job.report.side_files import report_file, write_side_file
 from job.tables import optional
 from preprocessing.config import SPLITS
@@ -133,8 +134,8 @@ predicted, with F1 0.
 
 - Input: N x 80 x 80 x 1, uint8 or float, 0 to 255: crops as `kuzushiji prepare{_margin(config)}` cuts
   them. The model scales them itself.{_any_size(config)} Output: class probabilities, N x {metrics["classes"]}.
-- To load the model: `keras.saving.load_model("{MODEL_FILE}", compile=False)`. It loads in safe mode and does not need
-  the kuzushiji package.
+- To load the model: `keras.saving.load_model("{MODEL_FILE}", compile=False)`. It loads in safe mode, with Keras
+  {OLDEST_KERAS} and later and any of its backends, and does not need the kuzushiji package.
 - Training: {_optimizer(config)}, global batch size {config["global_batch_size"]},
   at most {config["epochs"]} epochs, seed {config["seed"]}, precision {config["precision"]},
   augmentation: {config["augment"]}, class weights: {config["class_weights"]}. The weights are those of epoch
