@@ -52,12 +52,15 @@ def _table(outcomes: "Sequence[Outcome]") -> list[str]:
 
 
 def splits_table(metrics: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Return a table with one row per split. metrics: split to the fields of `metrics.SplitMetrics`."""
-    row = "{:<10} {:>8} {:>9} {:>13} {:>7} {:>9} {:>8}"
-    lines = [row.format("split", "crops", "accuracy", "without rare", "top 5", "macro F1", "loss")]
+    """Return a table with one row per split.
+
+    metrics: split to the fields of `metrics.SplitMetrics`; models of earlier releases lack the last ones.
+    """
+    row = "{:<10} {:>8} {:>9} {:>13} {:>7} {:>9} {:>8} {:>7} {:>8}"
+    lines = [row.format("split", "crops", "accuracy", "without rare", "top 5", "macro F1", "loss", "ECE", "at 99 %")]
     for split, numbers in metrics.items():
-        keys = ("accuracy", "accuracy_without_rare", "top5", "macro_f1", "loss")
-        lines.append(row.format(split, f"{numbers['examples']:,}", *(optional(numbers[key]) for key in keys)))
+        keys = ("accuracy", "accuracy_without_rare", "top5", "macro_f1", "loss", "ece", "at_99")
+        lines.append(row.format(split, f"{numbers['examples']:,}", *(optional(numbers.get(key)) for key in keys)))
     return lines
 
 

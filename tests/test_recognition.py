@@ -1,18 +1,7 @@
 """The numbers of `make recognition`: what its tables say is what its rows say."""
 
-import numpy as np
 import pandas as pd
-import pytest
-from benchmarks.recognition import RECIPES, calibration_error, error_ratio, parts
-
-
-def test_the_calibration_error_is_the_mean_gap_of_confidence_and_accuracy() -> None:
-    sure, unsure = np.full(10, 0.9, np.float32), np.full(10, 0.5, np.float32)
-    right = np.arange(10) < 9
-    assert calibration_error(sure, right) == pytest.approx(0, abs=1e-6)
-    assert calibration_error(sure, ~right) == pytest.approx(0.8, abs=1e-6)
-    both = calibration_error(np.concatenate([sure, unsure]), np.concatenate([right, right]))
-    assert both == pytest.approx(0.2, abs=1e-6)
+from benchmarks.recognition import RECIPES, error_ratio, parts
 
 
 def test_errors_are_compared_on_the_same_pages_folds_and_seeds() -> None:

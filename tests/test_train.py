@@ -35,7 +35,9 @@ EPOCH_KEYS = {
     "epoch", "step", "loss", "accuracy", "val_loss", "val_accuracy", "learning_rate", "seconds", "crops_per_s",
     "data_wait",
 }  # fmt: skip
-SPLIT_KEYS = {"accuracy", "accuracy_without_rare", "top5", "macro_f1", "loss", "examples"}
+SPLIT_KEYS = {
+    "accuracy", "accuracy_without_rare", "top5", "macro_f1", "loss", "ece", "at_99", "errors_by_share", "examples",
+}  # fmt: skip
 
 
 def config(**changes: Any) -> TrainConfig:
@@ -173,6 +175,12 @@ def test_the_model_folder_holds_what_the_contract_says(trained: Path, few: Path)
     assert 0 < history[-1]["learning_rate"] < 0.1 * GIVEN["learning_rate"]  # cosine
     metrics = json.loads((trained / "metrics.json").read_text())
     assert all(set(metrics[split]) == SPLIT_KEYS for split in ("train", "validation", "test"))
+    # The temperature makes the probabilities of the validation split better, and changes no prediction.
+    best = history[metrics["best_epoch"] - 1]
+    assert metrics["validation"]["accuracy"] == pytest.approx(best["val_accuracy"])
+    assert metrics["validation"]["loss"] < best["val_loss"]
+    assert 0.25 <= metrics["temperature"] <= 4
+    assert metrics["temperature"] != 1
     assert json.loads((trained / "config.json").read_text()) == TrainConfig.model_validate(GIVEN).model_dump() | {
         "margin": 0.0
     }

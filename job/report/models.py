@@ -21,25 +21,25 @@ from job.data.staging import StagedDataset, staged
 from job.metrics import confusions, shown
 from job.model.folder import CONFIG_FILE, METRICS_FILE, load_model
 from job.model.load_tensorflow import load_tensorflow
-from job.report import html, plots
+from job.report import html, pictures, plots
 from preprocessing.config import SPLITS
 
 if TYPE_CHECKING:
     import keras
 
-BOX_FIELDS = ("x", "y", "width", "height")
 # The keys and columns that the report reads from a model folder.
 SPLIT_METRICS = ("examples", "accuracy", "accuracy_without_rare", "top5", "macro_f1", "loss")
+CERTAINTY = ("ece", "at_99")  # models of earlier releases lack them, and `errors_by_share`
 RUN_METRICS = ("parameters", "seconds", "best_epoch")
 CURVES = ("loss", "val_loss", "accuracy", "val_accuracy", "seconds", "crops_per_s", "data_wait")
 PER_CLASS = {"label": str, "examples": np.int64, "recall": np.float64}
-MISCLASSIFIED = dict.fromkeys(("image_id", "label", "predicted"), str) | dict.fromkeys(BOX_FIELDS, np.int64)
+MISCLASSIFIED = dict.fromkeys(("image_id", "label", "predicted"), str) | dict.fromkeys(pictures.BOX_FIELDS, np.int64)
 
+CERTAIN = (
+    "Errors among the most certain crops of the test split. In the table, at 99 %: the largest share of which 99 % are "
+    "right. ECE: expected calibration error."
+)
 MAX_LINES = 100  # of the list of confusions
-MAX_PAIRS = 24  # pictures of confusions
-MAX_AUGMENTED = 40
-MAX_CHANNELS = 24  # of a convolution
-MAX_LAYERS = 4  # convolutions
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,8 @@ class Trained:
     dataset_manifest_sha256: str
     augment: str
     metrics: dict[str, Any]
+    errors_by_share: list[float]
+    """Of the test split, see `SplitMetrics`; empty in models of earlier releases."""
     history: pd.DataFrame
     per_class: pd.DataFrame
     misclassified: pd.DataFrame
@@ -140,8 +142,13 @@ def _parse(folder: UPath, dataset_manifest_sha256: str, content: Callable[[str],
             folder,
             dataset_manifest_sha256,
             str(config.get("augment", "none")),  # models of earlier releases do not have it
-            {split: {key: metrics[split][key] for key in SPLIT_METRICS} for split in SPLITS}
+            {
+                split: {key: metrics[split][key] for key in SPLIT_METRICS}
+                | {key: metrics[split].get(key) for key in CERTAINTY}
+                for split in SPLITS
+            }
             | {key: float(metrics[key]) for key in RUN_METRICS},
+            [float(value) for value in metrics["test"].get("errors_by_share", [])],
             history[["epoch", *CURVES]].astype(float),
             table("per_class.csv", PER_CLASS),
             table("misclassified.csv", MISCLASSIFIED),
@@ -163,8 +170,8 @@ def _run_sections(run: Trained, data: StagedDataset | None, model: Any) -> Itera
     yield html.section(f"{run.architecture}: errors", *_errors(run, data))
     if data:
         if run.augment != "none":
-            yield html.section(f"{run.architecture}: augmented crops", *_augmented_crops(data))
-        yield html.section(f"{run.architecture}: responses of convolutions", *_responses(model, data))
+            yield html.section(f"{run.architecture}: augmented crops", *pictures.augmented_crops(data))
+        yield html.section(f"{run.architecture}: responses of convolutions", *pictures.responses(model, data))
 
 
 def _comparison(runs: list[Trained]) -> Iterator[str]:
@@ -206,11 +213,13 @@ def _comparison_parts(runs: list[Trained]) -> Iterator[str]:
 
 
 def _metrics(run: Trained) -> Iterator[str]:
+    keys = (*SPLIT_METRICS, *CERTAINTY)
     rows = [
-        (split, *(float("nan") if (value := run.metrics[split][key]) is None else value for key in SPLIT_METRICS))
+        (split, *(float("nan") if (value := run.metrics[split][key]) is None else value for key in keys))
         for split in SPLITS
     ]
-    yield html.table(["split", "crops", "accuracy", "without rare", "top 5", "macro F1", "loss"], rows)
+    header = ["split", "crops", "accuracy", "without rare", "top 5", "macro F1", "loss", "ECE", "at 99 %"]
+    yield html.table(header, rows)
     history = run.history
     yield html.plots(
         (plots.curves({"": history}, ["loss", "val_loss"], "loss"), "Loss: training, and validation (dashed)."),
@@ -222,6 +231,7 @@ def _metrics(run: Trained) -> Iterator[str]:
             plots.accuracy_by_frequency(*_examples_and_recall(run.per_class)),
             "Recall of each class over its number of crops in the test split.",
         ),
+        *([(plots.risk(run.errors_by_share), CERTAIN)] if run.errors_by_share else []),
     )
     yield html.paragraph(
         f"{history['crops_per_s'].median():,.0f} crops/s, {history['seconds'].median():,.1f} s per epoch, "
@@ -243,7 +253,7 @@ def _errors(run: Trained, data: StagedDataset | None) -> Iterator[str]:
         yield html.paragraph(
             "The most frequent confusions: a test crop, and a training crop of the class that was predicted for it."
         )
-        yield from _pairs(misclassified, data)
+        yield from pictures.pairs(misclassified, data)
     lines = confusions(misclassified, run.per_class)
     yield html.paragraph("Character (number of its test crops): characters predicted by mistake.")
     yield html.lines(lines[:MAX_LINES])
@@ -259,61 +269,3 @@ def _books(misclassified: pd.DataFrame, data: StagedDataset) -> Iterator[str]:
     accuracy = (1 - errors / examples).sort_values(kind="stable")
     caption = f"Test accuracy per book: the lowest of {len(accuracy):,} books."
     yield html.plots((plots.shares(list(accuracy.index), np.asarray(accuracy, np.float64), "accuracy"), caption))
-
-
-def _pairs(misclassified: pd.DataFrame, data: StagedDataset) -> Iterator[str]:
-    """Show a pair of crops for each of the most frequent confusions.
-
-    Left: a misclassified test crop. Right: a training crop of the predicted class; black if there is none.
-    """
-    test, train = data.splits["test"], data.splits["train"]
-    test_index = {
-        (page_id, *box): i for i, (page_id, box) in enumerate(zip(test.page_ids, test.boxes.tolist(), strict=True))
-    }
-    class_index = {name: i for i, name in enumerate(data.class_names)}
-    images, captions = [], []
-    counts = misclassified.groupby(["label", "predicted"], sort=True).size()
-    counts = counts.sort_values(ascending=False, kind="stable")
-    for label, predicted, count in counts.head(MAX_PAIRS).reset_index().itertuples(index=False, name=None):
-        confused = misclassified[(misclassified["label"] == label) & (misclassified["predicted"] == predicted)]
-        first = confused.iloc[0]
-        crop = test_index[first["image_id"], *(int(first[field]) for field in BOX_FIELDS)]
-        of_predicted = np.flatnonzero(train.labels == class_index[predicted])
-        pair = [test.images[crop][:, :, 0]]
-        pair.append(train.images[of_predicted[0]][:, :, 0] if len(of_predicted) else np.zeros_like(pair[0]))
-        images.append(np.hstack(pair))
-        captions.append(f"{shown(label)} → {shown(predicted)} ({count})")
-    yield html.crops(images, captions)
-
-
-def _augmented_crops(data: StagedDataset) -> Iterator[str]:
-    """Show training crops, each with what a step of a training could make of it."""
-    import tensorflow as tf
-
-    from job.data.augment import augmented
-    from job.data.chance import BatchRows
-
-    crops = data.splits["train"].images[:MAX_AUGMENTED]
-    after = augmented(crops, BatchRows(tf.constant(0, tf.int64), 0, len(crops)), seed=0).numpy().astype(np.uint8)
-    yield html.paragraph("Each pair: a training crop, and an augmented copy. Every step makes other copies.")
-    pairs = [np.hstack(pair) for pair in zip(crops[..., 0], after[..., 0], strict=True)]
-    yield html.crops(pairs, [chr(code_point) for code_point in data.splits["train"].code_points[:MAX_AUGMENTED]])
-
-
-def _responses(model: Any, data: StagedDataset) -> Iterator[str]:
-    """Show the outputs of the first convolutions for one test crop."""
-    import keras
-
-    crop = data.splits["test"].images[:1]
-    yield html.crops([crop[0, :, :, 0]], [chr(int(data.splits["test"].code_points[0]))])
-    layers = [layer for layer in model.layers if isinstance(layer, keras.layers.Conv2D)][:MAX_LAYERS]
-    if not layers:
-        return
-    outputs = keras.Model(model.inputs[0], [layer.output for layer in layers])(crop, training=False)
-    for layer, output in zip(layers, outputs if len(layers) > 1 else [outputs], strict=True):
-        channels = np.moveaxis(np.asarray(output, np.float32)[0], -1, 0)[:MAX_CHANNELS]
-        low, high = channels.min(axis=(1, 2), keepdims=True), channels.max(axis=(1, 2), keepdims=True)
-        grey = (255 * (channels - low) / np.maximum(high - low, 1e-9)).astype(np.uint8)
-        shape = f"{channels.shape[1]} x {channels.shape[2]}"
-        yield html.paragraph(f"{layer.name}: {len(grey)} of {output.shape[-1]} filters, {shape}", "quiet")
-        yield html.crops(list(grey), [""] * len(grey))

@@ -146,6 +146,20 @@ def accuracy_by_frequency(examples: NDArray[np.int64], recall: NDArray[np.float6
     return _svg(draw)
 
 
+def risk(errors: Sequence[float]) -> str:
+    """Plot the error rate among the most certain crops over their share. errors: of equal steps, up to all crops."""
+
+    def draw(axes: Any) -> None:
+        axes.plot(np.arange(1, len(errors) + 1) / len(errors), errors, ".-", color=BLUE)
+        axes.set(
+            xlabel="share of the test crops, the most certain ones", ylabel="errors", xlim=(0, 1.02), ylim=(0, None)
+        )
+        axes.xaxis.set_major_formatter(PercentFormatter(1))
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+
+    return _svg(draw)
+
+
 def shares(names: Sequence[str], values: NDArray[np.float64], unit: str) -> str:
     """Plot a horizontal bar from 0 to 1 per name. Only the first `MAX_BARS` names are drawn."""
     names = list(names[:MAX_BARS])

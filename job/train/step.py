@@ -20,6 +20,7 @@ from job.data.order import share
 from job.model.inference import COUNT, IMAGES, LABELS, crops_per_step, predictions_of
 from job.train.batch_norm import SharedBatchNorm
 from job.train.dropout import SharedDropout, dropout_masks
+from job.train.temperature import losses_of
 
 
 def balanced_weights(labels: NDArray[np.int64], classes: int) -> NDArray[np.float32]:
@@ -98,6 +99,7 @@ class Steps:
         self._compiled_train = self._compile(self._train_replica)
         self._compiled_predict = self._compile(self._predict_replica)
         self._predict_step = tf.function(self._predict, autograph=False, input_signature=[IMAGES, LABELS])
+        self._losses_step = tf.function(self._losses, autograph=False, input_signature=[IMAGES, LABELS])
         self._sum_step = tf.function(
             self._sum, autograph=False, input_signature=[tf.TensorSpec((None, None), tf.float32)]
         )
@@ -158,6 +160,18 @@ class Steps:
 
     def _predict_replica(self, images: Any, labels: Any) -> Any:
         return predictions_of(self.model, images, labels)
+
+    def losses(self, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Return `temperature.losses_of` this worker's crops, (1, 65) float32."""
+        sums: NDArray[np.float32] = self._losses_step(images, labels).numpy()
+        return sums[None]
+
+    def _losses(self, images: Any, labels: Any) -> Any:
+        def replica() -> Any:
+            first, end = self._replica_rows(tf.shape(images)[0])
+            return losses_of(self.model, images[first:end], labels[first:end])
+
+        return tf.add_n(self.strategy.experimental_local_results(self.strategy.run(replica)))
 
     def sum_over_workers(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return the sum over all workers of arrays of the same shape (rows, columns). All workers call it together."""

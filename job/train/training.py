@@ -36,10 +36,12 @@ from job.train.checkpoint import (
     wait_for_upload,
 )
 from job.train.display import Reporter, StartUp
+from job.train.evaluation import Evaluation
 from job.train.optimizer import last_learning_rate, make_optimizer
 from job.train.result import EpochRow, write_result
 from job.train.run import TrainJob
 from job.train.step import Steps, balanced_weights, training_form
+from job.train.temperature import scale_logits
 from job.train.tensorboard import write_in_background
 from job.train.watchdog import Preemption, StepLimit
 from preprocessing.config import SPLITS
@@ -82,7 +84,8 @@ class Training:
             self.model = training_form(plain, config.seed, config.dropout, synchronized=not on_one_gpu)
             steps = config.epochs * (len(dataset.splits["train"]) // batch)
             self.optimizer = make_optimizer(config, self.model.trainable_variables, steps)
-        class_weights = balanced_weights(self._labels("train"), classes) if config.class_weights == "balanced" else None
+        labels = dataset.splits["train"].labels
+        class_weights = balanced_weights(labels, classes) if config.class_weights == "balanced" else None
         self.steps = Steps(
             strategy,
             self.workers,
@@ -97,10 +100,12 @@ class Training:
         self.state = State()
         self.changing = changing_variables(self.model)
         self.best_weights: list[NDArray[Any]] = []
+        self.temperature = 1.0  # of the weights
         self.curves_thread: Thread | None = None
         self.reporter = Reporter(job.board, config.architecture, self.rank)
         self.step_limit = StepLimit(config.step_limit, self.reporter.log_from_any)
         self.preemption = Preemption()
+        self.evaluation = Evaluation(self.steps, dataset, self.rank, self.workers, self.step_limit, self.reporter)
 
     # --- checkpoints
 
@@ -151,7 +156,9 @@ class Training:
         seconds, waited = self.state.seconds, self.state.waited
         batches = min(steps, STATISTICS_BATCHES, max(steps // 4, -(-STATISTICS_CROPS // size)))
         self.steps.estimate_statistics(self._first_batches(crops, order, batches))
-        validation = metrics(self._predict("validation"), self._labels("validation"), self.dataset.class_names)
+        validation = metrics(
+            self.evaluation.predict("validation"), self.dataset.splits["validation"].labels, self.dataset.class_names
+        )
         # Training losses are computed before each update: the effect of the last one shows in the validation only.
         if not math.isfinite(loss + validation.loss):
             raise KuzushijiError(
@@ -251,30 +258,10 @@ class Training:
         rows = order[step * size + first : step * size + end]
         return first, crops.images[rows], crops.labels[rows]
 
-    # --- evaluation
-
-    def _labels(self, split: str) -> NDArray[np.int64]:
-        return self.dataset.splits[split].labels
-
-    def _predict(self, split: str) -> NDArray[np.float32]:
-        """Return (N, 4) predictions of a split, on every worker. Each crop is predicted once, by one worker."""
-        crops, labels = self.dataset.splits[split], self._labels(split)
-        predictions = np.zeros((len(crops), 4), np.float32)
-        # All workers take each step together, so that none waits long in the collective.
-        rows = self.workers * self.steps.predict_rows
-        for begin in range(0, len(crops), rows):
-            self.step_limit.begin()
-            if self.reporter.is_due():
-                self.reporter.show_activity(f"evaluates {split}, {begin:,} of {len(crops):,} crops")
-            end = min(begin + rows, len(crops))
-            first, last = (begin + row for row in share(end - begin, self.rank, self.workers))
-            predictions[first:last] = self.steps.predict(crops.images[first:last], labels[first:last])
-            predictions[begin:end] = self.steps.sum_over_workers(predictions[begin:end])
-        self.step_limit.end()
-        return predictions
+    # --- result
 
     def predict_best(self) -> dict[str, NDArray[np.float32]]:
-        """Return the (N, 4) predictions of every split with the weights of the best epoch.
+        """Return the (N, 4) predictions of every split with the weights of the best epoch, and a temperature.
 
         Raises:
             KuzushijiError: the probabilities are not finite.
@@ -282,7 +269,10 @@ class Training:
         self.reporter.log(f"evaluates the weights of epoch {self.state.best_epoch}")
         for variable, best in zip(self.changing, self.best_weights, strict=True):
             variable.assign(best)
-        predictions = {split: self._predict(split) for split in SPLITS}
+        scale = self.evaluation.best_scale()
+        scale_logits(self.model, scale)
+        self.temperature = 1 / scale
+        predictions = {split: self.evaluation.predict(split) for split in SPLITS}
         for of_split in predictions.values():
             check_finite(of_split)
         return predictions
@@ -301,7 +291,14 @@ class Training:
         model = keras.Model.from_config(self.plain_config)
         model.set_weights(self.model.get_weights())
         write_result(
-            self.job, model, predictions, self.dataset, self.state.history, self.state.best_epoch, self.reporter.log
+            self.job,
+            model,
+            predictions,
+            self.dataset,
+            self.state.history,
+            self.state.best_epoch,
+            self.temperature,
+            self.reporter.log,
         )
         if self.curves_thread:
             self.curves_thread.join(timeout=SECONDS_FOR_CURVES)
