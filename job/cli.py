@@ -29,7 +29,7 @@ log = logging.getLogger("kuzushiji")
 @click.option("--architecture", "architectures", required=True, multiple=True, metavar="NAME",
               help="resnet (recommended), baseline, xception, resnet152v2, inceptionresnetv2, fcn (550 times the "
               "cost of baseline), or all. Can be repeated.")  # fmt: skip
-@option(TrainConfig, "weights", metavar="imagenet|none|FILE")
+@option(TrainConfig, "weights", metavar="WEIGHTS")
 @option(TrainConfig, "unfreeze")
 @option(TrainConfig, "workers")
 @option(TrainConfig, "gpus_per_worker")
@@ -67,14 +67,14 @@ def train(
     """Train and evaluate classifiers with Ray Train."""
     from cluster.storage import reachable_place
     from job.config import configs_of
-    from job.model.pretrained import weights_option_file
+    from job.model.pretrained import weights_option
     from job.tables import outcome_lines, outcome_result
     from job.train.driver import default_cpus_per_worker, new_run_name
     from job.train.driver import train as start
 
     if options["cpus_per_worker"] is None:
         options["cpus_per_worker"] = default_cpus_per_worker(max(1, options["workers"]))
-    file = weights_option_file(weights)
+    file = weights_option(weights)
     configs = configs_of(architectures, weights=file.identity if file else weights, **options)
     places = reachable_place(dataset), reachable_place(models)
     outcomes = start(*places, configs, run or new_run_name(), file, start_limit)

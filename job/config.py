@@ -78,8 +78,8 @@ class TrainConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     architecture: ArchitectureName
-    weights: str = Field("none", pattern=r"^(none|imagenet|sha256:[0-9a-f]{64})$")  # a file is identified by its hash
-    """Pretrained weights of the base; none: random.  [default: imagenet]"""
+    weights: str = Field("none", pattern=r"^(none|imagenet|(sha256|model):[0-9a-f]{64})$")  # files have their hash
+    """imagenet, none, FILE of a base, or a MODEL of ours.  [default: imagenet]"""
     unfreeze: Literal["last", "all"] = "all"
     """Layers of the base to train.  [default: last; all with --weights none]"""
     workers: PositiveInt = 1
@@ -137,8 +137,11 @@ def configs_of(
         raise OptionError(f"--architecture must be one of {', '.join(NAMES)}, {ALL}. Received: {unknown[0]!r}")
     names = [*NAMES] if ALL in architectures else [name for name in NAMES if name in architectures]
     transfer = [name for name in names if name in TRANSFER]
-    if not transfer and (weights or unfreeze):
-        option = "--weights" if weights else "--unfreeze"
+    from_model = (weights or "").startswith("model:")
+    if from_model and len(names) > 1:
+        raise OptionError(f"--weights MODEL must come with one architecture. Received: {', '.join(names)}")
+    if not transfer and (unfreeze or (weights and not from_model)):
+        option = "--unfreeze" if unfreeze else "--weights"
         raise OptionError(f"{option} must come with one of {', '.join(TRANSFER)}. Received: {', '.join(names)}")
     if len(transfer) > 1 and weights not in (None, "imagenet", "none"):
         raise OptionError(f"--weights FILE must come with one architecture. Received: {', '.join(transfer)}")
@@ -147,12 +150,18 @@ def configs_of(
             "--unfreeze last must come with weights. Received: --weights none, which trains the whole base"
         )
     base = {"weights": weights or "imagenet", "unfreeze": unfreeze or ("all" if weights == "none" else "last")}
+    begins = {"weights": weights} if from_model else {}
     values: dict[str, Any] = {"deterministic": not options.get("gpus_per_worker")}
     values |= {key: value for key, value in options.items() if value is not None}
     try:
         return [
             TrainConfig(
-                **{"architecture": name, **RECIPES[name].model_dump(), **(base if name in TRANSFER else {}), **values}
+                **{
+                    "architecture": name,
+                    **RECIPES[name].model_dump(),
+                    **(base if name in TRANSFER else begins),
+                    **values,
+                }
             )
             for name in names
         ]

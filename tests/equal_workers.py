@@ -35,6 +35,7 @@ def one_batch(job: Any, out: Path, steps: dict[str, int]) -> Callable[[Any], Non
 
         from job.data.order import permutation
         from job.data.staging import staged
+        from job.model.start import initial_model
         from job.train.display import StartUp
         from job.train.training import Training
 
@@ -48,7 +49,8 @@ def one_batch(job: Any, out: Path, steps: dict[str, int]) -> Callable[[Any], Non
                 keras.utils.set_random_seed(config.seed)
                 changes = {"dropout": kind != "without", "augment": "standard" if kind == "augmented" else "none"}
                 as_told = replace(job, config=config.model_copy(update=changes))
-                training = Training(as_told, strategy, data, StartUp())
+                plain = initial_model(as_told.config, None, data.class_names)
+                training = Training(as_told, strategy, data, StartUp(), plain)
                 training.step_limit.stop()
                 first, images, labels = training.rows_of(crops, order, 0)
                 losses[kind] = []

@@ -14,6 +14,7 @@ from conftest import in_fresh_process, job_of, save_test_crops
 from cluster.errors import OptionError
 from cluster.storage import place
 from job.config import NAMES, RECIPES, TRANSFER, TrainConfig, configs_of
+from job.model.pretrained import weights_option
 from job.verify import verify
 
 # At 514 classes: all, as the study counts them, and those that the study trained.
@@ -178,6 +179,7 @@ def train_narrow(given: dict[str, Any]) -> None:
 
     from job.data.staging import staged
     from job.model import architectures
+    from job.model.start import initial_model
     from job.train.display import StartUp
     from job.train.strategy import configure_tensorflow, make_strategy
     from job.train.training import Training
@@ -198,7 +200,8 @@ def train_narrow(given: dict[str, Any]) -> None:
                 keras.config.set_dtype_policy(config.precision)
                 keras.utils.set_random_seed(config.seed)
                 weights = given["weights"] if config.architecture == "xception" else None
-                training = Training(job, strategy, data, StartUp(), weights)
+                plain = initial_model(config, weights, data.class_names)
+                training = Training(job, strategy, data, StartUp(), plain)
                 training.run_epoch()
                 training.write(training.predict_best())
                 keras.utils.clear_session()
@@ -238,7 +241,7 @@ def trained(
     DataParallelTrainer(
         train_narrow,
         backend_config=Rendezvous(),
-        train_loop_config={"jobs": jobs, "weights": str(xception_weights)},
+        train_loop_config={"jobs": jobs, "weights": weights_option(str(xception_weights))},
         scaling_config=ScalingConfig(num_workers=workers if workers > 1 else 0),
         run_config=RunConfig(name="narrow", storage_path=str(models / ".runs")),
     ).fit()

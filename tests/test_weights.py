@@ -19,7 +19,7 @@ from conftest import Kuzushiji, WorkersDo
 from cluster.errors import DamageError, InputError, OptionError
 from cluster.storage import place
 from job.config import TRANSFER, configs_of
-from job.model.pretrained import IMAGENET, Published, local_copy, obtain, weights_option_file
+from job.model.pretrained import IMAGENET, Published, local_copy, obtain, weights_option
 from job.train.driver import train
 from job.verify import verify
 
@@ -53,7 +53,7 @@ def test_a_file_that_is_handed_over_is_shared_by_its_hash_and_read_in_both_forms
 
     from job.model.architectures import ARCHITECTURES
 
-    handed = weights_option_file(str(made[form]))
+    handed = weights_option(str(made[form]))
     assert handed is not None
     config = configs_of(["xception"], handed.identity, None)[0]
     shared = obtain(config, handed, place(tmp_path))
@@ -83,7 +83,7 @@ def test_a_file_that_does_not_fit_is_refused_in_one_line_before_ray_starts(
         file["layer"] = h5py.ExternalLink(made["old"], "/")
     for path, architecture in ((made["new"], "resnet152v2"), (made["old"], "resnet152v2"), (no_hdf5, "xception"),
                                (linked, "xception")):  # fmt: skip
-        handed = weights_option_file(str(path))
+        handed = weights_option(str(path))
         assert handed is not None
         config = configs_of([architecture], handed.identity, None)[0]
         with pytest.raises(InputError, match=f"--weights must be .* of {architecture} without its top") as raised:
@@ -278,7 +278,7 @@ def test_a_lost_worker_repeats_one_saved_epoch_at_most_and_frozen_layers_stay_as
     workers_do(change)
     monkeypatch.setattr("job.model.architectures.HEAD", (16, 8))
     caplog.set_level("INFO", "kuzushiji")
-    handed = weights_option_file(str(made["new"]))
+    handed = weights_option(str(made["new"]))
     assert handed is not None
     config = configs_of(["xception"], handed.identity, "last", epochs=5, global_batch_size=16, learning_rate=1e-3)
     outcome = train(place(few), place(tmp_path), config, "lost", handed)[0]

@@ -1,6 +1,6 @@
-"""Pretrained weights of the bases: downloaded or copied once, then shared with all workers.
+"""What a training begins with: downloaded or copied once, then shared with all workers.
 
-They are stored in `<models>/.weights/`, which `pull` ignores. Only HDF5 files are read: they hold numbers, no code.
+It is stored in `<models>/.weights/`, which `pull` ignores. Of bases, only HDF5 files are read: numbers, no code.
 """
 
 import logging
@@ -16,7 +16,9 @@ import numpy as np
 from upath import UPath
 
 from cluster.errors import DamageError, InputError, OptionError
-from cluster.storage import fetch, is_file, md5_of, new_file, place, sha256_of
+from cluster.manifest import MANIFEST_FILE, fault_of, read_manifest
+from cluster.models import ModelManifest, resolve_model
+from cluster.storage import fetch, is_file, list_files, md5_of, new_file, place, sha256_of, write_bytes
 from job.config import TrainConfig
 from job.model.load_tensorflow import load_tensorflow
 
@@ -56,63 +58,84 @@ IMAGENET = {
 
 
 @dataclass(frozen=True)
-class WeightsFile:
-    """A file of weights, identified by its SHA-256."""
+class Weights:
+    """A file of weights of a base, identified by its SHA-256; or a model folder, by that of its manifest."""
 
     place: str
     """Path or address."""
     sha256: str
+    is_model: bool = False
 
     @property
     def identity(self) -> str:
-        """The value of `TrainConfig.weights` for this file."""
-        return f"sha256:{self.sha256}"
+        """The value of `TrainConfig.weights`."""
+        return f"{'model' if self.is_model else 'sha256'}:{self.sha256}"
 
     @property
     def suffix(self) -> str:
         return KERAS_SUFFIX if self.place.endswith(KERAS_SUFFIX) else LEGACY_SUFFIX
 
 
-def weights_option_file(value: str | None) -> WeightsFile | None:
-    """Return the file that `--weights` names; None for `imagenet`, `none`, and None (option not given).
+def weights_option(value: str | None) -> Weights | None:
+    """Return the file or model folder that `--weights` names; None for `imagenet`, `none`, and None (not given).
 
     Raises:
-        OptionError: the file's name does not end in .h5.
+        OptionError: its name does not end in .h5, and it is no model folder.
         InputError: the file does not exist.
+        DamageError: the manifest of the model is damaged.
     """
     if value in (None, "imagenet", "none"):
         return None
-    file = place(value)
-    if not file.name.endswith(LEGACY_SUFFIX):
+    given = place(value)
+    if given.name.endswith(LEGACY_SUFFIX):
+        if not is_file(given):
+            raise InputError(f"--weights must be a file that exists. Received: {value}, which does not exist")
+        return Weights(str(given), sha256_of(given))
+    try:
+        folder = resolve_model(given)
+    except InputError as error:
         raise OptionError(
-            f"--weights must be imagenet, none, or a file that ends in {LEGACY_SUFFIX}. Received: {value}"
-        )
-    if not is_file(file):
-        raise InputError(f"--weights must be imagenet, none, or a file. Received: {value}, which does not exist")
-    return WeightsFile(str(file), sha256_of(file))
+            f"--weights must be imagenet, none, a file that ends in {LEGACY_SUFFIX}, or a model folder. "
+            f"Received: {value}"
+        ) from error
+    return Weights(str(folder), read_manifest(folder, ModelManifest).sha256, is_model=True)
 
 
-def obtain(config: TrainConfig, file: WeightsFile | None, models: UPath) -> WeightsFile | None:
+def obtain(config: TrainConfig, file: Weights | None, models: UPath) -> Weights | None:
     """Store the initial weights of a training in `<models>/.weights/`, where all workers read them.
 
-    file: the file of `--weights`, if the config has one. Returns None for random initialization.
+    file: what `--weights` names, if the config has it. Returns None for random initialization.
 
     Raises:
-        OptionError: `file` is not the file of the config.
+        OptionError: `file` is not that of the config.
         InputError: the weights can't be downloaded, or do not fit the architecture.
     """
     if config.weights == "none":
         return None
     if config.weights == "imagenet":
         shared = _imagenet(config.architecture, models / WEIGHTS_FOLDER)
-        return WeightsFile(str(shared), sha256_of(shared))
+        return Weights(str(shared), sha256_of(shared))
     if file is None or file.identity != config.weights:
         raise OptionError(f"--weights must be the file of the config. Received: {file}, not {config.weights}")
+    if file.is_model:
+        return _share_model(file, models / WEIGHTS_FOLDER / file.sha256)
     _check_fit(config.architecture, file)
     shared = models / WEIGHTS_FOLDER / f"{file.sha256}{file.suffix}"
     if not is_file(shared) or sha256_of(shared) != file.sha256:
         _copy(place(file.place), shared)
-    return WeightsFile(str(shared), file.sha256)
+    return Weights(str(shared), file.sha256)
+
+
+def _share_model(model: Weights, shared: UPath) -> Weights:
+    """Copy a model folder. Workers check the copy when they load it."""
+    folder = place(model.place)
+    manifest = read_manifest(folder, ModelManifest)
+    sizes = list_files(shared)
+    for entry in manifest.entries:
+        if fault_of(shared, entry, sizes):
+            _copy(folder / entry.name, shared / entry.name)
+    write_bytes(shared / MANIFEST_FILE, manifest.raw)
+    return Weights(str(shared), model.sha256, is_model=True)
 
 
 def _imagenet(architecture: str, folder: UPath) -> UPath:
@@ -150,7 +173,7 @@ def _copy(source: UPath, target: UPath) -> None:
         fetch(source, temporary)
 
 
-def _check_fit(architecture: str, file: WeightsFile) -> None:
+def _check_fit(architecture: str, file: Weights) -> None:
     """Load the weights once on the driver: if they failed on a worker, Ray Train would retry the training.
 
     Raises:
@@ -175,7 +198,7 @@ def _check_fit(architecture: str, file: WeightsFile) -> None:
 
 
 @contextmanager
-def local_copy(file: WeightsFile) -> Iterator[str]:
+def local_copy(file: Weights) -> Iterator[str]:
     """Copy the file to this machine and yield the path of the copy, which is removed when the block ends.
 
     Raises:

@@ -22,9 +22,10 @@ from cluster.capacity import START_LIMIT, Request, Wait, has_autoscaler, hosts
 from cluster.errors import DamageError, InputError, KuzushijiError, OptionError, one_line
 from cluster.manifest import read_manifest, verify
 from cluster.runtime import Session, ray_session, usable_cpus, uses_cluster
-from cluster.storage import is_local, plain_name
+from cluster.storage import is_local, place, plain_name
 from job.config import RECIPES, TrainConfig
-from job.model.pretrained import WeightsFile, obtain
+from job.model.pretrained import Weights, obtain
+from job.model.start import check_start
 from job.report.side_files import REPORT_SUFFIX
 from job.train.run import Run
 from preprocessing.config import SPLITS
@@ -67,12 +68,12 @@ def train(
     models: UPath,
     configs: Sequence[TrainConfig],
     run: str,
-    weights_file: WeightsFile | None = None,
+    weights: Weights | None = None,
     start_limit: float = START_LIMIT,
 ) -> list[Outcome]:
     """Train, evaluate and seal `<models>/<architecture>/<run>/` for each config. An unfinished run is resumed.
 
-    run: name of the runs. weights_file: the file that `TrainConfig.weights` names by its hash. The configs need the
+    run: name of the runs. weights: the file or model that `TrainConfig.weights` names by its hash. The configs need the
     same workers, CPUs and GPUs. start_limit: seconds that workers may wait for hosts of a cluster while no run has
     workers. Returns the outcomes in the order of the configs, with the failures in them; with one config alone, its
     failure is raised.
@@ -86,6 +87,8 @@ def train(
     began = time.monotonic()
     _check_run_name(run)
     manifest = _check_dataset(dataset)
+    if weights and weights.is_model:
+        check_start(place(weights.place), configs[0].architecture, dataset, manifest.margin)
     runs = [Run(run, _fit_batch_size(manifest, config), dataset, manifest.sha256, models) for config in configs]
     alone = len(runs) == 1
     if len({training.folder for training in runs}) < len(runs):
@@ -100,13 +103,13 @@ def train(
             raise
         except Exception as error:
             outcomes[training] = _failed(training, error, alone)
-    ready: dict[Run, WeightsFile | None] = {}
+    ready: dict[Run, Weights | None] = {}
     with ExitStack() as locks:
         for training in runs:
             try:
                 if training not in outcomes:
                     locks.enter_context(training.alone())
-                    ready[training] = obtain(training.config, weights_file, models)
+                    ready[training] = obtain(training.config, weights, models)
             except Exception as error:
                 outcomes[training] = _failed(training, error, alone)
         if ready:
@@ -115,7 +118,7 @@ def train(
 
 
 def _train_all(
-    ready: Mapping[Run, WeightsFile | None], began: float, start_limit: float, alone: bool
+    ready: Mapping[Run, Weights | None], began: float, start_limit: float, alone: bool
 ) -> dict[Run, Outcome]:
     """Train the runs with Ray. The arguments are those of `_run_concurrently` and `_failed`."""
     outcomes: dict[Run, Outcome] = {}
@@ -174,7 +177,7 @@ def _failed(run: Run, error: Exception, alone: bool) -> Outcome:
 
 
 def _run_concurrently(
-    ready: Mapping[Run, WeightsFile | None], began: float, start_limit: float, session: Session
+    ready: Mapping[Run, Weights | None], began: float, start_limit: float, session: Session
 ) -> Iterator[tuple[Run, Exception | None]]:
     """Start each run as soon as the cluster has room for it. Yields each run when it ends, with its failure or None.
 

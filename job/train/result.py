@@ -173,6 +173,8 @@ def _any_size(config: Mapping[str, Any]) -> str:
 
 
 def _base(config: Mapping[str, Any]) -> str:
+    if config["weights"].startswith("model:"):
+        return f"\n- Initial weights: those of the model whose manifest has the SHA-256 {config['weights'][6:]}."
     if config["architecture"] not in TRANSFER:
         return ""
     trained = {"last": "its last layers were trained", "all": "all its layers were trained"}[config["unfreeze"]]

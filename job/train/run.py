@@ -29,7 +29,7 @@ from cluster.storage import (
 from job.config import MAY_DIFFER, TrainConfig
 from job.model.folder import METRICS_FILE, finished_config, read_json
 from job.model.load_tensorflow import choose_backend
-from job.model.pretrained import WeightsFile
+from job.model.pretrained import Weights
 from job.train.tensorboard import curves_folder
 
 log = logging.getLogger("kuzushiji")
@@ -46,7 +46,7 @@ class TrainJob:
     """Input of each worker of a run."""
 
     config: TrainConfig
-    weights: WeightsFile | None
+    weights: Weights | None
     """The pretrained weights; None: random initialization."""
     dataset: str
     """Place of the dataset folder."""
@@ -153,7 +153,7 @@ class Run:
                 f"Use the same options, or another --run than {self.name}"
             )
 
-    def fit(self, weights: WeightsFile | None, board: Any) -> None:
+    def fit(self, weights: Weights | None, board: Any) -> None:
         """Train with Ray Train: one process per worker, spread over the hosts.
 
         If a worker fails, all workers restart from the last checkpoint. Call it in `alone`. weights: pretrained

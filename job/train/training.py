@@ -21,11 +21,10 @@ from upath import UPath
 
 from cluster.errors import KuzushijiError
 from cluster.storage import place
-from job.config import TRANSFER
 from job.data.order import permutation, share
 from job.data.staging import Crops, StagedDataset
 from job.metrics import metrics
-from job.model.architectures import ARCHITECTURES, XLA_COMPILES
+from job.model.architectures import XLA_COMPILES
 from job.model.inference import check_finite
 from job.train.checkpoint import (
     State,
@@ -65,17 +64,16 @@ class Training:
         strategy: tf.distribute.Strategy,
         dataset: StagedDataset,
         start_up: StartUp,
-        weights: str | None = None,
+        plain: keras.Model,
     ) -> None:
-        """start_up: timer, logged after the first step. weights: file of pretrained weights; None: random."""
+        """start_up: timer, logged after the first step. plain: the model with its initial weights, built outside the
+        strategy: the same seed then gives the same weights under every strategy.
+        """
         context = ray.train.get_context()
         self.rank, self.workers = context.get_world_rank(), context.get_world_size()
         self.job, self.config, self.dataset = job, job.config, dataset
         self.start_up: StartUp | None = start_up  # None after it was logged
         config, batch, classes = job.config, job.config.global_batch_size, len(dataset.class_names)
-        # Built outside the strategy first: the same seed then gives the same weights under every strategy.
-        base = {"weights": weights, "unfreeze": config.unfreeze} if config.architecture in TRANSFER else {}
-        plain = ARCHITECTURES[config.architecture](classes, **base)
         self.plain_config = plain.get_config()
         on_one_gpu = strategy.num_replicas_in_sync == 1 and bool(tf.config.list_logical_devices("GPU"))
         # XLA does not compile collectives, and its gradient of max pooling is not deterministic on GPUs.

@@ -10,7 +10,7 @@ from cluster.errors import DamageError, InputError, KuzushijiError
 from cluster.manifest import is_sealed
 from cluster.storage import place
 from job.data.staging import staged
-from job.model.pretrained import local_copy
+from job.model.start import initial_model
 from job.train.display import StartUp
 from job.train.rendezvous import shared_failure
 from job.train.run import Failure, TrainJob
@@ -31,20 +31,19 @@ def train_worker(job: TrainJob, start_up: StartUp) -> Failure | None:
     configure_tensorflow(job.config)
     # Before any computation: collectives can be configured only before TensorFlow runs operations.
     strategy = make_strategy(ray.train.get_context().get_world_size())
-    with ExitStack() as stack, ExitStack() as copies:
-        own, dataset, weights = None, None, None
+    with ExitStack() as stack:
+        own, dataset, model = None, None, None
         try:
             dataset = stack.enter_context(staged(place(job.dataset), SPLITS))
-            weights = copies.enter_context(local_copy(job.weights)) if job.weights else None
+            model = initial_model(job.config, job.weights, dataset.class_names)
         except (DamageError, InputError) as error:
             own = Failure(str(error), traceback.format_exc())
         # Of any worker: the others would wait for it in the first collective.
         failure = shared_failure(job.board, job.config.architecture, own)
-        if failure or not dataset:
+        if failure or not dataset or not model:
             return failure
         start_up.ends("connecting and staging")
-        training = Training(job, strategy, dataset, start_up, weights)
-        copies.close()  # the process may be killed from here on
+        training = Training(job, strategy, dataset, start_up, model)
         stack.callback(training.step_limit.stop)
         training.resume(place(job.checkpoints))
         start_up.ends("building the model")

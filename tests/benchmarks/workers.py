@@ -42,6 +42,7 @@ def _serve(given: dict[str, Any]) -> None:
     from cluster.storage import place
     from job.data.order import permutation
     from job.data.staging import staged
+    from job.model.start import initial_model
     from job.train.display import StartUp
     from job.train.strategy import configure_tensorflow, make_strategy
     from job.train.training import Training
@@ -52,7 +53,7 @@ def _serve(given: dict[str, Any]) -> None:
     configure_tensorflow(config)
     strategy = make_strategy(config.workers)
     with staged(place(job.dataset), SPLITS) as data:
-        training = Training(job, strategy, data, StartUp())
+        training = Training(job, strategy, data, StartUp(), initial_model(config, None, data.class_names))
         crops = data.splits["train"]
         order = permutation(len(crops), config.seed, 1)
         while steps := ray.get(gate.asked.remote(training.rank)):

@@ -1,0 +1,98 @@
+"""The model that a training begins with: of random weights, of a pretrained base, or one of ours.
+
+Of a model of ours, classes that both have keep what it learned of them.
+"""
+
+import logging
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from upath import UPath
+
+from cluster.errors import InputError, OptionError
+from cluster.storage import place
+from job.config import TRANSFER, TrainConfig
+from job.model.folder import CONFIG_FILE, LABELS_FILE, load_model, read_json, read_margin
+from job.model.pretrained import Weights, local_copy
+from preprocessing.classes import LABELS_FILE as DATASET_LABELS_FILE
+from preprocessing.classes import read_class_names
+
+log = logging.getLogger("kuzushiji")
+
+
+def initial_model(config: TrainConfig, weights: Weights | None, class_names: Sequence[str]) -> Any:
+    """Build the model of a training with its initial weights. weights: what `obtain` returned.
+
+    Raises:
+        DamageError: the weights were changed since `obtain`.
+        InputError: the model of ours has other layers.
+    """
+    from job.model.architectures import ARCHITECTURES
+
+    options = {"unfreeze": config.unfreeze} if config.architecture in TRANSFER else {}
+    build = partial(ARCHITECTURES[config.architecture], len(class_names), **options)
+    if weights is None:
+        return build()
+    if not weights.is_model:
+        with local_copy(weights) as file:
+            return build(weights=file)
+    model = build()
+    start_from(model, class_names, place(weights.place))
+    return model
+
+
+def check_start(folder: UPath, architecture: str, dataset: UPath, margin: float) -> None:
+    """Check that a training can begin with a model, and log how many classes go on. margin: of the dataset's crops.
+
+    Raises:
+        OptionError: the model is of another architecture, or was trained on crops of another margin.
+        DamageError: the model's config is missing, or does not match its manifest.
+    """
+    of_model = read_margin(folder)  # checks the config
+    found = read_json(folder / CONFIG_FILE).get("architecture")
+    if found != architecture:
+        raise OptionError(
+            f"--weights must be a model of the architecture that is trained, {architecture}. Received: {folder}, of "
+            f"{str(found)[:40]}"
+        )
+    if of_model != margin:
+        raise OptionError(
+            f"--dataset must have the margin of the model of --weights, {of_model:g}. Received: {margin:g}. Prepare it "
+            f"with --margin {of_model:g}"
+        )
+    names, known = read_class_names(dataset / DATASET_LABELS_FILE), read_class_names(folder / LABELS_FILE)
+    both = len({*names} & {*known})
+    log.info("begins with %s: %d classes go on, %d begin anew", folder, both, len(names) - both)
+
+
+def start_from(model: Any, class_names: Sequence[str], folder: UPath) -> None:
+    """Give a new model the weights of a trained one of the same architecture.
+
+    In the last layer, and in the batch norm after that of `fcn`, classes that both have get the trained weights; the
+    others keep the new model's.
+
+    Raises:
+        DamageError: the model does not match its manifest, or can't be loaded.
+        InputError: its layers are others.
+    """
+    trained, names, _ = load_model(folder)
+    index_of = {name: index for index, name in enumerate(names)}
+    own = [index for index, name in enumerate(class_names) if name in index_of]
+    theirs = [index_of[class_names[index]] for index in own]
+    with_kernel = [any(len(weight.shape) > 1 for weight in layer.weights) for layer in model.layers]
+    last = len(with_kernel) - 1 - with_kernel[::-1].index(True)
+    try:
+        for number, (layer, source) in enumerate(zip(model.layers, trained.layers, strict=True)):
+            for variable, given in zip(layer.weights, source.weights, strict=True):
+                value = given.numpy()
+                if number >= last:
+                    of_classes = variable.numpy()
+                    of_classes[..., own] = value[..., theirs]
+                    value = of_classes
+                variable.assign(value)
+    except (ValueError, IndexError) as error:  # other numbers of layers or weights, or other shapes
+        raise InputError(
+            f"--weights must be a model with the layers of {model.name}. Received: {folder}: "
+            f"{' '.join(str(error).split())[:200]}"
+        ) from error

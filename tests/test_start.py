@@ -1,0 +1,149 @@
+"""Trainings that begin with one of our models: for other classes, for another hand."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import Kuzushiji
+from PIL import Image, ImageOps
+
+from cluster.errors import OptionError
+from cluster.storage import place
+from job.config import configs_of
+from job.model.pretrained import obtain, weights_option
+
+OLD, NEW = ["A", "B", "C", "D", "rare"], ["D", "E", "B", "rare"]
+
+
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hidden layer as wide as there are classes must not be taken for that of the classes."""
+    monkeypatch.setattr("job.model.architectures.BASELINE_HEAD", (6, len(OLD)))
+    monkeypatch.setattr("job.model.architectures.FCN_FILTERS", (4, len(OLD)))
+
+
+def named(classes: list[str]) -> list[str]:
+    """Names of classes, of code points."""
+    return [name if name == "rare" else f"U+{ord(name):04X}" for name in classes]
+
+
+def write(folder: Path, architecture: str, margin: float = 0.0) -> Any:
+    """A sealed model folder of `OLD` classes, and its model."""
+    import keras
+
+    from job.model.architectures import ARCHITECTURES
+    from job.model.folder import write_model
+
+    keras.utils.set_random_seed(1)
+    model = ARCHITECTURES[architecture](len(OLD))
+    for variable in model.variables:
+        variable.assign(np.random.default_rng(1).uniform(0.5, 1.5, variable.shape))
+    texts = {
+        "labels.txt": "".join(f"{name}\n" for name in named(OLD)),
+        "config.json": json.dumps({"architecture": architecture, "margin": margin}),
+    }
+    write_model(place(folder), model, texts, "0" * 64)
+    return model
+
+
+@pytest.mark.usefixtures("narrow")
+@pytest.mark.parametrize("architecture", ["resnet", "baseline", "fcn"])
+def test_classes_that_both_have_keep_what_was_learned_and_new_ones_begin_anew(
+    architecture: str, tmp_path: Path
+) -> None:
+    import keras
+
+    from job.model.start import initial_model
+
+    old = write(tmp_path / architecture / "first", architecture)
+    given = weights_option(str(tmp_path / architecture))  # its latest run
+    assert given
+    config = configs_of([architecture], given.identity, None)[0]
+    shared = obtain(config, given, place(tmp_path / "models"))
+    assert shared
+    assert shared.place == str(tmp_path / "models" / ".weights" / given.sha256)
+    keras.utils.set_random_seed(2)
+    fresh = initial_model(config, None, named(NEW))
+    keras.utils.set_random_seed(2)
+    model = initial_model(config, shared, named(NEW))
+    of_classes = 0
+    for own, before, new in zip(model.weights, old.weights, fresh.weights, strict=True):
+        if own.shape == before.shape:
+            assert np.array_equal(own, before), own.path
+        else:
+            of_classes += 1
+            assert own.shape[-1] == len(NEW)
+            values, trained = own.numpy(), before.numpy()
+            assert np.array_equal(values[..., [0, 2, 3]], trained[..., [3, 1, 4]])  # D, B and rare
+            assert np.array_equal(values[..., 1], new.numpy()[..., 1])
+    assert of_classes == (6 if architecture == "fcn" else 2)  # kernel and bias; with fcn, batch norm too
+
+
+@pytest.mark.usefixtures("narrow")
+def test_what_a_training_cannot_begin_with_is_one_line(few: Path, kuzushiji: Kuzushiji, tmp_path: Path) -> None:
+    write(tmp_path / "fcn" / "first", "fcn")
+    write(tmp_path / "wide" / "first", "baseline", margin=0.25)
+    (tmp_path / "empty").mkdir()
+    for folder, message in {
+        "fcn": "--weights must be a model of the architecture that is trained, baseline",
+        "wide": "--dataset must have the margin of the model of --weights, 0.25. Received: 0. Prepare it with",
+        "empty": "--weights must be imagenet, none, a file that ends in .h5, or a model folder",
+        "nowhere.h5": "--weights must be a file that exists",
+    }.items():
+        command = ["train", "--dataset", few, "--models", tmp_path / "models", "--architecture", "baseline"]
+        done = kuzushiji(*command, "--weights", tmp_path / folder)
+        assert done.code == (1 if folder == "nowhere.h5" else 2)
+        assert len(done.lines) == 1
+        assert message in done.lines[0]
+    with pytest.raises(OptionError, match="--weights MODEL must come with one architecture"):
+        configs_of(["resnet", "baseline"], f"model:{'0' * 64}", None)
+    with pytest.raises(OptionError, match="a file that ends in .h5, or a model folder"):
+        weights_option(str(tmp_path))
+
+
+def mirrored(pages: Path, out: Path) -> None:
+    """Write pages as in a mirror: a hand that no model has seen."""
+    (out / "images").mkdir(parents=True)
+    with (pages / "train.csv").open() as source, (out / "labels.csv").open("w", newline="") as target:
+        rows = csv.writer(target)
+        rows.writerow(["image_id", "labels"])
+        for row in csv.DictReader(source):
+            image = Image.open(pages / "train_images" / f"{row['image_id']}.jpg")
+            ImageOps.mirror(image).save(out / "images" / f"{row['image_id']}.jpg")
+            boxes = np.array(row["labels"].split()).reshape(-1, 5)
+            boxes[:, 1] = [str(image.width - int(x) - int(width)) for _, x, _, width, _ in boxes]
+            rows.writerow([row["image_id"], " ".join(boxes.ravel())])
+
+
+@pytest.mark.long
+def test_a_model_that_goes_on_with_another_hand_beats_one_from_scratch_and_itself(
+    kuzushiji: Kuzushiji, tmp_path: Path
+) -> None:
+    def run(*command: object) -> None:
+        done = kuzushiji(*command)
+        assert done.code == 0, done.stderr
+
+    def accuracy(model: Path) -> float:
+        out = tmp_path / f"of-{model.name}"
+        run("evaluate", "--model", model, "--dataset", tmp_path / "other", "--out", out)
+        return float(json.loads((out / "metrics.json").read_text())["accuracy"])
+
+    first, models, scale = tmp_path / "first", tmp_path / "models", ("--scale", 0.3)
+    run("sample", "--out", first, "--num-pages", 40, *scale)
+    run("sample", "--out", tmp_path / "more", "--num-pages", 8, "--seed", 7, *scale)
+    mirrored(tmp_path / "more", tmp_path / "mirrored")
+    pages = ("--pages", first / "train_images", "--labels", first / "train.csv")
+    run("prepare", *pages, "--dataset", tmp_path / "dataset", "--coverage", 0.6)
+    pages = ("--pages", tmp_path / "mirrored" / "images", "--labels", tmp_path / "mirrored" / "labels.csv")
+    run("prepare", *pages, "--dataset", tmp_path / "other", "--classes", tmp_path / "dataset" / "label.labels.txt")
+    recipe = ("--models", models, "--architecture", "resnet", "--global-batch-size", 32, "--augment", "none")
+    run("train", "--dataset", tmp_path / "dataset", *recipe, "--epochs", 2, "--run", "as-it-was")
+    few = ("train", "--dataset", tmp_path / "other", *recipe, "--epochs", 2)
+    run(*few, "--run", "goes-on", "--weights", models / "resnet" / "as-it-was", "--learning-rate", 2e-3)
+    run(*few, "--run", "from-scratch")
+    run(*few, "--run", "from-scratch-slowly", "--learning-rate", 2e-3)
+    found = {path.name: accuracy(path) for path in (models / "resnet").iterdir() if path.is_dir()}
+    assert found["goes-on"] > max(found[name] for name in found if name != "goes-on") + 0.1, found
