@@ -166,10 +166,9 @@ class Units:
         return cls(names.tolist(), of_page, np.where(is_for_training, 0, sizes), " beside those of --train-only")
 
     def in_seeded_order(self, rng: np.random.Generator) -> list[int]:
-        """Return the indices of the units that may be for validation or test."""
-        with_boxes = np.flatnonzero(self.sizes)
-        last = int(with_boxes[-1]) if len(with_boxes) else -1
-        return [int(unit) for unit in rng.permutation(last + 1) if self.sizes[unit]]
+        """Return the indices of the units that may be for validation or test. Others do not change their order."""
+        order: list[int] = rng.permutation(np.flatnonzero(self.sizes)).tolist()
+        return order
 
 
 def _books(labels: Labels, books: Sequence[str] | None) -> Sequence[str]:

@@ -257,6 +257,22 @@ def test_pages_for_training_alone_are_in_no_other_split(by: str) -> None:
         assert (splits == TEST).sum() == free // 5 // 10 * 10 if by != "random" else free // 5
 
 
+@pytest.mark.parametrize("by", ["page", "book"])
+def test_pages_for_training_alone_leave_the_splits_of_the_others_as_they_are(by: str) -> None:
+    real = labels_of({f"{i}_{page}": 10 + i for i in range(3, 12) for page in range(3)})
+    both = labels_of({f"{i}_{page}": 10 + i for i in range(16) for page in range(3)})  # before, between and after
+    books = [book_of(page_id) for page_id in both.page_ids]
+    alone = np.array([page_id not in real.page_ids for page_id in both.page_ids])
+    of_real = np.repeat(~alone, both.boxes_per_page)
+    for seed in range(5):
+        whole = folds_of_boxes(both, by, seed, 4, 1, books, alone)
+        assert np.array_equal(whole[of_real], folds_of_boxes(real, by, seed, 4, 1))
+        whole = split_of_boxes(both, by, seed, 0.2, 0.2, books, alone)
+        assert set(whole[~of_real].tolist()) == {TRAIN}
+        # Without pages of its own for training, a split leaves it a unit; here there is enough of all.
+        assert np.array_equal(whole[of_real], split_of_boxes(real, by, seed, 0.2, 0.2))
+
+
 def test_two_real_books_beside_drawn_ones_are_validation_and_test() -> None:
     labels = labels_of({"1_1": 50, "2_1": 60, "drawn_1": 5})
     books = ["1", "2", "drawn"]
