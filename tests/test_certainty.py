@@ -59,11 +59,10 @@ def test_the_temperature_is_the_one_of_the_least_cross_entropy() -> None:
             [
                 np.mean(np.log(np.exp(scale * wrong).sum(axis=1)) - scale * wrong[np.arange(len(labels)), labels])
                 for scale in SCALES
-            ],
-            np.float32,
+            ]
         )
         assert best_scale(losses) * factor == pytest.approx(1, rel=0.05)
-    rising = np.arange(65, dtype=np.float32)
+    rising = np.arange(65.0)
     assert best_scale(rising) == SCALES[0]
     assert best_scale(rising[::-1].copy()) == SCALES[-1]
 

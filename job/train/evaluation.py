@@ -42,7 +42,7 @@ class Evaluation:
     def best_scale(self) -> float:
         """Return the scale of logits, 1 / temperature, that fits the validation split."""
         crops = self.dataset.splits["validation"]
-        losses = np.zeros((1, len(SCALES)), np.float32)
+        losses = np.zeros((1, len(SCALES)))
         rows = self.workers * self.steps.predict_rows
         for begin in range(0, len(crops), rows):
             self._begin_step("fits the temperature to", "validation", begin)

@@ -26,9 +26,8 @@ def losses_of(model: keras.Model, images: Any, labels: Any) -> Any:
     return tf.stack([tf.reduce_sum(loss) for loss in losses])
 
 
-def best_scale(losses: NDArray[np.float32]) -> float:
+def best_scale(losses: NDArray[np.float64]) -> float:
     """Return the scale of logits of the least cross-entropy: a parabola's minimum. losses: (65,)."""
-    losses = losses.astype(np.float64)
     least = int(losses.argmin())
     if least in (0, len(SCALES) - 1):
         return float(SCALES[least])

@@ -8,9 +8,6 @@ import argparse
 import csv
 import os
 import platform
-import shlex
-import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -23,145 +20,105 @@ import click
 import numpy as np
 import pandas as pd
 
-from benchmarks.growth import KUZUSHIJI
-from preprocessing.books import book_of
+from benchmarks.recognition_data import FOLDS, Data, Part, run
 
 ROOT = Path(__file__).parents[2]
 ROWS = ROOT / "docs" / "recognition"
-EPOCHS = 12
+
+
+@dataclass(frozen=True)
+class Recipe:
+    options: str
+    learning_rate: str
+    slower: str | None
+    """Learning rate with which it goes on with real pages after drawn ones. None: it learns both at once."""
+
+    @property
+    def architecture(self) -> str:
+        return self.options.split()[1]
+
+
 RECIPES = {
-    "baseline, the study's": "--architecture baseline --global-batch-size 512 --learning-rate 1e-4",
-    "baseline, ours": "--architecture baseline --global-batch-size 128 --learning-rate 1e-3 --schedule cosine "
-    "--augment standard --weight-decay 0.05",
-    "resnet, ours": "--architecture resnet",
+    "baseline, the study's": Recipe("--architecture baseline --global-batch-size 512", "1e-4", None),
+    "baseline, ours": Recipe(
+        "--architecture baseline --global-batch-size 128 --schedule cosine --augment standard --weight-decay 0.05",
+        "1e-3",
+        "5e-4",
+    ),
+    "resnet, ours": Recipe("--architecture resnet", "1e-2", "5e-3"),
 }
+# Epochs of some 100,000 crops in all: of real and drawn pages at once, or of the drawn ones and then of the real ones.
+BOTH, DRAWN, REAL = 2, 1, 20
+ALONE = 8  # of the other studies
 SHOWN = {
     "accuracy": "accuracy", "without_rare": "without rare", "top5": "top 5", "macro_f1": "macro F1", "ece": "ECE",
     "at_99": "at 99 %",
 }  # fmt: skip
 SEEDS = (42, 43, 44)  # the first of all recipes, the others of the two that matter
-PAGES_OF_A_FONT = 20
-DRAWN_PAGES = 60
-
-
-@dataclass(frozen=True)
-class Part:
-    study: str
-    """`books`: real pages of books that it was not trained on. `hands`: drawn pages of other fonts.
-    `random`: drawn pages, crops at random."""
-    fold: int
-    recipe: str
-    seed: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.study}-{self.fold}-{list(RECIPES).index(self.recipe)}-{self.seed}"
+CHOSEN_ON = 3  # the fold (book 200021763) on which recipes were chosen
 
 
 def parts() -> Iterator[Part]:
-    """In the order in which they are worth most. Recipes were chosen on fold 3 of the books, which is in no table."""
+    """In the order in which they are worth most."""
     for seed in SEEDS:
         recipes = [recipe for recipe in RECIPES if seed == SEEDS[0] or recipe != "baseline, ours"]
-        for study, folds in (("books", (2, 1, 0)), ("hands", (0,)), ("random", (0,))):
+        for study, folds in (("books", [*range(FOLDS)]), ("hands", [0]), ("random", [0])):
             if seed == SEEDS[0] or study == "books":
-                yield from (Part(study, fold, recipe, seed) for fold in folds for recipe in recipes)
+                of_study = [fold for fold in folds if study != "books" or fold != CHOSEN_ON]
+                yield from (Part(study, fold, recipe, seed) for fold in of_study for recipe in recipes)
 
 
-class Data:
-    """The datasets of all parts, in a folder. They are made when they are needed, and then kept."""
-
-    def __init__(self, folder: Path, real: Path, fonts: Path) -> None:
-        """real: folder of real pages, with `train.csv`, `real/train.csv`, `layouts.csv` and `class_counts.csv`."""
-        self.folder, self.real, self.fonts = folder, real, fonts
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def dataset(self, part: Part) -> Path:
-        dataset = self.folder / f"{part.study}-{part.fold}"
-        if (dataset / "manifest.json").exists():
-            return dataset
-        pages, options = self._books() if part.study == "books" else self._hands()
-        split = ["--split", "random"]
-        if part.study != "random":
-            split = ["--split", "book", "--folds", 4 if part.study == "books" else 5, "--fold", part.fold]
-            split += options
-        classes = self.folder / "label.labels.txt"
-        counts = pd.read_csv(self.real / "class_counts.csv")
-        classes.write_text("".join(f"{name}\n" for name in [*counts[counts["kept"] == 1]["unicode"], "rare"]))
-        labels = [word for file in sorted(pages.glob("*.csv")) for word in ("--labels", file)]
-        run("prepare", "--pages", pages / "images", *labels, "--dataset", dataset, "--classes", classes, *split)
-        return dataset
-
-    def _books(self) -> tuple[Path, list[Any]]:
-        """The real pages, and drawn ones in the layouts of other books, for training alone."""
-        pages = self.folder / "books"
-        if not pages.exists():
-            new = self._new(pages)
-            for folder in (self.real, self.real / "real"):
-                for page in (folder / "pages").iterdir():
-                    (new / "images" / page.name).symlink_to(page.resolve())
-                shutil.copy(folder / "train.csv", new / f"{folder.name}.csv")
-            drawn = self._draw(new, "drawn", self._layouts()[:DRAWN_PAGES], self.fonts)
-            (new / "train-only.txt").write_text("".join(f"{page}\n" for page in drawn))
-            new.rename(pages)
-        return pages, ["--train-only", pages / "train-only.txt"]
-
-    def _hands(self) -> tuple[Path, list[Any]]:
-        """Drawn pages; a book is a font."""
-        pages = self.folder / "hands"
-        if not pages.exists():
-            new, books, layouts = self._new(pages), [], self._layouts()
-            for number, font in enumerate(sorted(self.fonts.iterdir())):
-                one = new / f"font-{number}"
-                one.mkdir()
-                (one / font.name).symlink_to(font.resolve())
-                rows = layouts[number * PAGES_OF_A_FONT : (number + 1) * PAGES_OF_A_FONT]
-                books += [(page, f"font-{number}") for page in self._draw(new, f"drawn-{number}", rows, one)]
-            pd.DataFrame(books, columns=["page", "book"]).to_csv(new / "books.txt", index=False)
-            new.rename(pages)
-        return pages, ["--books", pages / "books.txt"]
-
-    def _new(self, pages: Path) -> Path:
-        new = pages.with_name(f"{pages.name}.new")
-        shutil.rmtree(new, ignore_errors=True)
-        (new / "images").mkdir(parents=True)
-        return new
-
-    def _layouts(self) -> list[tuple[str, str]]:
-        """Id and labels of pages of books that are not among the real ones, in a random order."""
-        rows = pd.read_csv(self.real / "layouts.csv", dtype=str).dropna()
-        real = {
-            book_of(page.stem) for folder in (self.real, self.real / "real") for page in (folder / "pages").iterdir()
-        }
-        rows = rows[~rows["image_id"].map(book_of).isin(real)].sample(frac=1, random_state=0)
-        return list(rows.itertuples(index=False, name=None))
-
-    def _draw(self, pages: Path, name: str, rows: list[tuple[str, str]], fonts: Path) -> list[str]:
-        layouts, drawn = pages / "layouts", pages / name
-        pd.DataFrame(rows, columns=["image_id", "labels"]).to_csv(layouts, index=False)
-        run("sample", "--out", drawn, "--num-pages", len(rows), "--layouts", layouts, "--fonts", fonts, "--seed", 1)
-        for page in (drawn / "train_images").iterdir():
-            page.rename(pages / "images" / page.name)
-        (drawn / "train.csv").rename(pages / f"{name}.csv")
-        return [page for page, _ in rows]
-
-
-def run(*arguments: object) -> None:
-    command = [str(word) for word in (KUZUSHIJI, *arguments)]
-    click.echo(f"$ kuzushiji {shlex.join(command[1:])}")
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-
-
-def measure(part: Part, dataset: Path, models: Path) -> None:
+def measure(part: Part, data: Data, models: Path) -> None:
     """Train, test, and add the rows."""
-    options = RECIPES[part.recipe].split()
-    recipe = [*options, "--epochs", EPOCHS, "--seed", part.seed, "--workers", 1]
-    run("train", "--dataset", dataset, "--models", models, "--run", part.name, *recipe)
-    folder = models / options[1] / part.name
-    numbers, pages = tested(folder, dataset)
+    recipe, number = RECIPES[part.recipe], list(RECIPES).index(part.recipe)
+    name, first = f"{part.folder}-{number}-{part.seed}", f"drawn-{number}-{part.seed}"
+    trainings = Trainings(models, recipe, part.seed)
+    if part.study != "books":
+        trainings.add(name, data.of(part), ALONE)
+    elif recipe.slower is None:
+        trainings.add(name, data.of(part), BOTH)
+    else:
+        trainings.add(first, data.drawn(), DRAWN)
+        trainings.add(name, data.real_of(part), REAL, go_on_from=first)
+    history = trainings.history()
+    numbers, pages = tested(models / recipe.architecture / name, data.of(part))
     add(ROWS / "pages.csv", [vars(part) | row for row in pages])
-    machine = f"{platform.machine()}, {os.cpu_count()} CPUs"
-    told = {"date": date.today().isoformat(), "machine": machine, "command": shlex.join(map(str, ("train", *recipe)))}
+    add(ROWS / "epochs.csv", [vars(part) | row for row in history.to_dict("records")])
+    told = {
+        "date": date.today().isoformat(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
+        "command": "; ".join(trainings.commands),
+        "crops_per_s": history["crops_per_s"].median(),
+        "seconds": history["seconds"].iloc[-1],
+    }
     add(ROWS / "runs.csv", [vars(part) | told | numbers])  # last: it says that the part is done
+
+
+class Trainings:
+    """One training, or one that begins with the model of another."""
+
+    def __init__(self, models: Path, recipe: Recipe, seed: int) -> None:
+        self.models, self.recipe, self.seed = models, recipe, seed
+        self.commands: list[str] = []
+        self._histories: list[pd.DataFrame] = []
+
+    def add(self, name: str, dataset: Path, epochs: int, go_on_from: str | None = None) -> None:
+        folder, recipe = self.models / self.recipe.architecture, self.recipe
+        rate = recipe.slower if go_on_from else recipe.learning_rate
+        options = [*recipe.options.split(), "--learning-rate", rate, "--epochs", epochs, "--seed", self.seed]
+        begin = ["--weights", folder / go_on_from] if go_on_from else []
+        places = ["--dataset", dataset, "--models", self.models, "--run", name]
+        run("train", *places, *options, *begin, "--workers", 1)
+        shown = [f"--dataset {dataset.name}", *map(str, options), *([f"--weights {go_on_from}"] if go_on_from else [])]
+        self.commands.append(f"train {' '.join(shown)}")
+        self._histories.append(pd.read_json(folder / name / "history.jsonl", lines=True))
+
+    def history(self) -> pd.DataFrame:
+        """A row an epoch: seconds since the first one began, crops seen until then, validation accuracy."""
+        rows = pd.concat(self._histories, ignore_index=True)
+        seen = (rows["crops_per_s"] * rows["seconds"]).round().cumsum().astype(int)
+        columns = rows[["val_accuracy", "crops_per_s"]]
+        return columns.assign(seconds=rows["seconds"].cumsum(), seen=seen, epoch=range(1, len(rows) + 1))
 
 
 def tested(folder: Path, dataset: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -173,7 +130,6 @@ def tested(folder: Path, dataset: Path) -> tuple[dict[str, Any], list[dict[str, 
     from job.model.inference import Inference
 
     model, names, _ = load_model(place(folder))
-    history = pd.read_json(folder / "history.jsonl", lines=True)
     with staged(place(dataset), ["train", "test"]) as data:
         crops, books = data.splits["test"], data.books()
         predictions = Inference(model).predict(crops.images, crops.labels)
@@ -192,8 +148,6 @@ def tested(folder: Path, dataset: Path) -> tuple[dict[str, Any], list[dict[str, 
         **table.groupby(by_examples, observed=False)["f1"].mean().to_dict(),
         "parameters": model.count_params(),
         "gradient_bytes": 4 * sum(int(np.prod(variable.shape)) for variable in model.trainable_variables),
-        "crops_per_s": history["crops_per_s"].median(), "seconds": history["seconds"].sum(),
-        "val_accuracy": history["val_accuracy"].max(),
     }  # fmt: skip
     return numbers, rows.to_dict("records")
 
@@ -268,7 +222,7 @@ def main() -> None:
             break
         began = time.monotonic()
         click.echo(f"{part.study}, fold {part.fold}: {part.recipe}, seed {part.seed}")
-        measure(part, data.dataset(part), given.work / "models")
+        measure(part, data, given.work / "models")
         longest = max(longest, time.monotonic() - began)
     left = len([part for part in parts() if part not in done()])
     if done():
