@@ -40,12 +40,12 @@ class Recipe:
 
 RECIPES = {
     "baseline, the study's": Recipe("--architecture baseline --global-batch-size 512", "1e-4", None),
+    "resnet, ours": Recipe("--architecture resnet", "1e-2", "5e-3"),
     "baseline, ours": Recipe(
         "--architecture baseline --global-batch-size 128 --schedule cosine --augment standard --weight-decay 0.05",
         "1e-3",
         "5e-4",
     ),
-    "resnet, ours": Recipe("--architecture resnet", "1e-2", "5e-3"),
 }
 # Epochs of some 100,000 crops in all: of real and drawn pages at once, or of the drawn ones and then of the real ones.
 BOTH, DRAWN, REAL = 2, 1, 20
