@@ -79,7 +79,7 @@ class TrainConfig(BaseModel):
 
     architecture: ArchitectureName
     weights: str = Field("none", pattern=r"^(none|imagenet|(sha256|model):[0-9a-f]{64})$")  # files have their hash
-    """imagenet, none, FILE of a base, or a MODEL of ours.  [default: imagenet]"""
+    """imagenet, none, FILE of a base, or a model folder.  [default: imagenet]"""
     unfreeze: Literal["last", "all"] = "all"
     """Layers of the base to train.  [default: last; all with --weights none]"""
     workers: PositiveInt = 1
@@ -128,7 +128,8 @@ def configs_of(
     """Return one config per architecture (`all`: all of them), in the order of `NAMES`.
 
     An option that is None gets its default, from the recipe of the architecture if it has one; the default of
-    `deterministic` is True on CPUs and False on GPUs. weights, unfreeze: ignored for architectures without a base.
+    `deterministic` is True on CPUs and False on GPUs. weights: `imagenet`, `none`, or `Weights.identity`. Those of a
+    base, and unfreeze, are ignored for architectures without a base.
 
     Raises:
         OptionError: an architecture is unknown, an option is invalid, or options contradict each other.
@@ -142,7 +143,8 @@ def configs_of(
         raise OptionError(f"--weights MODEL must come with one architecture. Received: {', '.join(names)}")
     if not transfer and (unfreeze or (weights and not from_model)):
         option = "--unfreeze" if unfreeze else "--weights"
-        raise OptionError(f"{option} must come with one of {', '.join(TRANSFER)}. Received: {', '.join(names)}")
+        but = ", but for a model folder" if option == "--weights" else ""
+        raise OptionError(f"{option}{but} must come with one of {', '.join(TRANSFER)}. Received: {', '.join(names)}")
     if len(transfer) > 1 and weights not in (None, "imagenet", "none"):
         raise OptionError(f"--weights FILE must come with one architecture. Received: {', '.join(transfer)}")
     if weights == "none" and unfreeze == "last":

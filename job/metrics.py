@@ -43,8 +43,8 @@ class SplitMetrics:
     loss: float
     """Mean cross-entropy (negative log-likelihood)."""
     ece: float
-    """Expected calibration error (arxiv.org/abs/1706.04599): mean difference of probability and accuracy, in 15 bins
-    of equally many crops of similar probability.
+    """Expected calibration error: mean difference of probability and accuracy, in 15 bins of equally many crops of
+    similar probability (arxiv.org/abs/1909.10155).
     """
     at_99: float
     """Largest share of the crops, the most certain ones first, of which 99 % are right."""
@@ -74,17 +74,20 @@ def metrics(predictions: NDArray[np.float32], labels: NDArray[np.int64], class_n
 
 def _certainty(probabilities: NDArray[np.float32], correct: NDArray[np.bool_]) -> dict[str, Any]:
     """Return the metrics of how sure a model is. Both (N,), N at least 1, of the predicted classes."""
-    order = np.argsort(-probabilities, kind="stable")
-    correct, probabilities = correct[order], probabilities[order].astype(np.float64)
+    # Crops of the same probability, many at 1, have no order: each counts as their mean.
+    values, group, size = np.unique(probabilities, return_inverse=True, return_counts=True)
+    order = np.argsort(-group, kind="stable")
+    right = (np.bincount(group, correct) / size)[group][order]
+    sure = values[group][order].astype(np.float64)
     bins = [rows for rows in np.array_split(np.arange(len(order)), BINS) if len(rows)]
-    gaps = [abs(probabilities[rows].mean() - correct[rows].mean()) * len(rows) for rows in bins]
-    accuracy = np.cumsum(correct) / np.arange(1, len(order) + 1)
-    enough = np.flatnonzero(accuracy >= RIGHT)
+    gaps = [abs(sure[rows].mean() - right[rows].mean()) * len(rows) for rows in bins]
+    accuracy = np.cumsum(right) / np.arange(1, len(order) + 1)
+    enough = np.flatnonzero(accuracy >= RIGHT - 1e-9)  # sums of means are rounded
     ends = -(-len(order) * np.arange(1, SHARES + 1) // SHARES)  # rounded up
     return {
         "ece": float(sum(gaps) / len(order)),
         "at_99": float((enough[-1] + 1) / len(order)) if len(enough) else 0.0,
-        "errors_by_share": tuple((1 - accuracy[ends - 1]).tolist()),
+        "errors_by_share": tuple(np.round(1 - accuracy[ends - 1], 9).tolist()),
     }
 
 

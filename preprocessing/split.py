@@ -146,6 +146,8 @@ class Units:
     """(P,): the unit of each page."""
     sizes: NDArray[np.int64]
     """(U,): number of boxes of each unit; 0 for units that are for training alone."""
+    alone: NDArray[np.bool_]
+    """(U,): which are for training alone."""
     beside: str
     """Addition to the words `books with boxes` in an error message."""
 
@@ -159,16 +161,21 @@ class Units:
         names, of_page = np.unique(units, return_inverse=True)
         sizes = np.bincount(of_page, weights=labels.boxes_per_page).astype(np.int64)
         if train_only is None:
-            return cls(names.tolist(), of_page, sizes, "")
+            return cls(names.tolist(), of_page, sizes, np.zeros(len(names), bool), "")
         is_for_training = np.bincount(of_page, weights=train_only) > 0
         if added := int(np.count_nonzero(is_for_training[of_page] & ~train_only)):
             log.warning("--train-only: %d more pages are of the same books, which --split book keeps whole", added)
-        return cls(names.tolist(), of_page, np.where(is_for_training, 0, sizes), " beside those of --train-only")
+        beside = " beside those of --train-only"
+        return cls(names.tolist(), of_page, np.where(is_for_training, 0, sizes), is_for_training, beside)
 
     def in_seeded_order(self, rng: np.random.Generator) -> list[int]:
-        """Return the indices of the units that may be for validation or test. Others do not change their order."""
-        order: list[int] = rng.permutation(np.flatnonzero(self.sizes)).tolist()
-        return order
+        """Return the indices of the units that may be for validation or test. Those that are for training alone do not
+        change their order.
+        """
+        others = np.flatnonzero(~self.alone)
+        with_boxes = np.flatnonzero(self.sizes[others])
+        last = int(with_boxes[-1]) if len(with_boxes) else -1
+        return [int(unit) for unit in others[rng.permutation(last + 1)] if self.sizes[unit]]
 
 
 def _books(labels: Labels, books: Sequence[str] | None) -> Sequence[str]:

@@ -89,7 +89,7 @@ def test_a_line_becomes_a_curve_that_stays_near_it(monkeypatch: pytest.MonkeyPat
     after = augmented(images)[:, 5:-5, :, 0]
     across = (after * np.arange(80)).sum(axis=2) / after.sum(axis=2)  # middle of the line, in each row
     assert (np.ptp(across, axis=1) > 1).all()
-    assert np.abs(across - 39.5).max() < 4.5
+    assert 2 < np.abs(across - 39.5).max() <= 3.5 + 0.1
     assert np.abs(np.diff(across, axis=1)).max() < 1  # a stroke stays whole
 
 

@@ -37,6 +37,11 @@ def test_of_the_most_certain_crops_it_is_told_how_many_are_right() -> None:
     backwards = of(probabilities[::-1], ([True] * 400 + [False, True] * 300)[::-1])
     assert backwards.at_99 == found.at_99
     assert of([0.9, 0.8], [False, False]).at_99 == 0
+    # Crops of the same probability have no order.
+    saturated = [of([1.0] * 100, right) for right in ([True] * 60 + [False] * 40, [False] * 40 + [True] * 60)]
+    assert saturated[0] == saturated[1]
+    assert saturated[0].errors_by_share == pytest.approx([0.4] * 20)
+    assert saturated[0].at_99 == 0
 
 
 @pytest.mark.parametrize("crops", [1, 2, 19, 21])

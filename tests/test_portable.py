@@ -104,7 +104,7 @@ def test_every_architecture_predicts_the_same_everywhere(backend: str, version: 
     if backend == "torch":
         pytest.importorskip("torch", reason="torch is not installed")
     found = differences(saved, NAMES, backend, version)
-    print(backend, version or "ours", found)  # noqa: T201  # the table of the release notes
+    print(backend, version or "ours", found)  # noqa: T201
     assert max(found.values()) < 1e-5
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from conftest import Kuzushiji
 from PIL import Image, ImageOps
 
-from cluster.errors import OptionError
+from cluster.errors import DamageError, InputError, OptionError
 from cluster.storage import place
 from job.config import configs_of
 from job.model.pretrained import obtain, weights_option
@@ -55,11 +56,13 @@ def test_classes_that_both_have_keep_what_was_learned_and_new_ones_begin_anew(
     architecture: str, tmp_path: Path
 ) -> None:
     import keras
+    import tensorflow as tf
 
     from job.model.start import initial_model
 
+    tf.config.experimental.enable_tensor_float_32_execution(True)
     old = write(tmp_path / architecture / "first", architecture)
-    given = weights_option(str(tmp_path / architecture))  # its latest run
+    given = weights_option(str(tmp_path / architecture / "first"))
     assert given
     config = configs_of([architecture], given.identity, None)[0]
     shared = obtain(config, given, place(tmp_path / "models"))
@@ -68,7 +71,10 @@ def test_classes_that_both_have_keep_what_was_learned_and_new_ones_begin_anew(
     keras.utils.set_random_seed(2)
     fresh = initial_model(config, None, named(NEW))
     keras.utils.set_random_seed(2)
+    tf32 = tf.config.experimental.tensor_float_32_execution_enabled()
     model = initial_model(config, shared, named(NEW))
+    # As in a worker: `load_model` configures the process for inference, without TF32.
+    assert tf.config.experimental.tensor_float_32_execution_enabled() == tf32
     of_classes = 0
     for own, before, new in zip(model.weights, old.weights, fresh.weights, strict=True):
         if own.shape == before.shape:
@@ -87,21 +93,54 @@ def test_what_a_training_cannot_begin_with_is_one_line(few: Path, kuzushiji: Kuz
     write(tmp_path / "fcn" / "first", "fcn")
     write(tmp_path / "wide" / "first", "baseline", margin=0.25)
     (tmp_path / "empty").mkdir()
+    write(tmp_path / "damaged" / "first", "baseline")
+    (tmp_path / "damaged" / "first" / "model.keras").write_bytes(b"damaged")
     for folder, message in {
-        "fcn": "--weights must be a model of the architecture that is trained, baseline",
-        "wide": "--dataset must have the margin of the model of --weights, 0.25. Received: 0. Prepare it with",
+        "damaged/first": "model.keras",
+        "fcn": "or a model folder, <architecture>/<run>",
+        "fcn/first": "--weights must be a model of the architecture that is trained, baseline",
+        "wide/first": "--dataset must have the margin of the model of --weights, 0.25. Received: 0. Prepare it with",
         "empty": "--weights must be imagenet, none, a file that ends in .h5, or a model folder",
         "nowhere.h5": "--weights must be a file that exists",
     }.items():
         command = ["train", "--dataset", few, "--models", tmp_path / "models", "--architecture", "baseline"]
         done = kuzushiji(*command, "--weights", tmp_path / folder)
-        assert done.code == (1 if folder == "nowhere.h5" else 2)
+        assert done.code == (1 if folder in ("nowhere.h5", "damaged/first") else 2)
         assert len(done.lines) == 1
         assert message in done.lines[0]
+    assert not (tmp_path / "models" / ".weights").exists()  # what is refused is not kept
     with pytest.raises(OptionError, match="--weights MODEL must come with one architecture"):
         configs_of(["resnet", "baseline"], f"model:{'0' * 64}", None)
     with pytest.raises(OptionError, match="a file that ends in .h5, or a model folder"):
         weights_option(str(tmp_path))
+
+
+@pytest.mark.usefixtures("narrow")
+def test_other_layers_are_refused_and_a_changed_model_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from job.model.start import initial_model
+
+    write(tmp_path / "baseline" / "first", "baseline")
+    given = weights_option(str(tmp_path / "baseline" / "first"))
+    assert given
+    config = configs_of(["baseline"], given.identity, None)[0]
+    with pytest.raises(DamageError, match="must not change meanwhile"):
+        obtain(
+            config.model_copy(update={"weights": f"model:{'0' * 64}"}), replace(given, sha256="0" * 64), place(tmp_path)
+        )
+    monkeypatch.setattr("job.model.architectures.BASELINE_HEAD", (7, 7))
+    with pytest.raises(InputError, match="--weights must be a model with the layers of baseline"):
+        initial_model(config, given, named(NEW))
+
+
+def test_the_card_names_the_model_that_a_training_began_with() -> None:
+    from job.train.result import _base
+
+    config = configs_of(["baseline"], f"model:{'a' * 64}", None)[0].model_dump()
+    assert "model:aaaa" in _base(config)
+    of_base = configs_of(["xception"], f"model:{'a' * 64}", "last")[0].model_dump()
+    assert "model:aaaa" in _base(of_base)
+    assert "its last layers were trained" in _base(of_base)
+    assert _base(configs_of(["baseline"], None, None)[0].model_dump()) == ""
 
 
 def mirrored(pages: Path, out: Path) -> None:

@@ -80,20 +80,31 @@ def write_model(
 
 
 def load_model(place: UPath) -> tuple["keras.Model", list[str], UPath]:
-    """Load a model. Return the model, its class names, and its folder.
+    """Load a model for inference. Return the model, its class names, and its folder.
 
     place: a model folder, or an architecture's folder for its latest run. All files are checked before loading.
 
     Raises:
         InputError: the place is not a model folder.
+        DamageError: as `load_checked`.
+    """
+    folder = resolve_model(place)
+    load_tensorflow()
+    return *load_checked(folder), folder
+
+
+def load_checked(folder: UPath) -> tuple["keras.Model", list[str]]:
+    """Load a model in a process that is configured. Return the model and its class names.
+
+    folder: a model folder. All files are checked before loading.
+
+    Raises:
         DamageError: a file does not match the manifest; or `model.keras` is not a classifier of these classes, or
             contains what could execute code.
     """
-    folder = resolve_model(place)
     manifest = read_manifest(folder, ModelManifest)
     if missing := {MODEL_FILE, LABELS_FILE} - {entry.name for entry in manifest.files}:
         raise DamageError(f"{folder}: the manifest must list {' and '.join(sorted(missing))}")
-    load_tensorflow()
     with writing_in(Path(tempfile.gettempdir())), tempfile.TemporaryDirectory() as temporary:
         local = UPath(temporary)
         sizes = list_files(folder)
@@ -112,7 +123,7 @@ def load_model(place: UPath) -> tuple["keras.Model", list[str], UPath]:
                 f"{folder / MODEL_FILE} must be a classifier written by `kuzushiji train`. "
                 f"Received: {' '.join(str(error).split())[:300]}. Ask the owner of the models"
             ) from error
-    return model, names, folder
+    return model, names
 
 
 def read_margin(folder: UPath) -> float:

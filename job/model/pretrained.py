@@ -16,8 +16,8 @@ import numpy as np
 from upath import UPath
 
 from cluster.errors import DamageError, InputError, OptionError
-from cluster.manifest import MANIFEST_FILE, fault_of, read_manifest
-from cluster.models import ModelManifest, resolve_model
+from cluster.manifest import MANIFEST_FILE, fault_of, is_sealed, read_manifest
+from cluster.models import ModelManifest
 from cluster.storage import fetch, is_file, list_files, md5_of, new_file, place, sha256_of, write_bytes
 from job.config import TrainConfig
 from job.model.load_tensorflow import load_tensorflow
@@ -91,14 +91,13 @@ def weights_option(value: str | None) -> Weights | None:
         if not is_file(given):
             raise InputError(f"--weights must be a file that exists. Received: {value}, which does not exist")
         return Weights(str(given), sha256_of(given))
-    try:
-        folder = resolve_model(given)
-    except InputError as error:
+    # Not an architecture's folder: its latest run may be another one when the same command resumes the training.
+    if not is_sealed(given):
         raise OptionError(
-            f"--weights must be imagenet, none, a file that ends in {LEGACY_SUFFIX}, or a model folder. "
-            f"Received: {value}"
-        ) from error
-    return Weights(str(folder), read_manifest(folder, ModelManifest).sha256, is_model=True)
+            f"--weights must be imagenet, none, a file that ends in {LEGACY_SUFFIX}, or a model folder, "
+            f"<architecture>/<run>. Received: {value}"
+        )
+    return Weights(str(given), read_manifest(given, ModelManifest).sha256, is_model=True)
 
 
 def obtain(config: TrainConfig, file: Weights | None, models: UPath) -> Weights | None:
@@ -108,6 +107,7 @@ def obtain(config: TrainConfig, file: Weights | None, models: UPath) -> Weights 
 
     Raises:
         OptionError: `file` is not that of the config.
+        DamageError: the model does not match its manifest.
         InputError: the weights can't be downloaded, or do not fit the architecture.
     """
     if config.weights == "none":
@@ -127,9 +127,18 @@ def obtain(config: TrainConfig, file: Weights | None, models: UPath) -> Weights 
 
 
 def _share_model(model: Weights, shared: UPath) -> Weights:
-    """Copy a model folder. Workers check the copy when they load it."""
+    """Copy a model folder. Workers check the copy again when they load it.
+
+    Raises:
+        DamageError: a file does not match the manifest, or the manifest is another one than before.
+    """
     folder = place(model.place)
     manifest = read_manifest(folder, ModelManifest)
+    if manifest.sha256 != model.sha256:
+        raise DamageError(f"{folder} must not change meanwhile. Received: another manifest. Run the command again")
+    sizes = list_files(folder)
+    if faults := [fault for entry in manifest.entries if (fault := fault_of(folder, entry, sizes))]:
+        raise DamageError(f"{folder}: {faults[0]}. Pull the model again")
     sizes = list_files(shared)
     for entry in manifest.entries:
         if fault_of(shared, entry, sizes):

@@ -3,7 +3,6 @@
 Of a model of ours, classes that both have keep what it learned of them.
 """
 
-import logging
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -13,12 +12,10 @@ from upath import UPath
 from cluster.errors import InputError, OptionError
 from cluster.storage import place
 from job.config import TRANSFER, TrainConfig
-from job.model.folder import CONFIG_FILE, LABELS_FILE, load_model, read_json, read_margin
+from job.model.folder import CONFIG_FILE, LABELS_FILE, load_checked, read_json, read_margin
 from job.model.pretrained import Weights, local_copy
 from preprocessing.classes import LABELS_FILE as DATASET_LABELS_FILE
 from preprocessing.classes import read_class_names
-
-log = logging.getLogger("kuzushiji")
 
 
 def initial_model(config: TrainConfig, weights: Weights | None, class_names: Sequence[str]) -> Any:
@@ -42,8 +39,8 @@ def initial_model(config: TrainConfig, weights: Weights | None, class_names: Seq
     return model
 
 
-def check_start(folder: UPath, architecture: str, dataset: UPath, margin: float) -> None:
-    """Check that a training can begin with a model, and log how many classes go on. margin: of the dataset's crops.
+def check_start(folder: UPath, architecture: str, dataset: UPath, margin: float) -> str:
+    """Check that a training can begin with a model. Return a line on its classes. margin: of the dataset's crops.
 
     Raises:
         OptionError: the model is of another architecture, or was trained on crops of another margin.
@@ -53,8 +50,8 @@ def check_start(folder: UPath, architecture: str, dataset: UPath, margin: float)
     found = read_json(folder / CONFIG_FILE).get("architecture")
     if found != architecture:
         raise OptionError(
-            f"--weights must be a model of the architecture that is trained, {architecture}. Received: {folder}, of "
-            f"{str(found)[:40]}"
+            f"--weights must be a model of the architecture that is trained, {architecture}. Received: {folder}, a "
+            f"model of {str(found)[:40]}"
         )
     if of_model != margin:
         raise OptionError(
@@ -63,7 +60,7 @@ def check_start(folder: UPath, architecture: str, dataset: UPath, margin: float)
         )
     names, known = read_class_names(dataset / DATASET_LABELS_FILE), read_class_names(folder / LABELS_FILE)
     both = len({*names} & {*known})
-    log.info("begins with %s: %d classes go on, %d begin anew", folder, both, len(names) - both)
+    return f"begins with {folder}: {both} classes go on, {len(names) - both} begin anew"
 
 
 def start_from(model: Any, class_names: Sequence[str], folder: UPath) -> None:
@@ -76,7 +73,7 @@ def start_from(model: Any, class_names: Sequence[str], folder: UPath) -> None:
         DamageError: the model does not match its manifest, or can't be loaded.
         InputError: its layers are others.
     """
-    trained, names, _ = load_model(folder)
+    trained, names = load_checked(folder)
     index_of = {name: index for index, name in enumerate(names)}
     own = [index for index, name in enumerate(class_names) if name in index_of]
     theirs = [index_of[class_names[index]] for index in own]

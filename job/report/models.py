@@ -222,7 +222,10 @@ def _metrics(run: Trained) -> Iterator[str]:
     yield html.table(header, rows)
     history = run.history
     yield html.plots(
-        (plots.curves({"": history}, ["loss", "val_loss"], "loss"), "Loss: training, and validation (dashed)."),
+        (
+            plots.curves({"": history}, ["loss", "val_loss"], "loss"),
+            "Loss: training, and validation (dashed), before the temperature.",
+        ),
         (
             plots.curves({"": history}, ["accuracy", "val_accuracy"], "accuracy"),
             "Accuracy: training, and validation (dashed).",

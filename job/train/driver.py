@@ -87,8 +87,9 @@ def train(
     began = time.monotonic()
     _check_run_name(run)
     manifest = _check_dataset(dataset)
+    begins = ""
     if weights and weights.is_model:
-        check_start(place(weights.place), configs[0].architecture, dataset, manifest.margin)
+        begins = check_start(place(weights.place), configs[0].architecture, dataset, manifest.margin)
     runs = [Run(run, _fit_batch_size(manifest, config), dataset, manifest.sha256, models) for config in configs]
     alone = len(runs) == 1
     if len({training.folder for training in runs}) < len(runs):
@@ -110,6 +111,8 @@ def train(
                 if training not in outcomes:
                     locks.enter_context(training.alone())
                     ready[training] = obtain(training.config, weights, models)
+                    if begins:
+                        log.info("%s: %s", training.config.architecture, begins)
             except Exception as error:
                 outcomes[training] = _failed(training, error, alone)
         if ready:

@@ -38,6 +38,7 @@ class EpochRow:
     """Mean cross-entropy over the training crops, each computed before the update of its step."""
     accuracy: float
     val_loss: float
+    """Before the temperature, see `temperature.py`."""
     val_accuracy: float
     learning_rate: float
     seconds: float
@@ -173,9 +174,10 @@ def _any_size(config: Mapping[str, Any]) -> str:
 
 
 def _base(config: Mapping[str, Any]) -> str:
-    if config["weights"].startswith("model:"):
-        return f"\n- Initial weights: those of the model whose manifest has the SHA-256 {config['weights'][6:]}."
-    if config["architecture"] not in TRANSFER:
+    from_model = config["weights"].startswith("model:")
+    if config["architecture"] not in TRANSFER and not from_model:
         return ""
+    if config["architecture"] not in TRANSFER:
+        return f"\n- Initial weights: {config['weights']}, by the SHA-256 of its manifest."
     trained = {"last": "its last layers were trained", "all": "all its layers were trained"}[config["unfreeze"]]
     return f"\n- Initial weights of the base: {config['weights']}; {trained}."

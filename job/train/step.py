@@ -20,7 +20,7 @@ from job.data.order import share
 from job.model.inference import COUNT, IMAGES, LABELS, crops_per_step, predictions_of
 from job.train.batch_norm import SharedBatchNorm
 from job.train.dropout import SharedDropout, dropout_masks
-from job.train.temperature import losses_of
+from job.train.temperature import SCALES, losses_of
 
 
 def balanced_weights(labels: NDArray[np.int64], classes: int) -> NDArray[np.float32]:
@@ -163,6 +163,8 @@ class Steps:
 
     def losses(self, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> NDArray[np.float32]:
         """Return `temperature.losses_of` this worker's crops, (1, 65) float32."""
+        if not len(labels):
+            return np.zeros((1, len(SCALES)), np.float32)
         sums: NDArray[np.float32] = self._losses_step(images, labels).numpy()
         return sums[None]
 

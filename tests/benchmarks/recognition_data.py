@@ -1,5 +1,6 @@
 """The datasets of `make recognition`: real pages of seven books, drawn pages in the layouts of others, drawn hands."""
 
+import json
 import shlex
 import shutil
 import subprocess
@@ -124,6 +125,11 @@ class Data:
             page.rename(pages / "images" / page.name)
         (drawn / "train.csv").rename(pages / f"{name}.csv")
         return [page for page, _ in rows]
+
+
+def crops_of(dataset: Path) -> int:
+    """The number of crops to train on."""
+    return int(json.loads((dataset / "manifest.json").read_text())["counts"]["train"]["examples"])
 
 
 def run(*arguments: object) -> None:
