@@ -143,8 +143,8 @@ def configs_of(
         raise OptionError(f"--weights MODEL must come with one architecture. Received: {', '.join(names)}")
     if not transfer and (unfreeze or (weights and not from_model)):
         option = "--unfreeze" if unfreeze else "--weights"
-        but = ", but for a model folder" if option == "--weights" else ""
-        raise OptionError(f"{option}{but} must come with one of {', '.join(TRANSFER)}. Received: {', '.join(names)}")
+        model = ", or be a model folder" if option == "--weights" else ""
+        raise OptionError(f"{option} must come with one of {', '.join(TRANSFER)}{model}. Received: {', '.join(names)}")
     if len(transfer) > 1 and weights not in (None, "imagenet", "none"):
         raise OptionError(f"--weights FILE must come with one architecture. Received: {', '.join(transfer)}")
     if weights == "none" and unfreeze == "last":
