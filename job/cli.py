@@ -74,10 +74,10 @@ def train(
 
     if options["cpus_per_worker"] is None:
         options["cpus_per_worker"] = default_cpus_per_worker(max(1, options["workers"]))
-    file = weights_option(weights)
-    configs = configs_of(architectures, weights=file.identity if file else weights, **options)
+    given = weights_option(weights)
+    configs = configs_of(architectures, weights=given.identity if given else weights, **options)
     places = reachable_place(dataset), reachable_place(models)
-    outcomes = start(*places, configs, run or new_run_name(), file, start_limit)
+    outcomes = start(*places, configs, run or new_run_name(), given, start_limit)
     return outcome_result(outcomes), outcome_lines(outcomes)
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,6 +11,7 @@ from job.data.staging import Crops
 from preprocessing.classes import RARE
 from preprocessing.labels.code_points import code_point_name, parse_code_point
 
+# How sure a model is, see `SplitMetrics`.
 BINS = 15
 RIGHT = 0.99
 SHARES = 20
@@ -61,19 +61,24 @@ def metrics(predictions: NDArray[np.float32], labels: NDArray[np.int64], class_n
     correct = predictions[:, 0] == labels
     not_rare = labels != len(class_names) - 1
     present = per_class(predictions, labels, class_names).query("examples > 0")
+    ece, at_99, errors_by_share = _certainty(predictions[:, 1], correct)
     return SplitMetrics(
         accuracy=float(np.mean(correct)),
         accuracy_without_rare=float(np.mean(correct[not_rare])) if not_rare.any() else None,
         top5=float(np.mean(predictions[:, 2])),
         macro_f1=float(present["f1"].mean()),
         loss=float(np.mean(predictions[:, 3], dtype=np.float64)),
-        **_certainty(predictions[:, 1], correct),
+        ece=ece,
+        at_99=at_99,
+        errors_by_share=errors_by_share,
         examples=len(labels),
     )
 
 
-def _certainty(probabilities: NDArray[np.float32], correct: NDArray[np.bool_]) -> dict[str, Any]:
-    """Return the metrics of how sure a model is. Both (N,), N at least 1, of the predicted classes."""
+def _certainty(
+    probabilities: NDArray[np.float32], correct: NDArray[np.bool_]
+) -> tuple[float, float, tuple[float, ...]]:
+    """Return `ece`, `at_99` and `errors_by_share`. Both (N,), N at least 1, of the predicted classes."""
     # Crops of the same probability, many at 1, have no order: each counts as their mean.
     values, group, size = np.unique(probabilities, return_inverse=True, return_counts=True)
     order = np.argsort(-group, kind="stable")
@@ -84,11 +89,8 @@ def _certainty(probabilities: NDArray[np.float32], correct: NDArray[np.bool_]) -
     accuracy = np.cumsum(right) / np.arange(1, len(order) + 1)
     enough = np.flatnonzero(accuracy >= RIGHT - 1e-9)  # sums of means are rounded
     ends = -(-len(order) * np.arange(1, SHARES + 1) // SHARES)  # rounded up
-    return {
-        "ece": float(sum(gaps) / len(order)),
-        "at_99": float((enough[-1] + 1) / len(order)) if len(enough) else 0.0,
-        "errors_by_share": tuple(np.round(1 - accuracy[ends - 1], 9).tolist()),
-    }
+    at_99 = float((enough[-1] + 1) / len(order)) if len(enough) else 0.0
+    return float(sum(gaps) / len(order)), at_99, tuple(np.round(1 - accuracy[ends - 1], 9).tolist())
 
 
 def per_class(predictions: NDArray[np.float32], labels: NDArray[np.int64], class_names: Sequence[str]) -> pd.DataFrame:

@@ -100,13 +100,13 @@ def weights_option(value: str | None) -> Weights | None:
     return Weights(str(given), read_manifest(given, ModelManifest).sha256, is_model=True)
 
 
-def obtain(config: TrainConfig, file: Weights | None, models: UPath) -> Weights | None:
+def obtain(config: TrainConfig, given: Weights | None, models: UPath) -> Weights | None:
     """Store the initial weights of a training in `<models>/.weights/`, where all workers read them.
 
-    file: what `--weights` names, if the config has it. Returns None for random initialization.
+    given: what `--weights` names, if the config has it. Returns None for random initialization.
 
     Raises:
-        OptionError: `file` is not that of the config.
+        OptionError: `given` is not that of the config.
         DamageError: the model does not match its manifest.
         InputError: the weights can't be downloaded, or do not fit the architecture.
     """
@@ -115,15 +115,15 @@ def obtain(config: TrainConfig, file: Weights | None, models: UPath) -> Weights 
     if config.weights == "imagenet":
         shared = _imagenet(config.architecture, models / WEIGHTS_FOLDER)
         return Weights(str(shared), sha256_of(shared))
-    if file is None or file.identity != config.weights:
-        raise OptionError(f"--weights must be the file of the config. Received: {file}, not {config.weights}")
-    if file.is_model:
-        return _share_model(file, models / WEIGHTS_FOLDER / file.sha256)
-    _check_fit(config.architecture, file)
-    shared = models / WEIGHTS_FOLDER / f"{file.sha256}{file.suffix}"
-    if not is_file(shared) or sha256_of(shared) != file.sha256:
-        _copy(place(file.place), shared)
-    return Weights(str(shared), file.sha256)
+    if given is None or given.identity != config.weights:
+        raise OptionError(f"--weights must be the file of the config. Received: {given}, not {config.weights}")
+    if given.is_model:
+        return _share_model(given, models / WEIGHTS_FOLDER / given.sha256)
+    _check_fit(config.architecture, given)
+    shared = models / WEIGHTS_FOLDER / f"{given.sha256}{given.suffix}"
+    if not is_file(shared) or sha256_of(shared) != given.sha256:
+        _copy(place(given.place), shared)
+    return Weights(str(shared), given.sha256)
 
 
 def _share_model(model: Weights, shared: UPath) -> Weights:

@@ -35,7 +35,7 @@ CURVES = ("loss", "val_loss", "accuracy", "val_accuracy", "seconds", "crops_per_
 PER_CLASS = {"label": str, "examples": np.int64, "recall": np.float64}
 MISCLASSIFIED = dict.fromkeys(("image_id", "label", "predicted"), str) | dict.fromkeys(pictures.BOX_FIELDS, np.int64)
 
-CERTAIN = (
+RISK_CAPTION = (
     "Errors among the most certain crops of the test split. In the table, at 99 %: the largest share of which 99 % are "
     "right. ECE: expected calibration error."
 )
@@ -234,7 +234,7 @@ def _metrics(run: Trained) -> Iterator[str]:
             plots.accuracy_by_frequency(*_examples_and_recall(run.per_class)),
             "Recall of each class over its number of crops in the test split.",
         ),
-        *([(plots.risk(run.errors_by_share), CERTAIN)] if run.errors_by_share else []),
+        *([(plots.risk(run.errors_by_share), RISK_CAPTION)] if run.errors_by_share else []),
     )
     yield html.paragraph(
         f"{history['crops_per_s'].median():,.0f} crops/s, {history['seconds'].median():,.1f} s per epoch, "

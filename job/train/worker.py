@@ -35,6 +35,7 @@ def train_worker(job: TrainJob, start_up: StartUp) -> Failure | None:
         own, dataset, model = None, None, None
         try:
             dataset = stack.enter_context(staged(place(job.dataset), SPLITS))
+            start_up.ends("connecting and staging")
             model = initial_model(job.config, job.weights, dataset.class_names)
         except (DamageError, InputError) as error:
             own = Failure(str(error), traceback.format_exc())
@@ -42,7 +43,6 @@ def train_worker(job: TrainJob, start_up: StartUp) -> Failure | None:
         failure = shared_failure(job.board, job.config.architecture, own)
         if failure or not dataset or not model:
             return failure
-        start_up.ends("connecting and staging")
         training = Training(job, strategy, dataset, start_up, model)
         stack.callback(training.step_limit.stop)
         training.resume(place(job.checkpoints))
