@@ -128,6 +128,8 @@ def evaluate(model: str, dataset: str, split: str, out: str | None) -> Outcome:
 @click.option("--format", "form", type=click.Choice(["parquet", "csv"]), default="parquet", show_default=True,
               help="Format of the tables.")  # fmt: skip
 @click.option("--annotate", metavar="PLACE", help="Folder for pictures of the pages with the predicted characters.")
+@click.option("--min-confidence", default=0.0, show_default=True, type=click.FloatRange(0, 1), metavar="P",
+              help="Show 〓 in texts and pictures where the probability is less.")  # fmt: skip
 @click.option("--gpus", default=0, show_default=True, type=click.IntRange(min=0),
               help="Number of actors, each with one GPU; 0: one task per CPU.")  # fmt: skip
 @click.option("--rescale", is_flag=True,
@@ -141,6 +143,7 @@ def predict(
     out: str,
     form: str,
     annotate: str | None,
+    min_confidence: float,
     gpus: int,
     rescale: bool,
     start_limit: float,
@@ -152,7 +155,7 @@ def predict(
     model_place, pages_place, *box_places, out_place = map(reachable_place, (model, pages, *boxes, out))
     pictures, canvases_place = (reachable_place(text) if text else None for text in (annotate, canvases))
     folders = model_place, pages_place, box_places, out_place
-    manifest = run(*folders, form, pictures, gpus, start_limit, rescale, canvases_place)
+    manifest = run(*folders, form, pictures, gpus, start_limit, rescale, canvases_place, min_confidence)
     counts, accuracy, lost = manifest.counts, manifest.accuracy, len(manifest.losses)
     result = {"out": out} | counts | {"losses": lost, "clipped": len(manifest.clipped), "accuracy": accuracy}
     result |= {"warnings": len(manifest.warnings) + manifest.more_warnings, "without_ink": manifest.ink.without_ink}
@@ -161,25 +164,41 @@ def predict(
         names = {"accuracy": "accuracy", "accuracy_without_rare": "without rare", "top5": "top 5"}
         scores = ", ".join(f"{name} {value:.4f}" for key, name in names.items() if (value := accuracy[key]) is not None)
         lines.append(f"{scores}, {accuracy['examples']:,} boxes with a character")
+    if min_confidence:
+        uncertain, right = counts["uncertain"], accuracy.get("accuracy_of_shown")
+        others = "" if right is None else f"; the others have an accuracy of {right:.4f}"
+        share = f"{uncertain:,} boxes ({uncertain / counts['read']:.1%})"
+        lines.append(f"{share} are less probable than {min_confidence:g} and shown as 〓{others}")
     lines.append(f"{lost} boxes lost, {len(manifest.clipped)} clipped: each is listed in manifest.json")
     return result, lines
 
 
 @command
 @click.option("--model", required=True, metavar="PLACE", help="Model folder, or architecture folder (latest run).")
-@click.option("--format", "form", type=click.Choice(["savedmodel", "tflite"]), required=True,
-              help="savedmodel: TensorFlow Serving; tflite: LiteRT on small devices.")  # fmt: skip
+@click.option("--format", "form", type=click.Choice(["savedmodel", "onnx", "tflite"]), required=True,
+              help="savedmodel: TensorFlow Serving; onnx: ONNX; tflite: LiteRT on small devices.")  # fmt: skip
+@click.option("--quantize", type=click.Choice(["none", "float16", "int8"]), default="none", show_default=True,
+              help="Precision of a tflite; int8 is calibrated on crops of --dataset.")  # fmt: skip
 @click.option("--out", required=True, metavar="PLACE", help="New folder.")
-def export(model: str, form: str, out: str) -> Outcome:
-    """Convert a model for other runtimes, and compare predictions."""
+@click.option("--dataset", metavar="PLACE", help="Folder made by `prepare`: compares accuracies too.")
+@click.option("--split", type=click.Choice(SPLITS), default="test", show_default=True, help="Split to compare on.")
+def export(model: str, form: Any, quantize: Any, out: str, dataset: str | None, split: str) -> Outcome:
+    """Convert a model for other programs, and compare predictions."""
     from cluster.storage import reachable_place
-    from job.export import export as run
+    from job.export.export import export as run
 
-    difference = run(reachable_place(model), form, reachable_place(out))
-    return {"out": out, "largest_difference": difference}, [
-        f"{form}: {out}",
-        f"probabilities differ from the model's by at most {difference:.1g}",
+    data = reachable_place(dataset) if dataset else None
+    exported = run(reachable_place(model), form, reachable_place(out), quantize, data, split)
+    lines = [
+        f"{form}: {out}, {sum(exported.files.values()):,} bytes",
+        f"probabilities differ from the model's by at most {exported.largest_difference:.1g} on synthetic crops",
     ]
+    if accuracy := exported.accuracy:
+        lines.append(
+            f"accuracy on {split} ({accuracy.crops:,} crops): {accuracy.of_export:.4f}, of the model "
+            f"{accuracy.of_model:.4f}; the same class for {accuracy.same:.2%}"
+        )
+    return {"out": out} | asdict(exported), lines
 
 
 @command

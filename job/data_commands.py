@@ -77,6 +77,7 @@ def sample(out: str, num_pages: int, seed: int, scale: float, layouts: str | Non
 @option(PrepareConfig, "shards")
 @option(PrepareConfig, "rescale", is_flag=True, flag_value=True)
 @option(PrepareConfig, "margin")
+@option(PrepareConfig, "license", metavar="ID")
 @option(PrepareConfig, "max_bad_fraction")
 @start_limit_option
 def prepare(

@@ -1,6 +1,7 @@
 """Evaluation of a finished model on a split of a dataset, in this process."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import pandas as pd
@@ -10,9 +11,9 @@ from cluster.errors import OptionError
 from cluster.manifest import is_sealed
 from cluster.progress import progress
 from cluster.storage import check_writable, write_bytes
-from job.data.staging import staged
+from job.data.staging import StagedDataset, staged
 from job.metrics import SplitMetrics, confusions, metrics, misclassified, per_class
-from job.model.folder import load_model, read_margin
+from job.model.folder import load_model, read_trained_on
 
 
 @dataclass(frozen=True)
@@ -40,17 +41,7 @@ def evaluate(model_place: UPath, dataset_place: UPath, split: str, out: UPath | 
         check_out(out)
     model, class_names, folder = load_model(model_place)
     with staged(dataset_place, [split]) as dataset:
-        if dataset.class_names != class_names:
-            raise OptionError(
-                f"the classes of --dataset must be the model's. Received: {len(dataset.class_names)} and "
-                f"{len(class_names)} classes, which differ. Prepare the dataset with --classes {folder / 'labels.txt'}"
-            )
-        margin = read_margin(folder)
-        if dataset.manifest.margin != margin:
-            raise OptionError(
-                f"--dataset must have the margin of the model's crops, {margin:g}. Received: "
-                f"{dataset.manifest.margin:g}. Prepare it with --margin {margin:g}"
-            )
+        check_dataset(dataset, class_names, folder)
         from job.model.inference import Inference
 
         crops = dataset.splits[split]
@@ -60,6 +51,26 @@ def evaluate(model_place: UPath, dataset_place: UPath, split: str, out: UPath | 
             metrics(predictions, crops.labels, class_names),
             per_class(predictions, crops.labels, class_names),
             misclassified(predictions, crops, class_names),
+        )
+
+
+def check_dataset(dataset: StagedDataset, class_names: Sequence[str], folder: UPath) -> None:
+    """Check that crops of a dataset are what a model takes, and its classes the model's. folder: of the model.
+
+    Raises:
+        OptionError: the classes or margins differ.
+        DamageError: as `read_trained_on`.
+    """
+    if dataset.class_names != class_names:
+        raise OptionError(
+            f"the classes of --dataset must be the model's. Received: {len(dataset.class_names)} and "
+            f"{len(class_names)} classes, which differ. Prepare the dataset with --classes {folder / 'labels.txt'}"
+        )
+    margin = read_trained_on(folder).margin
+    if dataset.manifest.margin != margin:
+        raise OptionError(
+            f"--dataset must have the margin of the model's crops, {margin:g}. Received: "
+            f"{dataset.manifest.margin:g}. Prepare it with --margin {margin:g}"
         )
 
 

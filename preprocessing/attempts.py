@@ -115,7 +115,8 @@ def _parse_plan(path: UPath, content: bytes) -> dict[str, Any]:
 
 def _refuse_other(dataset: UPath, plan: Plan, earlier: dict[str, Any]) -> None:
     """Raise OptionError if `earlier`, the identity of an earlier attempt, differs from the plan's."""
-    there, now = {"margin": 0.0} | _flat(earlier), _flat(plan.identity)  # earlier releases have no margin
+    new_options = {"margin": 0.0, "license": None}  # which earlier releases did not record
+    there, now = new_options | _flat(earlier), _flat(plan.identity)
     differing = [key for key, value in now.items() if there.get(key) != value]
     if differing:
         differences = ", ".join(f"{k} (there {str(there.get(k))[:40]}, now {str(now[k])[:40]})" for k in differing)

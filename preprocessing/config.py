@@ -1,12 +1,18 @@
 """Configuration of `prepare`: command line -> `PrepareConfig` -> `manifest.json` of the dataset."""
 
+import re
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_serializer, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_serializer, model_validator
 
 from cluster.errors import OptionError
 
 SPLITS = ("train", "validation", "test")
+
+
+def is_license(value: object) -> bool:
+    """Return whether a value is None, or an identifier of a licence in the form of SPDX's and the hubs'."""
+    return value is None or (isinstance(value, str) and re.fullmatch(r"[a-z0-9][a-z0-9.\-]{0,49}", value) is not None)
 
 
 class _OptionFile(BaseModel):
@@ -71,8 +77,24 @@ class PrepareConfig(BaseModel):
     """Scale boxes made for another size of their page, where the labels say it."""
     margin: float = Field(0.0, ge=0, le=1)
     """Widen boxes by this fraction of their longer side on each side."""
+    license: str | None = None
+    """Licence of the pages, such as cc-by-sa-4.0, for the cards."""
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
     """Fraction of boxes that may be lost."""
+
+    @field_validator("license")
+    @classmethod
+    def _is_an_identifier(cls, value: str | None) -> str | None:
+        """Check the licence.
+
+        Raises:
+            OptionError: it is no identifier.
+        """
+        if not is_license(value):
+            raise OptionError(
+                f"--license must be an identifier of a licence, such as cc-by-sa-4.0 or cc0-1.0. Received: {value!r}"
+            )
+        return value
 
     @model_validator(mode="after")
     def _folds_fit(self) -> Self:

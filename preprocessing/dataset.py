@@ -16,8 +16,8 @@ from pydantic import FailFast, Field, model_validator
 from typing_extensions import TypedDict  # pydantic needs this one below Python 3.12
 
 from cluster.manifest import Count, FileEntry, Manifest
-from preprocessing.classes import LABELS_FILE, RARE
-from preprocessing.config import SPLITS
+from preprocessing.classes import LABELS_FILE
+from preprocessing.config import SPLITS, is_license
 from preprocessing.ink import InkCount
 from preprocessing.page_results import Ignored, PageWarnings
 from preprocessing.records import SIDE
@@ -111,14 +111,21 @@ class DatasetManifest(Manifest):
         return float(self.config.get("margin", 0.0))  # datasets of earlier releases have none
 
     @property
+    def license(self) -> str | None:
+        """The licence of the pages, as `PrepareConfig.license`."""
+        return self.config.get("license")
+
+    @property
     def entries(self) -> list[FileEntry]:
         """Shards and other files."""
         return [*self.shards, *self.files]
 
     @model_validator(mode="after")
-    def _has_a_margin(self) -> Self:
+    def _has_a_margin_and_a_licence(self) -> Self:
         if not is_margin(self.config.get("margin", 0.0)):
             raise ValueError("the margin must be a number from 0 to 1")
+        if not is_license(self.config.get("license")):
+            raise ValueError("the licence must be an identifier, such as cc-by-sa-4.0")
         return self
 
     @model_validator(mode="after")
@@ -195,85 +202,3 @@ def _features(num_classes: int) -> dict[str, Any]:
         "unicode": text,
     }
     return {"featuresDict": {"features": features}, "pythonClassName": _FEATURE + "features_dict.FeaturesDict"}
-
-
-def split_rule(config: Mapping[str, Any], book_rule: str) -> str:
-    """Return what a dataset was split by, as one sentence.
-
-    config, book_rule: as in `DatasetManifest`, also one of an earlier release.
-    """
-    by = {
-        "random": "by box: crops of one page and book are in several splits (leakage), which inflates accuracy",
-        "page": "by page: crops of one book are in several splits (leakage), which inflates accuracy",
-        "book": "by book: each book (a title) is in one split, so the numbers hold for books that the model has not "
-        "seen",
-    }.get(str(config.get("split")), "unknown")
-    if config.get("split") == "book" and book_rule == VOLUMES:
-        by = (
-            "by volume, which an earlier release took for the book: volumes of one title may be in several splits "
-            "(leakage), which inflates accuracy"
-        )
-    alone = " Some pages or books are for training alone." if config.get("train_only") else ""
-    if folds := config.get("folds"):
-        shares = f"Fold {config.get('fold')} of {folds} (from 0) is the test, the next one validation"
-    else:
-        shares = f"Test {config.get('test_fraction')}, validation {config.get('val_fraction')}"
-    return f"{by}. {shares}, seed {config.get('seed')}.{alone}"
-
-
-def _margin(config: Mapping[str, Any]) -> str:
-    margin = config.get("margin")  # datasets of earlier releases have none
-    return f", widened by {margin:g} of its longer side on each side," if margin else ""
-
-
-def dataset_card(
-    class_names: Sequence[str],
-    counts: Mapping[str, Mapping[str, int]],
-    config: Mapping[str, Any],
-    losses: int,
-    clipped: int,
-    book_rule: str,
-    warnings: Sequence[str] = (),
-) -> str:
-    """Return the README.md of a dataset folder, in Markdown.
-
-    Args:
-        class_names: the classes, `rare` last.
-        counts: as in `DatasetManifest.counts`.
-        config: `PrepareConfig`, as JSON.
-        losses: number of lost boxes.
-        clipped: number of clipped boxes.
-        book_rule: as in `DatasetManifest`.
-        warnings: sentences about the set.
-    """
-    rows = "\n".join(
-        f"| {split} | {c['examples']:,} | {c['pages']:,} | {c['books']:,} |" for split, c in counts.items()
-    )
-    kept = len(class_names) - 1
-    noted = "".join(f"\n- Warning: {warning}" for warning in warnings)
-    return f"""# Kuzushiji crops
-
-{DESCRIPTION}
-
-| split | crops | pages | books |
-|---|---|---|---|
-{rows}
-
-- Split: {split_rule(config, book_rule)}
-- Pages: the book, splits, size and EXIF orientation of each are in `pages.parquet`.
-- Classes: {kept} characters and `{RARE}`, one per line of `{LABELS_FILE}`. The most frequent characters, up to
-  {config["coverage"]} of all boxes, have a class of their own, unless the classes of an earlier dataset were given.
-- Crops: the box{_margin(config)} in grayscale, its longer side scaled to {SIDE} pixels, centred on a black square.
-- Boxes lost: {losses}. Boxes clipped at the edge of their page: {clipped}. Each is listed in `manifest.json`,
-  losses beyond the first 10,000 in `losses.parquet`.{noted}
-
-Read it with `tfds.builder_from_directory(...)`, `kuzushiji train`, or any reader of TFRecords; each record is a
-`tf.train.Example` with `image` ({SIDE * SIDE:,} bytes, uint8, row-major), `label`, `unicode`, `image_id` and `box`
-(x, y, width, height).
-
-## Source and licence
-The crops have the licence of the pages that they were cut from. Kaggle's *Kuzushiji Recognition* data are adapted
-from the "Kuzushiji Dataset" (created by the National Institute of Japanese Literature and others, published by the
-Center for Open Data in the Humanities), doi:10.20676/00000341, CC BY-SA 4.0.
-Pages drawn by `kuzushiji sample` contain no scanned material.
-"""

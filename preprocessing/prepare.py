@@ -12,8 +12,9 @@ from cluster.manifest import FileEntry, encoded, is_sealed, seal, write_listed
 from cluster.runtime import map_tasks
 from cluster.storage import list_files, remove_file, remove_temporaries
 from preprocessing.attempts import earlier_attempt, remove_traces, sealed_manifest
+from preprocessing.card import dataset_card
 from preprocessing.config import SPLITS, PrepareConfig
-from preprocessing.dataset import Clipped, DatasetManifest, Loss, Shard, dataset_card, dataset_files
+from preprocessing.dataset import Clipped, DatasetManifest, Loss, Shard, dataset_files
 from preprocessing.ink import count_ink, ink_lines
 from preprocessing.page_results import LISTED_WARNINGS, PageResult, listed_warnings
 from preprocessing.parquet import LISTED_LOSSES, LOSSES_TABLE, PAGES_TABLE, losses_table, pages_table

@@ -26,7 +26,7 @@ SURFACE = {
     "prepare": {
         "--pages", "--labels", "--canvases", "--crops", "--dataset", "--split", "--seed", "--val-fraction",
         "--test-fraction", "--coverage", "--classes", "--shards", "--max-bad-fraction", "--start-limit", "--books",
-        "--train-only", "--folds", "--fold", "--rescale", "--margin",
+        "--train-only", "--folds", "--fold", "--rescale", "--margin", "--license",
     },
     "train": {
         "--dataset", "--models", "--architecture", "--workers", "--gpus-per-worker", "--cpus-per-worker", "--epochs",
@@ -37,9 +37,9 @@ SURFACE = {
     "evaluate": {"--model", "--dataset", "--split", "--out"},
     "predict": {
         "--model", "--pages", "--boxes", "--canvases", "--out", "--format", "--annotate", "--gpus", "--start-limit",
-        "--rescale",
+        "--rescale", "--min-confidence",
     },
-    "export": {"--model", "--format", "--out"},
+    "export": {"--model", "--format", "--quantize", "--out", "--dataset", "--split"},
     "report": {"--dataset", "--models", "--out"},
     "pull": {"--models", "--to", "names"},
     "verify": {"folder"},

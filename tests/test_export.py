@@ -1,16 +1,26 @@
 """Models for other programs: they predict what ours do, and nothing is left of one that does not."""
 
+import json
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from conftest import Kuzushiji
 from upath import UPath
 
 from cluster.errors import KuzushijiError, OptionError
 from cluster.storage import new_file, place
-from job.export import export
+from job.export import export as command
+from job.export.export import MAX_DIFFERENCE, _accuracy, _convert, _difference, export
 from job.model.folder import load_model
+from preprocessing.config import PrepareConfig
+from preprocessing.prepare import prepare
+
+FORMATS = ("savedmodel", "onnx", "tflite")
+LAST = {"savedmodel": "saved_model.pb", "onnx": "model.onnx", "tflite": "model.tflite"}
 
 
 @pytest.fixture(scope="module")
@@ -21,63 +31,200 @@ def crops(few: Path) -> np.ndarray:
         return np.array(data.splits["test"].images, np.float32)
 
 
-def test_a_saved_model_predicts_what_the_model_does(trained: Path, crops: np.ndarray, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def expected(trained: Path, crops: np.ndarray) -> np.ndarray:
+    return np.asarray(load_model(place(trained))[0].predict(crops, verbose=0))
+
+
+def test_a_saved_model_is_what_tensorflow_serving_reads(
+    trained: Path, crops: np.ndarray, expected: np.ndarray, tmp_path: Path
+) -> None:
+    """By TensorFlow's loader: TensorFlow Serving itself is in no package registry."""
     import tensorflow as tf
 
-    export(place(trained), "savedmodel", place(tmp_path / "out"))
-    model, names, _ = load_model(place(trained))
-    written = tf.saved_model.load(str(tmp_path / "out"))
-    np.testing.assert_allclose(written.serve(crops), model.predict(crops, verbose=0), atol=1e-4)
-    assert (tmp_path / "out" / "labels.txt").read_text().split() == names
+    export(place(trained), "savedmodel", place(tmp_path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "README.md", "labels.txt"]
+    signature = tf.saved_model.load(str(tmp_path / "1")).signatures["serving_default"]
+    assert set(signature.structured_input_signature[1]) == {"crops"}
+    served = signature(crops=tf.constant(crops))
+    assert set(served) == {"probabilities", "label"}
+    np.testing.assert_allclose(served["probabilities"], expected, atol=1e-4)
+    names = (trained / "labels.txt").read_text().split()
+    assert [label.decode() for label in served["label"].numpy()] == [names[row] for row in expected.argmax(axis=1)]
+    assert (tmp_path / "labels.txt").read_text().split() == names
+
+
+def test_an_onnx_model_predicts_what_the_model_does(
+    trained: Path, crops: np.ndarray, expected: np.ndarray, tmp_path: Path
+) -> None:
+    import onnx
+    import onnxruntime
+
+    export(place(trained), "onnx", place(tmp_path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "labels.txt", "model.onnx"]
+    (opset,) = [entry.version for entry in onnx.load(tmp_path / "model.onnx").opset_import if entry.domain == ""]
+    assert f"opset {opset} " in (tmp_path / "README.md").read_text()
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    (probabilities,) = session.run(["probabilities"], {"crops": crops})
+    np.testing.assert_allclose(probabilities, expected, atol=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore:.*tf.lite.Interpreter is deprecated")
-def test_a_tflite_model_predicts_what_the_model_does(trained: Path, crops: np.ndarray, tmp_path: Path) -> None:
+def test_a_tflite_model_predicts_what_the_model_does(
+    trained: Path, crops: np.ndarray, expected: np.ndarray, tmp_path: Path
+) -> None:
     import tensorflow as tf
 
-    export(place(trained), "tflite", place(tmp_path / "out"))
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["labels.txt", "model.tflite"]
-    interpreter = tf.lite.Interpreter(str(tmp_path / "out" / "model.tflite"))
-    interpreter.resize_tensor_input(interpreter.get_input_details()[0]["index"], crops.shape)
-    interpreter.allocate_tensors()
-    interpreter.set_tensor(interpreter.get_input_details()[0]["index"], crops)
-    interpreter.invoke()
-    predicted = interpreter.get_tensor(interpreter.get_output_details()[0]["index"])
-    np.testing.assert_allclose(predicted, load_model(place(trained))[0].predict(crops, verbose=0), atol=1e-4)
+    export(place(trained), "tflite", place(tmp_path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "labels.txt", "model.tflite"]
+    run = tf.lite.Interpreter(str(tmp_path / "model.tflite")).get_signature_runner()
+    np.testing.assert_allclose(run(crops=crops)["probabilities"], expected, atol=1e-4)
 
 
-def test_resnet_can_be_a_tflite_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", FORMATS)
+def test_an_export_is_measured_on_a_dataset_beside_its_model(
+    form: str, trained: Path, few: Path, tmp_path: Path, kuzushiji: Kuzushiji
+) -> None:
+    told = kuzushiji("export", "--model", trained, "--format", form, "--dataset", few, "--out", tmp_path / "out")
+    assert told.code == 0, told.stderr
+    accuracy = json.loads((trained / "metrics.json").read_text())["test"]["accuracy"]
+    assert f"{accuracy:.4f}, of the model {accuracy:.4f}; the same class for 100.00%" in told.stdout
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"| the model | {accuracy:.4f} |\n| this export | {accuracy:.4f} |" in card
+
+
+@pytest.mark.parametrize(("quantize", "size"), [("float16", 0.55), ("int8", 0.35)])
+def test_a_quantized_model_is_smaller_and_its_accuracy_is_told(
+    quantize: Any, size: float, trained: Path, few: Path, tmp_path: Path
+) -> None:
+    whole = export(place(trained), "tflite", place(tmp_path / "whole"), dataset=place(few))
+    small = export(place(trained), "tflite", place(tmp_path / "small"), quantize, place(few))
+    assert small.files["model.tflite"] < size * whole.files["model.tflite"]
+    assert whole.accuracy
+    assert small.accuracy
+    assert small.accuracy.of_model == whole.accuracy.of_model
+    assert f"| this export | {small.accuracy.of_export:.4f} |" in (tmp_path / "small" / "README.md").read_text()
+    assert quantize in (tmp_path / "small" / "README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def learned(few: Path) -> Any:
+    """A small model that knows the test crops of `few` by heart."""
     import keras
+    from keras import layers
 
-    from job.export import MAX_DIFFERENCE, _as_tflite, _difference
-    from job.model.architectures import resnet
+    from job.data.staging import staged
 
     keras.utils.set_random_seed(1)
-    model = resnet(5)
-    assert _difference(model, _as_tflite(model, tmp_path)) <= MAX_DIFFERENCE
+    inputs = keras.Input((80, 80, 1))
+    x = layers.Conv2D(8, 8, strides=8, activation="relu")(layers.Rescaling(1 / 255)(inputs))
+    with staged(place(few), ["test"]) as data:
+        model = keras.Model(inputs, layers.Dense(len(data.class_names), activation="softmax")(layers.Flatten()(x)))
+        model.compile(keras.optimizers.Adam(3e-3), "sparse_categorical_crossentropy")
+        crops = data.splits["test"]
+        model.fit(np.array(crops.images), np.array(crops.labels), epochs=60, batch_size=len(crops), verbose=0)
+    return model
 
 
-def test_what_predicts_something_else_is_not_written(
-    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("quantize", ["float16", "int8"])
+def test_a_quantized_model_reads_what_its_model_learned(
+    quantize: Any, learned: Any, few: Path, crops: np.ndarray, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("job.export._as_tflite", lambda model, folder: lambda crops: 1 - np.asarray(model(crops)))
+    from job.data.staging import staged
+    from job.export.formats import in_float32
+
+    predict = _convert(in_float32(learned), [], "tflite", quantize, tmp_path, crops)
+    with staged(place(few), ["test"]) as data:
+        accuracy = _accuracy(learned, predict, "test", data.splits["test"])
+    assert accuracy.of_model > 0.95
+    assert accuracy.of_export > 0.95
+    assert accuracy.same > 0.95
+
+
+def test_what_quantization_costs_is_said_aloud(learned: Any, few: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from job.data.staging import staged
+
+    with staged(place(few), ["test"]) as data:
+        crops = data.splits["test"]
+        last = np.eye(len(data.class_names), dtype=np.float32)[-1:]
+        accuracy = _accuracy(learned, lambda crops: last.repeat(len(crops), axis=0), "test", crops)
+        assert accuracy.of_export == float(np.mean(crops.labels == len(data.class_names) - 1))
+    assert f"falls from {accuracy.of_model:.4f} to {accuracy.of_export:.4f}" in caplog.text
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("architecture", ["resnet", "baseline", "fcn"])
+def test_a_model_trained_in_bfloat16_is_exported_in_float32(
+    form: Any, architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from job.export.formats import in_float32
+
+    model = small(architecture, "mixed_bfloat16", monkeypatch)
+    wide = in_float32(model)
+    assert {layer.dtype_policy.name for layer in wide.layers} == {"float32"}
+    assert _difference(wide, _convert(wide, ["a", "b", "rare"], form, "none", tmp_path), "none") <= MAX_DIFFERENCE
+    crops = np.random.default_rng(0).integers(0, 256, (4, 80, 80, 1)).astype(np.float32)
+    difference = np.abs(np.asarray(model(crops)) - np.asarray(wide(crops)["probabilities"])).max()
+    assert 0 < difference < 0.03  # bfloat16 has 8 significant bits
+
+
+def small(architecture: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A narrow classifier of three classes, with batch norms as after a training."""
+    import keras
+
+    from job.model import architectures
+
+    monkeypatch.setattr(architectures, "BASELINE_HEAD", (16, 8))
+    monkeypatch.setattr(architectures, "FCN_FILTERS", (4, 4))
+    keras.utils.set_random_seed(1)
+    keras.config.set_dtype_policy(precision)
+    try:
+        model = architectures.ARCHITECTURES[architecture](3)
+    finally:
+        keras.config.set_dtype_policy("float32")
+    for layer in model.layers:
+        if isinstance(layer, keras.layers.BatchNormalization) and layer.scale:
+            layer.gamma.assign(np.ones(layer.gamma.shape))
+    return model
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_an_fcn_keeps_its_free_height_and_width(form: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from job.export.formats import in_float32
+
+    wide = in_float32(small("fcn", "float32", monkeypatch))
+    predict = _convert(wide, ["a", "b", "rare"], form, "none", tmp_path)
+    for size in ((40, 120), (96, 33)):
+        crops = np.random.default_rng(0).integers(0, 256, (2, *size, 1)).astype(np.float32)
+        np.testing.assert_allclose(predict(crops), np.asarray(wide(crops)["probabilities"]), atol=1e-4)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_what_predicts_something_else_is_not_written(
+    form: Any, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(model: Any, *_: object) -> Callable[[np.ndarray], np.ndarray]:
+        return lambda crops: 1 - np.asarray(model(crops)["probabilities"])
+
+    name = {"savedmodel": "save_saved_model", "onnx": "save_onnx", "tflite": "save_tflite"}[form]
+    monkeypatch.setattr(f"job.export.formats.{name}", wrong)
     with pytest.raises(KuzushijiError, match="must predict the same as the model. Received: probabilities that"):
-        export(place(trained), "tflite", place(tmp_path / "out"))
+        export(place(trained), form, place(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("form", "last"), [("tflite", "model.tflite"), ("savedmodel", "saved_model.pb")])
+@pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("reason", [KuzushijiError, KeyboardInterrupt])
 def test_nothing_is_left_of_what_could_not_be_written_whole(
-    form: str, last: str, reason: type[BaseException], trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    form: Any, reason: type[BaseException], trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(target: UPath) -> AbstractContextManager[Path]:
-        if target.name == last:  # after labels.txt, and the variables of a SavedModel
+        if target.name == LAST[form]:  # after labels.txt, and the variables of a SavedModel
             raise reason("full")
         return new_file(target)
 
     with monkeypatch.context() as patch:
-        patch.setattr("job.export.new_file", full)
+        patch.setattr(command, "new_file", full)
         with pytest.raises(reason, match="full"):
             export(place(trained), form, place(tmp_path / "out"))
     assert list((tmp_path / "out").iterdir()) == []
@@ -89,3 +236,16 @@ def test_a_folder_with_something_in_it_is_refused(trained: Path, tmp_path: Path)
     (tmp_path / "mine").mkdir()
     with pytest.raises(OptionError, match="new or empty folder"):
         export(place(trained), "savedmodel", place(tmp_path))
+
+
+def test_options_that_do_not_fit_are_refused(trained: Path, few: Path, tmp_path: Path) -> None:
+    out = place(tmp_path / "out")
+    with pytest.raises(OptionError, match="--quantize is for --format tflite. Received: --format onnx"):
+        export(place(trained), "onnx", out, "float16")
+    with pytest.raises(OptionError, match="int8 needs crops to calibrate on. Received: no --dataset"):
+        export(place(trained), "tflite", out, "int8")
+    source = place(few.parent / "pages" / "train_images"), place(few.parent / "pages" / "train.csv")
+    prepare(*source, place(tmp_path / "other"), PrepareConfig(coverage=0.9))
+    with pytest.raises(OptionError, match="the classes of --dataset must be the model's"):
+        export(place(trained), "onnx", out, dataset=place(tmp_path / "other"))
+    assert not (tmp_path / "out").exists()

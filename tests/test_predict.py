@@ -155,11 +155,11 @@ def test_a_model_of_crops_with_a_margin_reads_new_pages_with_it_and_is_evaluated
 
 @pytest.mark.parametrize("margin", ["0.1", True, -0.1, 2, None, float("nan")])
 def test_a_margin_that_is_none_is_damage(margin: object, tmp_path: Path) -> None:
-    from job.model.folder import read_margin
+    from job.model.folder import read_trained_on
 
     model = any_model(tmp_path, "U+306F\nrare\n", {"margin": margin})
     with pytest.raises(DamageError, match="the margin must be a number from 0 to 1"):
-        read_margin(place(model / "first"))
+        read_trained_on(place(model / "first"))
 
 
 def test_the_accuracy_is_that_of_evaluate(read: Path, model: Path, real_dataset: Path) -> None:
@@ -362,6 +362,47 @@ def test_the_command_tells_how_many_were_read_and_how_well(
     assert second.endswith(", 219 boxes with a character")
     assert third == "0 boxes lost, 0 clipped: each is listed in manifest.json"
     assert kuzushiji("verify", tmp_path / "out").stdout.startswith("predictions ")
+
+
+def test_a_character_below_the_least_confidence_is_shown_as_a_geta_mark_and_counted(
+    read: Path, model: Path, shared: Path, kuzushiji: Kuzushiji, tmp_path: Path
+) -> None:
+    boxes = table(read)
+    least = float(np.round(boxes["probability_1"].median(), 4))
+    certain = boxes["probability_1"] >= least
+    known = boxes["unicode"] == boxes["label_1"]
+    rare = ~boxes["unicode"].isin((model / "first" / "labels.txt").read_text().split()) & (boxes["label_1"] == "rare")
+    places = ["--model", model, "--pages", shared / "pages", "--boxes", shared / "train.csv", "--out", tmp_path / "out"]
+    told = kuzushiji("predict", *places, "--min-confidence", least, "--annotate", tmp_path / "pictures").stdout
+    count, right = int((~certain).sum()), (known | rare)[certain].mean()
+    assert (
+        f"{count} boxes ({count / len(boxes):.1%}) are less probable than {least:g} and shown as 〓; "
+        f"the others have an accuracy of {right:.4f}\n" in told
+    )
+    pd.testing.assert_frame_equal(table(tmp_path / "out"), boxes)  # which has the probabilities
+    shown = boxes["character_1"].where(certain, "〓")
+    for page_id, text in table(tmp_path / "out", "pages").set_index("image_id")["text"].items():
+        of_page = boxes["image_id"] == page_id
+        lines = ["".join(column) for _, column in shown[of_page].groupby(boxes["column"][of_page])]
+        assert text == "\n".join(lines)
+    manifest = PredictionsManifest.model_validate_json((tmp_path / "out" / "manifest.json").read_bytes())
+    assert (manifest.min_confidence, manifest.counts["uncertain"]) == (least, count)
+    assert {path.stem for path in (tmp_path / "pictures").iterdir()} == {
+        path.stem for path in (read.parent / "pictures").iterdir()
+    }
+
+
+def test_an_uncertain_character_is_drawn_as_a_geta_mark_with_the_best_ones_beside_it_and_is_not_wrong() -> None:
+    cut = Cut("a", [0, 0, 8, 8], crop=None, placed=[0, 0, 8, 8])
+    top = np.array([[0, 1, 2], [2, 0, 1]])
+    probabilities = np.array([[0.4, 0.3, 0.2], [0.4, 0.3, 0.2]], np.float32)
+    names = ["U+306F", "U+3042", "rare"]
+    columns_of_page = {"a": [[0, 1]]}
+    code_points = np.array([ord("の"), ord("の")], np.int32)
+    readings = Readings([cut, cut], code_points, np.arange(2), top, probabilities, names, columns_of_page, 0.5)
+    _, characters, _, wrong = readings.for_picture("a")
+    assert characters == [["〓", "は", "あ"], ["〓", "は", "あ"]]
+    assert not wrong.any()
 
 
 def test_columns_are_read_from_right_to_left_and_from_top_to_bottom() -> None:

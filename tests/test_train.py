@@ -182,7 +182,8 @@ def test_the_model_folder_holds_what_the_contract_says(trained: Path, few: Path)
     assert 0.25 <= metrics["temperature"] <= 4
     assert metrics["temperature"] != 1
     assert json.loads((trained / "config.json").read_text()) == TrainConfig.model_validate(GIVEN).model_dump() | {
-        "margin": 0.0
+        "margin": 0.0,
+        "license": None,
     }
     assert json.loads((trained.parent / "latest.json").read_text())["run"] == "first"
     counts = json.loads((few / "manifest.json").read_text())["counts"]

@@ -11,6 +11,7 @@ import shutil
 import tempfile
 import zipfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,7 @@ from cluster.storage import fetch, list_files, new_file, read_bytes, sha256_of, 
 from job.model.load_tensorflow import load_tensorflow
 from job.model.portable import save_portable
 from preprocessing.classes import read_class_names
+from preprocessing.config import is_license
 from preprocessing.dataset import is_margin
 
 if TYPE_CHECKING:
@@ -126,8 +128,18 @@ def load_checked(folder: UPath) -> tuple["keras.Model", list[str]]:
     return model, names
 
 
-def read_margin(folder: UPath) -> float:
-    """Return the margin round boxes of the crops that a model was trained on, see `PrepareConfig.margin`.
+@dataclass(frozen=True)
+class TrainedOn:
+    """What a model's config records of the dataset that it was trained on."""
+
+    margin: float
+    """As `PrepareConfig.margin`."""
+    license: str | None
+    """As `PrepareConfig.license`."""
+
+
+def read_trained_on(folder: UPath) -> TrainedOn:
+    """Read the config of a model folder.
 
     Raises:
         DamageError: the model's config is missing, or does not match its manifest.
@@ -135,10 +147,13 @@ def read_margin(folder: UPath) -> float:
     for entry in read_manifest(folder, ModelManifest).files:
         if entry.name == CONFIG_FILE and (fault := fault_of(folder, entry, list_files(folder))):
             raise DamageError(f"{folder}: {fault}. Pull the model again")
-    margin = read_json(folder / CONFIG_FILE).get("margin", 0.0)  # models of earlier releases have none
+    config = read_json(folder / CONFIG_FILE)
+    margin, license_id = config.get("margin", 0.0), config.get("license")  # models of earlier releases have none
     if not is_margin(margin):
         raise DamageError(f"{folder}: the margin must be a number from 0 to 1. Received: {str(margin)[:40]}")
-    return float(margin)
+    if not is_license(license_id):
+        raise DamageError(f"{folder}: the licence must be an identifier. Received: {str(license_id)[:40]}")
+    return TrainedOn(float(margin), license_id)
 
 
 def _load_archive(path: Path, classes: int) -> "keras.Model":

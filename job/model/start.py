@@ -12,7 +12,7 @@ from upath import UPath
 from cluster.errors import InputError, OptionError
 from cluster.storage import place
 from job.config import TRANSFER, TrainConfig
-from job.model.folder import CONFIG_FILE, LABELS_FILE, load_checked, read_json, read_margin
+from job.model.folder import CONFIG_FILE, LABELS_FILE, load_checked, read_json, read_trained_on
 from job.model.pretrained import Weights, local_copy
 from preprocessing.classes import LABELS_FILE as DATASET_LABELS_FILE
 from preprocessing.classes import read_class_names
@@ -46,7 +46,7 @@ def check_start(folder: UPath, architecture: str, dataset: UPath, margin: float)
         OptionError: the model is of another architecture, or was trained on crops of another margin.
         DamageError: the model's config is missing, or does not match its manifest.
     """
-    of_model = read_margin(folder)  # checks the config
+    of_model = read_trained_on(folder).margin  # checks the config
     found = read_json(folder / CONFIG_FILE).get("architecture")
     if found != architecture:
         raise OptionError(

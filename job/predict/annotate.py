@@ -16,7 +16,9 @@ from preprocessing.scan import small_picture
 
 MAX_PIXELS = 2400  # of the longer side of the page
 CONFIDENT = 0.5  # minimum probability
-LEGEND = "black: probability at least 50 %; orange: less; red: wrong; 〓: rare, with the next best characters beside it"
+LEGEND = (
+    "black: probability at least 50 %; orange: less; red: wrong; 〓: rare or uncertain, with the best ones beside it"
+)
 
 
 def annotated(

@@ -26,7 +26,11 @@ class PredictionsManifest(Manifest):
 
     kind: Literal["predictions"] = "predictions"
     counts: Annotated[dict[str, Count], FailFast()]
-    """`boxes` and `pages` in the file of boxes, and how many boxes were `read`."""
+    """`boxes` and `pages` in the file of boxes; how many boxes were `read`; how many of these are `uncertain`: less
+    probable than `min_confidence`.
+    """
+    min_confidence: float = Field(0.0, ge=0, le=1)
+    """Least probability with which texts and pictures show a character; below it, 〓."""
     accuracy: Annotated[dict[str, int | float | None], FailFast()]
     """Over the boxes whose characters are in the file; empty if there are none."""
     losses: Losses

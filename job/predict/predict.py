@@ -20,7 +20,7 @@ from cluster.manifest import FileEntry, encoded, read_manifest, seal, size_fault
 from cluster.models import ModelManifest, resolve_model
 from cluster.runtime import map_tasks
 from cluster.storage import is_inside, list_files, place, remove_temporaries, write_bytes
-from job.model.folder import load_model, read_margin
+from job.model.folder import load_model, read_trained_on
 from job.model.load_tensorflow import configure_gpus, without_chatter
 from job.predict.annotate import annotated
 from job.predict.folder import PredictionsManifest, clear, table_name
@@ -51,6 +51,8 @@ class GroupReport(BaseModel):
     clipped: list[Clipped]
     read: int
     """Number of boxes read."""
+    uncertain: int = 0
+    """Number of them that texts and pictures show as 〓."""
     correct: dict[str, int]
     """Counts from which `readings.accuracy` is computed."""
     pages: list[PageResult]
@@ -68,6 +70,7 @@ def predict(
     start_limit: float = START_LIMIT,
     rescale: bool = False,
     canvases: UPath | None = None,
+    min_confidence: float = 0.0,
 ) -> PredictionsManifest:
     """Predict the characters of boxes on page scans with Ray Data.
 
@@ -82,6 +85,7 @@ def predict(
         start_limit: seconds to wait for a host of a cluster.
         rescale: whether to scale boxes that were made for another size of their page.
         canvases: see `read_labels`.
+        min_confidence: texts and pictures show 〓 for a character whose probability is less.
 
     Returns:
         The manifest of `out`.
@@ -102,7 +106,7 @@ def predict(
     _check_before_reading(labels, files, model_sha256, annotate is not None)
     clear(out)
     number = number_of_groups(len(labels.boxes), BOXES_PER_GROUP)
-    groups = group_pages(labels, files, number, rescale, read_margin(folder))
+    groups = group_pages(labels, files, number, rescale, read_trained_on(folder).margin)
     read_group = ReadGroup(
         model=str(folder),
         model_sha256=model_sha256,
@@ -110,6 +114,7 @@ def predict(
         out=str(out),
         annotate=str(annotate) if annotate else None,
         form=form,
+        min_confidence=min_confidence,
         groups=len(groups),
         on_gpu=gpus > 0,
     )
@@ -123,7 +128,7 @@ def predict(
         gpus=gpus,
         start_limit=start_limit,
     )
-    manifest = _manifest(labels, fingerprint(labels.sha256, files), model_sha256, reports, ignored)
+    manifest = _manifest(labels, fingerprint(labels.sha256, files), model_sha256, reports, ignored, min_confidence)
     for line in ink_lines(manifest.ink):
         log.warning("%s", line)
     _check_tables(out, manifest)
@@ -175,6 +180,7 @@ def _manifest(
     model_sha256: str,
     reports: Sequence[GroupReport],
     ignored: Mapping[str, int] | None = None,
+    min_confidence: float = 0.0,
 ) -> PredictionsManifest:
     """Return the manifest.
 
@@ -184,12 +190,13 @@ def _manifest(
     losses = [loss for report in reports for loss in report.losses]
     if len(losses) == len(labels.boxes):
         raise InputError(f"at least one box must be readable. Received: {len(losses)} lost, first: {losses[0]['what']}")
-    read = sum(report.read for report in reports)
+    read, uncertain = sum(report.read for report in reports), sum(report.uncertain for report in reports)
     results = [result for report in reports for result in report.pages]
     warnings = listed_warnings(results, labels.warnings)
     return PredictionsManifest(
         files=[entry for report in reports for entry in report.files],
-        counts={"boxes": len(labels.boxes), "read": read, "pages": len(labels.page_ids)},
+        counts={"boxes": len(labels.boxes), "read": read, "pages": len(labels.page_ids), "uncertain": uncertain},
+        min_confidence=min_confidence,
         accuracy=accuracy([report.correct for report in reports]),
         losses=losses,
         clipped=[box for report in reports for box in report.clipped],
@@ -217,6 +224,7 @@ class ReadGroup:
     out: str
     annotate: str | None
     form: str
+    min_confidence: float
     groups: int
     """Total number of groups, for the names of the tables."""
     on_gpu: bool
@@ -239,7 +247,7 @@ class ReadGroup:
         inference, class_names = _load(self.model, self.model_sha256, self.on_gpu)
         code_points = np.array(group.code_points, np.int32)
         cuts = cut_boxes(group, place(self.pages), begin)
-        readings = Readings.from_cuts(cuts, inference, class_names, code_points)
+        readings = Readings.from_cuts(cuts, inference, class_names, code_points, self.min_confidence)
         tables = {"predictions": readings.predictions(), "pages": readings.texts(group.page_ids)}
         files = [self._write(kind, table, group) for kind, table in tables.items()]
         if self.annotate:
@@ -249,6 +257,7 @@ class ReadGroup:
             losses=readings.losses(),
             clipped=[{"box": cut.box, "page": cut.page_id} for cut in readings.cuts if cut.clipped],
             read=len(readings.read),
+            uncertain=int(np.count_nonzero(readings.uncertain)),
             correct=readings.correct(),
             pages=list({cut.page_id: cut.page for cut in readings.cuts if cut.page}.values()),
         )

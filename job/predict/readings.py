@@ -33,6 +33,7 @@ class Readings:
         probabilities: (n, min(5, K)) of these classes.
         class_names: K.
         page_columns: page id to columns in reading order; a column is a list of indices in `read`.
+        min_confidence: least probability with which a character is shown in texts and pictures.
     """
 
     cuts: list[Cut]
@@ -42,10 +43,16 @@ class Readings:
     probabilities: NDArray[np.float32]
     class_names: list[str]
     page_columns: dict[str, list[list[int]]]
+    min_confidence: float = 0.0
 
     @classmethod
     def from_cuts(
-        cls, cuts: Iterator[Cut], inference: Any, class_names: list[str], code_points: NDArray[np.int32]
+        cls,
+        cuts: Iterator[Cut],
+        inference: Any,
+        class_names: list[str],
+        code_points: NDArray[np.int32],
+        min_confidence: float = 0.0,
     ) -> Self:
         """Predict in batches while the boxes are cut: the crops of all boxes may not fit into memory.
 
@@ -70,7 +77,7 @@ class Readings:
             first, *others = indices
             boxes = np.array([without_crops[read[i]].box for i in (first, *others)], np.int64)
             page_columns[page_id] = [[first + i for i in column] for column in columns(boxes)]
-        return cls(without_crops, code_points, read, top, probabilities, class_names, page_columns)
+        return cls(without_crops, code_points, read, top, probabilities, class_names, page_columns, min_confidence)
 
     def predictions(self) -> pd.DataFrame:
         """Return a table with a row per read box, in reading order: position, known character, predicted classes."""
@@ -103,19 +110,32 @@ class Readings:
             rows.append((page_id, sum(map(len, lines)), "\n".join(lines)))
         return pd.DataFrame(rows, columns=["image_id", "characters", "text"])
 
+    @property
+    def uncertain(self) -> NDArray[np.bool_]:
+        """(n,) True if the best character is too improbable to be shown."""
+        return self.probabilities[:, 0] < self.min_confidence
+
     def for_picture(self, page_id: str) -> tuple[Any, ...]:
-        """Return the arguments of `annotated` for a page: boxes on the scan, readings, probabilities, wrong."""
+        """Return the arguments of `annotated` for a page: boxes on the scan, readings, probabilities, wrong.
+
+        A character that is not shown is not wrong.
+        """
         order = [i for column in self.page_columns[page_id] for i in column]
         boxes = np.array([self.cuts[self.read[i]].placed for i in order], np.int64)
         correct, known, _ = self._compared()
-        return boxes, [self._readings(i) for i in order], self.probabilities[order, 0], (known & ~correct)[order]
+        wrong = known & ~correct & ~self.uncertain
+        return boxes, [self._readings(i) for i in order], self.probabilities[order, 0], wrong[order]
 
     def _best(self, i: int) -> str:
-        return shown(self.class_names[self.top[i, 0]])
+        return RARE_SHOWN if self.uncertain[i] else shown(self.class_names[self.top[i, 0]])
 
     def _readings(self, i: int) -> list[str]:
-        """Return the best character; if it is `rare`, the next best characters too."""
+        """Return the best character; if it is `rare`, the next best characters too; if it is too improbable to be
+        shown, 〓 and the best characters.
+        """
         best, *others = (shown(self.class_names[label]) for label in self.top[i].tolist())
+        if self.uncertain[i]:
+            return [RARE_SHOWN, *[character for character in (best, *others) if character != RARE_SHOWN][:ALTERNATIVES]]
         return [best, *others[:ALTERNATIVES]] if best == RARE_SHOWN else [best]
 
     def _compared(self) -> tuple[NDArray[np.bool_], NDArray[np.bool_], NDArray[np.int64]]:
@@ -137,6 +157,8 @@ class Readings:
             "not_rare": not_rare,
             "correct_not_rare": not_rare & correct,
             "in_top": known & (self.top == labels[:, None]).any(axis=1),
+            "shown": known & ~self.uncertain,
+            "correct_shown": known & correct & ~self.uncertain,
         }
         return {name: int(np.count_nonzero(mask)) for name, mask in masks.items()}
 
@@ -152,7 +174,8 @@ class Readings:
 def accuracy(counts: Sequence[Mapping[str, int]]) -> dict[str, float | int | None]:
     """Compute the accuracy over boxes with known characters; empty if there are none.
 
-    counts: of each group, at least one, as `Readings.correct` returns. The keys have the meaning of `SplitMetrics`.
+    counts: of each group, at least one, as `Readings.correct` returns. The keys have the meaning of `SplitMetrics`;
+        `accuracy_of_shown` is that of the boxes whose character is shown, see `Readings.min_confidence`.
     """
     total = {key: sum(group[key] for group in counts) for key in counts[0]}
     examples, not_rare = total["examples"], total["not_rare"]
@@ -162,5 +185,6 @@ def accuracy(counts: Sequence[Mapping[str, int]]) -> dict[str, float | int | Non
         "accuracy": total["correct"] / examples,
         "accuracy_without_rare": total["correct_not_rare"] / not_rare if not_rare else None,
         "top5": total["in_top"] / examples,
+        "accuracy_of_shown": total["correct_shown"] / total["shown"] if total["shown"] else None,
         "examples": examples,
     }

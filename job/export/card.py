@@ -1,0 +1,86 @@
+"""The card of an export: what it is, what goes in and comes out, how to run it, what it reaches."""
+
+from typing import TYPE_CHECKING
+
+from upath import UPath
+
+from cluster.manifest import read_manifest
+from cluster.models import ModelManifest
+from job.model.folder import LABELS_FILE, read_trained_on
+from preprocessing.card import front_matter, license_line
+
+if TYPE_CHECKING:
+    from job.export.export import Accuracy
+    from job.export.formats import Format, Quantize
+
+CARD_FILE = "README.md"
+
+FILES = {
+    "savedmodel": "`1/`: a SavedModel, version 1 of the model for TensorFlow Serving",
+    "onnx": "`model.onnx`: ONNX, opset 15 (onnxruntime 1.10 and later)",
+    "tflite": "`model.tflite`: for LiteRT (TensorFlow Lite)",
+}
+QUANTIZED = {
+    "none": "",
+    "float16": "Its weights are float16. ",
+    "int8": "Its weights and activations are int8, its input and output float32. ",
+}
+RUN = {
+    "savedmodel": """serve = tf.saved_model.load("1").signatures["serving_default"]
+probabilities = serve(crops=tf.constant(crops))["probabilities"].numpy()""",
+    "onnx": """session = onnxruntime.InferenceSession("model.onnx")
+(probabilities,) = session.run(["probabilities"], {"crops": crops})""",
+    "tflite": """run = Interpreter("model.tflite").get_signature_runner()  # from ai_edge_litert.interpreter
+probabilities = run(crops=crops)["probabilities"]""",
+}
+
+
+def export_card(
+    folder: UPath,
+    form: "Format",
+    quantize: "Quantize",
+    accuracy: "Accuracy | None",
+    input_shape: tuple[int | None, ...],
+    classes: int,
+) -> str:
+    """Return the `README.md` of an export, in Markdown. folder: of the model."""
+    trained_on = read_trained_on(folder)
+    margin = f" --margin {trained_on.margin:g}" if trained_on.margin else ""
+    any_size = "" if input_shape[1] else " It accepts any height and width."
+    label = (
+        " `label`: N strings, the names of their most probable classes, as in `labels.txt`."
+        if form == "savedmodel"
+        else ""
+    )
+    head = {"library_name": form, "pipeline_tag": "image-classification"}
+    return f"""{front_matter(trained_on.license, head)}
+# {folder.parent.name}, run {folder.name}, for {form}
+
+Written by `kuzushiji export` from a model folder whose manifest has the SHA-256
+`{read_manifest(folder, ModelManifest).sha256}`.
+
+{_accuracy_table(accuracy)}
+- {FILES[form]}. {QUANTIZED[quantize]}It computes in float32 otherwise, also if the model was trained with
+  mixed_bfloat16.
+- `{LABELS_FILE}`: the {classes} classes, one per line, in the order of the probabilities.
+- Input `crops`: N x 80 x 80 x 1 float32, 0 to 255: crops as `kuzushiji prepare{margin}` cuts
+  them. The model scales them itself.{any_size}
+- Output `probabilities`: N x {classes} float32.{label}
+{license_line(trained_on.license)}
+
+```python
+{RUN[form]}
+```
+"""
+
+
+def _accuracy_table(accuracy: "Accuracy | None") -> str:
+    if accuracy is None:
+        return "Its accuracy was not measured: `--dataset` was not given.\n"
+    return f"""| {accuracy.split}, {accuracy.crops:,} crops | accuracy |
+|---|---|
+| the model | {accuracy.of_model:.4f} |
+| this export | {accuracy.of_export:.4f} |
+
+Both predict the same class for {accuracy.same:.2%} of the crops.
+"""

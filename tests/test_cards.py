@@ -1,0 +1,89 @@
+"""The cards of datasets, models and exports: what hubs read of them."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import Kuzushiji
+from huggingface_hub import DatasetCard, ModelCard
+
+from cluster.errors import DamageError
+from cluster.storage import place, sha256_of
+from job.export.export import export
+from job.model.folder import read_trained_on
+from preprocessing.config import PrepareConfig
+from preprocessing.dataset import DatasetManifest
+from preprocessing.prepare import prepare
+
+
+def test_a_hub_reads_the_card_of_a_dataset(ray_here: None, pages: Path, tmp_path: Path) -> None:
+    source = place(pages / "train_images"), place(pages / "train.csv")
+    manifest, _ = prepare(*source, place(tmp_path / "crops"), PrepareConfig(coverage=0.5, license="cc0-1.0"))
+    card = DatasetCard.load(tmp_path / "crops" / "README.md")
+    assert card.data.license == "cc0-1.0"
+    assert card.data.language == ["ja"]
+    assert card.data.task_categories == ["image-classification"]
+    assert 1_000 < sum(split["examples"] for split in manifest.counts.values()) < 10_000
+    assert card.data.size_categories == ["1K<n<10K"]
+    assert card.text.strip().startswith("# Kuzushiji crops\n")
+    assert "that they were cut from: cc0-1.0, as `--license` says." in card.text
+
+
+def test_a_hub_reads_the_card_of_a_model(trained: Path, few: Path) -> None:
+    card, test = ModelCard.load(trained / "README.md"), json.loads((trained / "metrics.json").read_text())["test"]
+    assert card.data.license == "unknown"  # nobody said it
+    assert card.data.language == ["ja"]
+    assert card.data.pipeline_tag == "image-classification"
+    assert card.data.library_name == "keras"
+    results = card.data.eval_results
+    assert [(result.metric_type, result.metric_value) for result in results] == [
+        ("accuracy", test["accuracy"]),
+        ("f1", test["macro_f1"]),
+    ]
+    assert {result.dataset_revision for result in results} == {sha256_of(place(few / "manifest.json"))}
+    assert {result.dataset_name for result in results} == {"Kuzushiji crops, split by random"}
+    assert card.text.strip().startswith("# baseline, run first\n")
+
+
+def test_a_hub_reads_the_card_of_an_export(trained: Path, tmp_path: Path) -> None:
+    export(place(trained), "onnx", place(tmp_path))
+    card = ModelCard.load(tmp_path / "README.md")
+    assert (card.data.license, card.data.language, card.data.library_name) == ("unknown", ["ja"], "onnx")
+    assert card.text.strip().startswith("# baseline, run first, for onnx\n")
+
+
+def test_the_licence_of_pages_goes_with_their_models(trained: Path, few: Path) -> None:
+    from job.train.card import model_card
+
+    manifest = DatasetManifest.model_validate_json((few / "manifest.json").read_bytes())
+    told = manifest.model_copy(update={"config": manifest.config | {"license": "cc-by-4.0"}})
+    assert (manifest.license, told.license) == (None, "cc-by-4.0")
+    config, metrics = (json.loads((trained / name).read_text()) for name in ("config.json", "metrics.json"))
+    card = ModelCard(model_card(config | {"license": told.license}, metrics, "first", told))
+    assert card.data.license == "cc-by-4.0"
+    assert "- Licence of the pages that it was trained on: cc-by-4.0.\n" in card.text
+
+
+@pytest.mark.parametrize("wrong", ["CC BY-SA 4.0", "", "a\nb", "x" * 51])
+def test_a_licence_is_an_identifier(wrong: str, kuzushiji: Kuzushiji, tmp_path: Path) -> None:
+    told = kuzushiji(
+        "prepare", "--pages", tmp_path, "--labels", tmp_path, "--dataset", tmp_path / "out", "--license", wrong
+    )
+    assert told.code == 2
+    assert "--license must be an identifier of a licence, such as cc-by-sa-4.0 or cc0-1.0. Received:" in told.stderr
+
+
+def test_a_dataset_and_a_model_with_another_licence_are_damaged(few: Path, trained: Path, tmp_path: Path) -> None:
+    manifest = json.loads((few / "manifest.json").read_text())
+    manifest["config"]["license"] = "a\n---\nlanguage: none"
+    with pytest.raises(ValueError, match="the licence must be an identifier"):
+        DatasetManifest.model_validate(manifest)
+    sealed = json.loads((trained / "manifest.json").read_text())
+    config = json.dumps(json.loads((trained / "config.json").read_text()) | {"license": ["x"]})
+    (tmp_path / "config.json").write_text(config)
+    for file in sealed["files"]:
+        if file["name"] == "config.json":
+            file |= {"bytes": len(config), "sha256": sha256_of(place(tmp_path / "config.json"))}
+    (tmp_path / "manifest.json").write_text(json.dumps(sealed))
+    with pytest.raises(DamageError, match=r"the licence must be an identifier. Received: \['x'\]"):
+        read_trained_on(place(tmp_path))
