@@ -64,6 +64,17 @@ def test_the_licence_of_pages_goes_with_their_models(trained: Path, few: Path) -
     assert "- Licence of the pages that it was trained on: cc-by-4.0.\n" in card.text
 
 
+def test_a_card_tells_that_a_temperature_is_at_its_limit(trained: Path, few: Path) -> None:
+    from job.train.card import TEMPERATURES, model_card
+    from job.train.temperature import SCALES
+
+    assert tuple(1 / SCALES[[-1, 0]]) == pytest.approx(TEMPERATURES)
+    manifest = DatasetManifest.model_validate_json((few / "manifest.json").read_bytes())
+    config, metrics = (json.loads((trained / name).read_text()) for name in ("config.json", "metrics.json"))
+    cards = [model_card(config, metrics | {"temperature": value}, "first", manifest) for value in (1.5, *TEMPERATURES)]
+    assert ["of which it is a limit" in card for card in cards] == [False, True, True]
+
+
 @pytest.mark.parametrize("wrong", ["CC BY-SA 4.0", "", "a\nb", "x" * 51])
 def test_a_licence_is_an_identifier(wrong: str, kuzushiji: Kuzushiji, tmp_path: Path) -> None:
     told = kuzushiji(

@@ -38,7 +38,7 @@ class Saved:
         self.crops = np.random.default_rng(0).uniform(0, 255, (2, 80, 80, 1)).astype(np.float32)
         np.save(folder / "crops.npy", self.crops)
 
-    def add(self, name: str) -> None:
+    def add(self, name: str, precision: str = "float32") -> None:
         import keras
 
         from job.model import architectures
@@ -47,10 +47,12 @@ class Saved:
         if (self.folder / f"{name}.npy").exists():
             return
         keras.utils.set_random_seed(1)
+        keras.config.set_dtype_policy(precision)
         with pytest.MonkeyPatch.context() as patch:
             for widths in ("BASELINE_HEAD", "HEAD", "FCN_FILTERS"):
                 patch.setattr(architectures, widths, (20, 10))
             model = architectures.ARCHITECTURES[name](7)
+        keras.config.set_dtype_policy("float32")
         for variable in model.variables:
             if "gamma" in variable.path:  # some begin at 0, which hides what is before them
                 variable.assign(np.random.default_rng(1).uniform(0.5, 1.5, variable.shape))
@@ -95,6 +97,15 @@ def test_the_oldest_keras_is_the_one_that_the_readme_and_the_code_name() -> None
 @pytest.mark.parametrize("version", VERSIONS[:2])
 def test_a_model_predicts_the_same_in_the_oldest_versions_of_keras_with_jax(version: str, saved: Saved) -> None:
     assert max(differences(saved, ("resnet", "baseline", "fcn"), "jax", version).values()) < 1e-5
+
+
+def test_a_model_trained_in_mixed_bfloat16_computes_in_it_everywhere_within_its_rounding(
+    tmp_path: Path,
+) -> None:
+    saved = Saved(tmp_path)
+    saved.add("resnet", "mixed_bfloat16")
+    (difference,) = differences(saved, ("resnet",), "jax", VERSIONS[0]).values()
+    assert 0 < difference < 0.02  # bfloat16 has 8 significant bits
 
 
 @pytest.mark.long

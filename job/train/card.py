@@ -1,5 +1,6 @@
 """The model card, `README.md` of a model folder, with the head that hubs read."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,8 @@ from job.tables import optional
 from preprocessing.card import front_matter, license_line
 from preprocessing.config import SPLITS
 from preprocessing.dataset import DatasetManifest
+
+TEMPERATURES = (0.25, 4.0)  # that are tried, see `temperature.SCALES`
 
 
 def model_card(config: Mapping[str, Any], metrics: Mapping[str, Any], run: str, dataset: DatasetManifest) -> str:
@@ -47,7 +50,7 @@ crops, the most certain ones first, of which 99 % are right.
   at most {config["epochs"]} epochs, seed {config["seed"]}, precision {config["precision"]},
   augmentation: {config["augment"]}, class weights: {config["class_weights"]}. The weights are those of epoch
   {metrics["best_epoch"]}, which has the best validation accuracy. The logits are divided by
-  {metrics["temperature"]:.3f}, the temperature that fits the validation split best.{_base(config)}
+  {metrics["temperature"]:.3f}, the temperature{_limited(metrics)} that fits the validation split best.{_base(config)}
 - Split of the dataset: {dataset.split_by}. The class `rare` stands for all characters that have no class of their own.
 {license_line(config["license"])}
 """
@@ -75,6 +78,11 @@ def _head(config: Mapping[str, Any], metrics: Mapping[str, Any], run: str, datas
         "model-index": [{"name": f"{config['architecture']}/{run}", "results": [result]}],
     }
     return front_matter(config["license"], fields)
+
+
+def _limited(metrics: Mapping[str, Any]) -> str:
+    at_limit = any(math.isclose(metrics["temperature"], limit, rel_tol=1e-3) for limit in TEMPERATURES)
+    return f" from {TEMPERATURES[0]:g} to {TEMPERATURES[1]:g}, of which it is a limit," if at_limit else ""
 
 
 def _optimizer(config: Mapping[str, Any]) -> str:
