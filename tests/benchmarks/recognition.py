@@ -179,7 +179,7 @@ def add(file: Path, part: Part, rows: Sequence[dict[str, Any]]) -> None:
 
 def tables() -> str:
     """The tables of all rows, in Markdown."""
-    runs, pages = pd.read_csv(ROWS / "runs.csv"), pd.read_csv(ROWS / "pages.csv")
+    runs, pages, epochs = (pd.read_csv(ROWS / f"{name}.csv") for name in ("runs", "pages", "epochs"))
     texts = []
     for study in dict.fromkeys(runs["study"]):
         of_study = runs[runs["study"] == study]
@@ -189,10 +189,11 @@ def tables() -> str:
             count = (of_study["recipe"] == recipe).sum()
             numbers = [f"{means.loc[recipe, name]:.3f}" for name in SHOWN]
             ratio = error_ratio(pages[pages["study"] == study], recipe)
+            time_taken = time_ratio(epochs[epochs["study"] == study], recipe)
             cost = f"{means.loc[recipe, 'gradient_bytes'] / 1e6:.1f} | {means.loc[recipe, 'crops_per_s']:.0f}"
-            lines.append(f"| {recipe} | {count} | {' | '.join(numbers)} | {ratio} | {cost} |")
-        header = f"| {study} | trainings | {' | '.join(SHOWN.values())} | errors | gradients, MB | crops/s |"
-        texts.append("\n".join([header, f"|{'---|' * (len(SHOWN) + 5)}", *lines]))
+            lines.append(f"| {recipe} | {count} | {' | '.join(numbers)} | {ratio} | {time_taken} | {cost} |")
+        header = f"| {study} | trainings | {' | '.join(SHOWN.values())} | errors | time | gradients, MB | crops/s |"
+        texts.append("\n".join([header, f"|{'---|' * (len(SHOWN) + 6)}", *lines]))
     return "\n\n".join(texts) + "\n"
 
 
@@ -213,6 +214,24 @@ def error_ratio(pages: pd.DataFrame, recipe: str, rounds: int = 2000) -> str:
         ratios.append(ours / theirs)
     low, high = np.quantile(ratios, [0.025, 0.975])
     return f"{both['ours'].sum() / both['theirs'].sum():.2f} ({low:.2f} to {high:.2f})"
+
+
+def time_ratio(epochs: pd.DataFrame, recipe: str) -> str:
+    """Seconds of training after which a recipe's validation accuracy is the best one of `baseline` by the study's, over
+    the seconds that this one took: the median over folds and seeds.
+    """
+    trainings = dict(iter(epochs.groupby(["recipe", "fold", "seed"])))
+    ratios = []
+    for (name, *key), rows in trainings.items():
+        theirs = trainings.get((next(iter(RECIPES)), *key))
+        if name != recipe or theirs is None:
+            continue
+        if RECIPES[recipe].slower and (rows["study"] == "books").all():
+            rows = rows[rows["epoch"] > 1]  # the first is of drawn pages, as is its validation
+        best = theirs.loc[theirs["val_accuracy"].idxmax()]
+        enough = rows[rows["val_accuracy"] >= best["val_accuracy"]]
+        ratios.append(enough["seconds"].iloc[0] / best["seconds"] if len(enough) else np.inf)
+    return f"{np.median(ratios):.2f}" if ratios else ""
 
 
 def done() -> set[Part]:
