@@ -129,7 +129,7 @@ def evaluate(model: str, dataset: str, split: str, out: str | None) -> Outcome:
               help="Format of the tables.")  # fmt: skip
 @click.option("--annotate", metavar="PLACE", help="Folder for pictures of the pages with the predicted characters.")
 @click.option("--min-confidence", default=0.0, show_default=True, type=click.FloatRange(0, 1), metavar="P",
-              help="Show 〓 in texts and pictures where the probability is less.")  # fmt: skip
+              help="Show 〓 in texts and pictures for characters less probable than P.")  # fmt: skip
 @click.option("--gpus", default=0, show_default=True, type=click.IntRange(min=0),
               help="Number of actors, each with one GPU; 0: one task per CPU.")  # fmt: skip
 @click.option("--rescale", is_flag=True,
@@ -166,9 +166,9 @@ def predict(
         lines.append(f"{scores}, {accuracy['examples']:,} boxes with a character")
     if min_confidence:
         uncertain, right = counts["uncertain"], accuracy.get("accuracy_of_shown")
-        others = "" if right is None else f"; the others have an accuracy of {right:.4f}"
+        told = "" if right is None else f"; accuracy of the characters shown {right:.4f}"
         share = f"{uncertain:,} boxes ({uncertain / counts['read']:.1%})"
-        lines.append(f"{share} are less probable than {min_confidence:g} and shown as 〓{others}")
+        lines.append(f"{share} are less probable than {min_confidence:g} and shown as 〓, as `rare` is{told}")
     lines.append(f"{lost} boxes lost, {len(manifest.clipped)} clipped: each is listed in manifest.json")
     return result, lines
 
@@ -179,23 +179,25 @@ def predict(
               help="savedmodel: TensorFlow Serving; onnx: ONNX; tflite: LiteRT on small devices.")  # fmt: skip
 @click.option("--quantize", type=click.Choice(["none", "float16", "int8"]), default="none", show_default=True,
               help="Precision of a tflite; int8 is calibrated on crops of --dataset.")  # fmt: skip
-@click.option("--out", required=True, metavar="PLACE", help="New folder.")
+@click.option("--out", required=True, metavar="PLACE", help="New or empty folder.")
 @click.option("--dataset", metavar="PLACE", help="Folder made by `prepare`: compares accuracies too.")
-@click.option("--split", type=click.Choice(SPLITS), default="test", show_default=True, help="Split to compare on.")
-def export(model: str, form: Any, quantize: Any, out: str, dataset: str | None, split: str) -> Outcome:
+@click.option("--split", type=click.Choice(SPLITS), help="Split to compare on.  [default: test]")
+def export(model: str, form: Any, quantize: Any, out: str, dataset: str | None, split: str | None) -> Outcome:
     """Convert a model for other programs, and compare predictions."""
     from cluster.storage import reachable_place
     from job.export.export import export as run
 
-    data = reachable_place(dataset) if dataset else None
-    exported = run(reachable_place(model), form, reachable_place(out), quantize, data, split)
+    if split and dataset is None:
+        raise OptionError(f"--split must be given with --dataset. Received: --split {split} alone")
+    data = None if dataset is None else reachable_place(dataset)
+    exported = run(reachable_place(model), form, reachable_place(out), quantize, data, split or "test")
     lines = [
         f"{form}: {out}, {sum(exported.files.values()):,} bytes",
         f"probabilities differ from the model's by at most {exported.largest_difference:.1g} on synthetic crops",
     ]
     if accuracy := exported.accuracy:
         lines.append(
-            f"accuracy on {split} ({accuracy.crops:,} crops): {accuracy.of_export:.4f}, of the model "
+            f"accuracy on {accuracy.split} ({accuracy.crops:,} crops): {accuracy.of_export:.4f}, of the model "
             f"{accuracy.of_model:.4f}; the same class for {accuracy.same:.2%}"
         )
     return {"out": out} | asdict(exported), lines

@@ -11,7 +11,7 @@ SPLITS = ("train", "validation", "test")
 
 
 def is_license(value: object) -> bool:
-    """Return whether a value is None, or an identifier of a licence in the form of SPDX's and the hubs'."""
+    """Return whether a value is None, or an identifier of a licence, in the small letters of Hugging Face's."""
     return value is None or (isinstance(value, str) and re.fullmatch(r"[a-z0-9][a-z0-9.\-]{0,49}", value) is not None)
 
 
@@ -85,16 +85,18 @@ class PrepareConfig(BaseModel):
     @field_validator("license")
     @classmethod
     def _is_an_identifier(cls, value: str | None) -> str | None:
-        """Check the licence.
+        """Return the licence in small letters.
 
         Raises:
             OptionError: it is no identifier.
         """
-        if not is_license(value):
+        lowered = value.lower() if value else value  # SPDX has capitals
+        if not is_license(lowered):
             raise OptionError(
-                f"--license must be an identifier of a licence, such as cc-by-sa-4.0 or cc0-1.0. Received: {value!r}"
+                "--license must be an identifier of letters, digits, '.' and '-', such as cc-by-sa-4.0. Received: "
+                f"{value!r}"
             )
-        return value
+        return lowered
 
     @model_validator(mode="after")
     def _folds_fit(self) -> Self:

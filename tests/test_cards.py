@@ -18,7 +18,7 @@ from preprocessing.prepare import prepare
 
 def test_a_hub_reads_the_card_of_a_dataset(ray_here: None, pages: Path, tmp_path: Path) -> None:
     source = place(pages / "train_images"), place(pages / "train.csv")
-    manifest, _ = prepare(*source, place(tmp_path / "crops"), PrepareConfig(coverage=0.5, license="cc0-1.0"))
+    manifest, _ = prepare(*source, place(tmp_path / "crops"), PrepareConfig(coverage=0.5, license="CC0-1.0"))
     card = DatasetCard.load(tmp_path / "crops" / "README.md")
     assert card.data.license == "cc0-1.0"
     assert card.data.language == ["ja"]
@@ -49,7 +49,7 @@ def test_a_hub_reads_the_card_of_an_export(trained: Path, tmp_path: Path) -> Non
     export(place(trained), "onnx", place(tmp_path))
     card = ModelCard.load(tmp_path / "README.md")
     assert (card.data.license, card.data.language, card.data.library_name) == ("unknown", ["ja"], "onnx")
-    assert card.text.strip().startswith("# baseline, run first, for onnx\n")
+    assert card.text.strip().startswith("# `baseline/first` as onnx\n")
 
 
 def test_the_licence_of_pages_goes_with_their_models(trained: Path, few: Path) -> None:
@@ -81,7 +81,10 @@ def test_a_licence_is_an_identifier(wrong: str, kuzushiji: Kuzushiji, tmp_path: 
         "prepare", "--pages", tmp_path, "--labels", tmp_path, "--dataset", tmp_path / "out", "--license", wrong
     )
     assert told.code == 2
-    assert "--license must be an identifier of a licence, such as cc-by-sa-4.0 or cc0-1.0. Received:" in told.stderr
+    assert (
+        "--license must be an identifier of letters, digits, '.' and '-', such as cc-by-sa-4.0. Received:"
+        in told.stderr
+    )
 
 
 def test_a_dataset_and_a_model_with_another_licence_are_damaged(few: Path, trained: Path, tmp_path: Path) -> None:

@@ -1,8 +1,11 @@
 """Models for other programs: they predict what ours do, and nothing is left of one that does not."""
 
 import json
+import os
+import runpy
+import signal
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ from conftest import Kuzushiji
 from upath import UPath
 
 from cluster.errors import KuzushijiError, OptionError
-from cluster.storage import new_file, place
+from cluster.storage import TEMPORARY_PREFIX, new_file, place
 from job.export import export as command
 from job.export.export import MAX_DIFFERENCE, _accuracy, _convert, _difference, export
 from job.model.folder import load_model
@@ -52,6 +55,9 @@ def test_a_saved_model_is_what_tensorflow_serving_reads(
     names = (trained / "labels.txt").read_text().split()
     assert [label.decode() for label in served["label"].numpy()] == [names[row] for row in expected.argmax(axis=1)]
     assert (tmp_path / "labels.txt").read_text().split() == names
+    weights = 4 * load_model(place(trained))[0].count_params()
+    stored = (tmp_path / "1" / "variables" / "variables.data-00000-of-00001").stat().st_size
+    assert weights <= stored < 1.1 * weights  # each once
 
 
 def test_an_onnx_model_predicts_what_the_model_does(
@@ -91,6 +97,22 @@ def test_an_export_is_measured_on_a_dataset_beside_its_model(
     assert f"{accuracy:.4f}, of the model {accuracy:.4f}; the same class for 100.00%" in told.stdout
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"| the model | {accuracy:.4f} |\n| this export | {accuracy:.4f} |" in card
+
+
+@pytest.mark.filterwarnings("ignore:.*tf.lite.Interpreter is deprecated")
+@pytest.mark.parametrize("form", FORMATS)
+def test_the_script_of_a_card_reads_a_crop(
+    form: Any, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export(place(trained), form, place(tmp_path))
+    (tmp_path / "script.py").write_text((tmp_path / "README.md").read_text().split("```python\n")[1].split("```")[0])
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    runpy.run_path("script.py")
+    label, probability = capsys.readouterr().out.split()
+    predicted = np.asarray(load_model(place(trained))[0](np.zeros((1, 80, 80, 1), np.float32)))[0]
+    assert label == (trained / "labels.txt").read_text().split()[predicted.argmax()]
+    assert float(probability) == pytest.approx(predicted.max(), abs=1e-4)
 
 
 @pytest.mark.parametrize(("quantize", "size"), [("float16", 0.55), ("int8", 0.35)])
@@ -139,6 +161,7 @@ def test_a_quantized_model_reads_what_its_model_learned(
     assert accuracy.of_model > 0.95
     assert accuracy.of_export > 0.95
     assert accuracy.same > 0.95
+    np.testing.assert_allclose(predict(crops).sum(axis=1), 1, atol=1e-5)
 
 
 def test_what_quantization_costs_is_said_aloud(learned: Any, few: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -210,7 +233,22 @@ def test_what_predicts_something_else_is_not_written(
     monkeypatch.setattr(f"job.export.formats.{name}", wrong)
     with pytest.raises(KuzushijiError, match="must predict the same as the model. Received: probabilities that"):
         export(place(trained), form, place(tmp_path / "out"))
-    assert not (tmp_path / "out").exists()
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_ctrl_c_stops_an_export_also_where_a_converter_loses_it(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stubborn(*_: object) -> None:
+        with suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr("job.export.formats.save_tflite", stubborn)
+    with pytest.raises(KeyboardInterrupt):
+        export(place(trained), "tflite", place(tmp_path / "out"))
+    assert list((tmp_path / "out").iterdir()) == []
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -232,13 +270,31 @@ def test_nothing_is_left_of_what_could_not_be_written_whole(
         export(place(trained), form, place(tmp_path / "out"))
 
 
-def test_a_folder_with_something_in_it_is_refused(trained: Path, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_take_an_export_is_refused_before_the_model_is_loaded(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "load_model", None)
     (tmp_path / "mine").mkdir()
-    with pytest.raises(OptionError, match="new or empty folder"):
+    with pytest.raises(OptionError, match=r"new or empty folder. Received: .*, with mine"):
         export(place(trained), "savedmodel", place(tmp_path))
+    (tmp_path / "file").touch()
+    with pytest.raises(KuzushijiError, match="a folder must exist"):
+        export(place(trained), "savedmodel", place(tmp_path / "file" / "out"))
 
 
-def test_options_that_do_not_fit_are_refused(trained: Path, few: Path, tmp_path: Path) -> None:
+def test_what_a_killed_export_left_is_removed(trained: Path, tmp_path: Path) -> None:
+    left = tmp_path / f"{TEMPORARY_PREFIX}model"
+    left.touch()
+    os.utime(left, (0, 0))
+    export(place(trained), "savedmodel", place(tmp_path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "README.md", "labels.txt"]
+
+
+def test_options_that_do_not_fit_are_refused(trained: Path, few: Path, tmp_path: Path, kuzushiji: Kuzushiji) -> None:
+    given = ("export", "--model", trained, "--format", "onnx", "--out", tmp_path / "out")
+    assert "--split must be given with --dataset. Received: --split test alone" in (
+        kuzushiji(*given, "--split", "test").stderr
+    )
     out = place(tmp_path / "out")
     with pytest.raises(OptionError, match="--quantize is for --format tflite. Received: --format onnx"):
         export(place(trained), "onnx", out, "float16")
@@ -248,4 +304,4 @@ def test_options_that_do_not_fit_are_refused(trained: Path, few: Path, tmp_path:
     prepare(*source, place(tmp_path / "other"), PrepareConfig(coverage=0.9))
     with pytest.raises(OptionError, match="the classes of --dataset must be the model's"):
         export(place(trained), "onnx", out, dataset=place(tmp_path / "other"))
-    assert not (tmp_path / "out").exists()
+    assert list((tmp_path / "out").iterdir()) == []

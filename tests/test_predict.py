@@ -368,16 +368,18 @@ def test_a_character_below_the_least_confidence_is_shown_as_a_geta_mark_and_coun
     read: Path, model: Path, shared: Path, kuzushiji: Kuzushiji, tmp_path: Path
 ) -> None:
     boxes = table(read)
+    places = ["--model", model, "--pages", shared / "pages", "--boxes", shared / "train.csv", "--out", tmp_path / "out"]
+    refused = kuzushiji("predict", *places, "--min-confidence", "nan")
+    assert (refused.code, list(tmp_path.iterdir())) == (2, [])
+    assert "--min-confidence must be a number from 0 to 1. Received: nan" in refused.stderr
     least = float(np.round(boxes["probability_1"].median(), 4))
     certain = boxes["probability_1"] >= least
-    known = boxes["unicode"] == boxes["label_1"]
-    rare = ~boxes["unicode"].isin((model / "first" / "labels.txt").read_text().split()) & (boxes["label_1"] == "rare")
-    places = ["--model", model, "--pages", shared / "pages", "--boxes", shared / "train.csv", "--out", tmp_path / "out"]
     told = kuzushiji("predict", *places, "--min-confidence", least, "--annotate", tmp_path / "pictures").stdout
-    count, right = int((~certain).sum()), (known | rare)[certain].mean()
+    characters = boxes[certain & (boxes["label_1"] != "rare")]
+    count, right = int((~certain).sum()), (characters["unicode"] == characters["label_1"]).mean()
     assert (
-        f"{count} boxes ({count / len(boxes):.1%}) are less probable than {least:g} and shown as 〓; "
-        f"the others have an accuracy of {right:.4f}\n" in told
+        f"{count} boxes ({count / len(boxes):.1%}) are less probable than {least:g} and shown as 〓, as `rare` is; "
+        f"accuracy of the characters shown {right:.4f}\n" in told
     )
     pd.testing.assert_frame_equal(table(tmp_path / "out"), boxes)  # which has the probabilities
     shown = boxes["character_1"].where(certain, "〓")

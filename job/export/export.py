@@ -3,7 +3,9 @@
 import logging
 import math
 import shutil
+import signal
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -16,11 +18,21 @@ from upath import UPath
 
 from cluster.errors import KuzushijiError, OptionError
 from cluster.progress import progress, waiting
-from cluster.storage import list_files, list_folders, new_file, remove_file, remove_folder, writing_in
+from cluster.storage import (
+    TEMPORARY_PREFIX,
+    check_writable,
+    list_files,
+    list_folders,
+    new_file,
+    remove_file,
+    remove_folder,
+    remove_temporaries,
+    writing_in,
+)
 from job.data.staging import Crops, staged
 from job.evaluate import check_dataset
 from job.export.card import CARD_FILE, export_card
-from job.model.folder import LABELS_FILE, load_model
+from job.model.folder import LABELS_FILE, load_model, read_trained_on
 from job.model.load_tensorflow import without_chatter
 
 if TYPE_CHECKING:
@@ -84,8 +96,10 @@ def export(
         InputError, DamageError: the model or the dataset can't be used, or does not match its manifest.
         KuzushijiError: the export predicts something else, or `out` can't be written. No files are left in `out`.
     """
-    _check_options(form, out, quantize, dataset)
+    _check_options(form, quantize, dataset)
+    _check_out(out)
     model, names, folder = load_model(model_place)
+    trained_on = read_trained_on(folder)
     with writing_in(Path(tempfile.gettempdir())), tempfile.TemporaryDirectory() as temporary:
         local = Path(temporary)
         from job.export.formats import in_float32  # imports TensorFlow, which `load_model` has set up
@@ -101,7 +115,9 @@ def export(
                 accuracy = _accuracy(model, predict, split, data.splits[split])
         difference = _difference(wide, predict, quantize)
         (local / LABELS_FILE).write_text("".join(f"{name}\n" for name in names))
-        (local / CARD_FILE).write_text(export_card(folder, form, quantize, accuracy, wide.input_shape, len(names)))
+        (local / CARD_FILE).write_text(
+            export_card(folder, trained_on, form, quantize, accuracy, wide.input_shape, len(names))
+        )
         sizes = {path.relative_to(local).as_posix(): path.stat().st_size for path in local.rglob("*") if path.is_file()}
         with _emptied_on_failure(out, sizes):
             for name in sorted(sizes, key=lambda name: (name in WRITTEN_LAST, name)):
@@ -110,13 +126,25 @@ def export(
     return Export(sizes, difference, accuracy)
 
 
-def _check_options(form: "Format", out: UPath, quantize: "Quantize", dataset: UPath | None) -> None:
+def _check_options(form: "Format", quantize: "Quantize", dataset: UPath | None) -> None:
     if quantize != "none" and form != "tflite":
         raise OptionError(f"--quantize is for --format tflite. Received: --format {form}. Leave out --quantize")
     if quantize == "int8" and dataset is None:
         raise OptionError("--quantize int8 needs crops to calibrate on. Received: no --dataset. Name one")
-    if list_files(out) or list_folders(out):
-        raise OptionError(f"--out must be a new or empty folder. Received: {out}, with files in it")
+
+
+def _check_out(out: UPath) -> None:
+    """Check that an export can be written into a folder, before the work starts. Creates a local folder.
+
+    Raises:
+        OptionError: it is not empty.
+        KuzushijiError: it is read-only or not a folder.
+    """
+    names = [name for name in list_files(out) if not name.startswith(TEMPORARY_PREFIX)]  # those are of killed exports
+    if there := [*names, *list_folders(out)]:
+        raise OptionError(f"--out must be a new or empty folder. Received: {out}, with {sorted(there)[0]}")
+    check_writable(out)
+    remove_temporaries(out)
 
 
 @contextmanager
@@ -145,12 +173,36 @@ def _convert(
     from job.export import formats
 
     log.info("converts the model to %s", form)
-    with waiting(f"{form} ..."), without_chatter():
+    with waiting(f"{form} ..."), without_chatter(), _interruptible():
         if form == "savedmodel":
             return formats.save_saved_model(model, class_names, folder)
         if form == "onnx":
             return formats.save_onnx(model, folder)
         return formats.save_tflite(model, folder, quantize, calibration)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Raise KeyboardInterrupt at the end of the block if Ctrl-C came within it: TensorFlow's converters lose it.
+
+    Other threads than the main one can't and don't handle signals.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    interrupted = threading.Event()
+
+    def interrupt(*_: object) -> None:
+        interrupted.set()
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if interrupted.is_set():
+        raise KeyboardInterrupt
 
 
 def _some(crops: Crops) -> NDArray[np.float32]:
@@ -172,7 +224,7 @@ def _accuracy(model: "keras.Model", predict: "Predict", split: str, crops: Crops
     exported = np.concatenate(classes)
     of_model, of_export = (float(np.mean(predicted == crops.labels)) for predicted in (expected, exported))
     if of_export < of_model - MAX_LOSS:
-        log.warning("the accuracy falls from %.4f to %.4f: another --quantize may lose less", of_model, of_export)
+        log.warning("accuracy on %s falls from %.4f to %.4f by the export", split, of_model, of_export)
     return Accuracy(split, len(crops), of_model, of_export, float(np.mean(expected == exported)))
 
 

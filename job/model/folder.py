@@ -150,7 +150,7 @@ def read_trained_on(folder: UPath) -> TrainedOn:
     config = read_json(folder / CONFIG_FILE)
     margin, license_id = config.get("margin", 0.0), config.get("license")  # models of earlier releases have none
     if not is_margin(margin):
-        raise DamageError(f"{folder}: the margin must be a number from 0 to 1. Received: {str(margin)[:40]}")
+        raise DamageError(f"{folder}: the margin must be a number from 0 to 1. Received: {str(margin)[:40]!r}")
     if not is_license(license_id):
         raise DamageError(f"{folder}: the licence must be an identifier. Received: {str(license_id)[:40]}")
     return TrainedOn(float(margin), license_id)

@@ -91,13 +91,15 @@ def predict(
         The manifest of `out`.
 
     Raises:
-        OptionError: `out` holds other files; the folder for pictures is in it, or is that of the pages; or this machine
-            has fewer GPUs.
+        OptionError: `out` holds other files; the folder for pictures is in it, or is that of the pages; this machine
+            has fewer GPUs; or `min_confidence` is not from 0 to 1.
         InputError: boxes or pages can't be used, no box is readable, or the manifest would be too large. Where boxes
             and names of pages show it, nothing is written.
         DamageError: the model does not match its manifest, or the workers do not share the folder `out`.
         KuzushijiError: TensorFlow can't use the GPUs, or the model gives probabilities that are not finite.
     """
+    if not 0 <= min_confidence <= 1:
+        raise OptionError(f"--min-confidence must be a number from 0 to 1. Received: {min_confidence}")
     if annotate:
         _check_pictures(annotate, pages, out)
     folder = resolve_model(model)

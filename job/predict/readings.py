@@ -151,14 +151,15 @@ class Readings:
         """Return the counts from which `accuracy` is computed."""
         correct, known, labels = self._compared()
         not_rare = known & (labels != len(self.class_names) - 1)
+        shown = ~self.uncertain & (self.top[:, 0] != len(self.class_names) - 1)
         masks = {
             "examples": known,
             "correct": known & correct,
             "not_rare": not_rare,
             "correct_not_rare": not_rare & correct,
             "in_top": known & (self.top == labels[:, None]).any(axis=1),
-            "shown": known & ~self.uncertain,
-            "correct_shown": known & correct & ~self.uncertain,
+            "shown": known & shown,
+            "correct_shown": known & correct & shown,
         }
         return {name: int(np.count_nonzero(mask)) for name, mask in masks.items()}
 
@@ -175,7 +176,7 @@ def accuracy(counts: Sequence[Mapping[str, int]]) -> dict[str, float | int | Non
     """Compute the accuracy over boxes with known characters; empty if there are none.
 
     counts: of each group, at least one, as `Readings.correct` returns. The keys have the meaning of `SplitMetrics`;
-        `accuracy_of_shown` is that of the boxes whose character is shown, see `Readings.min_confidence`.
+        `accuracy_of_shown` is that of the boxes of which texts show a character, not 〓.
     """
     total = {key: sum(group[key] for group in counts) for key in counts[0]}
     examples, not_rare = total["examples"], total["not_rare"]
