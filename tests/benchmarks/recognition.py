@@ -182,7 +182,9 @@ def tables() -> str:
     runs, pages, epochs = (pd.read_csv(ROWS / f"{name}.csv") for name in ("runs", "pages", "epochs"))
     texts = []
     for study in dict.fromkeys(runs["study"]):
-        of_study = runs[runs["study"] == study]
+        of_study = runs[runs["study"] == study].groupby(["fold", "seed"]).filter(_has_both)
+        if of_study.empty:
+            continue
         means = of_study.groupby("recipe", sort=False).mean(numeric_only=True)
         lines = []
         for recipe in means.index:
@@ -195,6 +197,11 @@ def tables() -> str:
         header = f"| {study} | trainings | {' | '.join(SHOWN.values())} | errors | time | gradients, MB | crops/s |"
         texts.append("\n".join([header, f"|{'---|' * (len(SHOWN) + 6)}", *lines]))
     return "\n\n".join(texts) + "\n"
+
+
+def _has_both(rows: pd.DataFrame) -> bool:
+    """Whether the two recipes that matter have rows: without, means would be of other folds."""
+    return {*STUDIED} <= {*rows["recipe"]}
 
 
 def error_ratio(pages: pd.DataFrame, recipe: str, rounds: int = 2000) -> str:
