@@ -193,7 +193,7 @@ def export(model: str, form: Any, quantize: Any, out: str, dataset: str | None, 
     exported = run(reachable_place(model), form, reachable_place(out), quantize, data, split or "test")
     lines = [
         f"{form}: {out}, {sum(exported.files.values()):,} bytes",
-        f"probabilities differ from the model's by at most {exported.largest_difference:.1g} on synthetic crops",
+        f"probabilities differ from the model's by at most {exported.largest_difference:.1g} (float32, random images)",
     ]
     if accuracy := exported.accuracy:
         lines.append(

@@ -1,8 +1,10 @@
 """The cards of datasets, models and exports: what hubs read of them."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import Kuzushiji
 from huggingface_hub import DatasetCard, ModelCard
@@ -53,15 +55,28 @@ def test_a_hub_reads_the_card_of_an_export(trained: Path, tmp_path: Path) -> Non
 
 
 def test_the_licence_of_pages_goes_with_their_models(trained: Path, few: Path) -> None:
-    from job.train.card import model_card
+    from job.config import TrainConfig
+    from job.data.staging import staged
+    from job.export.card import export_card
+    from job.model.folder import TrainedOn, load_model
+    from job.train.result import EpochRow, folder_texts
 
     manifest = DatasetManifest.model_validate_json((few / "manifest.json").read_bytes())
     told = manifest.model_copy(update={"config": manifest.config | {"license": "cc-by-4.0"}})
     assert (manifest.license, told.license) == (None, "cc-by-4.0")
-    config, metrics = (json.loads((trained / name).read_text()) for name in ("config.json", "metrics.json"))
-    card = ModelCard(model_card(config | {"license": told.license}, metrics, "first", told))
-    assert card.data.license == "cc-by-4.0"
-    assert "- Licence of the pages that it was trained on: cc-by-4.0.\n" in card.text
+    fields = set(TrainConfig.model_fields)
+    given = {key: value for key, value in json.loads((trained / "config.json").read_text()).items() if key in fields}
+    row = EpochRow(**json.loads((trained / "history.jsonl").read_text().splitlines()[0]))
+    with staged(place(few), ["train", "validation", "test"]) as data:
+        predictions = {split: np.zeros((len(crops), 4), np.float32) for split, crops in data.splits.items()}
+        licensed = replace(data, manifest=told)
+        model, *_ = load_model(place(trained))
+        texts = folder_texts(TrainConfig(**given), "first", model, predictions, licensed, [row], 1, 1.0)
+    assert json.loads(texts["config.json"])["license"] == "cc-by-4.0"
+    export = export_card(place(trained), TrainedOn(0.0, "cc-by-4.0"), "onnx", "none", None, (None, 80, 80, 1), 6)
+    for card in (ModelCard(texts["README.md"]), ModelCard(export)):
+        assert card.data.license == "cc-by-4.0"
+        assert "- Licence of the pages that it was trained on: cc-by-4.0.\n" in card.text
 
 
 def test_a_card_tells_that_a_temperature_is_at_its_limit(trained: Path, few: Path) -> None:

@@ -236,12 +236,15 @@ def test_what_predicts_something_else_is_not_written(
     assert list((tmp_path / "out").iterdir()) == []
 
 
+@pytest.mark.parametrize("instead", [None, RuntimeError])
 def test_ctrl_c_stops_an_export_also_where_a_converter_loses_it(
-    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    instead: type[Exception] | None, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stubborn(*_: object) -> None:
         with suppress(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+        if instead:
+            raise instead
 
     before = signal.getsignal(signal.SIGINT)
     monkeypatch.setattr("job.export.formats.save_tflite", stubborn)
@@ -282,7 +285,7 @@ def test_a_folder_that_cannot_take_an_export_is_refused_before_the_model_is_load
         export(place(trained), "savedmodel", place(tmp_path / "file" / "out"))
 
 
-def test_what_a_killed_export_left_is_removed(trained: Path, tmp_path: Path) -> None:
+def test_the_temporary_file_of_a_killed_export_is_removed(trained: Path, tmp_path: Path) -> None:
     left = tmp_path / f"{TEMPORARY_PREFIX}model"
     left.touch()
     os.utime(left, (0, 0))

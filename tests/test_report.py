@@ -171,6 +171,37 @@ def test_a_model_folder_that_others_sealed_with_other_content_is_refused_in_one_
         model_report(place(tmp_path))
 
 
+def test_a_model_folder_of_an_earlier_release_is_verified_evaluated_exported_and_reported(
+    trained: Path, few: Path, tmp_path: Path, kuzushiji: Kuzushiji
+) -> None:
+    """It has neither the options that came later, nor a temperature, nor what tells how sure it is."""
+    folder = tmp_path / "models" / "baseline" / trained.name
+    shutil.copytree(trained.parent, folder.parent)
+    config, metrics = (json.loads((folder / name).read_text()) for name in ("config.json", "metrics.json"))
+    later = {"margin", "license", "schedule", "augment", "weight_decay", "label_smoothing"}
+    old = {name: value for name, value in config.items() if name not in later}
+    for numbers in (metrics[split] for split in ("train", "validation", "test")):
+        for name in ("ece", "at_99", "errors_by_share"):
+            del numbers[name]
+    del metrics["temperature"]
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for name, content in (("config.json", old), ("metrics.json", metrics)):
+        data = json.dumps(content).encode()
+        (folder / name).write_bytes(data)
+        (entry,) = [one for one in manifest["files"] if one["name"] == name]
+        entry |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    for command in (
+        ("verify", folder),
+        ("evaluate", "--model", folder, "--dataset", few),
+        ("export", "--model", folder, "--format", "savedmodel", "--out", tmp_path / "out"),
+    ):
+        told = kuzushiji(*command)
+        assert told.code == 0, told.stderr
+    text = Page(model_report(place(tmp_path / "models"), place(few)).decode()).text
+    assert f"test\n{metrics['test']['examples']}\n{metrics['test']['accuracy']:.4f}\n" in text
+
+
 @pytest.mark.skipif(not CHROMIUM, reason="need Chromium (apt install chromium)")
 @pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize("kind", ["dataset", "models"])

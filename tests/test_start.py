@@ -133,7 +133,7 @@ def test_other_layers_are_refused_and_a_changed_model_too(tmp_path: Path, monkey
 
 
 def test_the_card_names_the_model_that_a_training_began_with() -> None:
-    from job.train.result import _base
+    from job.train.card import _base
 
     config = configs_of(["baseline"], f"model:{'a' * 64}", None)[0].model_dump()
     assert "model:aaaa" in _base(config)

@@ -66,7 +66,9 @@ class Export:
     files: dict[str, int]
     """File to its size in bytes."""
     largest_difference: float
-    """The largest difference between the probabilities of export and model, over synthetic crops."""
+    """The largest difference between the probabilities of the export and of the model that computes in float32, over
+    synthetic crops.
+    """
     accuracy: Accuracy | None
 
 
@@ -80,7 +82,8 @@ def export(
 ) -> Export:
     """Write a model for other programs, with its `labels.txt` and a card, to a folder.
 
-    The exported model takes N x 80 x 80 x 1 float32, 0..255, computes in float32, and returns N x K probabilities.
+    The exported model takes N x 80 x 80 x 1 float32, 0..255, and returns N x K probabilities. It computes in float32,
+    but for what is quantized to int8.
 
     Args:
         model_place: a model folder, or an architecture's folder for its latest run.
@@ -201,8 +204,8 @@ def _interruptible() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-    if interrupted.is_set():
-        raise KeyboardInterrupt
+        if interrupted.is_set():
+            raise KeyboardInterrupt
 
 
 def _some(crops: Crops) -> NDArray[np.float32]:

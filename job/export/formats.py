@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 Format = Literal["savedmodel", "onnx", "tflite"]
 Quantize = Literal["none", "float16", "int8"]
 
-SAVED_MODEL_FILE = "1/saved_model.pb"  # TensorFlow Serving reads versions of a model: folders named with numbers
 ONNX_FILE = "model.onnx"
 TFLITE_FILE = "model.tflite"
 OPSET = 15  # of ONNX: onnxruntime 1.10 and later read it
@@ -50,7 +49,7 @@ def _with_float32(config: Any) -> Any:
 
 
 def save_saved_model(model: keras.Model, class_names: Sequence[str], folder: Path) -> Predict:
-    """Write `1/` for TensorFlow Serving. model: as `in_float32` returns it.
+    """Write `1/`: TensorFlow Serving reads versions, folders named with numbers. model: as `in_float32` returns it.
 
     Its signature has another output, `label`: the name of the most probable class of each crop, (N,) strings.
     """

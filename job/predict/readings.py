@@ -118,7 +118,7 @@ class Readings:
     def for_picture(self, page_id: str) -> tuple[Any, ...]:
         """Return the arguments of `annotated` for a page: boxes on the scan, readings, probabilities, wrong.
 
-        A character that is not shown is not wrong.
+        A character that is hidden because it is improbable is not wrong.
         """
         order = [i for column in self.page_columns[page_id] for i in column]
         boxes = np.array([self.cuts[self.read[i]].placed for i in order], np.int64)
@@ -151,15 +151,15 @@ class Readings:
         """Return the counts from which `accuracy` is computed."""
         correct, known, labels = self._compared()
         not_rare = known & (labels != len(self.class_names) - 1)
-        shown = ~self.uncertain & (self.top[:, 0] != len(self.class_names) - 1)
+        has_character = ~self.uncertain & (self.top[:, 0] != len(self.class_names) - 1)
         masks = {
             "examples": known,
             "correct": known & correct,
             "not_rare": not_rare,
             "correct_not_rare": not_rare & correct,
             "in_top": known & (self.top == labels[:, None]).any(axis=1),
-            "shown": known & shown,
-            "correct_shown": known & correct & shown,
+            "shown": known & has_character,
+            "correct_shown": known & correct & has_character,
         }
         return {name: int(np.count_nonzero(mask)) for name, mask in masks.items()}
 

@@ -108,6 +108,6 @@ def _base(config: Mapping[str, Any]) -> str:
     if config["architecture"] not in TRANSFER and not from_model:
         return ""
     if config["architecture"] not in TRANSFER:
-        return f"\n- Initial weights: {config['weights']}, by the SHA-256 of its manifest."
+        return f"\n- Initial weights: {config['weights']}, by the SHA-256 of its manifest. Its licence may differ."
     trained = {"last": "its last layers were trained", "all": "all its layers were trained"}[config["unfreeze"]]
     return f"\n- Initial weights of the base: {config['weights']}; {trained}."
