@@ -76,7 +76,7 @@ class PrepareConfig(BaseModel):
     rescale: bool | None = None
     """Scale boxes made for another size of their page, where the labels say it."""
     margin: float = Field(0.0, ge=0, le=1)
-    """Widen boxes by this fraction of their longer side on each side."""
+    """Widen boxes on each side by this fraction of the longer one."""
     license: str | None = None
     """Licence of the pages, such as cc-by-sa-4.0, for the cards."""
     max_bad_fraction: float = Field(0.01, ge=0, le=1)

@@ -37,7 +37,7 @@ def in_float32(model: keras.Model) -> keras.Model:
     """
     copy = keras.Model.from_config(_with_float32(model.get_config()))
     copy.set_weights(model.get_weights())
-    return keras.Model(copy.inputs[0], {OUTPUT: copy.output})
+    return keras.Model(copy.inputs[0], {OUTPUT: copy.output}, name=model.name)  # else Keras counts its models
 
 
 def _with_float32(config: Any) -> Any:

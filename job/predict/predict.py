@@ -226,10 +226,10 @@ class ReadGroup:
     out: str
     annotate: str | None
     form: str
-    min_confidence: float
     groups: int
     """Total number of groups, for the names of the tables."""
     on_gpu: bool
+    min_confidence: float = 0.0
     attempt: str = field(default_factory=lambda: uuid.uuid4().hex)
     """Identifies the attempt of the command, see `Tries`."""
 
