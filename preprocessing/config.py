@@ -68,7 +68,7 @@ class PrepareConfig(BaseModel):
     train_only: TrainOnlyFile | None = None
     """Pages or books for training alone, one a line."""
     coverage: float = Field(0.9, ge=0, le=1)
-    """Fraction of the boxes whose characters get a class; others are `rare`."""
+    """Fraction of the boxes with a class; rarer characters are `rare`."""
     classes: list[str] | None = None
     """label.labels.txt of an earlier dataset, to use its classes."""
     shards: PositiveInt | None = None
