@@ -41,7 +41,7 @@ def evaluate(model_place: UPath, dataset_place: UPath, split: str, out: UPath | 
         check_out(out)
     model, class_names, folder = load_model(model_place)
     with staged(dataset_place, [split]) as dataset:
-        check_dataset(dataset, class_names, folder)
+        check_dataset(dataset, class_names, read_trained_on(folder).margin, folder)
         from job.model.inference import Inference
 
         crops = dataset.splits[split]
@@ -54,19 +54,17 @@ def evaluate(model_place: UPath, dataset_place: UPath, split: str, out: UPath | 
         )
 
 
-def check_dataset(dataset: StagedDataset, class_names: Sequence[str], folder: UPath) -> None:
-    """Check that crops of a dataset are what a model takes, and its classes the model's. folder: of the model.
+def check_dataset(dataset: StagedDataset, class_names: Sequence[str], margin: float, folder: UPath) -> None:
+    """Check that a dataset has the classes of a model, and crops with its margin. folder: of the model.
 
     Raises:
         OptionError: the classes or margins differ.
-        DamageError: as `read_trained_on`.
     """
     if dataset.class_names != class_names:
         raise OptionError(
             f"the classes of --dataset must be the model's. Received: {len(dataset.class_names)} and "
             f"{len(class_names)} classes, which differ. Prepare the dataset with --classes {folder / 'labels.txt'}"
         )
-    margin = read_trained_on(folder).margin
     if dataset.manifest.margin != margin:
         raise OptionError(
             f"--dataset must have the margin of the model's crops, {margin:g}. Received: "

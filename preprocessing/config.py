@@ -68,7 +68,7 @@ class PrepareConfig(BaseModel):
     train_only: TrainOnlyFile | None = None
     """Pages or books for training alone, one a line."""
     coverage: float = Field(0.9, ge=0, le=1)
-    """Fraction of the boxes with a class; rarer characters are `rare`."""
+    """Frequent characters get a class, up to this fraction of boxes."""
     classes: list[str] | None = None
     """label.labels.txt of an earlier dataset, to use its classes."""
     shards: PositiveInt | None = None
@@ -76,7 +76,7 @@ class PrepareConfig(BaseModel):
     rescale: bool | None = None
     """Scale boxes made for another size of their page, where the labels say it."""
     margin: float = Field(0.0, ge=0, le=1)
-    """Widen boxes on each side by this fraction of the longer one."""
+    """Widen boxes on each side by this fraction of their longer side."""
     license: str | None = None
     """Licence of the pages, such as cc-by-sa-4.0, for the cards."""
     max_bad_fraction: float = Field(0.01, ge=0, le=1)

@@ -5,6 +5,8 @@ training are made once, and each process has its copy.
 """
 
 import fcntl
+import hashlib
+import json
 import os
 import shutil
 import signal
@@ -306,6 +308,15 @@ def two_workers(dataset: Path, few: Path, tmp_path_factory: pytest.TempPathFacto
 def trained(two_workers: Path) -> Path:
     """A model folder, trained by two workers whom nobody disturbed."""
     return two_workers / "models" / "baseline" / "first"
+
+
+def reseal(folder: Path, name: str, content: bytes) -> None:
+    """Replace a file of a model folder, and seal the folder with it, as others might."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (entry,) = [one for one in manifest["files"] if one["name"] == name]
+    (folder / name).write_bytes(content)
+    entry |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 def save_test_crops(dataset: Path, images: Path) -> np.ndarray:

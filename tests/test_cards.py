@@ -1,12 +1,13 @@
 """The cards of datasets, models and exports: what hubs read of them."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Kuzushiji
+from conftest import Kuzushiji, reseal
 from huggingface_hub import DatasetCard, ModelCard
 
 from cluster.errors import DamageError
@@ -107,12 +108,8 @@ def test_a_dataset_and_a_model_with_another_licence_are_damaged(few: Path, train
     manifest["config"]["license"] = "a\n---\nlanguage: none"
     with pytest.raises(ValueError, match="the licence must be an identifier"):
         DatasetManifest.model_validate(manifest)
-    sealed = json.loads((trained / "manifest.json").read_text())
-    config = json.dumps(json.loads((trained / "config.json").read_text()) | {"license": ["x"]})
-    (tmp_path / "config.json").write_text(config)
-    for file in sealed["files"]:
-        if file["name"] == "config.json":
-            file |= {"bytes": len(config), "sha256": sha256_of(place(tmp_path / "config.json"))}
-    (tmp_path / "manifest.json").write_text(json.dumps(sealed))
+    shutil.copytree(trained, tmp_path / "first")
+    config = json.loads((trained / "config.json").read_text())
+    reseal(tmp_path / "first", "config.json", json.dumps(config | {"license": ["x"]}).encode())
     with pytest.raises(DamageError, match=r"the licence must be an identifier. Received: \['x'\]"):
-        read_trained_on(place(tmp_path))
+        read_trained_on(place(tmp_path / "first"))

@@ -233,7 +233,7 @@ def test_what_predicts_something_else_is_not_written(
     monkeypatch.setattr(f"job.export.formats.{name}", wrong)
     with pytest.raises(KuzushijiError, match="must predict the same as the model. Received: probabilities that"):
         export(place(trained), form, place(tmp_path / "out"))
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("instead", [None, RuntimeError])
@@ -250,7 +250,7 @@ def test_ctrl_c_stops_an_export_also_where_a_converter_loses_it(
     monkeypatch.setattr("job.export.formats.save_tflite", stubborn)
     with pytest.raises(KeyboardInterrupt):
         export(place(trained), "tflite", place(tmp_path / "out"))
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
     assert signal.getsignal(signal.SIGINT) is before
 
 
@@ -307,4 +307,4 @@ def test_options_that_do_not_fit_are_refused(trained: Path, few: Path, tmp_path:
     prepare(*source, place(tmp_path / "other"), PrepareConfig(coverage=0.9))
     with pytest.raises(OptionError, match="the classes of --dataset must be the model's"):
         export(place(trained), "onnx", out, dataset=place(tmp_path / "other"))
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()

@@ -47,12 +47,14 @@ class Saved:
         if (self.folder / f"{name}.npy").exists():
             return
         keras.utils.set_random_seed(1)
-        keras.config.set_dtype_policy(precision)
         with pytest.MonkeyPatch.context() as patch:
             for widths in ("BASELINE_HEAD", "HEAD", "FCN_FILTERS"):
                 patch.setattr(architectures, widths, (20, 10))
-            model = architectures.ARCHITECTURES[name](7)
-        keras.config.set_dtype_policy("float32")
+            keras.config.set_dtype_policy(precision)
+            try:
+                model = architectures.ARCHITECTURES[name](7)
+            finally:
+                keras.config.set_dtype_policy("float32")
         for variable in model.variables:
             if "gamma" in variable.path:  # some begin at 0, which hides what is before them
                 variable.assign(np.random.default_rng(1).uniform(0.5, 1.5, variable.shape))

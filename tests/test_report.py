@@ -1,6 +1,5 @@
 """Reports: one file that needs nothing beside itself, and tells what the folder holds."""
 
-import hashlib
 import json
 import re
 import shutil
@@ -10,7 +9,7 @@ from urllib.parse import urlparse
 
 import pytest
 from browser import CHROMIUM, look_at
-from conftest import Kuzushiji
+from conftest import Kuzushiji, reseal
 
 from cluster.errors import DamageError, OptionError
 from cluster.manifest import read_manifest
@@ -162,11 +161,7 @@ def test_a_model_folder_that_others_sealed_with_other_content_is_refused_in_one_
 ) -> None:
     folder = tmp_path / "baseline" / trained.name
     shutil.copytree(trained.parent, folder.parent)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    (entry,) = [one for one in manifest["files"] if one["name"] == name]
-    (folder / name).write_bytes(content)
-    entry |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    reseal(folder, name, content)
     with pytest.raises(DamageError, match="must be as it was sealed"):
         model_report(place(tmp_path))
 
@@ -184,13 +179,8 @@ def test_a_model_folder_of_an_earlier_release_is_verified_evaluated_exported_and
         for name in ("ece", "at_99", "errors_by_share"):
             del numbers[name]
     del metrics["temperature"]
-    manifest = json.loads((folder / "manifest.json").read_text())
-    for name, content in (("config.json", old), ("metrics.json", metrics)):
-        data = json.dumps(content).encode()
-        (folder / name).write_bytes(data)
-        (entry,) = [one for one in manifest["files"] if one["name"] == name]
-        entry |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    reseal(folder, "config.json", json.dumps(old).encode())
+    reseal(folder, "metrics.json", json.dumps(metrics).encode())
     for command in (
         ("verify", folder),
         ("evaluate", "--model", folder, "--dataset", few),

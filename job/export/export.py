@@ -21,6 +21,7 @@ from cluster.progress import progress, waiting
 from cluster.storage import (
     TEMPORARY_PREFIX,
     check_writable,
+    is_local,
     list_files,
     list_folders,
     new_file,
@@ -112,7 +113,7 @@ def export(
             predict, accuracy = _convert(wide, names, form, quantize, local), None
         else:
             with staged(dataset, sorted({split, "validation"} if quantize == "int8" else {split})) as data:
-                check_dataset(data, names, folder)
+                check_dataset(data, names, trained_on.margin, folder)
                 calibration = _some(data.splits["validation"]) if quantize == "int8" else None
                 predict = _convert(wide, names, form, quantize, local, calibration)
                 accuracy = _accuracy(model, predict, split, data.splits[split])
@@ -137,7 +138,7 @@ def _check_options(form: "Format", quantize: "Quantize", dataset: UPath | None) 
 
 
 def _check_out(out: UPath) -> None:
-    """Check that an export can be written into a folder, before the work starts. Creates a local folder.
+    """Check that an export can be written into a folder, before the work starts. A new folder is not left there.
 
     Raises:
         OptionError: it is not empty.
@@ -146,8 +147,12 @@ def _check_out(out: UPath) -> None:
     names = [name for name in list_files(out) if not name.startswith(TEMPORARY_PREFIX)]  # those are of killed exports
     if there := [*names, *list_folders(out)]:
         raise OptionError(f"--out must be a new or empty folder. Received: {out}, with {sorted(there)[0]}")
+    new = is_local(out) and not Path(out.path).exists()
     check_writable(out)
     remove_temporaries(out)
+    if new:
+        with suppress(OSError):  # another process has put something into it
+            Path(out.path).rmdir()
 
 
 @contextmanager
