@@ -4,7 +4,9 @@ import fcntl
 import json
 import os
 import shutil
+import signal
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -328,6 +330,35 @@ def test_a_dataset_that_is_gone_when_it_is_staged_is_one_line(
     change(copy)
     with pytest.raises(InputError, match=f"must hold manifest.json. Received: {copy}"), staged(place(copy), ["test"]):
         pass
+
+
+KILLED_WHILE_IT_REMOVES = """
+import os, signal, sys
+from cluster.storage import place
+from job.data.staging import staged
+
+remove = os.unlink
+
+def remove_and_be_killed(name, **given):
+    remove(name, **given)
+    if name == "label.labels.txt":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+with staged(place(sys.argv[1]), ["test"]):
+    os.unlink = remove_and_be_killed
+"""
+
+
+def test_a_process_that_is_killed_while_it_removes_a_staged_dataset_leaves_nothing_that_is_taken_for_it(
+    few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a worker that has failed, and that Ray ends a moment later."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    killed = subprocess.run([sys.executable, "-c", KILLED_WHILE_IT_REMOVES, few], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    with staged(place(few), ["test"]) as data:
+        assert len(data.splits["test"])
+    assert [path.name for path in (tmp_path / "kuzushiji" / "staged").iterdir()] == ["lock"]
 
 
 def test_a_listing_holds_what_stands_while_other_files_come_and_go(tmp_path: Path) -> None:

@@ -130,6 +130,30 @@ def test_what_is_shown_stands_before_another_thread_can_log(ray_here: None, monk
         assert "baseline" in written.getvalue()
 
 
+def test_what_happens_before_the_actor_of_events_has_started_is_shown(
+    ray_here: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On a busy machine its process takes longer than an answer is waited for."""
+    from job.train import display
+
+    class Slow(display.Board):
+        def __init__(self) -> None:
+            import time
+
+            time.sleep(3)
+            super().__init__()
+
+    monkeypatch.setattr(display, "SECONDS_UNTIL_LATE", 0.2)
+    monkeypatch.setattr(display, "Board", Slow)
+    caplog.set_level("INFO", "kuzushiji")
+    with display.watched(["baseline"]) as board:
+        board.post.remote(display.LogLine("baseline", "the first"))
+        until = time.monotonic() + 60
+        while "the first" not in caplog.text and time.monotonic() < until:
+            time.sleep(0.1)
+    assert "baseline: the first" in caplog.text
+
+
 def test_prepare_shows_rays_bar_and_ctrl_c_gives_the_terminal_back(pages: Path, tmp_path: Path) -> None:
     source = ["--pages", pages / "train_images", "--labels", pages / "train.csv", "--dataset", tmp_path / "crops"]
     bar = re.compile(rf"  \S Dataset \S+ running: +\d+% .*[{BAR}╸╺]+ \d+/\d+ .*")

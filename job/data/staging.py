@@ -125,7 +125,9 @@ def _remove_unused(root: Path, keep: str = "") -> None:
     """Remove all folders without a user, except the one named `keep`."""
     for folder in root.iterdir():
         if folder.is_dir() and folder.name != keep and not _is_used(folder):
-            shutil.rmtree(folder, ignore_errors=True)  # Ray may be removing an uploaded checkpoint in it
+            # Renamed first: a process that is killed in the middle leaves nothing that looks like a staged dataset.
+            removed = folder.rename(root / uuid.uuid4().hex)
+            shutil.rmtree(removed, ignore_errors=True)  # Ray may be removing an uploaded checkpoint in it
 
 
 def _is_used(folder: Path) -> bool:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("kuzushiji")
 
 SECONDS_BETWEEN_POSTS = 1.0
+SECONDS_UNTIL_LATE = 10.0  # the actor takes seconds to start
 
 
 @dataclass(frozen=True)
@@ -209,11 +210,15 @@ def watched(architectures: Sequence[str]) -> Iterator[Any]:
 
 
 def _show(board: Any, lines: "_LogLines | _Table", done: threading.Event) -> None:
+    asked: Any = None
     while True:
         last = done.wait(0.5)
+        late = asked is not None
+        asked = asked or board.take.remote()
         try:
-            events = ray.get(board.take.remote(), timeout=10)
-        except ray.exceptions.GetTimeoutError:  # Ray is slow
+            events = ray.get(asked, timeout=SECONDS_UNTIL_LATE)
+            asked = None
+        except ray.exceptions.GetTimeoutError:  # Ray is slow; the answer is waited for again, since it has the events
             events = []
         except ray.exceptions.RayError:
             return
@@ -227,7 +232,7 @@ def _show(board: Any, lines: "_LogLines | _Table", done: threading.Event) -> Non
                     lines.activity(event)
                 case StepDone():
                     lines.step(event)
-        if last:
+        if last and not (late and asked is None):  # a late answer lacks what came after its question
             return
 
 
