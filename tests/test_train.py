@@ -139,6 +139,33 @@ def test_two_devices_of_one_worker_give_the_losses_of_one(tmp_path: Path) -> Non
     assert np.abs(np.array(one[1]) - two[1]).max() < 1e-2
 
 
+@pytest.mark.parametrize("shape", [(512,), (13,), (3, 5, 2)])
+def test_a_worker_draws_its_rows_alone_and_they_are_those_of_the_whole_batch(shape: tuple[int, ...]) -> None:
+    import tensorflow as tf
+
+    from job.data.chance import BatchRows
+
+    step = tf.constant(3, tf.int64)
+    whole = BatchRows(step, 0, 8).uniform(42, shape).numpy()
+    assert whole.shape == (8, *shape)
+    assert 0 <= whole.min() < 0.1
+    assert 0.9 < whole.max() < 1
+    assert len({row.tobytes() for row in whole}) == 8
+    draw = tf.function(lambda first, count: BatchRows(step, first, 8).own_uniform(42, shape, count))
+    for first, end in ((0, 8), (0, 3), (3, 8), (7, 8)):
+        assert np.array_equal(draw(tf.constant(first), tf.constant(end - first)), whole[first:end])
+
+
+def test_a_dropout_of_the_usual_width_draws_what_tensorflow_draws_for_the_seed_and_the_step() -> None:
+    """So that a run of an earlier release resumes with the same masks."""
+    import tensorflow as tf
+
+    from job.data.chance import BatchRows
+
+    drawn = BatchRows(tf.constant(3, tf.int64), 2, 8).own_uniform(42, (512,), 4)
+    assert np.array_equal(drawn, tf.random.stateless_uniform((8, 512), seed=[42, 3])[2:6])
+
+
 def test_dropout_masks_of_rows_differ_and_each_worker_uses_its_rows_of_one_mask() -> None:
     import tensorflow as tf
 

@@ -3,11 +3,15 @@
 Any number of workers draws the same, and checkpoints need no random state.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import tensorflow as tf
+
+# The Philox generator (doi.org/10.1145/2063384.2063405), by its number in TensorFlow. It makes four numbers a count.
+PHILOX, NUMBERS_OF_A_COUNT = 1, 4
 
 
 @dataclass(frozen=True)
@@ -19,14 +23,28 @@ class BatchRows:
     """First row of the replica."""
     global_batch_size: int
 
-    def uniform(self, seed: int, shape: Sequence[int | None]) -> Any:
+    def uniform(self, seed: int, shape: Sequence[int]) -> Any:
         """Draw (B, *shape) float32 numbers from 0 to 1 for the whole global batch: a pure function of (seed, step).
 
         Call it outside functions that XLA compiles: XLA draws other numbers.
         """
-        seeds = tf.stack([tf.cast(seed, tf.int64), self.step])
-        return tf.random.stateless_uniform((self.global_batch_size, *shape), seed=seeds)
+        return self._drawn(seed, shape, 0, self.global_batch_size)
+
+    def own_uniform(self, seed: int, shape: Sequence[int], count: Any) -> Any:
+        """Return the replica's `count` rows of `uniform`. No other numbers are drawn."""
+        return self._drawn(seed, shape, self.first, count)
 
     def own(self, values: Any, count: Any) -> Any:
         """Return the replica's `count` rows of values of the whole global batch, (B, ...)."""
         return values[self.first : self.first + count]
+
+    def _drawn(self, seed: int, shape: Sequence[int], first: Any, count: Any) -> Any:
+        size = math.prod(shape)
+        counts = -(-size // NUMBERS_OF_A_COUNT)  # of a row, which begins with a count of its own
+        key, counter = tf.raw_ops.StatelessRandomGetKeyCounter(seed=tf.stack([tf.cast(seed, tf.int64), self.step]))
+        before = tf.cast(first, tf.int64) * counts
+        counter += tf.cast(tf.stack([before, tf.zeros_like(before)]), tf.uint64)
+        drawn = tf.raw_ops.StatelessRandomUniformV2(
+            shape=(count, counts * NUMBERS_OF_A_COUNT), key=key, counter=counter, alg=PHILOX, dtype=tf.float32
+        )
+        return tf.reshape(drawn[:, :size], (count, *shape))

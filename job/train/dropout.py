@@ -37,7 +37,7 @@ class SharedDropout(keras.layers.Layer):  # type: ignore[misc]  # Keras has no t
         super().__init__(**kwargs)
         self.rate, self.seed = rate, seed
 
-    def build(self, input_shape: tuple[int | None, ...]) -> None:
+    def build(self, input_shape: tuple[int, ...]) -> None:
         self.features = input_shape[1:]
 
     def mask(self, rows: BatchRows, count: Any) -> Any:
@@ -45,7 +45,7 @@ class SharedDropout(keras.layers.Layer):  # type: ignore[misc]  # Keras has no t
 
         Call it outside functions that XLA compiles, as `BatchRows.uniform`.
         """
-        return rows.own(rows.uniform(self.seed, self.features), count) >= self.rate
+        return rows.own_uniform(self.seed, self.features, count) >= self.rate
 
     def call(self, inputs: Any, training: bool = False) -> Any:
         masks = _masks.get()
