@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
     from ray.data import Dataset
 
-TaskT = TypeVar("TaskT")
 ReportT = TypeVar("ReportT", bound="BaseModel")
 
 log = logging.getLogger("kuzushiji")
@@ -144,8 +143,8 @@ def _set_environment() -> None:
 
 
 def map_tasks(
-    tasks: Sequence[TaskT],
-    work: Callable[[TaskT], ReportT],
+    tasks: int,
+    work: Callable[[int], ReportT],
     report: type[ReportT],
     *,
     what: str,
@@ -154,11 +153,11 @@ def map_tasks(
     gpus: int = 0,
     start_limit: float = START_LIMIT,
 ) -> list[ReportT]:
-    """Run `work` on each task with Ray Data and show the progress.
+    """Run `work` on the number of each task with Ray Data and show the progress.
 
     Args:
-        tasks: dataclass instances of one type, at least one. Their fields are numbers, strings, and lists of them.
-        work: called with a task in another process, where it is unpickled.
+        tasks: number of tasks, at least one.
+        work: called with the number of a task, from 0, in another process, where it is unpickled.
         report: the pydantic model that `work` returns.
         what: text of the progress display, such as "pages cut".
         unit: what `sizes` counts, such as "pages".
@@ -194,8 +193,8 @@ def map_tasks(
             if isinstance(error, Exception):
                 raise cause_of(error) from error  # `error` has the traceback of the task, for --debug
             raise
-    assert len(reports) == len(tasks), "one report per task"
-    return [reports[index] for index in range(len(tasks))]
+    assert len(reports) == tasks, "one report per task"
+    return [reports[index] for index in range(tasks)]
 
 
 def _wait_for_first_host(request: Request, limit: float) -> None:
@@ -218,7 +217,7 @@ def _wait_for_first_host(request: Request, limit: float) -> None:
         ray.cancel(first)
 
 
-def _mapped(tasks: Sequence[TaskT], work: Callable[[TaskT], ReportT], show_bar: bool, gpus: int) -> "Dataset":
+def _mapped(tasks: int, work: Callable[[int], ReportT], show_bar: bool, gpus: int) -> "Dataset":
     """Return a dataset with one row per task: its `index` and its `report` as JSON."""
     import ray.data
 
@@ -228,14 +227,13 @@ def _mapped(tasks: Sequence[TaskT], work: Callable[[TaskT], ReportT], show_bar: 
     context.enable_progress_bars = context.enable_rich_progress_bars = show_bar
     context.use_ray_tqdm = context.enable_operator_progress_bars = False  # one bar is enough
     context.raise_original_map_exception = True  # otherwise the cause is lost between processes
-    rows = [{"index": index, **vars(task)} for index, task in enumerate(tasks)]
-    dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
+    dataset = ray.data.from_items([{"index": index} for index in range(tasks)], override_num_blocks=tasks)
     if gpus:
-        arguments = {"task": type(tasks[0]), "work": work}
+        arguments = {"work": work}
         pool = ray.data.ActorPoolStrategy(size=gpus)
         return dataset.map(_Call, fn_constructor_kwargs=arguments, num_cpus=1, num_gpus=1, compute=pool)
     # No actors on CPUs: Ray prints a spurious error for each actor (github.com/ray-project/ray/issues/53727).
-    call = _Call(type(tasks[0]), work)
+    call = _Call(work)
 
     def run(row: dict[str, Any]) -> dict[str, Any]:
         return call(row)
@@ -247,13 +245,12 @@ def _mapped(tasks: Sequence[TaskT], work: Callable[[TaskT], ReportT], show_bar: 
 class _Call:
     """`work` as Ray Data calls it: from a row to a row. Also the actor of a GPU."""
 
-    def __init__(self, task: type, work: Callable[[Any], "BaseModel"]) -> None:
-        self.task, self.work = task, work
+    def __init__(self, work: Callable[[int], "BaseModel"]) -> None:
+        self.work = work
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        index = row.pop("index")
         try:
-            return {"index": index, "report": self.work(self.task(**row)).model_dump_json()}
+            return {"index": row["index"], "report": self.work(int(row["index"])).model_dump_json()}
         except OSError as error:  # Ray Data would replace the file name by a text of its own
             raise explained(error) or KuzushijiError(one_line(error)) from error
 

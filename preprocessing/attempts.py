@@ -76,7 +76,7 @@ def sealed_manifest(dataset: UPath, plan: Plan) -> tuple[DatasetManifest, list[s
     manifest = read_manifest(dataset, DatasetManifest)
     _refuse_other(dataset, plan, _identity_of(manifest, plan) | {"versions": plan.identity["versions"]})
     if {shard.name for shard in manifest.shards} != {
-        name for group in plan.groups for name in group.shard_names if name
+        name for names in plan.groups.shard_names for name in names if name
     }:
         raise DamageError(
             f"{dataset / MANIFEST_FILE} must list the planned shards. Remove the folder and prepare again"

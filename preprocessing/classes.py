@@ -8,9 +8,10 @@ from upath import UPath
 
 from cluster.errors import InputError
 from cluster.storage import is_file, read_bytes, size_of
-from preprocessing.labels.code_points import code_point_name, parse_code_point
+from preprocessing.labels.code_points import LARGEST, UNKNOWN, code_point_name, parse_code_point
 
 RARE = "rare"
+COUNTED_AT_ONCE = 1 << 20  # boxes
 MAX_CLASSES_BYTES = 10_000_000  # room for all of Unicode
 LABELS_FILE = "label.labels.txt"  # TFDS expects the class names of a feature `label` in a file of this name
 
@@ -25,7 +26,7 @@ def class_names(code_points: NDArray[np.int32], coverage: float) -> list[str]:
         code_points: (N,) int32, the character of each box.
         coverage: fraction in 0..1.
     """
-    characters, counts = np.unique(code_points, return_counts=True)
+    characters, counts = _counts(code_points)
     by_frequency = np.lexsort((characters, -counts))
     # Exact arithmetic with the decimal number that the user wrote: a float cannot represent 0.9 exactly.
     max_boxes = int(Fraction(str(coverage)) * len(code_points))
@@ -33,12 +34,21 @@ def class_names(code_points: NDArray[np.int32], coverage: float) -> list[str]:
     return [code_point_name(int(c)) for c in characters[kept]] + [RARE]
 
 
-def class_indices(names: list[str], code_points: NDArray[np.int32]) -> NDArray[np.int64]:
-    """Return the class index of each code point, (N,) int64. Characters without a class of their own are `rare`."""
-    index = {parse_code_point(name): i for i, name in enumerate(names[:-1])}
-    characters, inverse = np.unique(code_points, return_inverse=True)
-    rare = len(names) - 1
-    return np.array([index.get(int(c), rare) for c in characters], np.int64)[inverse]
+def class_indices(names: list[str], code_points: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Return the class index of each code point, (N,). Characters without a class of their own are `rare`."""
+    of_code_point = np.full(LARGEST - UNKNOWN + 1, len(names) - 1, np.int32)
+    for i, name in enumerate(names[:-1]):
+        of_code_point[parse_code_point(name) - UNKNOWN] = i
+    return of_code_point[code_points - UNKNOWN]
+
+
+def _counts(code_points: NDArray[np.int32]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the characters, and how often each occurs. `np.unique` would take 20 bytes for each box."""
+    counts = np.zeros(LARGEST - UNKNOWN + 1, np.int64)
+    for begin in range(0, len(code_points), COUNTED_AT_ONCE):
+        counts += np.bincount(code_points[begin : begin + COUNTED_AT_ONCE] - UNKNOWN, minlength=len(counts))
+    characters = np.flatnonzero(counts)
+    return characters + UNKNOWN, counts[characters]
 
 
 def parse_class_names(text: str, where: str) -> list[str]:

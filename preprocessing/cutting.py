@@ -11,10 +11,10 @@ from upath import UPath
 
 from cluster.errors import InputError
 from preprocessing.crop import NO_FILE, PageFault, clip_box, crop, has_ink, widened
+from preprocessing.groups import Group, Page
 from preprocessing.labels.table import WHOLE_FILE
 from preprocessing.page_results import PageResult
 from preprocessing.pages import ReadPage, page_reader
-from preprocessing.plan import Group, Page
 from preprocessing.scan import Scan, decode_scan
 from preprocessing.tries import END
 

@@ -74,9 +74,7 @@ def pages_table(
         splits: (N,), index into `SPLITS` of each box.
         results: of the pages that were decoded, by id.
     """
-    page_of_box = np.repeat(np.arange(len(labels.page_ids)), labels.boxes_per_page)
-    is_in = np.zeros((len(labels.page_ids), len(SPLITS)), np.bool_)
-    is_in[page_of_box, splits] = True
+    is_in = np.stack([labels.pages_with(splits == split) for split in range(len(SPLITS))], axis=1)
     columns = {
         "page": labels.page_ids,
         "book": list(books),

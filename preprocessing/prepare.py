@@ -15,6 +15,7 @@ from preprocessing.attempts import earlier_attempt, remove_traces, sealed_manife
 from preprocessing.card import dataset_card
 from preprocessing.config import SPLITS, PrepareConfig
 from preprocessing.dataset import Clipped, DatasetManifest, Loss, Shard, dataset_files
+from preprocessing.groups import write_groups
 from preprocessing.ink import count_ink, ink_lines
 from preprocessing.page_results import LISTED_WARNINGS, PageResult, listed_warnings
 from preprocessing.parquet import LISTED_LOSSES, LOSSES_TABLE, PAGES_TABLE, losses_table, pages_table
@@ -77,22 +78,24 @@ def prepare(
 def _make(plan: Plan, pages: UPath, dataset: UPath, config: PrepareConfig, start_limit: float) -> DatasetManifest:
     _check_losses(plan.losses, len(plan.losses), plan, config, dataset)
     encoded(_known_manifest(plan, config))
+    progress_folder = dataset / PROGRESS_FOLDER
+    write_groups(plan.groups, progress_folder, within=progress_folder)
     reports = map_tasks(
-        plan.groups,
+        len(plan.groups),
         CutGroup(str(pages), str(dataset)),
         GroupReport,
         what="pages cut",
         unit="pages",
-        sizes=[len(group.page_ids) for group in plan.groups],
+        sizes=plan.groups.sizes,
         start_limit=start_limit,
     )
     losses = [loss for report in reports for loss in report.losses]
     try:
         _check_losses(losses, len(losses), plan, config, dataset)
     except InputError:
-        for group, report in zip(plan.groups, reports, strict=True):
+        for number, report in enumerate(reports):
             if report.losses:  # so that the next attempt cuts the group again: its pages may be readable then
-                remove_file(report_path(dataset, group.number))
+                remove_file(report_path(dataset, number))
         raise
     return _finish(plan, dataset, config, reports)
 
@@ -146,7 +149,7 @@ def _finish(plan: Plan, dataset: UPath, config: PrepareConfig, reports: Sequence
 
 def _known_manifest(plan: Plan, config: PrepareConfig) -> DatasetManifest:
     """Return what is known of the manifest before a page is read. The final one is larger."""
-    names = {split: [group.shard_names[i] for group in plan.groups] for i, split in enumerate(SPLITS)}
+    names = {split: [names[i] for names in plan.groups.shard_names] for i, split in enumerate(SPLITS)}
     shards = {
         split: [Shard(name=name, bytes=0, sha256="0" * 64, examples=0) for name in split_names if name]
         for split, split_names in names.items()
@@ -186,10 +189,9 @@ def _manifest(
 
 def _counts(plan: Plan, shards: dict[str, list[Shard]]) -> dict[str, dict[str, int]]:
     """Return, per split, the numbers of planned boxes, written crops, and pages and books that the boxes are from."""
-    page_of_box = np.repeat(np.arange(len(plan.labels.page_ids)), plan.labels.boxes_per_page)
     counts = {}
     for split, name in enumerate(SPLITS):
-        pages = np.unique(page_of_box[plan.splits == split])
+        pages = np.flatnonzero(plan.labels.pages_with(plan.splits == split))
         counts[name] = {
             "boxes": int(np.count_nonzero(plan.splits == split)),
             "examples": sum(shard.examples for shard in shards[name]),

@@ -7,7 +7,7 @@ folder, so that a task that outlives its job writes nothing after the folder was
 
 import hashlib
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import BinaryIO
@@ -21,10 +21,10 @@ from cluster.storage import CHUNK_BYTES, is_file, list_files, new_file, place, r
 from preprocessing.config import SPLITS
 from preprocessing.cutting import cut_boxes
 from preprocessing.dataset import Clipped, DatasetManifest, Loss, Shard
+from preprocessing.groups import Group, Groups, read_group
 from preprocessing.labels.code_points import code_point_name
 from preprocessing.page_results import PageResult
 from preprocessing.parquet import LOSSES_TABLE, PAGES_TABLE, losses_of_table, results_of_table
-from preprocessing.plan import Group
 from preprocessing.records import Value, encode_example, frame
 from preprocessing.tries import Tries
 
@@ -66,7 +66,7 @@ def finished_report(dataset: UPath, group: int) -> GroupReport | None:
     return report
 
 
-def write_reports(dataset: UPath, groups: Sequence[Group], manifest: DatasetManifest) -> None:
+def write_reports(dataset: UPath, groups: Groups, manifest: DatasetManifest) -> None:
     """Recreate the reports of all groups from a manifest, so that only groups with damaged shards are cut again.
 
     Without the tables of pages and losses (datasets of earlier releases have none) nothing is written: all groups are
@@ -78,18 +78,18 @@ def write_reports(dataset: UPath, groups: Sequence[Group], manifest: DatasetMani
         return
     shards = {shard.name: shard for shard in manifest.shards}
     reports = []
-    for group in groups:
-        of_group = {split: shards[name] for split, name in zip(SPLITS, group.shard_names, strict=True) if name}
+    for names in groups.shard_names:
+        of_group = {split: shards[name] for split, name in zip(SPLITS, names, strict=True) if name}
         reports.append(GroupReport(shards=of_group, losses=[], clipped=[], pages=[]))
-    of_page = {page_id: report for group, report in zip(groups, reports, strict=True) for page_id in group.page_ids}
+    of_page = {page_id: report for number, report in enumerate(reports) for page_id in groups.page_ids(number)}
     for loss in manifest.losses + (losses_of_table(dataset / LOSSES_TABLE) if manifest.more_losses else []):
         of_page[loss["page"]].losses.append(loss)
     for box in manifest.clipped:
         of_page[box["page"]].clipped.append(box)
     for result in results_of_table(dataset / PAGES_TABLE):
         of_page[result["page"]].pages.append(result)
-    for group, report in zip(groups, reports, strict=True):
-        write_bytes(report_path(dataset, group.number), report.model_dump_json().encode())
+    for number, report in enumerate(reports):
+        write_bytes(report_path(dataset, number), report.model_dump_json().encode())
 
 
 @dataclass
@@ -103,8 +103,8 @@ class CutGroup:
     attempt: str = field(default_factory=lambda: uuid.uuid4().hex)
     """Identifies the attempt of the command, see `Tries`."""
 
-    def __call__(self, group: Group) -> GroupReport:
-        """Cut a group and write its report.
+    def __call__(self, number: int) -> GroupReport:
+        """Cut a group and write its report, unless an earlier attempt has done so.
 
         Raises:
             DamageError: the dataset folder has no plan: it was removed, or this worker sees another folder.
@@ -114,18 +114,24 @@ class CutGroup:
             OSError: pages can't be read.
         """
         folder = place(self.dataset)
-        if not is_file(folder / PROGRESS_FOLDER / PLAN_FILE):  # in a bucket, writing would recreate the folder
+        progress_folder = folder / PROGRESS_FOLDER
+        try:
+            # In a bucket, writing would recreate the folder.
+            there = is_file(progress_folder / PLAN_FILE)
+            if there and (finished := finished_report(folder, number)):
+                return finished
+            group = read_group(progress_folder, number) if there else None
+        except FileNotFoundError:
+            group = None
+        if group is None:
             raise DamageError(
                 "--dataset must stay in place while it is made, and be a folder that all workers share. "
                 f"Received: {self.dataset}, without its plan. Run the same command again"
             )
-        report = finished_report(folder, group.number)
-        if report is None:
-            progress_folder = folder / PROGRESS_FOLDER
-            with Tries(group, progress_folder, self.attempt) as tries:
-                report = _cut_group(group, place(self.pages), folder, tries.begin)
-                content = report.model_dump_json().encode()
-                write_bytes(report_path(folder, group.number), content, within=progress_folder)
+        with Tries(group, progress_folder, self.attempt) as tries:
+            report = _cut_group(group, place(self.pages), folder, tries.begin)
+            content = report.model_dump_json().encode()
+            write_bytes(report_path(folder, number), content, within=progress_folder)
         return report
 
 
@@ -136,7 +142,7 @@ def _cut_group(group: Group, pages: UPath, folder: UPath, begin: Callable[[str],
     with ExitStack() as stack:
         writers = [_open_writer(stack, folder, name) if name else None for name in group.shard_names]
         for i, cut in enumerate(cut_boxes(group, pages, begin)):
-            unicode = code_point_name(group.code_points[i])
+            unicode = code_point_name(int(group.code_points[i]))
             if cut.page:
                 results[cut.page_id] = cut.page
             if cut.crop is None:
@@ -146,7 +152,7 @@ def _cut_group(group: Group, pages: UPath, folder: UPath, begin: Callable[[str],
                 clipped.append({"box": cut.box, "page": cut.page_id})
             example: dict[str, Value] = {
                 "image": cut.crop.tobytes(),
-                "label": [group.labels[i]],
+                "label": [int(group.labels[i])],
                 "unicode": unicode.encode(),
                 "image_id": cut.page_id.encode(),
                 "box": cut.box,

@@ -13,7 +13,7 @@ from upath import UPath
 
 from cluster.errors import InputError
 from cluster.storage import TEMPORARY_PREFIX, read_bytes, remove_file, write_bytes
-from preprocessing.plan import Group
+from preprocessing.groups import Group
 
 MOST_DEATHS = 3
 # Steps of a group that are no pages.
@@ -35,14 +35,13 @@ class Tries:
     As a context manager it removes the note when the block ends or raises: neither is the death of a process.
     """
 
-    def __init__(self, group: Group, folder: UPath, attempt: str, create_folder: bool = False) -> None:
+    def __init__(self, group: Group, folder: UPath, attempt: str) -> None:
         """Read the note of the group, or write one.
 
         Args:
             group: the group that this process works on.
             folder: folder of the note, where it counts as a temporary file.
             attempt: identifies the attempt; the notes of others do not count.
-            create_folder: whether to create the folder if it is missing.
 
         Raises:
             InputError: `MOST_DEATHS` processes died before the first page.
@@ -50,7 +49,7 @@ class Tries:
         """
         self.pages = f"{group.page_ids[0]} to {group.page_ids[-1]}"
         self.path = folder / f"{TEMPORARY_PREFIX}{attempt}-{group.number:05d}"
-        self.within = None if create_folder else folder
+        self.within = folder
         self.note = _Note()
         try:
             self.note = _Note.model_validate_json(read_bytes(self.path))

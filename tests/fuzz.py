@@ -39,9 +39,9 @@ from job.verify import KINDS, verify
 from preprocessing.classes import read_class_names
 from preprocessing.crop import MAX_PAGE_BYTES, PageFault
 from preprocessing.dataset import DatasetManifest
+from preprocessing.groups import group_pages, plan_shards, write_groups
 from preprocessing.labels.read import read_labels
 from preprocessing.pages import list_pages, page_reader
-from preprocessing.plan import plan_groups
 from preprocessing.records import encode_example, frame, read_frames
 from preprocessing.shards import PLAN_FILE, PROGRESS_FOLDER, CutGroup
 
@@ -287,9 +287,10 @@ def cut(ids: list[str], pages: Path, folder: Path) -> Counter[str]:
     labels = read_labels(place(folder / "train.csv"))
     total = len(labels.boxes)
     splits = (np.arange(total) % 3).astype(np.int8)
-    (group,) = plan_groups(labels, np.zeros(total, np.int64), splits, list_pages(place(pages)).files_of(ids), 1)
+    groups = group_pages(labels, list_pages(place(pages)).files_of(ids), 1)
+    write_groups(plan_shards(groups, np.zeros(total, np.int32), splits), place(folder / "crops" / PROGRESS_FOLDER))
     write_bytes(place(folder / "crops" / PROGRESS_FOLDER / PLAN_FILE), b"{}")
-    report = CutGroup(str(pages), str(folder / "crops"))(group)
+    report = CutGroup(str(pages), str(folder / "crops"))(0)
     found: Counter[str] = Counter()
     for shard in report.shards.values():
         data = (folder / "crops" / shard.name).read_bytes()

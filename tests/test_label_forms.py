@@ -18,6 +18,7 @@ from cluster.storage import place
 from preprocessing.books import book_of
 from preprocessing.config import PrepareConfig
 from preprocessing.cutting import cut_boxes
+from preprocessing.groups import group_pages
 from preprocessing.input import check_sizes_are_stated
 from preprocessing.labels import json_files, table
 from preprocessing.labels.code_points import UNKNOWN
@@ -26,7 +27,7 @@ from preprocessing.labels.json_files import shown
 from preprocessing.labels.read import read_labels
 from preprocessing.labels.table import Labels, whole_pixels
 from preprocessing.pages import list_pages, size_reader
-from preprocessing.plan import make_plan, plan_groups
+from preprocessing.plan import make_plan
 
 SIZE = (2400, 3900)  # of all pages here, unless a test says otherwise
 
@@ -693,7 +694,7 @@ def test_each_file_of_a_folder_of_crops_is_a_box_of_the_folders_character(tmp_pa
         "306F_0001": "unknown"
     }
     assert ignored == {".db": 1, ".jpg": 1, ".txt": 1}
-    groups = plan_groups(labels, np.zeros(4, np.int64), np.zeros(4, np.int8), listed, 1)
+    groups = group_pages(labels, listed, 1)
     cuts = [cut for group in groups for cut in cut_boxes(group, place(folder))]
     assert [cut.box for cut in cuts] == [[0, 0, 20, 33], [0, 0, 20, 30], [0, 0, 20, 31], [0, 0, 20, 32]]
     assert not any(cut.clipped or cut.fault for cut in cuts)
@@ -710,7 +711,7 @@ def test_crops_come_from_a_zip_as_from_a_folder_and_a_broken_one_is_a_loss(tmp_p
     of_folder = read_crops(place(folder))[0]
     assert_same(labels, of_folder)
     assert labels.sha256 == of_folder.sha256
-    groups = plan_groups(labels, np.zeros(5, np.int64), np.zeros(5, np.int8), listed, 1)
+    groups = group_pages(labels, listed, 1)
     lost = [cut for cut in cut_boxes(groups[0], place(tmp_path / "crops.zip")) if cut.fault]
     assert [(cut.page_id, cut.box) for cut in lost] == [("306F_broken", [0, 0, 0, 0])]
 

@@ -26,9 +26,9 @@ from job.predict.readings import Readings
 from job.verify import verify
 from preprocessing.config import SPLITS, PrepareConfig
 from preprocessing.cutting import Cut, cut_boxes
+from preprocessing.groups import group_pages, write_groups
 from preprocessing.labels.read import read_labels
 from preprocessing.pages import list_pages
-from preprocessing.plan import group_pages
 from preprocessing.prepare import prepare
 
 
@@ -307,15 +307,16 @@ def test_a_page_that_ends_each_process_while_it_is_read_or_drawn_ends_predict_in
         "job.predict.predict._load", lambda *_: (Inference(loaded), names)
     )  # this process has loaded TF
     labels = read_labels(place(shared / "train.csv"))
-    (group,) = group_pages(labels, list_pages(place(shared / "pages")).files_of(labels.page_ids), 1)
+    groups = group_pages(labels, list_pages(place(shared / "pages")).files_of(labels.page_ids), 1)
     places = {name: str(tmp_path / name) for name in ("out", "annotate")}
     work = ReadGroup(str(model), "", str(shared / "pages"), **places, form="csv", groups=1, on_gpu=False)
+    write_groups(groups, place(tmp_path / "out"), work.prefix)
     monkeypatch.setattr(step, killed)
     for _ in range(4):
         with pytest.raises(Killed):
-            work(group)
-    with pytest.raises(InputError, match=rf"Received: {group.page_ids[0]}(\.jpeg)?, where 3 processes ended"):
-        work(group)
+            work(0)
+    with pytest.raises(InputError, match=rf"Received: {labels.page_ids[0]}(\.jpeg)?, where 3 processes ended"):
+        work(0)
     monkeypatch.undo()
     clear(place(tmp_path / "out"))  # as the next attempt does
     assert not list((tmp_path / "out").iterdir())

@@ -21,6 +21,7 @@ from job.verify import verify
 from preprocessing.config import PrepareConfig
 from preprocessing.crop import MAX_PAGE_BYTES
 from preprocessing.dataset import DatasetManifest
+from preprocessing.groups import write_groups
 from preprocessing.labels.read import read_labels
 from preprocessing.plan import make_plan
 from preprocessing.prepare import prepare
@@ -403,13 +404,13 @@ def test_a_page_that_changes_under_prepare_is_no_loss_but_one_line(source: str, 
     files = tmp_path / "train_images"
     shutil.make_archive(str(tmp_path / "pages"), "zip", files)
     places = place(tmp_path / source), place(tmp_path / "train.csv")
-    (group,) = make_plan(*places, PrepareConfig()).groups
     write_bytes(place(tmp_path / "out" / ".prepare" / "plan.json"), b"{}")
+    write_groups(make_plan(*places, PrepareConfig()).groups, place(tmp_path / "out" / ".prepare"))
     if change == "gone":
         (files / "a_1.jpg").rename(files / "a_2.jpg")
     else:
         (files / "a_1.jpg").write_bytes(page(150) if change == "longer" else bytes(MAX_PAGE_BYTES + 2))
     shutil.make_archive(str(tmp_path / "pages"), "zip", files)
     with pytest.raises(InputError, match=r"--pages must stay unchanged .* Received: [^\n]*a_1\.jpg"):
-        CutGroup(str(places[0]), str(tmp_path / "out"))(group)
+        CutGroup(str(places[0]), str(tmp_path / "out"))(0)
     assert not list(tmp_path.glob("out/*.tfrecord-*"))

@@ -22,7 +22,8 @@ from cluster.runtime import START_TIMED_OUT
 from cluster.storage import place
 from job.verify import verify
 from preprocessing.config import PrepareConfig
-from preprocessing.plan import Group, make_plan
+from preprocessing.groups import write_groups
+from preprocessing.plan import make_plan
 from preprocessing.prepare import prepare
 from preprocessing.shards import CutGroup
 from preprocessing.tries import Tries
@@ -187,23 +188,24 @@ def test_a_task_that_outlives_its_prepare_adds_nothing_to_a_sealed_dataset(
 
     monkeypatch.setattr("preprocessing.cutting._read_page", slow)
     pages, labels = place(source / "pages" / "train_images"), place(source / "pages" / "train.csv")
+    write_groups(make_plan(pages, labels, CONFIG).groups, place(out / ".prepare"))
     with pytest.raises(KuzushijiError, match=r"\.prepare"):
-        CutGroup(str(pages), str(out))(make_plan(pages, labels, CONFIG).groups[0])
+        CutGroup(str(pages), str(out))(0)
     assert {path.name: path.stat().st_ino for path in out.iterdir()} == before
 
 
 # --- pages that end the process that works on them
 
 
-def work_that_dies_at(page_id: str) -> Callable[..., Callable[[Group], Any]]:
+def work_that_dies_at(page_id: str) -> Callable[..., Callable[[int], Any]]:
     """`CutGroup`, whose process is killed at a page, and which allows one death. A closure: Ray would import a function
     of this file.
     """
 
-    def make(*places: str) -> Callable[[Group], Any]:
+    def make(*places: str) -> Callable[[int], Any]:
         cut = CutGroup(*places)
 
-        def work(group: Group) -> Any:
+        def work(number: int) -> Any:
             from preprocessing import cutting, tries
 
             read, most = cutting._read_page, tries.MOST_DEATHS
@@ -213,7 +215,7 @@ def work_that_dies_at(page_id: str) -> Callable[..., Callable[[Group], Any]]:
 
             cutting._read_page, tries.MOST_DEATHS = read_or_die, 1  # type: ignore[assignment]
             try:
-                return cut(group)
+                return cut(number)
             finally:
                 cutting._read_page, tries.MOST_DEATHS = read, most
 
@@ -245,10 +247,12 @@ class Deaths:
         from preprocessing import cutting
 
         self.pages, labels = place(source / "pages" / "train_images"), place(source / "pages" / "train.csv")
-        (self.group,) = make_plan(self.pages, labels, CONFIG.model_copy(update={"shards": 1})).groups
+        groups = make_plan(self.pages, labels, CONFIG.model_copy(update={"shards": 1})).groups
+        (self.group,) = groups
         self.out, self.deadly = out, set[int]()
         (out / ".prepare").mkdir(parents=True)
         (out / ".prepare" / "plan.json").touch()
+        write_groups(groups, place(out / ".prepare"))
         self.new_attempt()
         read = cutting._read_page
 
@@ -265,7 +269,7 @@ class Deaths:
     def die_at(self, *pages: int) -> None:
         self.deadly = set(pages)
         with pytest.raises(Killed):
-            self.cut(self.group)
+            self.cut(0)
 
 
 @pytest.fixture
@@ -281,7 +285,7 @@ def test_a_page_is_named_after_three_processes_that_died_at_it_and_each_attempt_
         for _ in range(3):
             deaths.die_at(5)
         with pytest.raises(InputError, match=f"Received: {deaths.group.page_ids[5]}, where 3 processes ended"):
-            deaths.cut(deaths.group)
+            deaths.cut(0)
         deaths.new_attempt()
 
 
@@ -291,7 +295,7 @@ def test_a_page_that_a_process_got_past_is_not_counted_but_deaths_elsewhere_take
     deaths.die_at(3)
     deaths.die_at(5)
     with pytest.raises(InputError, match=f"Received: {deaths.group.page_ids[5]}, where 3 processes ended"):
-        deaths.cut(deaths.group)
+        deaths.cut(0)
 
 
 def test_processes_that_are_killed_at_any_page_end_no_prepare_and_leave_no_note(deaths: Deaths) -> None:
@@ -299,8 +303,10 @@ def test_processes_that_are_killed_at_any_page_end_no_prepare_and_leave_no_note(
     for page in shuffled.sample(range(16), 16):
         deaths.die_at(page)
     deaths.deadly = set()
-    assert sum(shard.examples for shard in deaths.cut(deaths.group).shards.values()) == len(deaths.group.labels)
-    assert sorted(path.name for path in (deaths.out / ".prepare").iterdir()) == ["group-00000.json", "plan.json"]
+    assert sum(shard.examples for shard in deaths.cut(0).shards.values()) == len(deaths.group.labels)
+    assert sorted(path.name for path in (deaths.out / ".prepare").iterdir()) == [
+        "group-00000.json", "groups-00000.parquet", "plan.json",
+    ]  # fmt: skip
 
 
 def test_a_cancelled_task_leaves_no_note(deaths: Deaths) -> None:
@@ -323,4 +329,4 @@ def test_a_group_that_ends_its_processes_outside_of_its_pages_is_named_by_its_fi
         deaths.die_at()
     pages = deaths.group.page_ids
     with pytest.raises(InputError, match=f"Received: {pages[0]} to {pages[-1]}, where 3 processes ended"):
-        deaths.cut(deaths.group)
+        deaths.cut(0)

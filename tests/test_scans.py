@@ -22,6 +22,7 @@ from preprocessing.crop import MAX_PAGE_PIXELS, MAX_SEQUENTIAL_PIXELS, PageFault
 from preprocessing.cutting import Cut, cut_boxes, scaled
 from preprocessing.dataset import DatasetManifest
 from preprocessing.exif import orientation_of, upright
+from preprocessing.groups import group_pages
 from preprocessing.ink import InkCount, count_ink, ink_lines
 from preprocessing.jpeg import AMBIGUOUS_CMYK, read_header
 from preprocessing.labels.read import read_labels
@@ -29,7 +30,7 @@ from preprocessing.labels.table import Labels
 from preprocessing.page_results import PageResult
 from preprocessing.pages import list_pages, page_reader
 from preprocessing.parquet import results_of_table
-from preprocessing.plan import group_pages, make_plan
+from preprocessing.plan import make_plan
 from preprocessing.prepare import prepare
 from preprocessing.scan import Scan, decode_scan, scan_size, small_picture
 
@@ -598,7 +599,7 @@ def test_real_boxes_hold_ink_and_those_for_another_size_do_not(shared: Path, tmp
     (group,) = group_pages(labels, list_pages(place(shared / "pages")).files_of(labels.page_ids), 1)
     pages = place(shared / "pages")
     for scale, empty in ((1.0, 0), (0.5, 3), (1.25, 3)):
-        group.box_numbers = [round(scale * side) for side in labels.boxes.ravel().tolist()]
+        group.boxes = np.rint(scale * labels.boxes).astype(np.int32)
         results = {cut.page_id: cut.page for cut in cut_boxes(group, pages) if cut.page}
         assert count_ink(list(results.values())).pages == empty
 

@@ -34,6 +34,7 @@ from job.train.driver import train
 from job.verify import verify
 from preprocessing.config import PrepareConfig
 from preprocessing.dataset import DatasetManifest
+from preprocessing.groups import write_groups
 from preprocessing.plan import make_plan
 from preprocessing.prepare import prepare
 from preprocessing.shards import CutGroup
@@ -239,14 +240,13 @@ def become_a_file(folder: Path) -> None:
 
 
 def test_a_dataset_folder_that_becomes_a_file_in_the_middle_is_one_line(pages: Path, tmp_path: Path) -> None:
-    first, second = make_plan(
-        place(pages / "train_images"), place(pages / "train.csv"), PrepareConfig(coverage=0.5)
-    ).groups[:2]
+    plan = make_plan(place(pages / "train_images"), place(pages / "train.csv"), PrepareConfig(coverage=0.5))
     write_bytes(place(tmp_path / "out" / ".prepare" / "plan.json"), b"{}")
-    CutGroup(str(pages / "train_images"), str(tmp_path / "out"))(first)
+    write_groups(plan.groups, place(tmp_path / "out" / ".prepare"))
+    CutGroup(str(pages / "train_images"), str(tmp_path / "out"))(0)
     become_a_file(tmp_path / "out")
     with pytest.raises(KuzushijiError, match=f"Received: {tmp_path}/out"):
-        CutGroup(str(pages / "train_images"), str(tmp_path / "out"))(second)
+        CutGroup(str(pages / "train_images"), str(tmp_path / "out"))(1)
 
 
 @contextmanager
@@ -478,8 +478,6 @@ def test_a_pointer_to_a_run_that_is_gone_names_it(
 
 def test_a_dataset_folder_that_is_gone_in_the_middle_is_not_made_anew(pages: Path, tmp_path: Path) -> None:
     """It would hold a part, which no later prepare took for its own."""
-    places = place(pages / "train_images"), place(pages / "train.csv")
-    group = make_plan(*places, PrepareConfig(coverage=0.5)).groups[0]
     with pytest.raises(DamageError, match=f"--dataset must stay .* Received: {tmp_path}/out, without its plan"):
-        CutGroup(str(places[0]), str(tmp_path / "out"))(group)
+        CutGroup(str(pages / "train_images"), str(tmp_path / "out"))(0)
     assert not (tmp_path / "out").exists()

@@ -19,7 +19,7 @@ from cluster.errors import DamageError, InputError, KuzushijiError, OptionError
 from cluster.manifest import FileEntry, encoded, read_manifest, seal, size_fault_of, write_listed
 from cluster.models import ModelManifest, resolve_model
 from cluster.runtime import map_tasks
-from cluster.storage import is_inside, list_files, place, remove_temporaries, write_bytes
+from cluster.storage import TEMPORARY_PREFIX, is_inside, list_files, place, remove_temporaries, write_bytes
 from job.model.folder import load_model, read_trained_on
 from job.model.load_tensorflow import configure_gpus, without_chatter
 from job.predict.annotate import annotated
@@ -27,13 +27,14 @@ from job.predict.folder import PredictionsManifest, clear, table_name
 from job.predict.readings import Readings, accuracy
 from preprocessing.cutting import cut_boxes
 from preprocessing.dataset import Clipped, Loss
+from preprocessing.groups import Group, group_pages, read_group, write_groups
 from preprocessing.ink import count_ink, ink_lines
 from preprocessing.input import read_input
 from preprocessing.labels.page_ids import MAX_NAME_CHARS
 from preprocessing.labels.table import Labels
 from preprocessing.page_results import LISTED_WARNINGS, PageResult, listed_warnings
 from preprocessing.pages import fingerprint, page_reader
-from preprocessing.plan import Group, group_pages, known_losses, number_of_groups
+from preprocessing.plan import known_losses, number_of_groups
 from preprocessing.tries import END, Tries
 
 log = logging.getLogger("kuzushiji")
@@ -109,7 +110,7 @@ def predict(
     clear(out)
     number = number_of_groups(len(labels.boxes), BOXES_PER_GROUP)
     groups = group_pages(labels, files, number, rescale, read_trained_on(folder).margin)
-    read_group = ReadGroup(
+    work = ReadGroup(
         model=str(folder),
         model_sha256=model_sha256,
         pages=str(pages),
@@ -120,13 +121,14 @@ def predict(
         groups=len(groups),
         on_gpu=gpus > 0,
     )
+    write_groups(groups, out, work.prefix)
     reports = map_tasks(
-        groups,
-        read_group,
+        len(groups),
+        work,
         GroupReport,
         what="pages read",
         unit="pages",
-        sizes=[len(group.page_ids) for group in groups],
+        sizes=groups.sizes,
         gpus=gpus,
         start_limit=start_limit,
     )
@@ -233,23 +235,35 @@ class ReadGroup:
     attempt: str = field(default_factory=lambda: uuid.uuid4().hex)
     """Identifies the attempt of the command, see `Tries`."""
 
-    def __call__(self, group: Group) -> GroupReport:
+    @property
+    def prefix(self) -> str:
+        """Of the names of the files of groups: temporary files, which are removed with those of a killed attempt."""
+        return f"{TEMPORARY_PREFIX}{self.attempt}-"
+
+    def __call__(self, number: int) -> GroupReport:
         """Read a group and write its tables and pictures.
 
         Raises:
             KuzushijiError: TensorFlow can't use the GPU, or the model gives probabilities that are not finite.
-            DamageError: the model does not match its manifest, or was replaced.
+            DamageError: the model does not match its manifest, or was replaced; or this worker sees another folder.
             InputError: the pages were changed, or a page ended too many processes.
             OSError: pages can't be read, or tables can't be written.
         """
-        with Tries(group, place(self.out), self.attempt, create_folder=True) as tries:
+        out = place(self.out)
+        try:
+            group = read_group(out, number, self.prefix)
+        except FileNotFoundError as error:
+            raise DamageError(
+                f"--out must stay in place, and be a folder that all workers share. Received: {self.out}, without what "
+                "the command has written there. Run the same command again"
+            ) from error
+        with Tries(group, out, self.attempt) as tries:
             return self._read(group, tries.begin)
 
     def _read(self, group: Group, begin: Callable[[str], None]) -> GroupReport:
         inference, class_names = _load(self.model, self.model_sha256, self.on_gpu)
-        code_points = np.array(group.code_points, np.int32)
         cuts = cut_boxes(group, place(self.pages), begin)
-        readings = Readings.from_cuts(cuts, inference, class_names, code_points, self.min_confidence)
+        readings = Readings.from_cuts(cuts, inference, class_names, group.code_points, self.min_confidence)
         tables = {"predictions": readings.predictions(), "pages": readings.texts(group.page_ids)}
         files = [self._write(kind, table, group) for kind, table in tables.items()]
         if self.annotate:

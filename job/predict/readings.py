@@ -138,7 +138,7 @@ class Readings:
             return [RARE_SHOWN, *[character for character in (best, *others) if character != RARE_SHOWN][:ALTERNATIVES]]
         return [best, *others[:ALTERNATIVES]] if best == RARE_SHOWN else [best]
 
-    def _compared(self) -> tuple[NDArray[np.bool_], NDArray[np.bool_], NDArray[np.int64]]:
+    def _compared(self) -> tuple[NDArray[np.bool_], NDArray[np.bool_], NDArray[np.int32]]:
         """Compare with the known characters. Return (n,) arrays: correct, known, label.
 
         Where the character is not known, label and `correct` have no meaning.

@@ -3,6 +3,7 @@
 import re
 import unicodedata
 
+LARGEST = 0x10FFFF  # of Unicode
 UNKNOWN = -1  # the code point of a box without a character
 
 _CODE_POINT = re.compile(r"U\+([0-9A-F]{4,6})")
@@ -24,7 +25,7 @@ def parse_code_point(text: str) -> int:
     """
     match = _CODE_POINT.fullmatch(text)
     value = int(match[1], 16) if match else -1
-    if not 0 <= value <= 0x10FFFF or 0xD800 <= value <= 0xDFFF or code_point_name(value) != text:
+    if not 0 <= value <= LARGEST or 0xD800 <= value <= 0xDFFF or code_point_name(value) != text:
         raise ValueError(f"a code point must look like U+306F. Received: {text[:40]!r}")
     return value
 

@@ -47,6 +47,15 @@ class Labels:
         """(P,)."""
         return np.diff(self.starts)
 
+    def pages_with(self, boxes: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Return which pages have one of some boxes, (P,). boxes: (N,)."""
+        before = np.zeros(len(boxes) + 1, np.int32)
+        np.cumsum(boxes, out=before[1:])
+        return np.diff(before[self.starts]) > 0
+
+
+NO_BOXES: NDArray[np.int32] = np.empty((0, COLUMNS), np.int32)
+
 
 class PageBoxes(NamedTuple):
     """The boxes of a page, as a label file has them."""
@@ -110,20 +119,25 @@ def assemble(pages: Iterable[PageBoxes], digest: Callable[[], str]) -> Labels:
         InputError: an id is repeated, there are too many pages or boxes, or there is no box.
     """
     found: list[PageBoxes] = []
-    total = 0
+    counts: list[int] = []
+    numbers = array("i")  # of all tables: with an array for each page, all would be copied when they are put together
     for page in pages:
-        found.append(page)
-        total += len(page.table)
-        if len(found) > MAX_PAGES or total > MAX_BOXES:
+        numbers.frombytes(np.ascontiguousarray(page.table, np.int32).tobytes())
+        counts.append(len(page.table))
+        found.append(page._replace(table=NO_BOXES))
+        if len(found) > MAX_PAGES or len(numbers) > COLUMNS * MAX_BOXES:
             raise InputError(
                 f"labels must have at most {MAX_PAGES} pages and {MAX_BOXES} boxes. Received: more, up to "
                 f"{page.where}. Make several datasets of them"
             )
-    found.sort(key=lambda page: page.page_id)
+    table, starts = np.frombuffer(numbers, np.int32).reshape(-1, COLUMNS), np.cumsum([0, *counts], dtype=np.int64)
+    order = sorted(range(len(found)), key=lambda i: found[i].page_id)
+    if order != list(range(len(found))):
+        table = np.concatenate([table[:0], *(table[starts[i] : starts[i + 1]] for i in order)])
+        found, starts = [found[i] for i in order], np.cumsum([0, *(counts[i] for i in order)], dtype=np.int64)
     for previous, current in itertools.pairwise(found):
         if previous.page_id == current.page_id:
             refuse_repeated(previous, current)
-    table = np.concatenate([np.empty((0, COLUMNS), np.int32), *(page.table for page in found)])
     if len(table) == 0:
         where = f" in {found[0].where}" if found else ""
         raise InputError(
@@ -131,7 +145,7 @@ def assemble(pages: Iterable[PageBoxes], digest: Callable[[], str]) -> Labels:
         )
     return Labels(
         [page.page_id for page in found],
-        np.concatenate([[0], np.cumsum([len(page.table) for page in found], dtype=np.int64)]),
+        starts,
         table[:, 0],
         table[:, 1:],
         digest(),
