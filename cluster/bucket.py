@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 RANGE_BYTES = 8 << 20
 RANGES_AT_ONCE = 8
+DELETED_AT_ONCE = 100  # the most that a batch may hold: https://cloud.google.com/storage/docs/batch
+ROUNDS_OF_BATCHES = 2
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")  # https://cloud.google.com/storage/docs/buckets#naming
 
 
@@ -126,7 +128,21 @@ class Bucket(Store):
 
         bucket, _, name = folder.path.rstrip("/").partition("/")
         assert name, "never a whole bucket"
+
+        def remove_once() -> bool:
+            found = list(client().list_blobs(_bucket(bucket), prefix=f"{name}/"))
+            for first in range(0, len(found), DELETED_AT_ONCE):
+                # Of what a batch could not do, it tells the last alone. What is left is in the next listing.
+                with suppress(NotFound), client().batch():
+                    for blob in found[first : first + DELETED_AT_ONCE]:
+                        blob.delete()
+            return not found
+
         with explaining():
+            for _ in range(ROUNDS_OF_BATCHES):
+                if DEFAULT_RETRY(remove_once)():
+                    return
+            # What is left, one by one, so that each failure is told.
             for blob in list(client().list_blobs(_bucket(bucket), prefix=f"{name}/")):
                 with suppress(NotFound):  # as in `remove_file`
                     blob.delete(retry=DEFAULT_RETRY)

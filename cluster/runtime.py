@@ -150,6 +150,7 @@ def map_tasks(
     what: str,
     unit: str,
     sizes: Sequence[int],
+    begin: Callable[[], None] = lambda: None,
     gpus: int = 0,
     start_limit: float = START_LIMIT,
 ) -> list[ReportT]:
@@ -162,6 +163,7 @@ def map_tasks(
         what: text of the progress display, such as "pages cut".
         unit: what `sizes` counts, such as "pages".
         sizes: number of units in each task.
+        begin: called before the first task, once there is room for it.
         gpus: number of actors with one GPU each; 0: tasks, one on each CPU.
         start_limit: seconds after which a cluster must have a host for the tasks.
 
@@ -182,6 +184,7 @@ def map_tasks(
     with ray_session(request), bar as advance:
         try:
             _wait_for_first_host(request, start_limit)
+            begin()
             for row in _mapped(tasks, work, rays_own_bar, gpus).iter_rows():
                 reports[row["index"]] = report.model_validate_json(row["report"])
                 advance(sizes[row["index"]])
@@ -213,8 +216,11 @@ def _wait_for_first_host(request: Request, limit: float) -> None:
     try:
         while not ray.wait([first], timeout=1)[0]:
             wait.check()
-    finally:
+    except BaseException:
+        # Not once it has ended: a cancellation that meets the end of its task ends this process
+        # (the race of github.com/ray-project/ray/pull/54738, in `CompletePendingTask`).
         ray.cancel(first)
+        raise
 
 
 def _mapped(tasks: int, work: Callable[[int], ReportT], show_bar: bool, gpus: int) -> "Dataset":

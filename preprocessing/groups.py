@@ -1,9 +1,9 @@
 """Groups of pages, each the work of one task of `prepare` or `predict`, and how a task gets its group.
 
 The command holds the labels as arrays, and makes a group when it writes it. A task is handed the number of its group,
-and reads its rows from Parquet files that are written before the first task begins:
+and reads its rows from Parquet files that each attempt of the command writes before its first task begins:
 
-groups-00000.parquet ...    a row group of each group, a row a page, `GROUPS_PER_FILE` groups in a file
+*-groups-00000.parquet ...  a row group of each group, a row a page, `GROUPS_PER_FILE` groups in a file
     page                    id
     file                    name in the folder or archive of the pages, as bytes; empty if the page has no file
     file_bytes              see `Page`
@@ -13,6 +13,7 @@ groups-00000.parquet ...    a row group of each group, a row a page, `GROUPS_PER
     labels, splits          lists: of each box, as in `Group`; empty for `predict`
 """
 
+import io
 import itertools
 import json
 from collections.abc import Mapping, Sequence
@@ -25,17 +26,16 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from upath import UPath
 
-from cluster.bucket import explaining
 from cluster.errors import DamageError
 from cluster.progress import progress
-from cluster.storage import list_files, new_file, open_read
+from cluster.storage import new_file, read_bytes
 from preprocessing.config import SPLITS
 from preprocessing.crop import MAX_PAGE_BYTES
 from preprocessing.dataset import shard_name
 from preprocessing.labels.table import Labels
 
-# A reader gets the directory of a file, some 50 kB, and the rows of its group.
-GROUPS_PER_FILE = 64
+# A task reads the whole file, some 1.5 MB: one request, whose checksum is compared. The scans of a group have 60 MB.
+GROUPS_PER_FILE = 16
 
 _SCHEMA = pa.schema(
     [
@@ -126,11 +126,12 @@ class Groups:
         return [last - first for first, last in itertools.pairwise(self.bounds)]
 
     def __getitem__(self, number: int) -> Group:
-        pages, counts = range(self.bounds[number], self.bounds[number + 1]), self.labels.boxes_per_page
-        boxes = slice(self.labels.starts[pages.start], self.labels.starts[pages.stop])
+        first, last = self.bounds[number], self.bounds[number + 1]
+        starts = self.labels.starts[first : last + 1]
+        boxes = slice(starts[0], starts[-1])
         return Group(
             number=number,
-            pages=[self._page(self.labels.page_ids[page], int(counts[page])) for page in pages],
+            pages=list(map(self._page, self.labels.page_ids[first:last], np.diff(starts).tolist())),
             boxes=self.labels.boxes[boxes],
             code_points=self.labels.code_points[boxes],
             rescale=self.rescale,
@@ -194,33 +195,38 @@ def _bounds(labels: Labels, groups: int) -> Sequence[int]:
     return [0, *(bound for boxes, bound in sorted(inner.items()) if 0 < boxes < total), pages]
 
 
-def write_groups(groups: Groups, folder: UPath, prefix: str = "", within: UPath | None = None) -> None:
-    """Write the files of the groups that `folder` lacks. prefix: of their names. within: as in `new_file`.
+def write_groups(groups: Groups, folder: UPath, prefix: str, within: UPath | None = None) -> None:
+    """Write the files of an attempt.
+
+    Each attempt has its own: those of another one may have other names of the same pages, or be damaged.
+
+    Args:
+        groups: at least one.
+        folder: where `read_group` finds them.
+        prefix: of the names of the files, another one for each attempt.
+        within: as in `new_file`.
 
     Raises:
         KuzushijiError: the folder is full, read-only or gone.
     """
-    there = list_files(folder)
     with progress("groups planned", len(groups), "groups") as advance:
         for first in range(0, len(groups), GROUPS_PER_FILE):
             numbers = range(first, min(first + GROUPS_PER_FILE, len(groups)))
-            path = _file_of(folder, prefix, first)
-            if path.name not in there:
-                names = [groups.shard_names[number] for number in numbers] if groups.shard_names else []
-                same = {"rescale": groups.rescale, "margin": groups.margin, "shard_names": names}
-                schema = _SCHEMA.with_metadata({"groups": json.dumps(same)})
-                with (
-                    new_file(path, within) as local,
-                    pq.ParquetWriter(local, schema, compression="zstd", write_page_checksum=True) as writer,
-                ):
-                    for number in numbers:
-                        rows = _table(groups[number], schema)
-                        writer.write_table(rows, row_group_size=len(rows))
+            names = [groups.shard_names[number] for number in numbers] if groups.shard_names else []
+            same = {"rescale": groups.rescale, "margin": groups.margin, "shard_names": names}
+            schema = _SCHEMA.with_metadata({"groups": json.dumps(same)})
+            with (
+                new_file(_file_of(folder, prefix, first), within) as local,
+                pq.ParquetWriter(local, schema, compression="zstd", write_page_checksum=True) as writer,
+            ):
+                for number in numbers:
+                    rows = _table(groups[number], schema)
+                    writer.write_table(rows, row_group_size=len(rows))
             advance(len(numbers))
 
 
 def _file_of(folder: UPath, prefix: str, number: int) -> UPath:
-    return folder / f"{prefix}groups-{number // GROUPS_PER_FILE:05d}.parquet"
+    return folder / f"{prefix}-groups-{number // GROUPS_PER_FILE:05d}.parquet"
 
 
 def _table(group: Group, schema: pa.Schema) -> pa.Table:
@@ -244,7 +250,7 @@ def _table(group: Group, schema: pa.Schema) -> pa.Table:
     return pa.table(columns, schema=schema)
 
 
-def read_group(folder: UPath, number: int, prefix: str = "") -> Group:
+def read_group(folder: UPath, prefix: str, number: int) -> Group:
     """Read a group that `write_groups` wrote.
 
     Raises:
@@ -253,15 +259,13 @@ def read_group(folder: UPath, number: int, prefix: str = "") -> Group:
         KuzushijiError: it can't be read.
     """
     path = _file_of(folder, prefix, number)
+    data = io.BytesIO(read_bytes(path))
     try:
-        with explaining(), open_read(path) as stream, pq.ParquetFile(stream, page_checksum_verification=True) as file:
+        with pq.ParquetFile(data, page_checksum_verification=True) as file:
             rows = file.read_row_group(number % GROUPS_PER_FILE, use_threads=False)
-    except FileNotFoundError:
-        raise
-    except (pa.ArrowException, OSError) as error:  # OSError: a checksum, too
+    except (pa.ArrowException, OSError) as error:  # OSError: a checksum
         raise DamageError(
-            f"{path} must be as it was written. Received: {' '.join(str(error).split())}. Remove its folder and run "
-            "the same command again"
+            f"{path} must be as it was written. Received: {' '.join(str(error).split())}. Run the same command again"
         ) from error
     same = json.loads(rows.schema.metadata[b"groups"])
     columns = {name: rows[name].combine_chunks() for name in _SCHEMA.names}

@@ -1,6 +1,7 @@
 """Run `prepare`: turn page scans and labels into a sealed dataset folder, or resume an earlier one (`attempts.py`)."""
 
 import logging
+import uuid
 from collections.abc import Sequence
 
 import numpy as np
@@ -78,15 +79,15 @@ def prepare(
 def _make(plan: Plan, pages: UPath, dataset: UPath, config: PrepareConfig, start_limit: float) -> DatasetManifest:
     _check_losses(plan.losses, len(plan.losses), plan, config, dataset)
     encoded(_known_manifest(plan, config))
-    progress_folder = dataset / PROGRESS_FOLDER
-    write_groups(plan.groups, progress_folder, within=progress_folder)
+    progress_folder, attempt = dataset / PROGRESS_FOLDER, uuid.uuid4().hex
     reports = map_tasks(
         len(plan.groups),
-        CutGroup(str(pages), str(dataset)),
+        CutGroup(str(pages), str(dataset), attempt),
         GroupReport,
         what="pages cut",
         unit="pages",
         sizes=plan.groups.sizes,
+        begin=lambda: write_groups(plan.groups, progress_folder, attempt, within=progress_folder),
         start_limit=start_limit,
     )
     losses = [loss for report in reports for loss in report.losses]

@@ -1,8 +1,8 @@
 """A task of `prepare`: cut the crops of a group and write them into its shards, one shard per split.
 
 The report of a group stays in `.prepare/` until the dataset is sealed: a later attempt skips the groups that are
-complete. Temporary files of shards, and the notes of `tries.py`, are in that folder too. Tasks do not create the
-folder, so that a task that outlives its job writes nothing after the folder was removed.
+complete. The files of `groups.py`, temporary files of shards, and the notes of `tries.py` are in that folder too. Tasks
+do not create the folder, so that a task that outlives its job writes nothing after the folder was removed.
 """
 
 import hashlib
@@ -59,11 +59,11 @@ def finished_report(dataset: UPath, group: int) -> GroupReport | None:
         report = GroupReport.model_validate_json(read_bytes(path))
     except ValidationError:
         return None
-    sizes = list_files(dataset)
-    for shard in report.shards.values():
-        if sizes.get(shard.name) != shard.bytes or sha256_of(dataset / shard.name) != shard.sha256:
-            return None
-    return report
+    try:  # without a listing of the folder, which has the shards of all groups
+        whole = all(sha256_of(dataset / shard.name) == shard.sha256 for shard in report.shards.values())
+    except FileNotFoundError:
+        whole = False
+    return report if whole else None
 
 
 def write_reports(dataset: UPath, groups: Groups, manifest: DatasetManifest) -> None:
@@ -101,13 +101,14 @@ class CutGroup:
     dataset: str
     """Place of the dataset folder, as text."""
     attempt: str = field(default_factory=lambda: uuid.uuid4().hex)
-    """Identifies the attempt of the command, see `Tries`."""
+    """Identifies the attempt of the command, see `Tries` and `write_groups`."""
 
     def __call__(self, number: int) -> GroupReport:
         """Cut a group and write its report, unless an earlier attempt has done so.
 
         Raises:
-            DamageError: the dataset folder has no plan: it was removed, or this worker sees another folder.
+            DamageError: the dataset folder has no plan: it was removed, or this worker sees another folder. Or the file
+                of the group is damaged.
             InputError: a page file was removed or changed after the pages were listed, or a page ended too many
                 processes.
             KuzushijiError: the dataset folder is full, read-only or gone.
@@ -115,24 +116,26 @@ class CutGroup:
         """
         folder = place(self.dataset)
         progress_folder = folder / PROGRESS_FOLDER
+        if not is_file(progress_folder / PLAN_FILE):  # in a bucket, writing would recreate the folder
+            raise self._without("its plan")
+        report = finished_report(folder, number)
+        if report is not None:
+            return report
         try:
-            # In a bucket, writing would recreate the folder.
-            there = is_file(progress_folder / PLAN_FILE)
-            if there and (finished := finished_report(folder, number)):
-                return finished
-            group = read_group(progress_folder, number) if there else None
-        except FileNotFoundError:
-            group = None
-        if group is None:
-            raise DamageError(
-                "--dataset must stay in place while it is made, and be a folder that all workers share. "
-                f"Received: {self.dataset}, without its plan. Run the same command again"
-            )
+            group = read_group(progress_folder, self.attempt, number)
+        except FileNotFoundError as error:
+            raise self._without("the groups of pages of this attempt") from error
         with Tries(group, progress_folder, self.attempt) as tries:
             report = _cut_group(group, place(self.pages), folder, tries.begin)
             content = report.model_dump_json().encode()
             write_bytes(report_path(folder, number), content, within=progress_folder)
         return report
+
+    def _without(self, what: str) -> DamageError:
+        return DamageError(
+            "--dataset must stay in place while it is made, and be a folder that all workers share. "
+            f"Received: {self.dataset}, without {what}. Run the same command again"
+        )
 
 
 def _cut_group(group: Group, pages: UPath, folder: UPath, begin: Callable[[str], None]) -> GroupReport:

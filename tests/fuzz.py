@@ -288,9 +288,10 @@ def cut(ids: list[str], pages: Path, folder: Path) -> Counter[str]:
     total = len(labels.boxes)
     splits = (np.arange(total) % 3).astype(np.int8)
     groups = group_pages(labels, list_pages(place(pages)).files_of(ids), 1)
-    write_groups(plan_shards(groups, np.zeros(total, np.int32), splits), place(folder / "crops" / PROGRESS_FOLDER))
+    work, progress_folder = CutGroup(str(pages), str(folder / "crops")), place(folder / "crops" / PROGRESS_FOLDER)
+    write_groups(plan_shards(groups, np.zeros(total, np.int32), splits), progress_folder, work.attempt)
     write_bytes(place(folder / "crops" / PROGRESS_FOLDER / PLAN_FILE), b"{}")
-    report = CutGroup(str(pages), str(folder / "crops"))(0)
+    report = work(0)
     found: Counter[str] = Counter()
     for shard in report.shards.values():
         data = (folder / "crops" / shard.name).read_bytes()

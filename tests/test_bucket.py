@@ -7,9 +7,10 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from threading import Event
 from types import SimpleNamespace
@@ -25,10 +26,11 @@ from fsspec.implementations.memory import MemoryFileSystem
 from google.api_core.exceptions import BadRequest, Forbidden, RetryError, ServiceUnavailable
 from google.auth.exceptions import DefaultCredentialsError, RefreshError
 from google.cloud.storage.retry import DEFAULT_RETRY
+from PIL import Image
 from upath import UPath
 
 from cluster import bucket, google_client
-from cluster.bucket import RANGE_BYTES, explained
+from cluster.bucket import DELETED_AT_ONCE, RANGE_BYTES, explained
 from cluster.errors import DamageError, KuzushijiError, OptionError
 from cluster.lock import locked
 from cluster.manifest import MANIFEST_FILE, is_sealed, read_manifest, seal, write_listed
@@ -58,7 +60,9 @@ from job.data.staging import staged
 from job.model.folder import load_model, write_model
 from job.train.run import Failure, Run
 from job.verify import verify
+from preprocessing.config import PrepareConfig
 from preprocessing.pages import list_pages, page_reader
+from preprocessing.prepare import prepare
 
 # aiohttp, under gcsfs; google-cloud-storage leaves the connection of a download that was refused to the collector.
 pytestmark = pytest.mark.filterwarnings(
@@ -163,6 +167,68 @@ def test_a_file_is_written_sized_changed_and_removed_alike_in_each_kind_of_stora
     remove_folder(anywhere)
     remove_folder(anywhere)
     assert (list_files(anywhere), list_folders(anywhere)) == ({}, [])
+
+
+def test_removing_many_files_takes_one_request_for_each_hundred(strict: StrictBucket, folder: UPath) -> None:
+    names = [f"{number:03}" for number in range(DELETED_AT_ONCE + 20)]
+    for name in names:
+        write_bytes(folder / "many" / name, b"x")
+    write_bytes(folder / "many-more", b"x")
+    before = len(strict.requests)
+    remove_folder(folder / "many")
+    asked = [logged.path.partition("?")[0] for logged in strict.requests[before:] if "pageToken" not in logged.path]
+    assert asked == ["/storage/v1/b/demo/o", *["/batch/storage/v1"] * 2, "/storage/v1/b/demo/o"]
+    assert list_files(folder) == {"many-more": 1}
+
+
+def test_what_another_process_removes_meanwhile_is_no_failure(strict: StrictBucket, folder: UPath) -> None:
+    for number in range(4):
+        write_bytes(folder / "many" / str(number), b"x")
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(remove_folder, [folder / "many"] * 4))
+    assert list_files(folder / "many") == {}
+
+
+@pytest.mark.parametrize("groups", [40, pytest.param(200, marks=pytest.mark.long)])
+def test_a_dataset_of_more_groups_takes_no_more_listings(
+    strict: StrictBucket, folder: UPath, groups: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To make it, to go on with it, and to find it complete."""
+
+    def listings() -> int:
+        paths = [logged.path for logged in strict.requests]
+        return len([path for path in paths if path.startswith("/storage/v1/b/demo/o?") and "pageToken" not in path])
+
+    def here(tasks: int, work: Callable[[int], Any], *_: object, begin: Callable[[], None], **__: object) -> list[Any]:
+        begin()
+        return [work(number) for number in range(tasks)]
+
+    def here_and_killed(*given: Any, **others: Any) -> None:
+        here(*given, **others)
+        raise KeyboardInterrupt
+
+    counts = []
+    for number in (10, groups):
+        source, dataset = tmp_path / str(number), folder / str(number)
+        (source / "pages").mkdir(parents=True)
+        for page in range(number):
+            Image.new("L", (40, 40), 200).save(source / "pages" / f"b_{page:04}.png")
+        rows = "".join(f"b_{page:04},U+306F 1 2 20 30\n" for page in range(number))
+        (source / "train.csv").write_text(f"image_id,labels\n{rows}")
+        places = place(source / "pages"), place(source / "train.csv"), dataset
+        make = partial(prepare, *places, PrepareConfig(shards=number, coverage=1))
+        seen = [listings()]
+        monkeypatch.setattr("preprocessing.prepare.map_tasks", here_and_killed)
+        with pytest.raises(KeyboardInterrupt):
+            make()
+        monkeypatch.setattr("preprocessing.prepare.map_tasks", here)
+        for _ in range(2):
+            seen.append(listings())
+            make()
+        counts.append(np.diff([*seen, listings()]).tolist())
+        assert not list_files(dataset / ".prepare")
+        assert len([name for name in list_files(dataset) if "tfrecord" in name]) >= number
+    assert counts[0] == counts[1]
 
 
 class RemembersListings(MemoryFileSystem):

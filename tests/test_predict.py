@@ -310,6 +310,8 @@ def test_a_page_that_ends_each_process_while_it_is_read_or_drawn_ends_predict_in
     groups = group_pages(labels, list_pages(place(shared / "pages")).files_of(labels.page_ids), 1)
     places = {name: str(tmp_path / name) for name in ("out", "annotate")}
     work = ReadGroup(str(model), "", str(shared / "pages"), **places, form="csv", groups=1, on_gpu=False)
+    with pytest.raises(DamageError, match="--out must stay in place, and be a folder that all workers share. Received"):
+        work(0)
     write_groups(groups, place(tmp_path / "out"), work.prefix)
     monkeypatch.setattr(step, killed)
     for _ in range(4):

@@ -7,6 +7,7 @@ import shutil
 import signal
 import threading
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -153,6 +154,31 @@ def test_a_prepare_that_was_overtaken_takes_what_the_other_sealed(
     assert hashes_of_dataset(out) == hashes_of_dataset(undisturbed)
 
 
+def test_a_prepare_that_was_killed_goes_on_with_a_zip_of_the_same_pages(
+    source: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose names there are others."""
+    out = tmp_path / "dataset"
+
+    def killed(_: int, work: Callable[[int], Any], *__: object, begin: Callable[[], None], **___: object) -> None:
+        begin()
+        work(0)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("preprocessing.prepare.map_tasks", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prepare_here(source, out)
+    done = reported(out)
+    assert done
+    with zipfile.ZipFile(tmp_path / "pages.zip", "w") as archive:
+        for path in (source / "pages" / "train_images").iterdir():
+            archive.write(path, f"a folder/{path.name}")
+    assert prepare(place(tmp_path / "pages.zip"), place(source / "pages" / "train.csv"), place(out), CONFIG)[1]
+    assert hashes_of_dataset(out) == hashes_of_dataset(undisturbed)
+    assert {name: (out / name).stat().st_ino for name in done} == done
+
+
 @pytest.mark.parametrize("moment", ["seal", "remove_traces"])
 def test_a_prepare_that_is_killed_as_it_seals_is_finished_by_the_next(
     moment: str, source: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -188,9 +214,10 @@ def test_a_task_that_outlives_its_prepare_adds_nothing_to_a_sealed_dataset(
 
     monkeypatch.setattr("preprocessing.cutting._read_page", slow)
     pages, labels = place(source / "pages" / "train_images"), place(source / "pages" / "train.csv")
-    write_groups(make_plan(pages, labels, CONFIG).groups, place(out / ".prepare"))
+    cut = CutGroup(str(pages), str(out))
+    write_groups(make_plan(pages, labels, CONFIG).groups, place(out / ".prepare"), cut.attempt)
     with pytest.raises(KuzushijiError, match=r"\.prepare"):
-        CutGroup(str(pages), str(out))(0)
+        cut(0)
     assert {path.name: path.stat().st_ino for path in out.iterdir()} == before
 
 
@@ -247,12 +274,11 @@ class Deaths:
         from preprocessing import cutting
 
         self.pages, labels = place(source / "pages" / "train_images"), place(source / "pages" / "train.csv")
-        groups = make_plan(self.pages, labels, CONFIG.model_copy(update={"shards": 1})).groups
-        (self.group,) = groups
+        self.groups = make_plan(self.pages, labels, CONFIG.model_copy(update={"shards": 1})).groups
+        (self.group,) = self.groups
         self.out, self.deadly = out, set[int]()
         (out / ".prepare").mkdir(parents=True)
         (out / ".prepare" / "plan.json").touch()
-        write_groups(groups, place(out / ".prepare"))
         self.new_attempt()
         read = cutting._read_page
 
@@ -265,6 +291,7 @@ class Deaths:
 
     def new_attempt(self) -> None:
         self.cut = CutGroup(str(self.pages), str(self.out))
+        write_groups(self.groups, place(self.out / ".prepare"), self.cut.attempt)
 
     def die_at(self, *pages: int) -> None:
         self.deadly = set(pages)
@@ -304,9 +331,8 @@ def test_processes_that_are_killed_at_any_page_end_no_prepare_and_leave_no_note(
         deaths.die_at(page)
     deaths.deadly = set()
     assert sum(shard.examples for shard in deaths.cut(0).shards.values()) == len(deaths.group.labels)
-    assert sorted(path.name for path in (deaths.out / ".prepare").iterdir()) == [
-        "group-00000.json", "groups-00000.parquet", "plan.json",
-    ]  # fmt: skip
+    left = {path.name for path in (deaths.out / ".prepare").iterdir()}
+    assert left == {"group-00000.json", f"{deaths.cut.attempt}-groups-00000.parquet", "plan.json"}
 
 
 def test_a_cancelled_task_leaves_no_note(deaths: Deaths) -> None:

@@ -73,6 +73,7 @@ def test_gpus_that_a_local_ray_does_not_have_are_refused_at_once(
         assert re.search(
             f"{asked} and 1 GPU each; there is room for 0 on 1 host with [0-9]+ CPUs and 0 GPUs in all", refused.stderr
         )
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.usefixtures("no_gpu")
@@ -93,6 +94,22 @@ def test_gpus_that_tensorflow_does_not_see_end_the_command_in_a_line_that_says_w
     assert "workers restart" not in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "baseline").exists()
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_the_task_that_waits_for_the_first_host_is_not_cancelled_once_it_has_ended(
+    ray_here: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray would end this process, if the cancellation met the end of the task."""
+    import ray
+
+    from cluster import runtime
+    from cluster.capacity import Request
+
+    monkeypatch.setattr(runtime, "uses_cluster", lambda: True)
+    monkeypatch.setattr(runtime, "hosts", list)  # none yet
+    monkeypatch.setattr(ray, "cancel", lambda _: pytest.fail("it has ended"))
+    runtime._wait_for_first_host(Request(1), 600.0)
 
 
 def test_more_cpus_than_a_local_ray_can_have_are_refused_at_once(

@@ -242,11 +242,12 @@ def become_a_file(folder: Path) -> None:
 def test_a_dataset_folder_that_becomes_a_file_in_the_middle_is_one_line(pages: Path, tmp_path: Path) -> None:
     plan = make_plan(place(pages / "train_images"), place(pages / "train.csv"), PrepareConfig(coverage=0.5))
     write_bytes(place(tmp_path / "out" / ".prepare" / "plan.json"), b"{}")
-    write_groups(plan.groups, place(tmp_path / "out" / ".prepare"))
-    CutGroup(str(pages / "train_images"), str(tmp_path / "out"))(0)
+    cut = CutGroup(str(pages / "train_images"), str(tmp_path / "out"))
+    write_groups(plan.groups, place(tmp_path / "out" / ".prepare"), cut.attempt)
+    cut(0)
     become_a_file(tmp_path / "out")
     with pytest.raises(KuzushijiError, match=f"Received: {tmp_path}/out"):
-        CutGroup(str(pages / "train_images"), str(tmp_path / "out"))(1)
+        cut(1)
 
 
 @contextmanager
@@ -481,3 +482,6 @@ def test_a_dataset_folder_that_is_gone_in_the_middle_is_not_made_anew(pages: Pat
     with pytest.raises(DamageError, match=f"--dataset must stay .* Received: {tmp_path}/out, without its plan"):
         CutGroup(str(pages / "train_images"), str(tmp_path / "out"))(0)
     assert not (tmp_path / "out").exists()
+    write_bytes(place(tmp_path / "out" / ".prepare" / "plan.json"), b"{}")
+    with pytest.raises(DamageError, match="--dataset must stay .*, without the groups of pages of this attempt. Run"):
+        CutGroup(str(pages / "train_images"), str(tmp_path / "out"))(0)

@@ -4,6 +4,7 @@ import logging
 import socket
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.metadata import version
@@ -97,7 +98,8 @@ def predict(
         InputError: boxes or pages can't be used, no box is readable, or the manifest would be too large. Where boxes
             and names of pages show it, nothing is written.
         DamageError: the model does not match its manifest, or the workers do not share the folder `out`.
-        KuzushijiError: TensorFlow can't use the GPUs, or the model gives probabilities that are not finite.
+        KuzushijiError: TensorFlow can't use the GPUs, the model gives probabilities that are not finite, or `out` is
+            full or read-only.
     """
     if not 0 <= min_confidence <= 1:
         raise OptionError(f"--min-confidence must be a number from 0 to 1. Received: {min_confidence}")
@@ -121,17 +123,22 @@ def predict(
         groups=len(groups),
         on_gpu=gpus > 0,
     )
-    write_groups(groups, out, work.prefix)
-    reports = map_tasks(
-        len(groups),
-        work,
-        GroupReport,
-        what="pages read",
-        unit="pages",
-        sizes=groups.sizes,
-        gpus=gpus,
-        start_limit=start_limit,
-    )
+    try:
+        reports = map_tasks(
+            len(groups),
+            work,
+            GroupReport,
+            what="pages read",
+            unit="pages",
+            sizes=groups.sizes,
+            begin=lambda: write_groups(groups, out, work.prefix),
+            gpus=gpus,
+            start_limit=start_limit,
+        )
+    except BaseException:
+        with suppress(Exception):  # `out` may be what failed
+            remove_temporaries(out)
+        raise
     manifest = _manifest(labels, fingerprint(labels.sha256, files), model_sha256, reports, ignored, min_confidence)
     for line in ink_lines(manifest.ink):
         log.warning("%s", line)
@@ -238,7 +245,7 @@ class ReadGroup:
     @property
     def prefix(self) -> str:
         """Of the names of the files of groups: temporary files, which are removed with those of a killed attempt."""
-        return f"{TEMPORARY_PREFIX}{self.attempt}-"
+        return f"{TEMPORARY_PREFIX}{self.attempt}"
 
     def __call__(self, number: int) -> GroupReport:
         """Read a group and write its tables and pictures.
@@ -251,7 +258,7 @@ class ReadGroup:
         """
         out = place(self.out)
         try:
-            group = read_group(out, number, self.prefix)
+            group = read_group(out, self.prefix, number)
         except FileNotFoundError as error:
             raise DamageError(
                 f"--out must stay in place, and be a folder that all workers share. Received: {self.out}, without what "

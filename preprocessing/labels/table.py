@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from cluster.errors import InputError
 
 COLUMNS = 5  # of a page's table: code point, x, y, width, height
-# Kaggle's labels have 3,881 pages and 683,464 boxes, CODH's 1,086,326 boxes. Labels within these limits take 2 GB.
+# Kaggle's labels have 3,881 pages and 683,464 boxes, CODH's 1,086,326 boxes. Labels within these limits take 1 GB.
 MAX_PAGES = 2_000_000
 MAX_BOXES = 20_000_000
 MAX_PIXELS = 999_999_999  # of a coordinate or a side: nine digits

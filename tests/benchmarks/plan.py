@@ -52,7 +52,7 @@ def measure(folder: Path) -> None:
     plan = make_plan(place(folder / "pages"), place(folder / "labels"), PrepareConfig())
     planned = time.perf_counter()
     boxes, of_plan = len(plan.labels.boxes), peak()
-    write_groups(plan.groups, place(folder / "dataset"))
+    write_groups(plan.groups, place(folder / "dataset"), "attempt")
     written = sum(path.stat().st_size for path in (folder / "dataset").iterdir())
     click.echo(
         f"{len(plan.labels.page_ids):,} pages, {boxes:,} boxes: plan {planned - began:.1f} s, its files "
