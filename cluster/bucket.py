@@ -123,26 +123,25 @@ class Bucket(Store):
 
     def remove_folder(self, folder: UPath) -> None:
         # Not gcsfs' `rm`, which reads a name with brackets as a pattern: github.com/fsspec/filesystem_spec/issues/838.
-        from google.api_core.exceptions import NotFound
+        from google.api_core.exceptions import ClientError, NotFound
         from google.cloud.storage.retry import DEFAULT_RETRY
 
         bucket, _, name = folder.path.rstrip("/").partition("/")
         assert name, "never a whole bucket"
 
-        def remove_once() -> bool:
-            found = list(client().list_blobs(_bucket(bucket), prefix=f"{name}/"))
-            for first in range(0, len(found), DELETED_AT_ONCE):
-                # Of what a batch could not do, it tells the last alone. What is left is in the next listing.
-                with suppress(NotFound), client().batch():
-                    for blob in found[first : first + DELETED_AT_ONCE]:
-                        blob.delete()
-            return not found
+        def delete(blobs: list["Blob"]) -> None:
+            with suppress(ClientError), client().batch():  # what is refused is in the next listing
+                for blob in blobs:
+                    blob.delete()
 
         with explaining():
             for _ in range(ROUNDS_OF_BATCHES):
-                if DEFAULT_RETRY(remove_once)():
+                found = list(client().list_blobs(_bucket(bucket), prefix=f"{name}/"))
+                for first in range(0, len(found), DELETED_AT_ONCE):
+                    DEFAULT_RETRY(delete)(found[first : first + DELETED_AT_ONCE])
+                if not found:
                     return
-            # What is left, one by one, so that each failure is told.
+            # What is left, one by one: of what a batch could not do, the client tells the last alone, and no bucket.
             for blob in list(client().list_blobs(_bucket(bucket), prefix=f"{name}/")):
                 with suppress(NotFound):  # as in `remove_file`
                     blob.delete(retry=DEFAULT_RETRY)

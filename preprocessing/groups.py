@@ -16,7 +16,8 @@ and reads its rows from Parquet files that each attempt of the command writes be
 import io
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ from upath import UPath
 
 from cluster.errors import DamageError
 from cluster.progress import progress
-from cluster.storage import new_file, read_bytes
+from cluster.storage import list_files, new_file, read_bytes, remove_file
 from preprocessing.config import SPLITS
 from preprocessing.crop import MAX_PAGE_BYTES
 from preprocessing.dataset import shard_name
@@ -223,6 +224,20 @@ def write_groups(groups: Groups, folder: UPath, prefix: str, within: UPath | Non
                     rows = _table(groups[number], schema)
                     writer.write_table(rows, row_group_size=len(rows))
             advance(len(numbers))
+
+
+@contextmanager
+def written_groups(
+    groups: Groups, folder: UPath, prefix: str, within: UPath | None = None
+) -> Iterator[Callable[[], None]]:
+    """Yield a function that writes the groups as `write_groups`. Their files are removed when the block ends."""
+    try:
+        yield lambda: write_groups(groups, folder, prefix, within)
+    finally:
+        with suppress(Exception):  # the folder may be what failed
+            for name in list_files(folder):
+                if name.startswith(f"{prefix}-"):
+                    remove_file(folder / name)
 
 
 def _file_of(folder: UPath, prefix: str, number: int) -> UPath:

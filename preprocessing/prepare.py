@@ -16,7 +16,7 @@ from preprocessing.attempts import earlier_attempt, remove_traces, sealed_manife
 from preprocessing.card import dataset_card
 from preprocessing.config import SPLITS, PrepareConfig
 from preprocessing.dataset import Clipped, DatasetManifest, Loss, Shard, dataset_files
-from preprocessing.groups import write_groups
+from preprocessing.groups import written_groups
 from preprocessing.ink import count_ink, ink_lines
 from preprocessing.page_results import LISTED_WARNINGS, PageResult, listed_warnings
 from preprocessing.parquet import LISTED_LOSSES, LOSSES_TABLE, PAGES_TABLE, losses_table, pages_table
@@ -80,16 +80,17 @@ def _make(plan: Plan, pages: UPath, dataset: UPath, config: PrepareConfig, start
     _check_losses(plan.losses, len(plan.losses), plan, config, dataset)
     encoded(_known_manifest(plan, config))
     progress_folder, attempt = dataset / PROGRESS_FOLDER, uuid.uuid4().hex
-    reports = map_tasks(
-        len(plan.groups),
-        CutGroup(str(pages), str(dataset), attempt),
-        GroupReport,
-        what="pages cut",
-        unit="pages",
-        sizes=plan.groups.sizes,
-        begin=lambda: write_groups(plan.groups, progress_folder, attempt, within=progress_folder),
-        start_limit=start_limit,
-    )
+    with written_groups(plan.groups, progress_folder, attempt, within=progress_folder) as write:
+        reports = map_tasks(
+            len(plan.groups),
+            CutGroup(str(pages), str(dataset), attempt),
+            GroupReport,
+            what="pages cut",
+            unit="pages",
+            sizes=plan.groups.sizes,
+            begin=write,
+            start_limit=start_limit,
+        )
     losses = [loss for report in reports for loss in report.losses]
     try:
         _check_losses(losses, len(losses), plan, config, dataset)

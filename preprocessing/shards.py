@@ -17,7 +17,17 @@ from upath import UPath
 
 from cluster.errors import DamageError
 from cluster.manifest import fault_of
-from cluster.storage import CHUNK_BYTES, is_file, list_files, new_file, place, read_bytes, sha256_of, write_bytes
+from cluster.storage import (
+    CHUNK_BYTES,
+    is_file,
+    list_files,
+    new_file,
+    place,
+    read_bytes,
+    sha256_of,
+    size_of,
+    write_bytes,
+)
 from preprocessing.config import SPLITS
 from preprocessing.cutting import cut_boxes
 from preprocessing.dataset import Clipped, DatasetManifest, Loss, Shard
@@ -52,18 +62,15 @@ def finished_report(dataset: UPath, group: int) -> GroupReport | None:
     """Return the report of a group if it is readable and all its shards exist with the right size and SHA-256,
     otherwise None: the group is cut again.
     """
-    path = report_path(dataset, group)
-    if not is_file(path):
-        return None
     try:
-        report = GroupReport.model_validate_json(read_bytes(path))
-    except ValidationError:
+        report = GroupReport.model_validate_json(read_bytes(report_path(dataset, group)))
+        for shard in report.shards.values():  # without a listing of the folder, which has the shards of all groups
+            path = dataset / shard.name
+            if size_of(path) != shard.bytes or sha256_of(path) != shard.sha256:
+                return None
+    except (FileNotFoundError, ValidationError):
         return None
-    try:  # without a listing of the folder, which has the shards of all groups
-        whole = all(sha256_of(dataset / shard.name) == shard.sha256 for shard in report.shards.values())
-    except FileNotFoundError:
-        whole = False
-    return report if whole else None
+    return report
 
 
 def write_reports(dataset: UPath, groups: Groups, manifest: DatasetManifest) -> None:

@@ -61,6 +61,8 @@ from job.model.folder import load_model, write_model
 from job.train.run import Failure, Run
 from job.verify import verify
 from preprocessing.config import PrepareConfig
+from preprocessing.groups import group_pages, write_groups, written_groups
+from preprocessing.labels.table import Labels
 from preprocessing.pages import list_pages, page_reader
 from preprocessing.prepare import prepare
 
@@ -187,6 +189,35 @@ def test_what_another_process_removes_meanwhile_is_no_failure(strict: StrictBuck
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(remove_folder, [folder / "many"] * 4))
     assert list_files(folder / "many") == {}
+
+
+@pytest.mark.parametrize("kind", ["429", "503", "401", "403"])
+@pytest.mark.parametrize("which", ["0", "3", "[0-3]"], ids=["first", "last", "all"])
+def test_a_deletion_that_a_batch_was_refused_is_done_or_told(
+    strict: StrictBucket, folder: UPath, kind: str, which: str
+) -> None:
+    for number in range(4):
+        write_bytes(folder / "many" / str(number), b"x")
+    strict.faults.inject(kind, times=1, method="DELETE", matching=f"many/{which}")
+    remove_folder(folder / "many")
+    assert strict.faults.left() == 0
+    assert list_files(folder / "many") == {}
+
+
+def test_a_failing_prediction_leaves_what_another_one_writes(folder: UPath, tmp_path: Path) -> None:
+    labels = Labels(["a"], np.array([0, 1]), np.zeros(1, np.int32), np.ones((1, 4), np.int32), "0" * 64)
+    groups = group_pages(labels, {}, 1)
+    for place_of_both in (folder, place(tmp_path)):
+        write_groups(groups, place_of_both, ".tmp-other")
+        with pytest.raises(KeyboardInterrupt), written_groups(groups, place_of_both, ".tmp-mine") as write:
+            raise_after(write, place_of_both)
+        assert list_files(place_of_both).keys() == {".tmp-other-groups-00000.parquet"}
+
+
+def raise_after(write: Callable[[], None], folder: UPath) -> None:
+    write()
+    assert len(list_files(folder)) == 2
+    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("groups", [40, pytest.param(200, marks=pytest.mark.long)])
@@ -836,6 +867,9 @@ REFUSED = {
     "lister": ("403", "GET", lambda x: list_files(x.parent), "storage.objects.list, .*roles/storage.objectViewer`"),
     "user": ("403", "POST", lambda x: write_bytes(x, b"2"), "storage.objects.create, .*roles/storage.objectUser`"),
     "remover": ("403", "DELETE", remove_file, "storage.objects.delete, .*roles/storage.objectUser`"),
+    "remover of a folder": (
+        "403", "DELETE", lambda x: remove_folder(x.parent), "storage.objects.delete, .*roles/storage.objectUser`"
+    ),
     "retention": ("retained", "POST", lambda x: change_bytes(x, lambda _: b"2"), "update gs://demo --clear-retention"),
     "requester pays": ("unpaid", "GET", read_bytes, "400 .*provided. Set GOOGLE_CLOUD_QUOTA_PROJECT"),
     "organization": ("abroad", "GET", read_bytes, "403 .*organization's policy.*Identifier: 4. Ask whoever"),

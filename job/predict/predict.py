@@ -4,7 +4,6 @@ import logging
 import socket
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.metadata import version
@@ -28,7 +27,7 @@ from job.predict.folder import PredictionsManifest, clear, table_name
 from job.predict.readings import Readings, accuracy
 from preprocessing.cutting import cut_boxes
 from preprocessing.dataset import Clipped, Loss
-from preprocessing.groups import Group, group_pages, read_group, write_groups
+from preprocessing.groups import Group, group_pages, read_group, written_groups
 from preprocessing.ink import count_ink, ink_lines
 from preprocessing.input import read_input
 from preprocessing.labels.page_ids import MAX_NAME_CHARS
@@ -123,7 +122,7 @@ def predict(
         groups=len(groups),
         on_gpu=gpus > 0,
     )
-    try:
+    with written_groups(groups, out, work.prefix) as write:
         reports = map_tasks(
             len(groups),
             work,
@@ -131,14 +130,10 @@ def predict(
             what="pages read",
             unit="pages",
             sizes=groups.sizes,
-            begin=lambda: write_groups(groups, out, work.prefix),
+            begin=write,
             gpus=gpus,
             start_limit=start_limit,
         )
-    except BaseException:
-        with suppress(Exception):  # `out` may be what failed
-            remove_temporaries(out)
-        raise
     manifest = _manifest(labels, fingerprint(labels.sha256, files), model_sha256, reports, ignored, min_confidence)
     for line in ink_lines(manifest.ink):
         log.warning("%s", line)

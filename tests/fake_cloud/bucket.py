@@ -211,7 +211,8 @@ class StrictBucket:
         self._emulator = Emulator().__enter__()
         try:
             self._objects = Objects(self._emulator)
-            self._server = _Server(("127.0.0.1", 0), Routes(self._objects, self._page_size), self.faults, self.requests)
+            routes = Routes(self._objects, self._page_size, self._refusal_in_a_batch)
+            self._server = _Server(("127.0.0.1", 0), routes, self.faults, self.requests)
         except BaseException:
             self._emulator.__exit__(None, None, None)
             raise
@@ -219,6 +220,10 @@ class StrictBucket:
         self._thread.start()
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         return self
+
+    def _refusal_in_a_batch(self, method: str, target: str) -> RefusedError | None:
+        fault = self.faults.take(REFUSALS, method, target)
+        return _refusal(fault, method, target.partition("?")[0]) if fault else None
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

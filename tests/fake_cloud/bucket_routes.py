@@ -44,8 +44,11 @@ Handler = Callable[..., Response]
 class Routes:
     """Answers requests. Safe to call from any thread."""
 
-    def __init__(self, objects: Objects, page_size: int) -> None:
-        self._objects = objects
+    def __init__(
+        self, objects: Objects, page_size: int, refusal: Callable[[str, str], RefusedError | None] = lambda *_: None
+    ) -> None:
+        """refusal: of a call in a batch, by its method and address: what it is answered instead."""
+        self._objects, self._refusal = objects, refusal
         self._uploads = Uploads(objects)
         self._page_size = page_size
         table: list[tuple[str, dict[str, Handler]]] = [
@@ -157,7 +160,9 @@ class Routes:
             inner = BytesParser().parsebytes(rest)
             parts = urlsplit(address)
             target = f"{parts.path}?{parts.query}"
-            answer = self.answer(Request(method, target, inner, inner.get_payload(decode=True) or b"", request.base))
+            refused = self._refusal(method, target)
+            asked = Request(method, target, inner, inner.get_payload(decode=True) or b"", request.base)
+            answer = refused.response() if refused else self.answer(asked)
             body += f"--{boundary}\r\nContent-Type: application/http\r\n".encode()
             body += f"Content-ID: <response-{call.get('Content-ID', '').strip('<>')}>\r\n\r\n".encode()
             body += f"HTTP/1.1 {answer.status} {reason(answer.status)}\r\n".encode()
