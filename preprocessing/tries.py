@@ -49,7 +49,7 @@ class Tries:
         """
         self.pages = f"{group.page_ids[0]} to {group.page_ids[-1]}"
         self.path = folder / f"{TEMPORARY_PREFIX}{attempt}-{group.number:05d}"
-        self.within = folder
+        self.folder = folder
         self.note = _Note()
         try:
             self.note = _Note.model_validate_json(read_bytes(self.path))
@@ -94,4 +94,4 @@ class Tries:
             remove_file(self.path)
 
     def _write(self) -> None:
-        write_bytes(self.path, self.note.model_dump_json().encode(), within=self.within)
+        write_bytes(self.path, self.note.model_dump_json().encode(), within=self.folder)

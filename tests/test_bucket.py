@@ -204,7 +204,7 @@ def test_a_deletion_that_a_batch_was_refused_is_done_or_told(
     assert list_files(folder / "many") == {}
 
 
-def test_a_failing_prediction_leaves_what_another_one_writes(folder: UPath, tmp_path: Path) -> None:
+def test_files_of_groups_go_when_their_attempt_fails_and_those_of_another_stay(folder: UPath, tmp_path: Path) -> None:
     labels = Labels(["a"], np.array([0, 1]), np.zeros(1, np.int32), np.ones((1, 4), np.int32), "0" * 64)
     groups = group_pages(labels, {}, 1)
     for place_of_both in (folder, place(tmp_path)):
