@@ -92,6 +92,8 @@ class TrainConfig(BaseModel):
     """Passes over the crops, in whole batches.  [default: from the recipe]"""
     global_batch_size: PositiveInt
     """Crops per step over all workers.  [default: from the recipe]"""
+    partitions: PositiveInt = 1
+    """Parts of the dataset; a worker fetches those that it needs."""
     learning_rate: float = Field(gt=0, allow_inf_nan=False)
     """Learning rate of Adam, never scaled.  [default: from the recipe]"""
     schedule: Literal["constant", "cosine"] = "constant"

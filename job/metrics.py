@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import compress
 
 import numpy as np
 import pandas as pd
@@ -125,12 +126,13 @@ def misclassified(predictions: NDArray[np.float32], crops: Crops, class_names: S
 
     `unicode` is the code point of the box, also if the label is `rare`. `probability` is that of the predicted class.
     """
-    wrong = np.flatnonzero(predictions[:, 0] != crops.labels)
+    is_wrong = predictions[:, 0] != crops.labels
+    wrong = np.flatnonzero(is_wrong)
     names = np.array(class_names)
     boxes = crops.boxes[wrong]
     return pd.DataFrame(
         {
-            "image_id": [crops.page_ids[i] for i in wrong],
+            "image_id": list(compress(crops.page_ids(), is_wrong)),
             "x": boxes[:, 0],
             "y": boxes[:, 1],
             "width": boxes[:, 2],

@@ -140,8 +140,8 @@ def title(process: psutil.Process) -> str:
 class Chaos:
     """All that runs, was killed and was found."""
 
-    def __init__(self, work: Path) -> None:
-        self.work, self.run = work, uuid.uuid4().hex
+    def __init__(self, work: Path, partitions: int) -> None:
+        self.work, self.partitions, self.run = work, partitions, uuid.uuid4().hex
         (work / "stderr").mkdir(parents=True)
         self.temporary = Path(tempfile.mkdtemp(prefix="kc-"))  # short: Ray's sockets lie in it
         self.cache = work / "cache"
@@ -346,7 +346,7 @@ def hashes_of_dataset(dataset: Path) -> dict[str, str]:
     return hashes | {"verify": f"{faults}{strangers}"}
 
 
-def train_command(dataset: Path, models: Path, cache: Path) -> Command:
+def train_command(dataset: Path, models: Path, cache: Path, partitions: int) -> Command:
     has = subprocess.run([str(KUZUSHIJI), "train", "--help"], capture_output=True, text=True, check=True).stdout
     more = [word for option, value in FOR_CHAOS.items() if option in has for word in (option, value)]
     places = ["--dataset", str(dataset), "--models", str(models), "--run", "chaos"]
@@ -361,7 +361,8 @@ def train_command(dataset: Path, models: Path, cache: Path) -> Command:
         Phase("model", lambda attempt: attempt.made(folder, "*"), 0.5),
         Phase("sealed", lambda attempt: attempt.made(folder, "manifest.json"), 1.0, NO_WORKERS),
     ]
-    return Command("train", [*places, *TRAIN, *more], phases, lambda: hashes_of_model(models, staged))
+    arguments = [*places, *TRAIN, "--partitions", str(partitions), *more]
+    return Command("train", arguments, phases, lambda: hashes_of_model(models, staged))
 
 
 def hashes_of_model(models: Path, staged: Path) -> dict[str, str]:
@@ -408,7 +409,7 @@ def command_in(folder: Path, name: str, chaos: Chaos) -> Command:
     """A command that makes all it makes in a folder."""
     if name == "prepare":
         return prepare_command(chaos.work, folder)
-    return train_command(chaos.work / "reference" / "prepare", folder, chaos.cache)
+    return train_command(chaos.work / "reference" / "prepare", folder, chaos.cache, chaos.partitions)
 
 
 def run(
@@ -417,10 +418,11 @@ def run(
     seed: int,
     kills: int | None = None,
     names: Sequence[str] = NAMES,
+    partitions: int = 1,
 ) -> Chaos:
     """All rounds, with so many kills of each command (None: as in `KILLS`)."""
     rng = random.Random(seed)
-    chaos = Chaos(work)
+    chaos = Chaos(work, partitions)
     try:
         draw_pages(work)
         references = {}
@@ -463,11 +465,12 @@ def main() -> int:
     parser.add_argument("--kills", type=int, help="of each command; default: 12 to 20 of prepare, 6 to 10 of train")
     parser.add_argument("--work", type=Path, help="new folder for all that is written; stays. Default: one that goes")
     parser.add_argument("--commands", nargs="+", choices=NAMES, default=list(NAMES))
+    parser.add_argument("--partitions", type=int, default=1, help="of train")
     given = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     work = given.work or Path(tempfile.mkdtemp(prefix="kuzushiji-chaos-"))
     say(f"{given.rounds} rounds, seed {given.seed}, in {work}")
-    chaos = run(work.resolve(), given.rounds, given.seed, given.kills, given.commands)
+    chaos = run(work.resolve(), given.rounds, given.seed, given.kills, given.commands, given.partitions)
     kinds = ", ".join(f"{chaos.killed[victim]} {victim}" for victim in VICTIMS)
     say(f"{given.rounds} rounds, {chaos.killed.total()} kills ({kinds}), {len(chaos.differences)} differences")
     say(f"{chaos.slow_starts} commands ended because Ray took too long to start, and were run again as they say")

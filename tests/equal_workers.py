@@ -32,25 +32,34 @@ def one_batch(job: Any, out: Path, steps: dict[str, int]) -> Callable[[Any], Non
 
     def measure(strategy: Any) -> None:
         import keras
+        from ray.train import get_context
 
-        from job.data.order import permutation
-        from job.data.staging import staged
+        from cluster.manifest import read_manifest
+        from job.data.partitions import Partitions
+        from job.data.staging import staged_shards
         from job.model.start import initial_model
         from job.train.display import StartUp
         from job.train.training import Training
+        from preprocessing.dataset import DatasetManifest
 
         config, losses = job.config, {}
-        with staged(place(job.dataset), ("train", "validation", "test")) as data, pytest.MonkeyPatch.context() as patch:
+        dataset, rank, workers = place(job.dataset), get_context().get_world_rank(), get_context().get_world_size()
+        manifest = read_manifest(dataset, DatasetManifest)
+        partitions = Partitions.of(
+            manifest, config.partitions, config.global_batch_size, config.seed, rank=rank, workers=workers
+        )
+        held = {split: partitions.held_shards(split) for split in ("train", "validation", "test")}
+        with staged_shards(dataset, manifest, held) as data, pytest.MonkeyPatch.context() as patch:
             # 15 % of the gradients to send
             patch.setattr("job.model.architectures.BASELINE_HEAD", (1000, 200))
             crops = data.splits["train"]
-            order = permutation(len(crops), config.seed, 1)
+            order = partitions.batches(epoch=1)
             for kind, count in steps.items():
                 keras.utils.set_random_seed(config.seed)
                 changes = {"dropout": kind != "without", "augment": "standard" if kind == "augmented" else "none"}
                 as_told = replace(job, config=config.model_copy(update=changes))
                 plain = initial_model(as_told.config, None, data.class_names)
-                training = Training(as_told, strategy, data, StartUp(), plain)
+                training = Training(as_told, strategy, partitions, data, StartUp(), plain)
                 training.step_limit.stop()
                 first, images, labels = training.rows_of(crops, order, 0)
                 losses[kind] = []

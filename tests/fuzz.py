@@ -575,7 +575,7 @@ def fuzz_datasets(rng: random.Random, folder: Path, count: int) -> Counter[str]:
             with staged(place(dataset), ["test"]) as data:
                 crops = data.splits["test"]
                 assert crops.images.shape == (claimed, 80, 80, 1)
-                assert len(crops.page_ids) == len(crops.labels) == claimed == len(records)
+                assert len(list(crops.page_ids())) == len(crops.labels) == claimed == len(records)
                 assert set(crops.labels.tolist()) <= {0, 1}
                 outcomes["staged"] += 1
         except (DamageError, InputError) as error:

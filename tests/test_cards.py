@@ -59,7 +59,9 @@ def test_the_licence_of_pages_goes_with_their_models(trained: Path, few: Path) -
     from job.config import TrainConfig
     from job.data.staging import staged
     from job.export.card import export_card
+    from job.metrics import misclassified
     from job.model.folder import TrainedOn, load_model
+    from job.train.evaluation import Predicted
     from job.train.result import EpochRow, folder_texts
 
     manifest = DatasetManifest.model_validate_json((few / "manifest.json").read_bytes())
@@ -69,10 +71,14 @@ def test_the_licence_of_pages_goes_with_their_models(trained: Path, few: Path) -
     given = {key: value for key, value in json.loads((trained / "config.json").read_text()).items() if key in fields}
     row = EpochRow(**json.loads((trained / "history.jsonl").read_text().splitlines()[0]))
     with staged(place(few), ["train", "validation", "test"]) as data:
-        predictions = {split: np.zeros((len(crops), 4), np.float32) for split, crops in data.splits.items()}
+        predictions = {
+            split: Predicted(np.zeros((len(crops), 4), np.float32), crops.labels)
+            for split, crops in data.splits.items()
+        }
+        table = misclassified(predictions["test"].predictions, data.splits["test"], data.class_names)
         licensed = replace(data, manifest=told)
         model, *_ = load_model(place(trained))
-        texts = folder_texts(TrainConfig(**given), "first", model, predictions, licensed, [row], 1, 1.0)
+        texts = folder_texts(TrainConfig(**given), "first", model, predictions, table, licensed, [row], 1, 1.0)
     assert json.loads(texts["config.json"])["license"] == "cc-by-4.0"
     export = export_card(place(trained), TrainedOn(0.0, "cc-by-4.0"), "onnx", "none", None, (None, 80, 80, 1), 6)
     for card in (ModelCard(texts["README.md"]), ModelCard(export)):

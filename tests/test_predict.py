@@ -109,7 +109,7 @@ def test_what_is_read_are_the_very_crops_of_the_dataset(
         for split in SPLITS:
             crops = dataset.splits[split]
             probabilities = loaded.predict(crops.images[:], verbose=0)
-            for i, page_id in enumerate(crops.page_ids):
+            for i, page_id in enumerate(crops.page_ids()):
                 where = (page_id, *crops.boxes[i].tolist())
                 assert np.array_equal(cuts[where], crops.images[i][:, :, 0])
                 best = np.argsort(-probabilities[i], kind="stable")[:5]
@@ -143,7 +143,7 @@ def test_a_model_of_crops_with_a_margin_reads_new_pages_with_it_and_is_evaluated
         assert np.array_equal(crops.boxes, narrow.boxes)  # as in the labels
         assert not np.array_equal(crops.images, narrow.images)
         best = loaded.predict(crops.images[:], verbose=0).max(axis=1)
-        where = zip(crops.page_ids, crops.boxes.tolist(), strict=True)
+        where = zip(crops.page_ids(), crops.boxes.tolist(), strict=True)
         told = [found.loc[(page_id, *box), "probability_1"] for page_id, box in where]
     np.testing.assert_allclose(told, best, rtol=1e-4)
     assert evaluate(place(model), place(tmp_path / "wide"), "test").metrics.examples == len(best)

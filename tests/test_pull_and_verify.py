@@ -218,7 +218,7 @@ def test_a_dataset_at_an_address_is_staged_as_from_a_path_and_gone_after_its_las
         assert np.array_equal(a.images, b.images)
         assert np.array_equal(a.labels, b.labels)
         assert np.array_equal(a.boxes, b.boxes)
-        assert a.page_ids == b.page_ids
+        assert list(a.page_ids()) == list(b.page_ids())
         with staged(place(dataset), ["test"]):
             assert len(list(here.iterdir())) == 3
     assert [path.name for path in here.iterdir()] == ["lock"]

@@ -14,7 +14,7 @@ def test_balanced_classes_count_the_same_and_a_crop_1_on_average() -> None:
     from job.train.step import balanced_weights
 
     labels = np.array([0] * 6 + [2] * 3 + [3])
-    weights = balanced_weights(labels, 4)
+    weights = balanced_weights(np.bincount(labels, minlength=4))
     assert weights.dtype == np.float32
     assert weights[1] == 0  # no crop has it
     assert np.bincount(labels, weights[labels])[[0, 2, 3]] == pytest.approx([10 / 3] * 3)
@@ -44,7 +44,7 @@ def test_a_step_follows_the_weighted_and_smoothed_loss_and_tells_the_plain_one(
 
     images = np.random.default_rng(0).integers(0, 255, (8, 80, 80, 1), dtype=np.uint8)
     labels = np.array([0, 0, 0, 0, 0, 1, 1, 2])
-    weights = balanced_weights(labels, 3) if balanced else None
+    weights = balanced_weights(np.bincount(labels)) if balanced else None
     steps = linear_steps(3, 8, class_weights=weights, label_smoothing=smoothing)
     before = steps.model.predict(images, verbose=0)
     loss = float(steps.train(images, labels, 0)[0])

@@ -45,14 +45,16 @@ def config(**changes: Any) -> TrainConfig:
     return TrainConfig.model_validate(few | changes)
 
 
-def losses_of(workers: int, steps: dict[str, int], dataset: Path, out: Path) -> list[dict[str, np.ndarray]]:
+def losses_of(
+    workers: int, steps: dict[str, int], dataset: Path, out: Path, **changes: Any
+) -> list[dict[str, np.ndarray]]:
     """What each rank finds (see `equal_workers.py`). A single worker is this process (Ray Train's local mode)."""
     from ray.train import RunConfig, ScalingConfig
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
     from job.train.rendezvous import Rendezvous
 
-    given = config(workers=workers, global_batch_size=EQUAL_BATCH, weight_decay=0.01)
+    given = config(**{"workers": workers, "global_batch_size": EQUAL_BATCH, "weight_decay": 0.01} | changes)
     one = job_of(given, dataset=str(dataset))
     measure = one_batch(one, out / "equal", steps)
 
@@ -89,11 +91,18 @@ def test_two_workers_give_the_losses_of_one(two_workers: Path, dataset: Path, tm
 
 
 @pytest.mark.long
-def test_any_number_of_workers_gives_the_same_losses(dataset: Path, tmp_path: Path) -> None:
-    alone = losses_of(1, MORE, dataset, tmp_path / "1")[0]
+@pytest.mark.parametrize(
+    ("numbers", "changes"),
+    [((2, 3, 4), {}), ((2, 3, 4), {"partitions": 4, "global_batch_size": 28})],
+    ids=["whole", "of four partitions"],
+)
+def test_any_number_of_workers_gives_the_same_losses(
+    numbers: tuple[int, ...], changes: dict[str, int], dataset: Path, tmp_path: Path
+) -> None:
+    alone = losses_of(1, MORE, dataset, tmp_path / "1", **changes)[0]
     assert alone["without"][-1] < 0.2 < 2 < alone["without"][0]
-    for workers in (2, 3, 4):
-        check_equal(losses_of(workers, MORE, dataset, tmp_path / str(workers)), alone)
+    for workers in numbers:
+        check_equal(losses_of(workers, MORE, dataset, tmp_path / str(workers), **changes), alone)
 
 
 def test_what_one_worker_finds_damaged_is_told_to_all(two_workers: Path) -> None:
@@ -350,7 +359,7 @@ def test_a_dataset_that_a_worker_finds_damaged_is_one_line_and_not_raised_to_ray
     def damaged(*arguments: Any) -> Any:
         raise DamageError("a shard was changed")
 
-    monkeypatch.setattr("job.train.worker.staged", damaged)
+    monkeypatch.setattr("job.train.worker.staged_shards", damaged)
     with pytest.raises(KuzushijiError, match="^a shard was changed$") as failure:
         train(place(few), place(tmp_path), [config(epochs=1, global_batch_size=4)], "damaged")
     assert isinstance(failure.value.__cause__, RuntimeError)  # the text of a `Failure`

@@ -1,12 +1,15 @@
-"""Order of the crops: a pure function of (seed, epoch, step). Any number of workers gets the same global batches."""
+"""Order of the crops: a function of (seed, epoch, partition). Any number of workers gets the same global batches."""
 
 import numpy as np
 from numpy.typing import NDArray
 
 
-def permutation(crops: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """Return the order of an epoch, (crops,) int64. Step s with global batch size B takes rows [s * B:(s + 1) * B]."""
-    return np.random.default_rng([seed, epoch]).permutation(crops)
+def permutation(crops: int, seed: int, epoch: int, partition: int = 0) -> NDArray[np.int64]:
+    """Return the order of the crops of a partition in an epoch, (crops,) int64. A step that takes n crops of it takes
+    rows [step * n:(step + 1) * n].
+    """
+    # The first partition has the order that releases without partitions drew with [seed, epoch]: NumPy appends zeros.
+    return np.random.default_rng([seed, epoch, partition]).permutation(crops)
 
 
 def share(total: int, part: int, parts: int) -> tuple[int, int]:

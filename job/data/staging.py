@@ -1,4 +1,4 @@
-"""Staging: a dataset on this machine's disk, verified once and unpacked into flat arrays that all workers map.
+"""Staging: shards of a dataset on this machine's disk, verified once and unpacked into flat arrays that workers map.
 
 Gathering rows from a memory-mapped array is faster than parsing records (325,000 crops/s on one core; TensorFlow:
 97,000), and allows any order. A staged dataset exists as long as a process uses it: each user holds a shared lock in
@@ -7,52 +7,67 @@ its folder, and every user removes unlocked folders when it starts and when it e
 
 import fcntl
 import hashlib
-import mmap
 import os
 import shutil
+import socket
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from upath import UPath
 
-from cluster.errors import DamageError, InputError
+from cluster.errors import DamageError, InputError, OptionError
 from cluster.manifest import FileEntry, fault_of, read_manifest, size_fault_of
 from cluster.progress import progress
-from cluster.storage import fetch, list_files, local_file, size_of, writing_in
+from cluster.storage import fetch, is_local, list_files, local_file, writing_in
+from job.data.unpacking import PAGES_FILE, SplitWriter, unpack
 from preprocessing.books import volume_of
 from preprocessing.classes import LABELS_FILE, read_class_names
 from preprocessing.dataset import VOLUMES, DatasetManifest, Shard
-from preprocessing.labels.code_points import parse_code_point
-from preprocessing.labels.page_ids import parse_id
 from preprocessing.parquet import PAGES_TABLE, books_of_table
-from preprocessing.records import FRAME_BYTES, SIDE, decode_example, read_frames
+from preprocessing.records import FRAME_BYTES, SIDE
 
-PARSE_RECORDS = 1024
 MIN_RECORD_BYTES = FRAME_BYTES + SIDE * SIDE
-MAX_PIXELS = 10**9  # bound of x, y, width and height of a box: nine digits in the labels
+STAGED_BYTES = SIDE * SIDE + 8 + 4 + 4 * 4  # of a crop, without the id of its page
 LOCK_FILE = "in-use"
-PAGES_FILE = "page_ids.txt"
+ARRAYS = ("images", "labels", "code_points", "boxes")  # of `Crops`
+
+Progress = Callable[[str, int, str], AbstractContextManager[Callable[[int], None]]]
+"""A function as `cluster.progress.progress`."""
 
 
 @dataclass(frozen=True)
 class Crops:
-    """The N crops of a split, memory-mapped, in the order of the shards."""
+    """N crops of a split, memory-mapped, in the order of the shards."""
 
     images: NDArray[np.uint8]  # (N, 80, 80, 1)
     labels: NDArray[np.int64]  # (N,)
     code_points: NDArray[np.int32]  # (N,) of the box itself, also if the label is `rare`
     boxes: NDArray[np.int32]  # (N, 4) x, y, width, height
-    page_ids: list[str]  # N
+    pages_file: Path
+    """Has a line for each crop of the split, the id of its page."""
+    first: int = 0
+    """Line of the first crop."""
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def __getitem__(self, rows: slice) -> "Crops":
+        """Return consecutive crops."""
+        first, end, _ = rows.indices(len(self))
+        arrays = {name: getattr(self, name)[first:end] for name in ARRAYS}
+        return replace(self, **arrays, first=self.first + first)
+
+    def page_ids(self) -> Iterator[str]:
+        """Yield the id of the page of each crop. They are read from the disk: a list would take 75 bytes a crop."""
+        with self.pages_file.open(newline="\n") as lines:
+            for line in islice(lines, self.first, self.first + len(self)):
+                yield line.removesuffix("\n")
 
 
 @dataclass(frozen=True)
@@ -63,6 +78,7 @@ class StagedDataset:
     class_names: list[str]
     """Labels are indices into it."""
     splits: dict[str, Crops]
+    """The crops that were staged: all of a split, or those of some of its shards."""
     folder: Path
     """Folder on this machine's disk, removed with the staged dataset. Users may keep temporary files in it."""
 
@@ -72,7 +88,7 @@ class StagedDataset:
         Raises:
             DamageError: the table of pages is not as `prepare` writes it.
         """
-        page_ids = {page_id for crops in self.splits.values() for page_id in crops.page_ids}
+        page_ids = {page_id for crops in self.splits.values() for page_id in crops.page_ids()}
         if self.manifest.book_rule == VOLUMES:
             return {page_id: volume_of(page_id) for page_id in page_ids}
         books = books_of_table(UPath(self.folder / PAGES_TABLE))
@@ -85,15 +101,35 @@ class StagedDataset:
 
 @contextmanager
 def staged(dataset: UPath, splits: Sequence[str]) -> Iterator[StagedDataset]:
-    """Stage splits of a dataset, or share them with another process of this machine. The last user removes them.
+    """Stage splits of a dataset. Raises: as `staged_shards`; InputError: the folder is not sealed or not a dataset."""
+    manifest = read_manifest(dataset, DatasetManifest)
+    with staged_shards(dataset, manifest, {split: manifest.shards_of(split) for split in splits}) as data:
+        yield data
+
+
+@contextmanager
+def staged_shards(
+    dataset: UPath,
+    manifest: DatasetManifest,
+    shards: Mapping[str, Sequence[Shard]],
+    shown: Progress = progress,
+) -> Iterator[StagedDataset]:
+    """Stage shards of a dataset, or share them with another process of this machine. The last user removes them.
+
+    Args:
+        dataset: the dataset folder.
+        manifest: its manifest.
+        shards: split to the shards to stage.
+        shown: shows the progress.
 
     Raises:
-        InputError: the folder is not sealed or not a dataset, or a split has no crops.
+        InputError: a split of the dataset has no crops.
+        OptionError: the disk of this machine has too little room.
         DamageError: a file does not match the manifest.
-        KuzushijiError: the disk of this machine is full or read-only.
+        KuzushijiError: the disk is full or read-only.
     """
-    manifest = read_manifest(dataset, DatasetManifest)
-    key = hashlib.sha256(f"{dataset}\n{manifest.sha256}\n{sorted(splits)}".encode()).hexdigest()[:32]
+    names = {split: [shard.name for shard in shards[split]] for split in sorted(shards)}
+    key = hashlib.sha256(f"{dataset}\n{manifest.sha256}\n{names}".encode()).hexdigest()[:32]
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kuzushiji" / "staged"
     folder = root / key
     with writing_in(root):
@@ -101,12 +137,12 @@ def staged(dataset: UPath, splits: Sequence[str]) -> Iterator[StagedDataset]:
     with writing_in(root), _locked(root):
         _remove_unused(root, keep=key)
         if not folder.exists():
-            _stage(dataset, manifest, splits, folder)
+            _stage(dataset, manifest, shards, folder, shown)
         in_use = open(folder / LOCK_FILE)  # noqa: SIM115 - kept open: the file holds the lock
         fcntl.flock(in_use, fcntl.LOCK_SH)
     try:
-        names = read_class_names(UPath(folder / LABELS_FILE), dataset / LABELS_FILE)
-        yield StagedDataset(manifest, names, {split: _map(folder / split) for split in splits}, folder)
+        class_names = read_class_names(UPath(folder / LABELS_FILE), dataset / LABELS_FILE)
+        yield StagedDataset(manifest, class_names, {split: _map(folder / split) for split in shards}, folder)
     finally:
         in_use.close()
         with _locked(root):
@@ -141,28 +177,35 @@ def _is_used(folder: Path) -> bool:
     return False
 
 
-def _stage(dataset: UPath, manifest: DatasetManifest, splits: Sequence[str], folder: Path) -> None:
-    """Verify the files of the splits against the manifest, and unpack them. The folder appears when it is complete."""
+def _stage(
+    dataset: UPath,
+    manifest: DatasetManifest,
+    shards_by_split: Mapping[str, Sequence[Shard]],
+    folder: Path,
+    shown: Progress,
+) -> None:
+    """Verify the files against the manifest, and unpack the shards. The folder appears when it is complete."""
     temporary = folder.with_name(f"{folder.name}-{uuid.uuid4().hex}")
     temporary.mkdir()
     try:
         sizes = list_files(dataset)
-        for entry in _check_sizes(dataset, manifest, sizes):
+        entries = _check_sizes(dataset, manifest, sizes)
+        _check_room(dataset, shards_by_split, folder.parent)
+        for entry in entries:
             fetch(dataset / entry.name, temporary / entry.name)
             if fault := fault_of(UPath(temporary), entry, list_files(UPath(temporary))):
                 raise DamageError(f"{dataset}: {fault}. Run `prepare` again, or copy the folder again")
         classes = len(read_class_names(UPath(temporary / LABELS_FILE), dataset / LABELS_FILE))
-        shards_by_split = {split: manifest.shards_of(split) for split in splits}
         total = sum(shard.examples for shards in shards_by_split.values() for shard in shards)
-        with progress("crops staged", total, "crops") as advance:
+        with shown("crops staged", total, "crops") as advance:
             for split, shards in shards_by_split.items():
-                examples = sum(shard.examples for shard in shards)
-                if not examples:
+                if not any(shard.examples for shard in manifest.shards_of(split)):
                     raise InputError(f"{dataset}: a split must have crops. Received: {split} with none")
-                with closing(_SplitWriter(temporary / split, examples, classes)) as writer:
+                examples = sum(shard.examples for shard in shards)
+                with closing(SplitWriter(temporary / split, examples, classes)) as writer:
                     for shard in shards:
                         with local_file(dataset / shard.name, temporary) as local:
-                            _unpack(dataset, shard, UPath(local), writer)
+                            unpack(dataset, shard, UPath(local), writer)
                         advance(shard.examples)
         (temporary / LOCK_FILE).touch()
         temporary.rename(folder)
@@ -195,81 +238,25 @@ def _check_sizes(dataset: UPath, manifest: DatasetManifest, sizes: dict[str, int
     return entries
 
 
-def _unpack(dataset: UPath, shard: Shard, local: UPath, writer: "_SplitWriter") -> None:
-    """Verify the checksum of a shard, then parse it into the arrays. local: its file on this machine."""
-    if fault := fault_of(local.parent, shard, {shard.name: size_of(local)}):
-        raise DamageError(f"{dataset}: {fault}. Run `prepare` again, or copy the folder again")
-    filled_before = writer.filled
-    if shard.bytes:
-        with (
-            open(local.path, "rb") as stream,
-            mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data,
-        ):
-            try:
-                frames = read_frames(data)
-                while records := list(islice(frames, PARSE_RECORDS)):
-                    writer.parse(records)
-            except (ValueError, DamageError) as error:
-                raise DamageError(
-                    f"{dataset}: {shard.name} must hold crops as prepare writes them. Received: {error}. "
-                    "Run `prepare` again"
-                ) from error
-    parsed = writer.filled - filled_before
-    if parsed != shard.examples:
-        raise DamageError(f"{dataset}: {shard.name} must hold {shard.examples} crops. Received: {parsed}")
+def _check_room(dataset: UPath, shards: Mapping[str, Sequence[Shard]], root: Path) -> None:
+    """Check that the disk has room for the crops, and for the largest shard if it must be fetched first.
 
-
-class _SplitWriter:
-    """Writes the crops of a split into a new folder, as `.npy` files whose sizes are known in advance."""
-
-    def __init__(self, folder: Path, examples: int, classes: int) -> None:
-        folder.mkdir()
-        self.classes = classes
-        self.images = _new_array(folder / "images.npy", np.uint8, (examples, SIDE, SIDE, 1))
-        self.labels = _new_array(folder / "labels.npy", np.int64, (examples,))
-        self.code_points = _new_array(folder / "code_points.npy", np.int32, (examples,))
-        self.boxes = _new_array(folder / "boxes.npy", np.int32, (examples, 4))
-        self.pages = open(folder / PAGES_FILE, "w")  # noqa: SIM115 - closed by `close`
-        self.filled = 0
-
-    def parse(self, records: Sequence[bytes]) -> None:
-        """Append crops.
-
-        Raises:
-            ValueError: a record is not as `prepare` writes it, or there are more crops than the manifest says.
-        """
-        rows = slice(self.filled, self.filled + len(records))
-        if rows.stop > len(self.labels):
-            raise ValueError("more crops than the manifest says")
-        images, labels, code_points, page_ids, boxes = zip(*map(decode_example, records), strict=True)
-        numbers = np.array(boxes, np.int64)
-        if any(len(image) != SIDE * SIDE for image in images):
-            raise ValueError(f"an image that is not {SIDE} x {SIDE} pixels")
-        if not 0 <= min(labels) <= max(labels) < self.classes:
-            raise ValueError(f"a label that is none of the {self.classes} classes")
-        if ((numbers <= -MAX_PIXELS) | (numbers >= MAX_PIXELS)).any():
-            raise ValueError("a box with more than nine digits")
-        self.images[rows] = np.frombuffer(b"".join(images), np.uint8).reshape(-1, SIDE, SIDE, 1)
-        self.labels[rows] = labels
-        self.code_points[rows] = [parse_code_point(text.decode()) for text in code_points]
-        self.boxes[rows] = numbers
-        self.pages.writelines(parse_id(page_id.decode()) + "\n" for page_id in page_ids)
-        self.filled = rows.stop
-
-    def close(self) -> None:
-        self.pages.close()
-
-
-def _new_array(path: Path, dtype: type, shape: tuple[int, ...]) -> NDArray[Any]:
-    """Create a memory-mapped array and reserve its disk space: a full disk is an OSError now, not a SIGBUS later."""
-    array: NDArray[Any] = np.lib.format.open_memmap(path, "w+", dtype, shape)
-    with path.open("r+b") as file:
-        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-    return array
+    Raises:
+        OptionError: it has not.
+    """
+    every = [shard for of_split in shards.values() for shard in of_split]
+    needed = sum(shard.examples for shard in every) * STAGED_BYTES
+    needed += 0 if is_local(dataset) else max((shard.bytes for shard in every), default=0)
+    free = shutil.disk_usage(root).free
+    if needed > free:
+        raise OptionError(
+            f"the disk of {socket.gethostname()} must hold the crops that are read there, {needed / 1e9:.3f} GB of "
+            f"{dataset}. Received: {free / 1e9:.3f} GB free at {root}. Let XDG_CACHE_HOME name a folder on a larger "
+            "disk, or train on more hosts, with as many --partitions as --workers"
+        )
 
 
 def _map(folder: Path) -> Crops:
-    arrays = {
-        name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("images", "labels", "code_points", "boxes")
-    }
-    return Crops(**arrays, page_ids=(folder / PAGES_FILE).read_text().splitlines())
+    return Crops(
+        **{name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}, pages_file=folder / PAGES_FILE
+    )

@@ -66,7 +66,7 @@ def _crop_table(data: StagedDataset) -> pd.DataFrame:
     """Return a table with a row per crop: split, page, label, code_point, book."""
     parts = [
         pd.DataFrame(
-            {"split": split, "page": crops.page_ids, "label": crops.labels, "code_point": crops.code_points},
+            {"split": split, "page": list(crops.page_ids()), "label": crops.labels, "code_point": crops.code_points},
         )
         for split, crops in data.splits.items()
     ]

@@ -86,12 +86,15 @@ def model_report(models: UPath, dataset: UPath | None = None) -> bytes:
         return html.page(title, [*_comparison(runs), *sections])
 
 
-def run_report(folder: UPath, texts: Mapping[str, str], model: "keras.Model", data: StagedDataset) -> bytes:
+def run_report(
+    folder: UPath, texts: Mapping[str, str], model: "keras.Model", dataset_sha256: str, data: StagedDataset | None
+) -> bytes:
     """Return the report of one run as HTML; the worker that trained it calls this.
 
-    texts: name to content of the files in the model folder. data: the staged dataset of the training.
+    texts: name to content of the files in the model folder. dataset_sha256: of the dataset's manifest. data: the staged
+    dataset of the training; None: the report has no pictures of crops.
     """
-    run = _parse(folder, data.manifest.sha256, lambda name: texts[name].encode())
+    run = _parse(folder, dataset_sha256, lambda name: texts[name].encode())
     return html.page(f"{run.architecture}, run {folder.name}", _run_sections(run, data, model))
 
 
@@ -267,7 +270,7 @@ def _errors(run: Trained, data: StagedDataset | None) -> Iterator[str]:
 def _books(misclassified: pd.DataFrame, data: StagedDataset) -> Iterator[str]:
     """Plot the accuracy per book of the test split, in ascending order."""
     book_of_page = data.books()
-    examples = pd.Series(data.splits["test"].page_ids).map(book_of_page).value_counts()
+    examples = pd.Series(list(data.splits["test"].page_ids())).map(book_of_page).value_counts()
     errors = misclassified["image_id"].map(book_of_page).value_counts().reindex(examples.index, fill_value=0)
     accuracy = (1 - errors / examples).sort_values(kind="stable")
     caption = f"Test accuracy per book: the lowest of {len(accuracy):,} books."

@@ -24,7 +24,7 @@ def pairs(misclassified: pd.DataFrame, data: StagedDataset) -> Iterator[str]:
     """
     test, train = data.splits["test"], data.splits["train"]
     test_index = {
-        (page_id, *box): i for i, (page_id, box) in enumerate(zip(test.page_ids, test.boxes.tolist(), strict=True))
+        (page_id, *box): i for i, (page_id, box) in enumerate(zip(test.page_ids(), test.boxes.tolist(), strict=True))
     }
     class_index = {name: i for i, name in enumerate(data.class_names)}
     images, captions = [], []

@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
@@ -81,11 +81,12 @@ Event = LogLine | RunState | Activity | StepDone
 
 
 class Board:
-    """The actor: events in the order in which they arrive, and failures that end a run."""
+    """The actor: events in the order in which they arrive, failures that end a run, what workers give each other."""
 
     def __init__(self) -> None:
         self._events: list[Event] = []
         self._failures: dict[str, Failure] = {}
+        self._parts: dict[str, dict[int, Any]] = defaultdict(dict)
         self._with_workers: set[str] = set()
 
     def post(self, event: Event) -> None:
@@ -111,6 +112,14 @@ class Board:
     def failure_of(self, attempt: str) -> "Failure | None":
         """Return the first failure of the workers of an attempt, or None."""
         return self._failures.get(attempt)
+
+    def add_part(self, attempt: str, rank: int, part: list[Any]) -> None:
+        """Keep a reference to what a worker gives. part: it alone, in a list, so that Ray does not fetch the object."""
+        self._parts[attempt][rank] = part[0]
+
+    def parts_of(self, attempt: str) -> list[Any]:
+        """Return the references of all workers of an attempt, in the order of their ranks, and forget them."""
+        return [part for _, part in sorted(self._parts.pop(attempt).items())]
 
 
 class Reporter:
@@ -140,6 +149,19 @@ class Reporter:
     def show_activity(self, text: str) -> None:
         if self._rank == 0:
             self._board.post.remote(Activity(self._architecture, text))
+
+    @contextmanager
+    def progress(self, what: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+        """Show progress as `cluster.progress.progress` does."""
+        done = 0
+
+        def advance(n: int) -> None:
+            nonlocal done
+            done += n
+            if self.is_due():
+                self.show_activity(f"{what}, {done:,} of {total:,} {unit}")
+
+        yield advance
 
     def show_step(self, epoch: int, epochs: int, step: int, steps: int, **numbers: float) -> None:
         """numbers: `loss`, `accuracy` and `crops_per_s` of `StepDone`."""

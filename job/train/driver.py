@@ -23,12 +23,12 @@ from cluster.errors import DamageError, InputError, KuzushijiError, OptionError,
 from cluster.manifest import read_manifest, verify
 from cluster.runtime import Session, ray_session, usable_cpus, uses_cluster
 from cluster.storage import is_local, place, plain_name
-from job.config import RECIPES, TrainConfig
+from job.config import TrainConfig
 from job.model.pretrained import Weights, obtain
 from job.model.start import check_start
 from job.report.side_files import REPORT_SUFFIX
+from job.train.batches import fit_to_dataset
 from job.train.run import Run
-from preprocessing.config import SPLITS
 from preprocessing.dataset import DatasetManifest
 
 log = logging.getLogger("kuzushiji")
@@ -90,7 +90,7 @@ def train(
     begins = ""
     if weights and weights.is_model:
         begins = check_start(place(weights.place), configs[0].architecture, dataset, manifest.margin)
-    runs = [Run(run, _fit_batch_size(manifest, config), dataset, manifest.sha256, models) for config in configs]
+    runs = [Run(run, fit_to_dataset(manifest, config), dataset, manifest.sha256, models) for config in configs]
     alone = len(runs) == 1
     if len({training.folder for training in runs}) < len(runs):
         raise OptionError("each architecture must be given once. Received: one with two configs")
@@ -286,39 +286,3 @@ def _check_dataset(dataset: UPath) -> DatasetManifest:
     if faults:
         raise DamageError(f"{dataset}: {'; '.join(faults)}. Run the same `prepare` again, which repairs it")
     return manifest
-
-
-def _fit_batch_size(manifest: DatasetManifest, config: TrainConfig) -> TrainConfig:
-    """Return the config with a global batch size of at most the number of training crops. Logs what it changes.
-
-    Raises:
-        InputError: a split has no crops.
-        OptionError: more replicas than crops in a batch.
-    """
-    crops_by_split = {split: sum(shard.examples for shard in manifest.shards_of(split)) for split in SPLITS}
-    if not all(crops_by_split.values()):
-        raise InputError(f"--dataset must have crops in every split. Received: {crops_by_split}")
-    size = min(config.global_batch_size, crops_by_split["train"])
-    if size < config.global_batch_size:
-        log.warning(
-            "%s: --global-batch-size %d is lowered to %d, the number of training crops",
-            config.architecture,
-            config.global_batch_size,
-            size,
-        )
-    replicas = config.workers * max(1, config.gpus_per_worker)
-    if replicas > size:
-        raise OptionError(
-            f"each worker (and GPU) must get a crop of each batch. Received: {replicas} for a batch of {size}. "
-            "Raise --global-batch-size, or lower --workers or --gpus-per-worker"
-        )
-    recipe = RECIPES[config.architecture].global_batch_size
-    if size != recipe:
-        log.info(
-            "%s: global batch size %d, the recipe's is %d; the learning rate stays %g, it is not scaled",
-            config.architecture,
-            size,
-            recipe,
-            config.learning_rate,
-        )
-    return config.model_copy(update={"global_batch_size": size})

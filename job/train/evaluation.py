@@ -1,17 +1,36 @@
-"""Evaluation within a training: all workers predict a split together, each crop once."""
+"""Evaluation within a training: all workers predict a split together, each crop once.
 
-from collections.abc import Iterator
+A worker has the crops of the partitions that it holds. What it finds of its rows goes to all workers.
+"""
+
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
-from job.data.order import share
+from job.data.partitions import Partitions
 from job.data.staging import StagedDataset
+from job.metrics import SplitMetrics, metrics, misclassified
 from job.train.display import Reporter
 from job.train.step import Steps
 from job.train.temperature import SCALES, best_scale
 from job.train.watchdog import StepLimit
+
+
+class Predicted(NamedTuple):
+    """What was predicted of the N crops of a split, in the order of `Partitions`."""
+
+    predictions: NDArray[np.float32]
+    """(N, 4), as `inference.predictions_of`."""
+    labels: NDArray[np.int64]
+    """(N,)"""
+
+    def metrics(self, class_names: Sequence[str]) -> SplitMetrics:
+        """Compute the metrics of the split."""
+        return metrics(self.predictions, self.labels, class_names)
 
 
 @dataclass
@@ -20,38 +39,59 @@ class Evaluation:
 
     steps: Steps
     dataset: StagedDataset
-    rank: int
-    workers: int
+    partitions: Partitions
     step_limit: StepLimit
     reporter: Reporter
 
-    def predict(self, split: str) -> NDArray[np.float32]:
-        """Return (N, 4) predictions of a split, as `inference.predictions_of`, on every worker."""
+    def predict(self, split: str) -> Predicted:
+        """Return the predictions of a split, on every worker."""
         crops = self.dataset.splits[split]
-        predictions = np.zeros((len(crops), 4), np.float32)
-        for rows, own in self._steps_of(split, "evaluates"):
-            predictions[own] = self.steps.predict(crops.images[own], crops.labels[own])
-            predictions[rows] = self.steps.sum_over_workers(predictions[rows])
-        return predictions
+        found = np.zeros((sum(self.partitions.sizes(split)), 5), np.float32)  # the last one: the label
+        most = self.steps.predict_rows
+        for rows_of_workers in self._steps_of(split, "evaluates"):
+            rows, own = rows_of_workers[self.partitions.rank], self.partitions.rank * most
+            part = np.zeros((len(rows_of_workers) * most, 5), np.float32)
+            local = self.partitions.local(split, rows)
+            part[own : own + rows.stop - rows.start, :4] = self.steps.predict(crops.images[local], crops.labels[local])
+            part[own : own + rows.stop - rows.start, 4] = crops.labels[local]
+            part = self.steps.sum_over_workers(part)
+            for worker, rows in enumerate(rows_of_workers):
+                found[rows] = part[worker * most : worker * most + rows.stop - rows.start]
+        return Predicted(found[:, :4], found[:, 4].astype(np.int64))
 
     def best_scale(self) -> float:
         """Return the scale of logits, 1 / temperature, that fits the validation split."""
         crops = self.dataset.splits["validation"]
         losses = np.zeros((1, len(SCALES)))
-        for _, own in self._steps_of("validation", "fits the temperature to"):
+        for rows_of_workers in self._steps_of("validation", "fits the temperature to"):
+            own = self.partitions.local("validation", rows_of_workers[self.partitions.rank])
             losses += self.steps.sum_over_workers(self.steps.losses(crops.images[own], crops.labels[own]))
         return best_scale(losses[0])
 
-    def _steps_of(self, split: str, doing: str) -> Iterator[tuple[slice, slice]]:
-        """Yield the rows of each step, and this worker's share of them. doing: for the progress, before the split."""
-        crops = len(self.dataset.splits[split])
+    def own_misclassified(self, split: str, predicted: Predicted) -> pd.DataFrame:
+        """Return the table of the misclassified crops that are this worker's own, see `metrics.misclassified`. Only
+        workers that hold a crop know its page and box.
+        """
+        own = self.partitions.own_rows(split)
+        crops = self.dataset.splits[split][self.partitions.local(split, own)]
+        return misclassified(predicted.predictions[own], crops, self.dataset.class_names)
+
+    def examples_of_classes(self) -> NDArray[np.int64]:
+        """Return (K,) numbers of training crops of each class."""
+        own = self.partitions.local("train", self.partitions.own_rows("train"))
+        labels, classes = self.dataset.splits["train"].labels[own], len(self.dataset.class_names)
+        # In float32 exact up to 16 million crops of a class.
+        own_counts = np.bincount(labels, minlength=classes).astype(np.float32)
+        return np.asarray(self.steps.sum_over_workers(own_counts[None])[0], np.int64)
+
+    def _steps_of(self, split: str, doing: str) -> Iterator[tuple[slice, ...]]:
+        """Yield the rows of each worker in each step. doing: for the progress, before the split."""
+        crops, done = sum(self.partitions.sizes(split)), 0
         # All workers take each step together, so that none waits long in the collective.
-        size = self.workers * self.steps.predict_rows
-        for begin in range(0, crops, size):
+        for rows_of_workers in self.partitions.evaluated(split, self.steps.predict_rows):
             self.step_limit.begin()
             if self.reporter.is_due():
-                self.reporter.show_activity(f"{doing} {split}, {begin:,} of {crops:,} crops")
-            end = min(begin + size, crops)
-            first, last = share(end - begin, self.rank, self.workers)
-            yield slice(begin, end), slice(begin + first, begin + last)
+                self.reporter.show_activity(f"{doing} {split}, {done:,} of {crops:,} crops")
+            yield rows_of_workers
+            done += sum(rows.stop - rows.start for rows in rows_of_workers)
         self.step_limit.end()

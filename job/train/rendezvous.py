@@ -1,4 +1,4 @@
-"""What the workers of a training tell each other: their addresses, and a failure of one that ends all.
+"""What the workers of a training tell each other: their addresses, a failure of one that ends all, and parts of tables.
 
 `Rendezvous` is a Ray Train backend that tells the TensorFlow processes each other's addresses.
 
@@ -9,14 +9,17 @@ any worker starts. That costs 5 seconds and 700 MB in each of them.
 import json
 import os
 import socket
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
+import ray.train
 from ray.exceptions import RayActorError
 from ray.train.backend import Backend, BackendConfig
 from ray.train.collective import barrier
 
 from job.train.run import Failure
+
+T = TypeVar("T")
 
 
 class Rendezvous(BackendConfig):  # type: ignore[misc]  # Ray has no types
@@ -56,8 +59,7 @@ def shared_failure(board: Any, architecture: str, own: Failure | None) -> Failur
 
     board: handle of the actor `display.Board`. own: the failure of this worker, or None.
     """
-    # Each restart has new addresses, so a failure counts only for the attempt in which it was found.
-    attempt = f"{architecture} {json.loads(os.environ.get('TF_CONFIG', '{}')).get('cluster')}"
+    attempt = _attempt(architecture)
     try:
         if own:
             ray.get(board.add_failure.remote(attempt, own))
@@ -66,3 +68,23 @@ def shared_failure(board: Any, architecture: str, own: Failure | None) -> Failur
     except RayActorError:  # the board is lost: a training continues without it
         return own
     return shared
+
+
+def gathered(board: Any, architecture: str, own: T) -> list[T]:
+    """Return what each worker gives, in the order of their ranks, on worker 0; an empty list on the others. All workers
+    call it together, once in an attempt.
+
+    Raises:
+        RayActorError: the board is lost.
+    """
+    attempt, rank = _attempt(architecture), ray.train.get_context().get_world_rank()
+    ray.get(board.add_part.remote(attempt, rank, [ray.put(own)]))
+    barrier()
+    parts: list[T] = ray.get(ray.get(board.parts_of.remote(attempt))) if rank == 0 else []
+    barrier()  # what a worker gives is lost with its process
+    return parts
+
+
+def _attempt(architecture: str) -> str:
+    """Identify the attempt to train a run. Each restart has new addresses."""
+    return f"{architecture} {json.loads(os.environ.get('TF_CONFIG', '{}')).get('cluster')}"

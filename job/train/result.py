@@ -6,14 +6,13 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
+import pandas as pd
 from upath import UPath
 
 from cluster.storage import place
 from job.config import TrainConfig
 from job.data.staging import StagedDataset
-from job.metrics import metrics, misclassified, per_class
+from job.metrics import per_class
 from job.model.folder import CONFIG_FILE, LABELS_FILE, METRICS_FILE, write_model
 from job.report.side_files import report_file, write_side_file
 from job.train.card import model_card
@@ -22,6 +21,7 @@ from preprocessing.config import SPLITS
 if TYPE_CHECKING:
     import keras
 
+    from job.train.evaluation import Predicted
     from job.train.run import TrainJob
 
 
@@ -50,7 +50,8 @@ class EpochRow:
 def write_result(
     job: "TrainJob",
     model: "keras.Model",
-    predictions: Mapping[str, NDArray[np.float32]],
+    predictions: Mapping[str, "Predicted"],
+    misclassified: pd.DataFrame,
     dataset: StagedDataset,
     history: Sequence[EpochRow],
     best_epoch: int,
@@ -62,24 +63,30 @@ def write_result(
     A report that can't be written is logged; it does not fail the training.
     """
     target = place(job.folder)
-    texts = folder_texts(job.config, job.run, model, predictions, dataset, history, best_epoch, temperature)
+    texts = folder_texts(
+        job.config, job.run, model, predictions, misclassified, dataset, history, best_epoch, temperature
+    )
     write_model(target, model, texts, dataset.manifest.sha256)
     report = report_file(target)
-    if write_side_file(report, lambda: _report_of(target, texts, model, dataset), log):
+    data = dataset if job.config.partitions == 1 else None  # only a part of the crops is staged here
+    if write_side_file(report, lambda: _report_of(target, texts, model, dataset.manifest.sha256, data), log):
         log(f"report: {report}")
 
 
-def _report_of(folder: UPath, texts: dict[str, str], model: "keras.Model", dataset: StagedDataset) -> bytes:
+def _report_of(
+    folder: UPath, texts: dict[str, str], model: "keras.Model", dataset_sha256: str, data: StagedDataset | None
+) -> bytes:
     from job.report.models import run_report  # imports the plotting library, which must not delay the first step
 
-    return run_report(folder, texts, model, dataset)
+    return run_report(folder, texts, model, dataset_sha256, data)
 
 
 def folder_texts(
     config: TrainConfig,
     run: str,
     model: "keras.Model",
-    predictions: Mapping[str, NDArray[np.float32]],
+    predictions: Mapping[str, "Predicted"],
+    misclassified: pd.DataFrame,
     dataset: StagedDataset,
     history: Sequence[EpochRow],
     best_epoch: int,
@@ -87,13 +94,12 @@ def folder_texts(
 ) -> dict[str, str]:
     """Return the text files of a model folder: name to content. The manifest and the model are not among them.
 
-    predictions: split to (N, 4) float32, as `inference.predictions_of`. temperature: which the weights already have.
+    predictions: of each split. misclassified: of the test split, as `metrics.misclassified`. temperature: which the
+    weights already have.
     """
-    names, test = dataset.class_names, dataset.splits["test"]
+    names, test = dataset.class_names, predictions["test"]
     recorded = config.model_dump() | {"margin": dataset.manifest.margin, "license": dataset.manifest.license}
-    numbers: dict[str, Any] = {
-        split: asdict(metrics(predictions[split], dataset.splits[split].labels, names)) for split in SPLITS
-    }
+    numbers: dict[str, Any] = {split: asdict(predictions[split].metrics(names)) for split in SPLITS}
     numbers |= {
         "parameters": model.count_params(),
         "classes": len(names),
@@ -107,7 +113,7 @@ def folder_texts(
         CONFIG_FILE: json.dumps(recorded, indent=2) + "\n",
         METRICS_FILE: json.dumps(numbers, indent=2) + "\n",
         "history.jsonl": "".join(json.dumps(asdict(row)) + "\n" for row in history),
-        "per_class.csv": per_class(predictions["test"], test.labels, names).to_csv(index=False),
-        "misclassified.csv": misclassified(predictions["test"], test, names).to_csv(index=False),
+        "per_class.csv": per_class(test.predictions, test.labels, names).to_csv(index=False),
+        "misclassified.csv": misclassified.to_csv(index=False),
         "README.md": model_card(recorded, numbers, run, dataset.manifest),
     }

@@ -23,15 +23,14 @@ from job.train.dropout import SharedDropout, dropout_masks
 from job.train.temperature import SCALES, losses_of
 
 
-def balanced_weights(labels: NDArray[np.int64], classes: int) -> NDArray[np.float32]:
+def balanced_weights(counts: NDArray[np.int64]) -> NDArray[np.float32]:
     """Return (K,) float32 weights of a crop of each class: equal totals of all classes, mean 1 over the crops.
 
-    labels: (N,). A class without crops gets 0.
+    counts: (K,) crops of each class. A class without crops gets 0.
 
     King and Zeng, Logistic Regression in Rare Events Data, 2001; scikit-learn's `class_weight="balanced"`.
     """
-    counts = np.bincount(labels, minlength=classes)
-    weights = len(labels) / (np.count_nonzero(counts) * np.maximum(counts, 1))
+    weights = counts.sum() / (np.count_nonzero(counts) * np.maximum(counts, 1))
     return np.where(counts > 0, weights, 0.0).astype(np.float32)
 
 

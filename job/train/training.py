@@ -1,8 +1,8 @@
 """One worker's part of a training: epochs, checkpoints, evaluation, and the model folder. Reads top to bottom.
 
-Data: crops N x 80 x 80 x 1 uint8, labels N int64. B is the global batch size, W the number of workers, S = N // B
-the steps per epoch. Global batch s of epoch e is a slice of the permutation seeded by (seed, e); each worker takes
-its share of the rows.
+Data: crops N x 80 x 80 x 1 uint8, labels N int64. B is the global batch size, W the number of workers. Which crops are
+in global batch s of epoch e is a function of seed, e and the number of partitions (`partitions.py`); each worker takes
+its share of the rows, and holds the partitions that these are from.
 """
 
 import math
@@ -14,6 +14,7 @@ from typing import Any
 
 import keras
 import numpy as np
+import pandas as pd
 import ray.train
 import tensorflow as tf
 from numpy.typing import NDArray
@@ -21,9 +22,9 @@ from upath import UPath
 
 from cluster.errors import KuzushijiError
 from cluster.storage import place
-from job.data.order import permutation, share
+from job.data.order import share
+from job.data.partitions import Partitions
 from job.data.staging import Crops, StagedDataset
-from job.metrics import metrics
 from job.model.architectures import XLA_COMPILES
 from job.model.inference import check_finite
 from job.train.checkpoint import (
@@ -35,8 +36,9 @@ from job.train.checkpoint import (
     wait_for_upload,
 )
 from job.train.display import Reporter, StartUp
-from job.train.evaluation import Evaluation
+from job.train.evaluation import Evaluation, Predicted
 from job.train.optimizer import last_learning_rate, make_optimizer
+from job.train.rendezvous import gathered
 from job.train.result import EpochRow, write_result
 from job.train.run import TrainJob
 from job.train.step import Steps, balanced_weights, training_form
@@ -62,37 +64,35 @@ class Training:
         self,
         job: TrainJob,
         strategy: tf.distribute.Strategy,
+        partitions: Partitions,
         dataset: StagedDataset,
         start_up: StartUp,
         plain: keras.Model,
     ) -> None:
-        """start_up: timer, logged after the first step. plain: the model with its initial weights, built outside the
-        strategy: the same seed then gives the same weights under every strategy.
+        """dataset: has the shards of `partitions` that this worker holds. start_up: timer, logged after the first step.
+        plain: the model with its initial weights, built outside the strategy: the same seed then gives the same weights
+        under every strategy.
         """
         context = ray.train.get_context()
         self.rank, self.workers = context.get_world_rank(), context.get_world_size()
-        self.job, self.config, self.dataset = job, job.config, dataset
+        self.job, self.config, self.partitions, self.dataset = job, job.config, partitions, dataset
         self.start_up: StartUp | None = start_up  # None after it was logged
-        config, batch, classes = job.config, job.config.global_batch_size, len(dataset.class_names)
+        config = job.config
         self.plain_config = plain.get_config()
         on_one_gpu = strategy.num_replicas_in_sync == 1 and bool(tf.config.list_logical_devices("GPU"))
         # XLA does not compile collectives, and its gradient of max pooling is not deterministic on GPUs.
         xla = on_one_gpu and not config.deterministic and config.architecture in XLA_COMPILES
         with strategy.scope():
             self.model = training_form(plain, config.seed, config.dropout, synchronized=not on_one_gpu)
-            steps = config.epochs * (len(dataset.splits["train"]) // batch)
-            self.optimizer = make_optimizer(config, self.model.trainable_variables, steps)
-        labels = dataset.splits["train"].labels
-        class_weights = balanced_weights(labels, classes) if config.class_weights == "balanced" else None
+            self.optimizer = make_optimizer(config, self.model.trainable_variables, config.epochs * partitions.steps)
         self.steps = Steps(
             strategy,
             self.workers,
             self.model,
             self.optimizer,
-            batch,
-            class_weights,
-            xla,
-            config.label_smoothing,
+            config.global_batch_size,
+            xla=xla,
+            label_smoothing=config.label_smoothing,
             augment_seed=None if config.augment == "none" else config.seed,
         )
         self.state = State()
@@ -103,7 +103,9 @@ class Training:
         self.reporter = Reporter(job.board, config.architecture, self.rank)
         self.step_limit = StepLimit(config.step_limit, self.reporter.log_from_any)
         self.preemption = Preemption()
-        self.evaluation = Evaluation(self.steps, dataset, self.rank, self.workers, self.step_limit, self.reporter)
+        self.evaluation = Evaluation(self.steps, dataset, partitions, self.step_limit, self.reporter)
+        if config.class_weights == "balanced":
+            self.steps.class_weights = balanced_weights(self.evaluation.examples_of_classes())
 
     # --- checkpoints
 
@@ -147,16 +149,14 @@ class Training:
             KuzushijiError: the training loss or the validation loss is not finite.
         """
         crops, size = self.dataset.splits["train"], self.config.global_batch_size
-        epoch, steps = self.state.epoch + 1, len(crops) // size
-        order = permutation(len(crops), self.config.seed, epoch)
+        epoch, steps = self.state.epoch + 1, self.partitions.steps
+        order = self.partitions.batches(epoch)
         self._add_to_totals(self._train(crops, order, steps))
         loss, accuracy = (np.array(self.state.totals, np.float32) / (steps * size)).tolist()
         seconds, waited = self.state.seconds, self.state.waited
         batches = min(steps, STATISTICS_BATCHES, max(steps // 4, -(-STATISTICS_CROPS // size)))
         self.steps.estimate_statistics(self._first_batches(crops, order, batches))
-        validation = metrics(
-            self.evaluation.predict("validation"), self.dataset.splits["validation"].labels, self.dataset.class_names
-        )
+        validation = self.evaluation.predict("validation").metrics(self.dataset.class_names)
         # Training losses are computed before each update: the effect of the last one shows in the validation only.
         if not math.isfinite(loss + validation.loss):
             raise KuzushijiError(
@@ -250,16 +250,17 @@ class Training:
     def rows_of(
         self, crops: Crops, order: NDArray[np.int64], step: int
     ) -> tuple[int, NDArray[np.uint8], NDArray[np.int64]]:
-        """Return this worker's first row in global batch `step`, and its n crops and labels: (n, 80, 80, 1), (n,)."""
-        size = self.config.global_batch_size
-        first, end = share(size, self.rank, self.workers)
-        rows = order[step * size + first : step * size + end]
-        return first, crops.images[rows], crops.labels[rows]
+        """Return this worker's first row in global batch `step`, and its n crops and labels: (n, 80, 80, 1), (n,).
+
+        order: of `Partitions.batches`.
+        """
+        first, _ = share(self.config.global_batch_size, self.rank, self.workers)
+        return first, crops.images[order[step]], crops.labels[order[step]]
 
     # --- result
 
-    def predict_best(self) -> dict[str, NDArray[np.float32]]:
-        """Return the (N, 4) predictions of every split with the weights of the best epoch, and a temperature.
+    def predict_best(self) -> dict[str, Predicted]:
+        """Return the predictions of every split with the weights of the best epoch, and a temperature.
 
         Raises:
             KuzushijiError: the probabilities are not finite.
@@ -272,10 +273,10 @@ class Training:
         self.temperature = 1 / scale
         predictions = {split: self.evaluation.predict(split) for split in SPLITS}
         for of_split in predictions.values():
-            check_finite(of_split)
+            check_finite(of_split.predictions)
         return predictions
 
-    def write(self, predictions: dict[str, NDArray[np.float32]]) -> None:
+    def write(self, predictions: dict[str, Predicted]) -> None:
         """Write and seal the model folder, on rank 0. predictions: of `predict_best`, whose weights the model has.
 
         Raises:
@@ -283,6 +284,9 @@ class Training:
         """
         # Before sealing, since a failed upload restarts the workers. On all ranks, since any may be the one that saves.
         wait_for_upload()
+        own = self.evaluation.own_misclassified("test", predictions["test"])
+        # With one partition, all crops are worker 0's own.
+        parts = [own] if self.config.partitions == 1 else gathered(self.job.board, self.config.architecture, own)
         if self.rank > 0:
             return
         self.reporter.show_activity("writes the model and its report")
@@ -292,6 +296,7 @@ class Training:
             self.job,
             model,
             predictions,
+            pd.concat(parts, ignore_index=True),
             self.dataset,
             self.state.history,
             self.state.best_epoch,

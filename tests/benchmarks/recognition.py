@@ -147,7 +147,7 @@ def tested(folder: Path, dataset: Path) -> tuple[dict[str, Any], list[dict[str, 
         examples = np.bincount(data.splits["train"].labels, minlength=len(names))
         table = per_class(predictions, crops.labels, names).assign(trained=examples).query("examples > 0")
         of_test = metrics(predictions, crops.labels, names)
-        frame = pd.DataFrame({"page": crops.page_ids, "correct": predictions[:, 0] == crops.labels})
+        frame = pd.DataFrame({"page": list(crops.page_ids()), "correct": predictions[:, 0] == crops.labels})
         frame["not_rare"] = crops.labels != len(names) - 1
         frame["correct_not_rare"] = frame["correct"] & frame["not_rare"]
         rows = frame.assign(crops=1).groupby("page").sum().reset_index()

@@ -39,23 +39,20 @@ def _serve(given: dict[str, Any]) -> None:
 
     import ray.train
 
-    from cluster.storage import place
-    from job.data.order import permutation
-    from job.data.staging import staged
     from job.model.start import initial_model
     from job.train.display import StartUp
     from job.train.strategy import configure_tensorflow, make_strategy
     from job.train.training import Training
-    from preprocessing.config import SPLITS
+    from job.train.worker import staged_partitions
 
     job, gate = given["job"], given["gate"]
     config = job.config
     configure_tensorflow(config)
     strategy = make_strategy(config.workers)
-    with staged(place(job.dataset), SPLITS) as data:
-        training = Training(job, strategy, data, StartUp(), initial_model(config, None, data.class_names))
+    with staged_partitions(job) as (partitions, data):
+        training = Training(job, strategy, partitions, data, StartUp(), initial_model(config, None, data.class_names))
         crops = data.splits["train"]
-        order = permutation(len(crops), config.seed, 1)
+        order = partitions.batches(epoch=1)
         while steps := ray.get(gate.asked.remote(training.rank)):
             training.state.step, training.state.seconds = 0, 0.0
             begin = time.perf_counter()

@@ -1,0 +1,61 @@
+"""The global batch size and the partitions that a dataset allows, checked before anything starts."""
+
+import logging
+
+from cluster.errors import InputError, OptionError
+from job.config import RECIPES, TrainConfig
+from job.data.partitions import Partitions
+from preprocessing.config import SPLITS
+from preprocessing.dataset import DatasetManifest
+
+log = logging.getLogger("kuzushiji")
+
+
+def fit_to_dataset(manifest: DatasetManifest, config: TrainConfig) -> TrainConfig:
+    """Return the config with a global batch size of at most the number of training crops. Logs what it changes.
+
+    Raises:
+        InputError: a split has no crops.
+        OptionError: more replicas than crops in a batch, or partitions that do not divide the batch or are too many.
+    """
+    crops_by_split = {split: sum(shard.examples for shard in manifest.shards_of(split)) for split in SPLITS}
+    if not all(crops_by_split.values()):
+        raise InputError(f"--dataset must have crops in every split. Received: {crops_by_split}")
+    size = _batch_size(manifest, config, crops_by_split["train"])
+    replicas = config.workers * max(1, config.gpus_per_worker)
+    if replicas > size:
+        raise OptionError(
+            f"each worker (and GPU) must get a crop of each batch. Received: {replicas} for a batch of {size}. "
+            "Raise --global-batch-size, or lower --workers or --gpus-per-worker"
+        )
+    recipe = RECIPES[config.architecture].global_batch_size
+    if size != recipe:
+        log.info(
+            "%s: global batch size %d, the recipe's is %d; the learning rate stays %g, it is not scaled",
+            config.architecture,
+            size,
+            recipe,
+            config.learning_rate,
+        )
+    return config.model_copy(update={"global_batch_size": size})
+
+
+def _batch_size(manifest: DatasetManifest, config: TrainConfig, crops: int) -> int:
+    """Return the global batch size: at most so many crops as there are, in equal parts of each partition."""
+    wanted, parts = config.global_batch_size, config.partitions
+    if wanted % parts:
+        raise OptionError(f"--partitions must divide --global-batch-size. Received: {parts} and {wanted}")
+    smallest = min(Partitions.of(manifest, parts, wanted, config.seed).sizes("train"))
+    if not smallest:
+        shards = sum(shard.examples > 0 for shard in manifest.shards_of("train"))
+        raise OptionError(
+            f"--partitions must be at most the number of training shards, {shards}. Received: {parts}. Lower it"
+        )
+    size = min(wanted, parts * smallest)
+    if size < wanted:
+        most = "the number of training crops" if parts == 1 else f"{parts} times the crops of the smallest partition"
+        log.warning("%s: --global-batch-size %d is lowered to %d, %s", config.architecture, wanted, size, most)
+    if parts > 1:
+        taken = smallest // (size // parts) * size
+        log.info("%s: %d partitions, %d of %d training crops in an epoch", config.architecture, parts, taken, crops)
+    return size

@@ -1,0 +1,211 @@
+"""train --partitions: what a worker holds, trains on and evaluates; the same result for any number of workers."""
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import GIVEN, WorkersDo, mount_small_disk
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.errors import OptionError
+from cluster.manifest import read_manifest
+from cluster.storage import place
+from job.config import TrainConfig
+from job.data.partitions import Partitions, deal
+from job.data.staging import staged_shards
+from job.train.batches import fit_to_dataset
+from job.train.driver import train
+from preprocessing.config import SPLITS
+from preprocessing.dataset import DatasetManifest, Shard
+
+SIZES = st.lists(st.integers(0, 12), min_size=1, max_size=30)
+
+
+def shards_of(sizes: list[int]) -> list[Shard]:
+    return [Shard(name=f"shard-{number}", bytes=0, sha256="0" * 64, examples=size) for number, size in enumerate(sizes)]
+
+
+def dealt(sizes: list[int], count: int, each: int, workers: int) -> list[Partitions]:
+    """What each worker sees of the same shards in all splits. each: rows of a partition in a batch."""
+    shards = dict.fromkeys(SPLITS, deal(shards_of(sizes), count, seed=1))
+    return [Partitions(shards, count * each, 1, rank, workers) for rank in range(workers)]
+
+
+def rows(part: slice) -> list[int]:
+    return list(range(part.start, part.stop))
+
+
+@given(SIZES, st.integers(1, 6), st.integers(1, 4), st.integers(1, 6))
+def test_batches_do_not_depend_on_the_workers_and_take_each_crop_once_and_as_many_of_each_partition(
+    sizes: list[int], count: int, each: int, workers: int
+) -> None:
+    workers = min(workers, count * each)
+    (alone,) = dealt(sizes, count, each, 1)
+    parts = dealt(sizes, count, each, workers)
+    expected = alone.batches(3)
+    together = np.concatenate([part.held_rows("train").start + part.batches(3) for part in parts], axis=1)
+    assert np.array_equal(together, expected)
+    assert len(np.unique(expected)) == expected.size == alone.steps * count * each
+    ends = np.cumsum(alone.sizes("train"))
+    assert alone.steps == min(alone.sizes("train")) // each
+    partition = np.searchsorted(ends, expected.ravel(), side="right").reshape(-1, count, each)
+    assert (partition == np.arange(count)[None, :, None]).all()
+    assert sorted(alone.held_shards("train"), key=str) == sorted(shards_of(sizes), key=str)
+
+
+@given(SIZES, st.integers(1, 6), st.integers(1, 4), st.integers(1, 6), st.integers(1, 5))
+def test_each_crop_is_evaluated_once_by_a_worker_that_holds_it_and_is_one_workers_own(
+    sizes: list[int], count: int, each: int, workers: int, most: int
+) -> None:
+    workers = min(workers, count * each)
+    parts = dealt(sizes, count, each, workers)
+    steps = list(parts[0].evaluated("test", most))
+    for rank, part in enumerate(parts):
+        held = set(rows(part.held_rows("test")))
+        assert all(set(rows(step[rank])) <= held and len(rows(step[rank])) <= most for step in steps)
+        assert [row for step in part.evaluated("test", most) for row in map(rows, step)] == [
+            row for step in steps for row in map(rows, step)
+        ]
+        assert set(rows(part.own_rows("test"))) <= held
+        assert sum(shard.examples for shard in part.held_shards("test")) == len(held)
+    assert sorted(row for step in steps for of_worker in step for row in rows(of_worker)) == list(range(sum(sizes)))
+    assert [row for part in parts for row in rows(part.own_rows("test"))] == list(range(sum(sizes)))
+
+
+def test_one_partition_has_the_order_of_releases_without_partitions() -> None:
+    sizes = [40, 0, 25, 35]
+    for workers in (1, 3):
+        parts = dealt(sizes, 1, 16, workers)
+        assert parts[0].held_shards("train") == shards_of(sizes)
+        order = np.random.default_rng([1, 7]).permutation(100)
+        batches = np.concatenate([part.batches(7) for part in parts], axis=1)
+        assert np.array_equal(batches, order[:96].reshape(6, 16))
+
+
+def test_workers_hold_equal_parts_of_nearly_equal_size_where_partitions_are_a_multiple_of_them() -> None:
+    parts = dealt([99, 100, 101, 100] * 16, 8, 16, 4)
+    assert [part.held_by(rank) for rank, part in enumerate(parts)] == [
+        range(2 * rank, 2 * rank + 2) for rank in range(4)
+    ]
+    assert max(abs(size - 800) for size in parts[0].sizes("train")) <= 1
+    assert deal(shards_of([100] * 64), 8, seed=2) != deal(shards_of([100] * 64), 8, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"partitions": 3}, "^--partitions must divide --global-batch-size. Received: 3 and 64$"),
+        (
+            {"partitions": 32},
+            "^--partitions must be at most the number of training shards, [0-9]+. Received: 32. Lower it$",
+        ),
+    ],
+)
+def test_partitions_that_a_dataset_does_not_allow_are_refused(
+    dataset: Path, changes: dict[str, int], says: str
+) -> None:
+    config = TrainConfig.model_validate(GIVEN | {"global_batch_size": 64} | changes)
+    with pytest.raises(OptionError, match=says):
+        fit_to_dataset(read_manifest(place(dataset), DatasetManifest), config)
+
+
+def test_a_batch_larger_than_its_partitions_is_lowered_in_equal_parts_and_what_an_epoch_takes_is_told(
+    dataset: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "kuzushiji")
+    manifest = read_manifest(place(dataset), DatasetManifest)
+    config = TrainConfig.model_validate(GIVEN | {"global_batch_size": 4 * 10**6, "partitions": 4})
+    fitted = fit_to_dataset(manifest, config)
+    smallest = min(Partitions.of(manifest, 4, 4, config.seed).sizes("train"))
+    crops = manifest.counts["train"]["examples"]
+    assert fitted.global_batch_size == 4 * smallest
+    assert f"is lowered to {4 * smallest}, 4 times the crops of the smallest partition" in caplog.text
+    assert f"4 partitions, {4 * smallest} of {crops} training crops in an epoch" in caplog.text
+
+
+def test_a_disk_without_room_for_the_crops_is_refused_before_any_is_staged_and_has_room_for_a_partition(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = read_manifest(place(dataset), DatasetManifest)
+    whole, half = (Partitions.of(manifest, count, 64, seed=42, rank=0, workers=2) for count in (1, 2))
+    megabytes = round(0.75 * 6.428e-3 * manifest.counts["train"]["examples"])
+    mount_small_disk(tmp_path, f"{megabytes}m")
+    try:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        refused = pytest.raises(OptionError, match=f"must hold the crops that are .* free at {tmp_path}.*--partitions")
+        with refused, staged_shards(place(dataset), manifest, {"train": whole.held_shards("train")}):
+            pass
+        assert [path.name for path in (tmp_path / "kuzushiji" / "staged").iterdir()] == ["lock"]
+        with staged_shards(place(dataset), manifest, {"train": half.held_shards("train")}) as data:
+            assert len(data.splits["train"]) == half.sizes("train")[0]
+    finally:
+        subprocess.run(["umount", "--lazy", tmp_path], check=True)
+
+
+def test_consecutive_crops_have_the_ids_of_their_pages(dataset: Path) -> None:
+    manifest = read_manifest(place(dataset), DatasetManifest)
+    with staged_shards(place(dataset), manifest, {"train": manifest.shards_of("train")}) as data:
+        crops = data.splits["train"]
+        ids = list(crops.page_ids())
+        assert len(ids) == len(crops)
+        assert len(set(ids)) > 1
+        assert list(crops[5:90][3:].page_ids()) == ids[8:90]
+        assert np.array_equal(crops[5:90][3:].boxes, crops.boxes[8:90])
+
+
+def remembers_what_is_staged(folder: Path) -> Any:
+    """What changes workers (see `small_head.work_after`) so that each writes the names of what it stages."""
+    told = str(folder)
+
+    def change(_: dict[str, Any]) -> None:
+        import ray.train
+
+        from job.train import worker
+
+        staged_shards = worker.staged_shards
+
+        def remembering(dataset: Any, manifest: Any, shards: Any, progress: Any) -> Any:
+            names = [shard.name for of_split in shards.values() for shard in of_split]
+            Path(told, f"{ray.train.get_context().get_world_rank()}.json").write_text(json.dumps(names))
+            return staged_shards(dataset, manifest, shards, progress)
+
+        worker.staged_shards = remembering
+
+    return change
+
+
+def test_two_workers_stage_a_partition_each_and_give_the_model_of_one_that_holds_both(
+    dataset: Path, tmp_path: Path, workers_do: WorkersDo
+) -> None:
+    config = TrainConfig.model_validate(
+        GIVEN | {"partitions": 2, "global_batch_size": 64, "epochs": 2, "class_weights": "balanced"}
+    )
+    folders = []
+    for workers in (1, 2):
+        told = tmp_path / str(workers)
+        told.mkdir()
+        workers_do(remembers_what_is_staged(told))
+        (outcome,) = train(place(dataset), place(told), [config.model_copy(update={"workers": workers})], "parts")
+        folders.append(Path(outcome.folder.path))
+    manifest = DatasetManifest.model_validate_json((dataset / "manifest.json").read_bytes())
+    staged = [json.loads((tmp_path / "2" / f"{rank}.json").read_text()) for rank in range(2)]
+    assert sorted(staged[0] + staged[1]) == sorted(shard.name for shard in manifest.shards)
+    assert sorted(json.loads((tmp_path / "1" / "0.json").read_text())) == sorted(staged[0] + staged[1])
+    one, two = (
+        [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()] for folder in folders
+    )
+    assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], abs=2e-2)
+    one, two = (json.loads((folder / "metrics.json").read_text()) for folder in folders)
+    for split in SPLITS:
+        assert two[split]["examples"] == one[split]["examples"] == manifest.counts[split]["examples"]
+        assert two[split]["loss"] == pytest.approx(one[split]["loss"], abs=5e-2)
+    tables = [pd.read_csv(folder / "misclassified.csv") for folder in folders]
+    for table, numbers in zip(tables, (one, two), strict=True):
+        wrong = round((1 - numbers["test"]["accuracy"]) * numbers["test"]["examples"])
+        assert len(table) == len(table.drop_duplicates(["image_id", "x", "y", "width", "height"])) == wrong
+        assert (table["label"] != table["predicted"]).all()
