@@ -177,12 +177,12 @@ def train_narrow(given: dict[str, Any]) -> None:
     """
     import keras
 
-    from job.data.staging import staged
     from job.model import architectures
     from job.model.start import initial_model
     from job.train.display import StartUp
     from job.train.strategy import configure_tensorflow, make_strategy
     from job.train.training import Training
+    from job.train.worker import staged_partitions
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(architectures, "HEAD", (64, 32))
@@ -194,14 +194,14 @@ def train_narrow(given: dict[str, Any]) -> None:
         if jobs[0].config.workers > 1:  # else in the process of the tests, which has used TensorFlow before
             configure_tensorflow(jobs[0].config)
         strategy = make_strategy(jobs[0].config.workers)
-        with staged(place(jobs[0].dataset), ("train", "validation", "test")) as data:
+        with staged_partitions(jobs[0]) as (partitions, data):
             for job in jobs:
                 config = job.config
                 keras.config.set_dtype_policy(config.precision)
                 keras.utils.set_random_seed(config.seed)
                 weights = given["weights"] if config.architecture == "xception" else None
                 plain = initial_model(config, weights, data.class_names)
-                training = Training(job, strategy, data, StartUp(), plain)
+                training = Training(job, strategy, partitions, data, StartUp(), plain)
                 training.run_epoch()
                 training.write(training.predict_best())
                 keras.utils.clear_session()
