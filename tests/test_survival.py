@@ -76,11 +76,14 @@ def lost_at(stopped_after: dict[int, str], marker: Path) -> Callable[[dict[str, 
     return change
 
 
-def kill_the_driver_within_epoch_1(few: Path, models: Path, ray_address: str) -> None:
+def kill_the_driver_within_epoch_1(
+    dataset: Path, models: Path, ray_address: str, batch: int = 7, partitions: int = 1
+) -> None:
     """Kill a command once it has saved a checkpoint."""
-    places = ["--dataset", few, "--models", models, "--run", "disturbed"]
-    command = [*KUZUSHIJI_WITH_SMALL_HEAD, "train", *map(str, places)]
-    command += ["--architecture", "baseline", "--epochs", "3", "--global-batch-size", "7", "--learning-rate", "1e-4"]
+    places = ["--dataset", dataset, "--models", models, "--run", "disturbed"]
+    command = [*KUZUSHIJI_WITH_SMALL_HEAD, "train", *map(str, places), "--partitions", str(partitions)]
+    command += ["--architecture", "baseline", "--epochs", "3", "--global-batch-size", str(batch)]
+    command += ["--learning-rate", "1e-4"]
     command += ["--augment", "standard", "--schedule", "cosine", "--weight-decay", "0.01"]
     command += ["--workers", "2", "--cpus-per-worker", "1", "--checkpoint-every", "1"]
     registered = models / ".runs" / "baseline-disturbed" / "checkpoint_manager_snapshot.json"
@@ -143,10 +146,26 @@ def test_a_run_whose_driver_was_killed_goes_on_within_the_epoch_with_another_num
     assert losses == pytest.approx([row["loss"] for row in result(trained)[1]], abs=2e-2)
 
 
+@pytest.mark.long
+def test_a_run_of_partitions_goes_on_with_another_number_of_workers(
+    dataset: Path, ray_address: str, tmp_path: Path, workers_do: WorkersDo, caplog: pytest.LogCaptureFixture
+) -> None:
+    kill_the_driver_within_epoch_1(dataset, tmp_path, ray_address, batch=128, partitions=4)
+    workers_do()
+    given = TrainConfig.model_validate(GIVEN | {"global_batch_size": 128, "partitions": 4})
+    whole = train(place(dataset), place(tmp_path), [given], "undisturbed")[0].folder
+    caplog.set_level("INFO", "kuzushiji")
+    alone = given.model_copy(update={"workers": 1})
+    folder = train(place(dataset), place(tmp_path), [alone], "disturbed")[0].folder
+    assert re.search("resumes after epoch [0-2]", caplog.text)
+    losses, expected = ([row["loss"] for row in result(Path(of.path))[1]] for of in (folder, whole))
+    assert losses == pytest.approx(expected, abs=2e-2)
+
+
 def test_a_run_of_an_earlier_release_is_resumed_with_what_later_options_are_by_default(tmp_path: Path) -> None:
     config = TrainConfig(architecture="baseline", epochs=3, global_batch_size=7, learning_rate=1e-4)
     run = Run("old", config, place(tmp_path), "0" * 64, place(tmp_path))
-    later = {"schedule", "augment", "weight_decay", "label_smoothing"}
+    later = {"schedule", "augment", "weight_decay", "label_smoothing", "partitions"}
     earlier = {name: value for name, value in run._options().items() if name not in later}
     (tmp_path / ".runs").mkdir()
     (tmp_path / ".runs" / "baseline-old.json").write_text(json.dumps(earlier))
