@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from cluster.errors import InputError
 
 COLUMNS = 5  # of a page's table: code point, x, y, width, height
-# Kaggle's labels have 3,881 pages and 683,464 boxes, CODH's 1,086,326 boxes. Labels within these limits take 1 GB.
+# Kaggle's labels have 3,881 pages and 683,464 boxes, CODH's 1,086,326 boxes; a million such pages 176 million boxes, which
+# are 3.5 GB as `Labels`.
 MAX_PAGES = 2_000_000
-MAX_BOXES = 20_000_000
+MAX_BOXES = 200_000_000
 MAX_PIXELS = 999_999_999  # of a coordinate or a side: nine digits
 TOLERANCE = 1e-3  # pixels; a coordinate that is nearer to a whole number is one, but for rounding
 # The box of a crop: all of its file, whose size is not known before it is read. No label file can state this box.
