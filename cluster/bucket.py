@@ -9,20 +9,20 @@ import base64
 import re
 import sys
 import tempfile
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 import google_crc32c
 from upath import UPath
 
+from cluster.ahead import ahead
 from cluster.errors import DamageError, KuzushijiError
 from cluster.google_client import client, paying_project
 from cluster.local import temporary_file
+from cluster.ranged_file import RangedFile
 from cluster.storage_interface import Store
 
 if TYPE_CHECKING:
@@ -60,13 +60,12 @@ class Bucket(Store):
     def list_folders(self, folder: UPath) -> list[str]:
         return _list(folder)[1]
 
-    def open_read(self, path: UPath) -> BinaryIO:
-        # The stream is of one generation. No checksum is compared; wrap reads in `explaining`.
+    def open_read(self, path: UPath) -> RangedFile:
+        # The stream is of one generation. No checksum is compared.
         blob = _blob(path)
         with explaining():
             blob.reload()
-            stream: BinaryIO = blob.open("rb", chunk_size=RANGE_BYTES, if_generation_match=blob.generation)
-        return stream
+        return RangedFile(partial(_range, blob), int(blob.size), RANGE_BYTES)
 
     def read_bytes(self, path: UPath) -> bytes:
         # One request, so that the bytes are of one generation also while other processes replace the object.
@@ -76,14 +75,31 @@ class Bucket(Store):
         blob = _blob(path)
         with explaining():
             blob.reload()
-            checksum = google_crc32c.Checksum()
-            for chunk in _ranges(blob, begin, min(end, blob.size)):
-                checksum.update(chunk)
-                yield chunk
-            if begin == 0 and end >= blob.size and base64.b64encode(checksum.digest()).decode() != blob.crc32c:
-                raise DamageError(
-                    f"{path} must arrive as it is there. Received: other bytes. Run the same command again"
-                )
+        checksum = google_crc32c.Checksum()
+        for chunk in _ranges(blob, begin, min(end, blob.size)):
+            checksum.update(chunk)
+            yield chunk
+        if begin == 0 and end >= blob.size:
+            _check(checksum, blob, path)
+
+    def read_at_most(self, path: UPath, most: int) -> bytes:
+        # One request for most objects: what is known of an object comes with its bytes.
+        from google.api_core.exceptions import RequestRangeNotSatisfiable
+
+        blob = _blob(path)
+        try:
+            data = _range(blob, 0, min(most, RANGE_BYTES))  # also sets `blob.generation` and `blob.crc32c`
+        except RequestRangeNotSatisfiable:  # of an empty object
+            return b""
+        may_have_more = len(data) == RANGE_BYTES < most
+        if may_have_more or blob.crc32c is None:
+            with explaining():
+                blob.reload(if_generation_match=blob.generation)
+        if may_have_more:
+            data = b"".join((data, *_ranges(blob, RANGE_BYTES, min(most, blob.size))))
+        if len(data) < most:
+            _check(google_crc32c.Checksum(data), blob, path)
+        return data
 
     @contextmanager
     def new_file(self, target: UPath, within: UPath | None) -> Iterator[Path]:
@@ -195,33 +211,32 @@ def _download(blob: "Blob") -> bytes:
     return content
 
 
+def _check(checksum: google_crc32c.Checksum, blob: "Blob", path: UPath) -> None:
+    """Raise DamageError if the CRC32C of all bytes that came is not the object's."""
+    if base64.b64encode(checksum.digest()).decode() != blob.crc32c:
+        raise DamageError(f"{path} must arrive as it is there. Received: other bytes. Run the same command again")
+
+
 def _ranges(blob: "Blob", begin: int, end: int) -> Iterator[bytes]:
     """Bytes `begin` to `end`, in order; at most `RANGES_AT_ONCE` ranges and one more are in memory."""
-    coming: deque[Future[bytes]] = deque()
-    pool = ThreadPoolExecutor(RANGES_AT_ONCE)
-    try:
-        for start in range(begin, end, RANGE_BYTES):
-            last = min(start + RANGE_BYTES, end) - 1  # inclusive for the client
-            coming.append(pool.submit(_range, blob, start, last))
-            if len(coming) > RANGES_AT_ONCE:
-                yield coming.popleft().result()
-        while coming:
-            yield coming.popleft().result()
-    finally:
-        # After a failure the other requests are not awaited: each may take the client's two minutes.
-        pool.shutdown(wait=False, cancel_futures=True)
+    parts = ((start, min(start + RANGE_BYTES, end)) for start in range(begin, end, RANGE_BYTES))
+    requests = [(stop - start, partial(_range, blob, start, stop)) for start, stop in parts]
+    with ahead(requests, RANGES_AT_ONCE, sys.maxsize) as answers:
+        for answer in answers:
+            yield answer.result()
 
 
-def _range(blob: "Blob", start: int, last: int) -> bytes:
-    """Bytes `start` to `last`, inclusive.
+def _range(blob: "Blob", begin: int, end: int) -> bytes:
+    """Bytes `begin` to `end`, fewer if the object is shorter.
 
     `single_shot_download`: by default the client reads a response in chunks of 8 KiB, which makes many ranges at once
     slower than one (github.com/googleapis/python-storage/issues/1458).
     `checksum`: None, since the CRC32C that the server sends is of the whole object.
     """
-    content: bytes = blob.download_as_bytes(
-        start=start, end=last, if_generation_match=blob.generation, single_shot_download=True, checksum=None
-    )
+    with explaining():
+        content: bytes = blob.download_as_bytes(
+            start=begin, end=end - 1, if_generation_match=blob.generation, single_shot_download=True, checksum=None
+        )
     return content
 
 

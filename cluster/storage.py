@@ -23,6 +23,7 @@ from cluster.fsspec_storage import Fsspec
 from cluster.google_client import gcsfs_options
 from cluster.local import TEMPORARY_PREFIX as TEMPORARY_PREFIX
 from cluster.local import Local
+from cluster.ranged_file import RangedFile
 from cluster.storage_interface import CHUNK_BYTES as CHUNK_BYTES
 from cluster.storage_interface import Store
 
@@ -254,12 +255,12 @@ def list_tree(folder: UPath) -> list[tuple[str, int]]:
     return found
 
 
-def open_read(path: UPath) -> BinaryIO:
-    """Open a file for reads with `seek`. In a bucket, the stream stays on the generation of now; no checksum is
-    compared, and reads raise errors of the client, for `cluster.bucket.explaining`.
+def open_read(path: UPath) -> BinaryIO | RangedFile:
+    """Open a file for reads with `seek`. In a bucket it is a `RangedFile`, which stays on the generation of now; no
+    checksum is compared, and reads raise as this function does.
 
     Raises:
-        FileNotFoundError: the file does not exist.
+        FileNotFoundError: the file does not exist, or, in a bucket, was replaced since it was opened.
         KuzushijiError: as `is_file`.
     """
     return _store(path).open_read(path)
@@ -279,7 +280,12 @@ def read_chunks(path: UPath, begin: int, end: int) -> Iterator[bytes]:
 
 
 def read_at_most(path: UPath, most: int) -> bytes:
-    """All bytes of a file, or its first `most` bytes if it has more. Raises: as `read_chunks`."""
+    """All bytes of a file, or its first `most` bytes if it has more. From a bucket, up to 8 MiB come with one request.
+
+    Raises:
+        FileNotFoundError, KuzushijiError: as `read_chunks`.
+        DamageError: in a bucket, the object has fewer than `most` bytes, and their CRC32C is not the object's.
+    """
     return _store(path).read_at_most(path, most)
 
 

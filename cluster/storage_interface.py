@@ -8,6 +8,8 @@ from typing import BinaryIO
 
 from upath import UPath
 
+from cluster.ranged_file import RangedFile
+
 CHUNK_BYTES = 1 << 20
 
 
@@ -27,7 +29,7 @@ class Store(ABC):
     def list_folders(self, folder: UPath) -> list[str]: ...
 
     @abstractmethod
-    def open_read(self, path: UPath) -> BinaryIO: ...
+    def open_read(self, path: UPath) -> BinaryIO | RangedFile: ...
 
     @abstractmethod
     def read_bytes(self, path: UPath) -> bytes: ...
