@@ -27,9 +27,9 @@ from upath import UPath
 
 from cluster.errors import InputError
 from cluster.storage import is_file, read_bytes
+from preprocessing.archive import decode_name
 from preprocessing.config import BooksFile, TrainOnlyFile
 from preprocessing.labels.table import Labels
-from preprocessing.pages import decode_name
 
 # Folders that hold the pages of one or all books.
 NO_BOOKS = frozenset({"images", "train_images"})

@@ -41,12 +41,13 @@ class Cut:
 
 
 def cut_boxes(group: Group, pages: UPath, begin: Callable[[str], None] = lambda _: None) -> Iterator[Cut]:
-    """Yield one `Cut` for each box of a group, in the order of `group.boxes`. Each page with boxes is read once.
+    """Yield one `Cut` for each box of a group, in the order of `group.boxes`. Each page with boxes is read once, from a
+    bucket while the pages before it are cut.
 
     Args:
         group: the pages and boxes.
         pages: folder or archive of the pages.
-        begin: called with the id of each page before it is read, and with `tries.END` after the last one.
+        begin: called with the id of each page before it is decoded, and with `tries.END` after the last one.
 
     Raises:
         InputError: a page file was removed or changed after the pages were listed, or boxes were made for another size
@@ -54,7 +55,8 @@ def cut_boxes(group: Group, pages: UPath, begin: Callable[[str], None] = lambda 
     """
     cv2.setNumThreads(1)  # Ray runs one task per core
     start, boxes = 0, group.boxes
-    with page_reader(pages) as read:
+    expected = [(page.file_name, page.file_bytes) for page in group.pages if page.boxes and page.file_name]
+    with page_reader(pages, expected=expected) as read:
         for page in group.pages:
             if page.boxes:
                 begin(page.id)

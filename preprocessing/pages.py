@@ -1,24 +1,19 @@
 """List and read page scans: the files of a folder and its sub-folders, or of a zip archive as Kaggle provides it."""
 
-import errno
 import hashlib
-import lzma
 import os
-import struct
-import zipfile
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cache
-from typing import Protocol
+from functools import cache, partial
 
 from upath import UPath
 
-from cluster.bucket import explaining
+from cluster.ahead import ahead
 from cluster.errors import DamageError, InputError
-from cluster.storage import CHUNK_BYTES, is_local, list_tree, open_read, read_at_most
+from cluster.storage import is_local, list_tree, read_at_most
+from preprocessing.archive import list_members, member_reader
 from preprocessing.crop import MAX_PAGE_BYTES, PageFault
 from preprocessing.matching import Files, Matcher
 from preprocessing.scan import SUFFIXES, scan_size
@@ -28,21 +23,14 @@ from preprocessing.scan import SUFFIXES, scan_size
 OTHER_FOLDERS = ("characters", "__MACOSX")
 MAX_KINDS, MAX_SUFFIX_CHARS = 100, 16
 OTHERS, HIDDEN = "other files", "hidden files"
-# Exceptions that zipfile and its decompressors raise for members that are broken, encrypted or of an unknown method.
-BROKEN = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, RuntimeError, EOFError, OverflowError)
-UNREADABLE = (*BROKEN, ValueError, OSError)
-# Bytes to read at once. For methods other than stored and deflated, zipfile decompresses all bytes it has read at once.
-# 32 bytes contain at most one block of bz2, and a block can decompress to 46 MB.
-STEP_BYTES = {zipfile.ZIP_STORED: CHUNK_BYTES, zipfile.ZIP_DEFLATED: CHUNK_BYTES}
-SMALL_STEP_BYTES = 32
-UTF8_FLAG = 0x800  # of a member of an archive whose name is UTF-8
+# What is read ahead from a bucket: files at once, and their bytes in all.
+READS_AT_ONCE = 4
+AHEAD_BYTES = 32 << 20
 HEADER_BYTES = 1 << 16  # of a page, in which its size is stated nearly always
 
 
-class ReadPage(Protocol):
-    """Return the bytes of a page file. See `page_reader`."""
-
-    def __call__(self, name: str) -> bytes: ...
+ReadPage = Callable[[str], bytes]
+"""Returns the bytes of a page file. See `page_reader`."""
 
 
 @dataclass(frozen=True)
@@ -134,28 +122,33 @@ def fingerprint(labels_sha256: str, files: Files) -> str:
 
 
 @contextmanager
-def page_reader(pages: UPath, option: str = "--pages") -> Iterator[ReadPage]:
+def page_reader(pages: UPath, option: str = "--pages", expected: Sequence[tuple[str, int]] = ()) -> Iterator[ReadPage]:
     """Yield a function that takes a file name from `list_pages` and returns the first `MAX_PAGE_BYTES` + 1 bytes.
+
+    Args:
+        pages: the folder or archive.
+        option: to name in error messages.
+        expected: names and sizes in bytes of the files that will be read, in this order, each once: while one is used,
+            the next ones are read if the folder or archive is not on this machine. None: it is not known.
 
     The function raises PageFault if the page can't be read from the archive, and FileNotFoundError if the file no
     longer exists.
     """
-    if not is_archive(pages):
-        yield lambda name: read_at_most(pages / name, MAX_PAGE_BYTES + 1)
-        return
-    with _open_archive(pages, option) as archive:
+    with ExitStack() as stack:
+        if is_archive(pages):
+            yield stack.enter_context(member_reader(pages, option, [name for name, _ in expected]))
+        elif is_local(pages) or not expected:
+            yield lambda name: read_at_most(pages / name, MAX_PAGE_BYTES + 1)
+        else:
+            reads = [(size, partial(read_at_most, pages / name, MAX_PAGE_BYTES + 1)) for name, size in expected]
+            answers = stack.enter_context(ahead(reads, READS_AT_ONCE, AHEAD_BYTES))
+            names = iter(expected)
 
-        def read(name: str) -> bytes:
-            try:
-                return _read_member(archive, name)
-            except (PageFault, FileNotFoundError):
-                if is_local(pages):
-                    raise
-            # A byte of the page or of the archive's directory may have been corrupted in transit: read both again.
-            with _open_archive(pages) as reopened:
-                return _read_member(reopened, name)
+            def read(name: str) -> bytes:
+                assert name == next(names)[0], "pages are read in the order that was expected"
+                return next(answers).result()
 
-        yield read
+            yield read
 
 
 @contextmanager
@@ -188,80 +181,3 @@ def size_reader(pages: UPath, listed: Callable[[], Listing]) -> Iterator[Callabl
 def is_archive(pages: UPath) -> bool:
     """Whether a place is a zip archive, by its suffix in any case."""
     return pages.suffix.lower() == ".zip" and not (is_local(pages) and os.path.isdir(pages.path))
-
-
-def list_members(pages: UPath, option: str = "--pages") -> list[tuple[str, int]]:
-    r"""Return name and uncompressed size in bytes of each file in an archive. option: to name in error messages.
-
-    Names that are not marked as UTF-8 are read by `decode_name`, and `\` in names is `/`.
-    """
-    with _open_archive(pages, option) as archive:
-        return [(info.filename, info.file_size) for info in archive.infolist() if not info.is_dir()]
-
-
-def decode_name(name: bytes) -> str | None:
-    """Return the name of a file as text: of UTF-8 or of CP932, which Japanese Windows writes; None if it is neither."""
-    for encoding in ("utf-8", "cp932"):
-        try:
-            return name.decode(encoding)
-        except UnicodeDecodeError:
-            continue
-    return None
-
-
-def _rename_members(archive: zipfile.ZipFile) -> None:
-    """Give the members of an archive the names that were meant, for `infolist` and `getinfo`."""
-    for info in archive.infolist():
-        name = info.filename
-        # Without the flag, zipfile decodes as CP437, which keeps every byte. A name in an extra field is right already.
-        if not info.flag_bits & UTF8_FLAG and not name.isascii() and name == info.orig_filename:
-            name = decode_name(name.encode("cp437")) or name
-        name = name.replace("\\", "/")  # only now: the second byte of 表 in CP932 is a backslash
-        if name != info.filename:
-            info.filename = name
-            archive.NameToInfo[name] = info
-
-
-def _read_member(archive: zipfile.ZipFile, name: str) -> bytes:
-    data = bytearray()
-    try:
-        info = archive.getinfo(name)
-        step = STEP_BYTES.get(info.compress_type, SMALL_STEP_BYTES)
-        with _broken_archive_as(PageFault, "page can't be read from the archive"), archive.open(info) as stream:
-            assert isinstance(stream, zipfile.ZipExtFile)
-            stream.MIN_READ_SIZE = step
-            while len(data) <= MAX_PAGE_BYTES and (chunk := stream.read(step)):
-                data += chunk
-    except (KeyError, FileNotFoundError) as error:  # FileNotFoundError: the archive was replaced
-        raise FileNotFoundError(f"{name} is no longer in the archive") from error
-    del data[MAX_PAGE_BYTES + 1 :]
-    if len(data) != min(info.file_size, MAX_PAGE_BYTES + 1):
-        raise PageFault(f"page can't be read from the archive: {len(data)} bytes instead of {info.file_size}")
-    return bytes(data)
-
-
-@contextmanager
-def _broken_archive_as(error_type: Callable[[str], Exception], message: str) -> Iterator[None]:
-    """Convert what zipfile raises for broken archives to `error_type`. Errors of disk and bucket pass through."""
-    try:
-        with explaining():
-            yield
-    except UNREADABLE as error:
-        # bz2 (no errno) and seeks to invalid offsets (EINVAL) raise OSError too. Any other errno comes from the disk.
-        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
-            raise
-        raise error_type(f"{message}: {' '.join(str(error).split())}") from error
-
-
-@contextmanager
-def _open_archive(pages: UPath, option: str = "--pages") -> Iterator[zipfile.ZipFile]:
-    try:
-        stream = open_read(pages)
-    except FileNotFoundError as error:
-        raise InputError(f"{option} must exist. Received: {pages}") from error
-    with stream:
-        with _broken_archive_as(InputError, f"{option} must be a folder or a valid .zip. Received: {pages}"):
-            archive = zipfile.ZipFile(stream)
-            _rename_members(archive)
-        with archive:
-            yield archive

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -26,8 +27,10 @@ import pytest
 from click.testing import CliRunner
 from equal_workers import A_FEW, EQUAL_BATCH, one_batch, then
 from fake_cloud.bucket import StrictBucket
+from google.cloud.storage.retry import DEFAULT_RETRY
 from schedule import pytest_collection_modifyitems, pytest_terminal_summary, pytest_xdist_make_scheduler  # noqa: F401
 from small_head import WORK, work_after
+from upath import UPath
 
 # Before anything imports Ray or TensorFlow, so that some imports come after (E402):
 # staged data in a folder of the process, and no word to the terminal.
@@ -47,6 +50,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 hypothesis.settings.register_profile("without deadline", deadline=None)
 hypothesis.settings.load_profile("without deadline")
 
+from cluster import bucket, google_client  # noqa: E402
 from cluster.capacity import Request  # noqa: E402
 from cluster.errors import KuzushijiError  # noqa: E402
 from cluster.progress import log  # noqa: E402
@@ -135,7 +139,35 @@ def cases(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bucket_server() -> Iterator[StrictBucket]:
     """A strict bucket on loopback."""
     with StrictBucket(page_size=10) as running:
+        running.create("demo")
         yield running
+
+
+@pytest.fixture(scope="module")
+def strict(bucket_server: StrictBucket) -> Iterator[StrictBucket]:
+    """A strict bucket on loopback, which this process and its children use as Google Cloud Storage."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in bucket_server.environment.items():
+            patch.setenv(name, value)
+        # Google's client tries again after a second on average, gcsfs after one, two, four.
+        patch.setattr(DEFAULT_RETRY, "_initial", 0.01)
+        forget()
+        yield bucket_server
+        google_client.client().close()
+    forget()
+
+
+def forget() -> None:
+    """Let the package find anew who asks, and where."""
+    for cached in (google_client.gcsfs_options, google_client.credentials, google_client.client, bucket.reach):
+        cached.cache_clear()
+
+
+@pytest.fixture
+def folder(strict: StrictBucket) -> Iterator[UPath]:
+    """A folder of its own on the bucket, whose name fits none of the faults' patterns."""
+    yield place(f"gs://demo/{uuid.uuid4().hex}")
+    strict.faults.clear()
 
 
 @pytest.fixture(scope="session")

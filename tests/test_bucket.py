@@ -6,8 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -20,16 +19,15 @@ import fsspec
 import keras
 import numpy as np
 import pytest
-from conftest import Kuzushiji, in_fresh_process
+from conftest import Kuzushiji, forget, in_fresh_process
 from fake_cloud.bucket import StrictBucket
 from fsspec.implementations.memory import MemoryFileSystem
 from google.api_core.exceptions import BadRequest, Forbidden, RetryError, ServiceUnavailable
 from google.auth.exceptions import DefaultCredentialsError, RefreshError
-from google.cloud.storage.retry import DEFAULT_RETRY
 from PIL import Image
 from upath import UPath
 
-from cluster import bucket, google_client
+from cluster import bucket
 from cluster.bucket import DELETED_AT_ONCE, RANGE_BYTES, explained
 from cluster.errors import DamageError, KuzushijiError, OptionError
 from cluster.lock import locked
@@ -74,34 +72,6 @@ pytestmark = pytest.mark.filterwarnings(
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
 BIG = os.urandom(2 * RANGE_BYTES + 12_345)
 FILES = {"model.keras": BIG, "labels.txt": b"U+306F\nrare\n"}
-
-
-@pytest.fixture(scope="module")
-def strict(bucket_server: StrictBucket) -> Iterator[StrictBucket]:
-    """A strict bucket on loopback, which this process and its children use as Google Cloud Storage."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in bucket_server.environment.items():
-            patch.setenv(name, value)
-        bucket_server.create("demo")
-        # Google's client tries again after a second on average, gcsfs after one, two, four.
-        patch.setattr(DEFAULT_RETRY, "_initial", 0.01)
-        forget()
-        yield bucket_server
-        google_client.client().close()
-    forget()
-
-
-def forget() -> None:
-    """Let the package find anew who asks, and where."""
-    for cached in (google_client.gcsfs_options, google_client.credentials, google_client.client, bucket.reach):
-        cached.cache_clear()
-
-
-@pytest.fixture
-def folder(strict: StrictBucket) -> Iterator[UPath]:
-    """A folder of its own on the bucket, whose name fits none of the faults' patterns."""
-    yield place(f"gs://demo/{uuid.uuid4().hex}")
-    strict.faults.clear()
 
 
 def write_run(models: UPath, run: str) -> UPath:
@@ -679,6 +649,7 @@ def archive(folder: UPath, pages: Path, tmp_path: Path, monkeypatch: pytest.Monk
     local = Path(shutil.make_archive(str(tmp_path / "pages"), "zip", pages / "train_images"))
     write_bytes(folder / "pages.zip", local.read_bytes())
     monkeypatch.setattr(bucket, "RANGE_BYTES", 1000)
+    monkeypatch.setattr("preprocessing.archive.TAIL_BYTES", 500)
     return folder / "pages.zip"
 
 

@@ -15,12 +15,13 @@ from upath import UPath
 
 from cluster.errors import InputError
 from cluster.storage import is_file, list_tree
+from preprocessing.archive import list_members
 from preprocessing.books import NO_BOOKS, book_of
 from preprocessing.labels.code_points import code_point_name, parse_character
 from preprocessing.labels.page_ids import is_image, parse_id
 from preprocessing.labels.table import MAX_PAGES, WHOLE_FILE, Labels
 from preprocessing.matching import Files
-from preprocessing.pages import count_kinds, is_archive, kind_of, list_members
+from preprocessing.pages import count_kinds, is_archive, kind_of
 
 NO_BOOK = "unknown"  # of all crops whose names tell none
 # CODH's names: code point, page, position on the page.

@@ -13,9 +13,10 @@ from upath import UPath
 
 from cluster.errors import InputError
 from cluster.storage import CHUNK_BYTES, is_file, list_tree, read_at_most, size_of
+from preprocessing.archive import list_members
 from preprocessing.crop import PageFault
 from preprocessing.labels.page_ids import is_image
-from preprocessing.pages import OTHER_FOLDERS, is_archive, list_members, page_reader
+from preprocessing.pages import OTHER_FOLDERS, is_archive, page_reader
 
 # A file is read whole, one at a time. Of a member of an archive, `page_reader` reads 100 MB at most.
 MAX_FILE_BYTES = 1 << 29

@@ -11,6 +11,7 @@ import contextlib
 import socket
 import sys
 import threading
+import time
 import traceback
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -75,6 +76,7 @@ class _Server(ThreadingHTTPServer):
         super().__init__(address, _Handler)
         self.routes, self.faults, self.requests = routes, faults, requests
         self.stopping = threading.Event()
+        self.latency = 0.0
         self._open: set[Any] = set()
         self._open_lock = threading.Lock()
 
@@ -167,6 +169,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.requests.append(Logged(self.command, self.path, status))
 
     def _send(self, answer: Response, fault: str | None) -> None:
+        time.sleep(self.server.latency)
         body = answer.body
         if fault == "flip":
             middle = len(body) // 2
@@ -233,6 +236,10 @@ class StrictBucket:
             self._thread.join()
         finally:
             self._emulator.__exit__(kind, error, trace)
+
+    def delay(self, seconds: float) -> None:
+        """Let each answer from now on begin so much later, as over a longer way. Answers do not wait for others."""
+        self._server.latency = seconds
 
     @property
     def environment(self) -> dict[str, str]:
