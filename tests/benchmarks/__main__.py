@@ -16,7 +16,8 @@ from statistics import median
 
 import click
 
-from benchmarks import growth, pages, planning, steps, transfer, workers
+from benchmarks import growth, late_bucket, pages, planning, steps, transfer, workers
+from benchmarks.bucket import bucket
 from benchmarks.pairs import Ratio
 from cluster.capacity import Request
 from cluster.runtime import ray_session
@@ -31,6 +32,7 @@ class Amount:
     pairs: int = 5
     rounds: int = 8  # of the real pages on one core
     copies: int = 240  # of the real pages, cut by Ray Data
+    late: int = 10  # copies of the real pages, read from a bucket
     steps: int = 1  # each takes 7 s
     batch: int = 512
     scale: float = 1.0  # of drawn pages and of the model that is pulled
@@ -40,7 +42,9 @@ class Amount:
     train_batch: int = 256
 
 
-QUICK = Amount(1, 1, copies=6, batch=16, scale=0.2, drawn=2, growth=(1, 3, 10), trainings=((1, 3),), train_batch=128)
+QUICK = Amount(
+    1, 1, copies=6, late=1, batch=16, scale=0.2, drawn=2, growth=(1, 3, 10), trainings=((1, 3),), train_batch=128
+)
 
 
 def ratios(folder: Path, amount: Amount, rates: dict[str, float]) -> Iterator[Ratio]:
@@ -70,7 +74,9 @@ def ratios(folder: Path, amount: Amount, rates: dict[str, float]) -> Iterator[Ra
         yield steps.measure_evaluate(ask, pairs, amount.steps)
         with ray_session(Request(cpus=2)):
             yield from workers.measure(dataset, folder / "runs", config, ask, pairs, amount.steps)
-    yield transfer.measure(folder, pairs, amount.scale)
+    with bucket() as delay:
+        yield from late_bucket.measure(source, amount.late, pairs, folder, delay)
+        yield transfer.measure(folder, pairs, amount.scale)
 
 
 def grow(folder: Path, amount: Amount, rates: dict[str, float], plot: Path | None) -> dict[str, float]:
