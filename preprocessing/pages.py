@@ -129,7 +129,7 @@ def page_reader(pages: UPath, option: str = "--pages", expected: Sequence[tuple[
         pages: the folder or archive.
         option: to name in error messages.
         expected: names and sizes in bytes of the files that will be read, in this order, each once: while one is used,
-            the next ones are read if the folder or archive is not on this machine. None: it is not known.
+            the next ones are read if the folder or archive is not on this machine. Empty: they are not known.
 
     The function raises PageFault if the page can't be read from the archive, and FileNotFoundError if the file no
     longer exists.
