@@ -12,7 +12,7 @@ from cluster.errors import DamageError, InputError, OptionError
 from cluster.manifest import FileEntry, encoded, is_sealed, seal, write_listed
 from cluster.runtime import map_tasks
 from cluster.storage import list_files, remove_file, remove_temporaries
-from preprocessing.attempts import earlier_attempt, remove_traces, sealed_manifest
+from preprocessing.attempts import earlier_attempt, sealed_manifest
 from preprocessing.card import dataset_card
 from preprocessing.config import SPLITS, PrepareConfig
 from preprocessing.dataset import Clipped, DatasetManifest, Loss, Shard, dataset_files
@@ -21,7 +21,7 @@ from preprocessing.ink import count_ink, ink_lines
 from preprocessing.page_results import LISTED_WARNINGS, PageResult, listed_warnings
 from preprocessing.parquet import LISTED_LOSSES, LOSSES_TABLE, PAGES_TABLE, losses_table, pages_table
 from preprocessing.plan import Plan, make_plan
-from preprocessing.shards import PROGRESS_FOLDER, CutGroup, GroupReport, report_path
+from preprocessing.shards import CutGroup, GroupReport, resumable
 
 log = logging.getLogger("kuzushiji")
 
@@ -72,14 +72,14 @@ def prepare(
             if faults:
                 raise
     _check_losses(manifest.losses, manifest.lost, plan, config, dataset)
-    remove_traces(dataset)
+    resumable(dataset).remove_traces()
     return manifest, False
 
 
 def _make(plan: Plan, pages: UPath, dataset: UPath, config: PrepareConfig, start_limit: float) -> DatasetManifest:
     _check_losses(plan.losses, len(plan.losses), plan, config, dataset)
     encoded(_known_manifest(plan, config))
-    progress_folder, attempt = dataset / PROGRESS_FOLDER, uuid.uuid4().hex
+    progress_folder, attempt = resumable(dataset).progress, uuid.uuid4().hex
     with written_groups(plan.groups, progress_folder, attempt, within=progress_folder) as write:
         reports = map_tasks(
             len(plan.groups),
@@ -97,7 +97,7 @@ def _make(plan: Plan, pages: UPath, dataset: UPath, config: PrepareConfig, start
     except InputError:
         for number, report in enumerate(reports):
             if report.losses:  # so that the next attempt cuts the group again: its pages may be readable then
-                remove_file(report_path(dataset, number))
+                remove_file(resumable(dataset).report_path(number))
         raise
     return _finish(plan, dataset, config, reports)
 
@@ -142,10 +142,12 @@ def _finish(plan: Plan, dataset: UPath, config: PrepareConfig, reports: Sequence
     manifest = _manifest(plan, config, shards, losses, clipped, files, results)
     for line in faint:
         log.warning("%s", line)
-    for folder in (dataset, dataset / PROGRESS_FOLDER):  # left by killed attempts
+    for folder in (dataset, resumable(dataset).progress):  # left by killed attempts
         remove_temporaries(folder)
     seal(dataset, manifest)
-    remove_traces(dataset)  # after sealing: a folder with neither plan nor manifest would be refused as unknown
+    resumable(
+        dataset
+    ).remove_traces()  # after sealing: a folder with neither plan nor manifest would be refused as unknown
     return manifest
 
 

@@ -1,8 +1,6 @@
 """A task of `prepare`: cut the crops of a group and write them into its shards, one shard per split.
 
-The report of a group stays in `.prepare/` until the dataset is sealed: a later attempt skips the groups that are
-complete. The files of `groups.py`, temporary files of shards, and the notes of `tries.py` are in that folder too. Tasks
-do not create the folder, so that a task that outlives its job writes nothing after the folder was removed.
+The report of a group stays in `.prepare/` until the dataset is sealed, see `resumable.py`.
 """
 
 import hashlib
@@ -12,37 +10,27 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
-from pydantic import BaseModel, ValidationError
 from upath import UPath
 
-from cluster.errors import DamageError
 from cluster.manifest import fault_of
-from cluster.storage import (
-    CHUNK_BYTES,
-    is_file,
-    list_files,
-    new_file,
-    place,
-    read_bytes,
-    sha256_of,
-    size_of,
-    write_bytes,
-)
+from cluster.storage import CHUNK_BYTES, list_files, new_file, place, write_bytes
 from preprocessing.config import SPLITS
 from preprocessing.cutting import cut_boxes
 from preprocessing.dataset import Clipped, DatasetManifest, Loss, Shard
-from preprocessing.groups import Group, Groups, read_group
+from preprocessing.groups import Group, Groups
 from preprocessing.labels.code_points import code_point_name
 from preprocessing.page_results import PageResult
 from preprocessing.parquet import LOSSES_TABLE, PAGES_TABLE, losses_of_table, results_of_table
 from preprocessing.records import Value, encode_example, frame
-from preprocessing.tries import Tries
-
-PROGRESS_FOLDER = ".prepare"
-PLAN_FILE = "plan.json"
+from preprocessing.resumable import Report, Resumable
 
 
-class GroupReport(BaseModel):
+def resumable(dataset: UPath) -> Resumable:
+    """Return what `prepare` does with a dataset folder until it is sealed."""
+    return Resumable(dataset, ".prepare", "--dataset", {"margin": 0.0, "license": None})
+
+
+class GroupReport(Report):
     """Result of a group: the shards that were written, the boxes that were lost or clipped, what its pages are like."""
 
     shards: dict[str, Shard]
@@ -52,25 +40,10 @@ class GroupReport(BaseModel):
     pages: list[PageResult]
     """The pages that were decoded."""
 
-
-def report_path(dataset: UPath, group: int) -> UPath:
-    """Return where the `GroupReport` of a group is stored until the dataset is sealed."""
-    return dataset / PROGRESS_FOLDER / f"group-{group:05d}.json"
-
-
-def finished_report(dataset: UPath, group: int) -> GroupReport | None:
-    """Return the report of a group if it is readable and all its shards exist with the right size and SHA-256,
-    otherwise None: the group is cut again.
-    """
-    try:
-        report = GroupReport.model_validate_json(read_bytes(report_path(dataset, group)))
-        for shard in report.shards.values():  # without a listing of the folder, which has the shards of all groups
-            path = dataset / shard.name
-            if size_of(path) != shard.bytes or sha256_of(path) != shard.sha256:
-                return None
-    except (FileNotFoundError, ValidationError):
-        return None
-    return report
+    @property
+    def entries(self) -> list[Shard]:
+        """The shards."""
+        return list(self.shards.values())
 
 
 def write_reports(dataset: UPath, groups: Groups, manifest: DatasetManifest) -> None:
@@ -96,7 +69,7 @@ def write_reports(dataset: UPath, groups: Groups, manifest: DatasetManifest) -> 
     for result in results_of_table(dataset / PAGES_TABLE):
         of_page[result["page"]].pages.append(result)
     for number, report in enumerate(reports):
-        write_bytes(report_path(dataset, number), report.model_dump_json().encode())
+        write_bytes(resumable(dataset).report_path(number), report.model_dump_json().encode())
 
 
 @dataclass
@@ -114,35 +87,15 @@ class CutGroup:
         """Cut a group and write its report, unless an earlier attempt has done so.
 
         Raises:
-            DamageError: the dataset folder has no plan: it was removed, or this worker sees another folder. Or the file
-                of the group is damaged.
+            DamageError, KuzushijiError: as `Resumable.report_of`.
             InputError: a page file was removed or changed after the pages were listed, or a page ended too many
                 processes.
-            KuzushijiError: the dataset folder is full, read-only or gone.
             OSError: pages can't be read.
         """
-        folder = place(self.dataset)
-        progress_folder = folder / PROGRESS_FOLDER
-        if not is_file(progress_folder / PLAN_FILE):  # in a bucket, writing would recreate the folder
-            raise self._without("its plan")
-        report = finished_report(folder, number)
-        if report is not None:
-            return report
-        try:
-            group = read_group(progress_folder, self.attempt, number)
-        except FileNotFoundError as error:
-            raise self._without("the groups of pages of this attempt") from error
-        with Tries(group, progress_folder, self.attempt) as tries:
-            report = _cut_group(group, place(self.pages), folder, tries.begin)
-            content = report.model_dump_json().encode()
-            write_bytes(report_path(folder, number), content, within=progress_folder)
-        return report
+        return resumable(place(self.dataset)).report_of(number, self.attempt, GroupReport, self._cut)
 
-    def _without(self, what: str) -> DamageError:
-        return DamageError(
-            "--dataset must stay in place while it is made, and be a folder that all workers share. "
-            f"Received: {self.dataset}, without {what}. Run the same command again"
-        )
+    def _cut(self, group: Group, begin: Callable[[str], None]) -> GroupReport:
+        return _cut_group(group, place(self.pages), place(self.dataset), begin)
 
 
 def _cut_group(group: Group, pages: UPath, folder: UPath, begin: Callable[[str], None]) -> GroupReport:
@@ -175,7 +128,7 @@ def _cut_group(group: Group, pages: UPath, folder: UPath, begin: Callable[[str],
 
 
 def _open_writer(stack: ExitStack, folder: UPath, name: str) -> "_ShardWriter":
-    path = stack.enter_context(new_file(folder / name, within=folder / PROGRESS_FOLDER))
+    path = stack.enter_context(new_file(folder / name, within=resumable(folder).progress))
     return _ShardWriter(name, stack.enter_context(path.open("wb", buffering=CHUNK_BYTES)))
 
 

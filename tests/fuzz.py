@@ -43,7 +43,7 @@ from preprocessing.groups import group_pages, plan_shards, write_groups
 from preprocessing.labels.read import read_labels
 from preprocessing.pages import list_pages, page_reader
 from preprocessing.records import encode_example, frame, read_frames
-from preprocessing.shards import PLAN_FILE, PROGRESS_FOLDER, CutGroup
+from preprocessing.shards import CutGroup, resumable
 
 MEGABYTE = 1 << 20
 ROUND_SECONDS = 300  # a round takes some ten; this is for a machine that has other things to do
@@ -288,9 +288,9 @@ def cut(ids: list[str], pages: Path, folder: Path) -> Counter[str]:
     total = len(labels.boxes)
     splits = (np.arange(total) % 3).astype(np.int8)
     groups = group_pages(labels, list_pages(place(pages)).files_of(ids), 1)
-    work, progress_folder = CutGroup(str(pages), str(folder / "crops")), place(folder / "crops" / PROGRESS_FOLDER)
-    write_groups(plan_shards(groups, np.zeros(total, np.int32), splits), progress_folder, work.attempt)
-    write_bytes(place(folder / "crops" / PROGRESS_FOLDER / PLAN_FILE), b"{}")
+    work, dataset = CutGroup(str(pages), str(folder / "crops")), resumable(place(folder / "crops"))
+    write_groups(plan_shards(groups, np.zeros(total, np.int32), splits), dataset.progress, work.attempt)
+    write_bytes(dataset.plan, b"{}")
     report = work(0)
     found: Counter[str] = Counter()
     for shard in report.shards.values():

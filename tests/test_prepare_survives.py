@@ -179,7 +179,7 @@ def test_a_prepare_that_was_killed_goes_on_with_a_zip_of_the_same_pages(
     assert {name: (out / name).stat().st_ino for name in done} == done
 
 
-@pytest.mark.parametrize("moment", ["seal", "remove_traces"])
+@pytest.mark.parametrize("moment", ["prepare.seal", "resumable.Resumable.remove_traces"])
 def test_a_prepare_that_is_killed_as_it_seals_is_finished_by_the_next(
     moment: str, source: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,12 +188,12 @@ def test_a_prepare_that_is_killed_as_it_seals_is_finished_by_the_next(
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(f"preprocessing.prepare.{moment}", killed)
+    monkeypatch.setattr(f"preprocessing.{moment}", killed)
     with pytest.raises(KeyboardInterrupt):
         prepare_here(source, out)
     monkeypatch.undo()
     assert (out / ".prepare").exists()
-    assert prepare_here(source, out) == (moment == "seal")
+    assert prepare_here(source, out) == (moment == "prepare.seal")
     assert hashes_of_dataset(out) == hashes_of_dataset(undisturbed)
 
 
