@@ -57,7 +57,7 @@ FONTS ?= fonts
 recognition: .venv/.installed-dev
 	PYTHONPATH=tests .venv/bin/python -m benchmarks.recognition --fonts $(FONTS)
 
-# prepare and train under random SIGKILLs: the same bytes, or exit code 1. A round has 18 to 30 kills.
+# prepare, train and predict under random SIGKILLs: the same bytes, or exit code 1. A round has 24 to 40 kills.
 ROUNDS ?= 10
 SEED ?= 1
 chaos: .venv/.installed-dev

@@ -88,12 +88,12 @@ class Manifest(BaseModel):
 ManifestT = TypeVar("ManifestT", bound=Manifest)
 
 
-def write_listed(path: UPath, data: bytes) -> FileEntry:
-    """Write a file and return its manifest entry.
+def write_listed(path: UPath, data: bytes, within: UPath | None = None) -> FileEntry:
+    """Write a file and return its manifest entry. within, Raises: as `cluster.storage.new_file`.
 
     The entry describes `data`, not what is read back: if the storage corrupts the file, `verify` reports it.
     """
-    write_bytes(path, data)
+    write_bytes(path, data, within)
     return FileEntry(name=path.name, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 

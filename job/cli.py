@@ -125,7 +125,7 @@ def evaluate(model: str, dataset: str, split: str, out: str | None) -> Outcome:
 @click.option("--pages", required=True, metavar="PLACE", help="Folder or .zip of page scans: <image_id>.jpg, .png ...")
 @labels_option("--boxes", "Label files as for prepare; the characters may be missing.", required=True)
 @canvases_option
-@click.option("--out", required=True, metavar="PLACE", help="New folder for a table of boxes and a table of pages.")
+@click.option("--out", required=True, metavar="PLACE", help="New folder for the tables, or one to complete.")
 @click.option("--format", "form", type=click.Choice(["parquet", "csv"]), default="parquet", show_default=True,
               help="Format of the tables.")  # fmt: skip
 @click.option("--annotate", metavar="PLACE", help="Folder for pictures of the pages with the predicted characters.")
@@ -156,11 +156,14 @@ def predict(
     model_place, pages_place, *box_places, out_place = map(reachable_place, (model, pages, *boxes, out))
     pictures, canvases_place = (reachable_place(text) if text else None for text in (annotate, canvases))
     folders = model_place, pages_place, box_places, out_place
-    manifest = run(*folders, form, pictures, gpus, start_limit, rescale, canvases_place, min_confidence)
+    manifest, new = run(*folders, form, pictures, gpus, start_limit, rescale, canvases_place, min_confidence)
     counts, accuracy, lost = manifest.counts, manifest.accuracy, len(manifest.losses)
-    result = {"out": out} | counts | {"losses": lost, "clipped": len(manifest.clipped), "accuracy": accuracy}
+    result = {"out": out, "written": new, "accuracy": accuracy} | counts
+    result |= {"losses": lost, "clipped": len(manifest.clipped)}
     result |= {"warnings": len(manifest.warnings) + manifest.more_warnings, "without_ink": manifest.ink.without_ink}
     lines = [f"{counts['read']:,} of {counts['boxes']:,} boxes on {counts['pages']:,} pages read: {out}"]
+    if not new:
+        lines.append("it was complete and valid: nothing written")
     if accuracy:
         names = {"accuracy": "accuracy", "accuracy_without_rare": "without rare", "top5": "top 5"}
         scores = ", ".join(f"{name} {value:.4f}" for key, name in names.items() if (value := accuracy[key]) is not None)

@@ -40,7 +40,12 @@ class Cut:
     """The box on the upright scan: another one than `box` if it was scaled. Empty if the box was lost."""
 
 
-def cut_boxes(group: Group, pages: UPath, begin: Callable[[str], None] = lambda _: None) -> Iterator[Cut]:
+def cut_boxes(
+    group: Group,
+    pages: UPath,
+    begin: Callable[[str], None] = lambda _: None,
+    keep: Callable[[str, Scan], None] = lambda *_: None,
+) -> Iterator[Cut]:
     """Yield one `Cut` for each box of a group, in the order of `group.boxes`. Each page with boxes is read once, from a
     bucket while the pages before it are cut.
 
@@ -48,6 +53,7 @@ def cut_boxes(group: Group, pages: UPath, begin: Callable[[str], None] = lambda 
         group: the pages and boxes.
         pages: folder or archive of the pages.
         begin: called with the id of each page before it is decoded, and with `tries.END` after the last one.
+        keep: called with the id and the scan of each page that was decoded, before its boxes are cut.
 
     Raises:
         InputError: a page file was removed or changed after the pages were listed, or boxes were made for another size
@@ -61,7 +67,10 @@ def cut_boxes(group: Group, pages: UPath, begin: Callable[[str], None] = lambda 
             if page.boxes:
                 begin(page.id)
             scan = _read_page(read, page) if page.boxes else PageFault("page without boxes")
-            cutter = None if isinstance(scan, PageFault) else _Cutter(page, scan, group)
+            cutter = None
+            if isinstance(scan, Scan):
+                cutter = _Cutter(page, scan, group)
+                keep(page.id, scan)
             for box in boxes[start : start + page.boxes].tolist():
                 if box == list(WHOLE_FILE):  # of a file that can't be read, no size is known
                     box = [0, 0, 0, 0] if isinstance(scan, PageFault) else [0, 0, *scan.image.shape[::-1]]

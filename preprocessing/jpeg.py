@@ -82,15 +82,11 @@ def read_header(data: bytes) -> JpegHeader:
     return JpegHeader(width, height, components, one_scan, orientation or UPRIGHT, adobe)
 
 
-def decode_jpeg(data: bytes, colour: bool = False) -> tuple[NDArray[np.uint8], int, list[str]]:
-    """Decode a JPEG file, not yet turned upright.
-
-    Args:
-        data: the file.
-        colour: whether to return RGB instead of gray.
+def decode_jpeg(data: bytes) -> tuple[NDArray[np.uint8], int, list[str]]:
+    """Decode a JPEG file to grayscale, not yet turned upright.
 
     Returns:
-        (height, width) uint8, or (height, width, 3) with `colour`; the EXIF orientation; and warnings.
+        (height, width) uint8; the EXIF orientation; and warnings.
 
     Raises:
         PageFault: the file is truncated, corrupt, or exceeds a limit.
@@ -98,7 +94,7 @@ def decode_jpeg(data: bytes, colour: bool = False) -> tuple[NDArray[np.uint8], i
     warnings: list[str] = []
     while True:
         try:
-            image, header = _decoded(data, colour)
+            image, header = _decoded(data)
         except ValueError as error:
             mended = mend(data, str(error))
             if mended is None or len(warnings) == MAX_MENDS:
@@ -111,7 +107,7 @@ def decode_jpeg(data: bytes, colour: bool = False) -> tuple[NDArray[np.uint8], i
             return image, header.orientation, warnings
 
 
-def _decoded(data: bytes, colour: bool) -> tuple[NDArray[np.uint8], JpegHeader]:
+def _decoded(data: bytes) -> tuple[NDArray[np.uint8], JpegHeader]:
     """Return image and header. Raises: PageFault for a limit; ValueError for what libjpeg complains about."""
     header = read_header(data)
     height, width, space, _ = simplejpeg.decode_jpeg_header(data, strict=True)
@@ -121,12 +117,9 @@ def _decoded(data: bytes, colour: bool) -> tuple[NDArray[np.uint8], JpegHeader]:
     if not header.one_scan and (scans := data.count(SCAN)) > MAX_PAGE_SCANS:
         raise PageFault(f"page of {scans} scans is over {MAX_PAGE_SCANS} scans")
     if space == "CMYK" and not header.adobe:
-        page = _ambiguous_cmyk(data)
-        return page if colour else cv2.cvtColor(page, cv2.COLOR_RGB2GRAY), header
+        return cv2.cvtColor(_ambiguous_cmyk(data), cv2.COLOR_RGB2GRAY), header
     # With `fastdct`, crops differ from those of the exact transform by 0.3 grey levels, and by 0.7 for pages saved
     # with a quality of 95 or higher.
-    if colour:
-        return simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True), header
     return simplejpeg.decode_jpeg(data, colorspace="GRAY", fastdct=True, strict=True)[:, :, 0], header
 
 

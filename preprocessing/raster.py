@@ -76,16 +76,16 @@ def open_raster(data: bytes) -> Raster:
     return raster
 
 
-def decode_raster(data: bytes, colour: bool = False) -> tuple[NDArray[np.uint8], int, list[str]]:
-    """Decode a file, not yet turned upright unless its `Raster` is of TIFF, which Pillow turns.
+def decode_raster(data: bytes) -> tuple[NDArray[np.uint8], int, list[str]]:
+    """Decode a file to grayscale, not yet turned upright unless its `Raster` is of TIFF, which Pillow turns.
 
     Returns, Raises: as `jpeg.decode_jpeg`.
     """
     raster = open_raster(data)
     with _faults():
         if raster.image is None:
-            return _decode_webp(data, raster, colour), raster.orientation, []
-        image, found = _decode(raster.image, colour)
+            return _decode_webp(data, raster), raster.orientation, []
+        image, found = _decode(raster.image)
         return image, raster.orientation, found
 
 
@@ -158,7 +158,7 @@ def _chunk(data: bytes, offset: int, name: bytes, form: str, checksum: int = 0, 
     return b""
 
 
-def _decode(image: ImageFile.ImageFile, colour: bool) -> tuple[NDArray[np.uint8], list[str]]:
+def _decode(image: ImageFile.ImageFile) -> tuple[NDArray[np.uint8], list[str]]:
     found = []
     if isinstance(image, TiffImagePlugin.TiffImageFile) and image.is_animated:
         found.append(FIRST_OF_SEVERAL)
@@ -166,8 +166,8 @@ def _decode(image: ImageFile.ImageFile, colour: bool) -> tuple[NDArray[np.uint8]
     image.load()
     if image.mode.startswith("I"):  # more than 8 bits
         gray, what = _scaled(np.asarray(image), white_is_zero)
-        return cv2.cvtColor(gray, cv2.COLOR_GRAY2RGB) if colour else gray, [*found, what]
-    return np.asarray(_over_white(image, "RGB" if colour else "L")), found
+        return gray, [*found, what]
+    return np.asarray(_over_white(image)), found
 
 
 def _scaled(values: NDArray[np.integer[Any]], white_is_zero: bool) -> tuple[NDArray[np.uint8], str]:
@@ -185,8 +185,8 @@ def _scaled(values: NDArray[np.integer[Any]], white_is_zero: bool) -> tuple[NDAr
     return page, f"gray of 16 bits: 0 to {(1 << bits) - 1} was scaled to 0 to 255"
 
 
-def _over_white(image: Image.Image, mode: str) -> Image.Image:
-    """Convert an image to the mode L or RGB. What is transparent becomes white."""
+def _over_white(image: Image.Image) -> Image.Image:
+    """Convert an image to grayscale. What is transparent becomes white."""
     if image.mode in ("F", "HSV"):
         raise ValueError(f"pixels of type {image.mode}")
     if image.mode == "LAB":
@@ -194,9 +194,9 @@ def _over_white(image: Image.Image, mode: str) -> Image.Image:
     elif image.has_transparency_data:
         image = image.convert("RGBA")
         alpha = image.getchannel("A")
-        image = image.convert(mode)
-        return Image.composite(image, Image.new(mode, image.size, (255,) * len(image.getbands())), alpha)
-    return image.convert(mode)
+        image = image.convert("L")
+        return Image.composite(image, Image.new("L", image.size, 255), alpha)
+    return image.convert("L")
 
 
 # --- WebP. Pillow decodes it as an animation, with three copies of the page.
@@ -224,15 +224,13 @@ def _open_webp(data: bytes) -> Raster:
     return Raster(*((height, width) if orientation in TURNED else (width, height)), orientation, None)
 
 
-def _decode_webp(data: bytes, raster: Raster, colour: bool) -> NDArray[np.uint8]:
+def _decode_webp(data: bytes, raster: Raster) -> NDArray[np.uint8]:
     image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     if image is None or image.shape[0] * image.shape[1] != raster.width * raster.height:
         raise ValueError("WebP that is cut off or corrupt")
-    page: NDArray[np.uint8] = cv2.cvtColor(image, cv2.COLOR_BGR2RGB if colour else cv2.COLOR_BGR2GRAY)
+    page: NDArray[np.uint8] = cv2.cvtColor(image, cv2.COLOR_BGR2GRAY)
     if image.shape[2] == 4:  # page * alpha + white * (1 - alpha), in bytes
         alpha = np.ascontiguousarray(image[:, :, 3])
         del image
-        if colour:
-            alpha = cv2.cvtColor(alpha, cv2.COLOR_GRAY2RGB)
         page = cv2.add(cv2.multiply(page, alpha, scale=1 / 255), ~alpha)
     return page

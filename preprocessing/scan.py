@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import cv2
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
@@ -33,7 +32,8 @@ def decode_scan(data: bytes) -> Scan:
     Raises:
         PageFault: the file is of no format that is read, truncated, corrupt, or exceeds a limit.
     """
-    image, orientation, warnings = _stored(data, colour=False)
+    decode = decode_jpeg if _checked(data).startswith(START) else decode_raster
+    image, orientation, warnings = decode(data)
     return Scan(image if is_turned(data) else upright(image, orientation), orientation, warnings)
 
 
@@ -54,34 +54,6 @@ def scan_size(data: bytes) -> tuple[int, int]:
         except (ValueError, KeyError) as error:  # KeyError: simplejpeg, of a header that is cut off
             raise PageFault(f"page can't be decoded: {error}") from error
     return (height, width) if header.orientation in TURNED else (width, height)
-
-
-def small_picture(data: bytes, longest: int) -> tuple[NDArray[np.uint8], tuple[int, int]]:
-    """Decode a page to RGB for people to look at, upright.
-
-    Args:
-        data: the file.
-        longest: pixels of the longer side; larger pages are scaled down.
-
-    Returns:
-        (height, width, 3) uint8, and width and height of the page itself.
-
-    Raises:
-        PageFault: as `decode_scan`.
-    """
-    page, orientation, _ = _stored(data, colour=True)
-    height, width = page.shape[:2]
-    ratio = min(1.0, longest / max(height, width))
-    size = max(1, round(width * ratio)), max(1, round(height * ratio))
-    small = cv2.resize(page, size, interpolation=cv2.INTER_AREA)  # before it is turned, which copies it
-    if is_turned(data):
-        return small, (width, height)
-    return upright(small, orientation), (height, width) if orientation in TURNED else (width, height)
-
-
-def _stored(data: bytes, colour: bool) -> tuple[NDArray[np.uint8], int, list[str]]:
-    """Return image, EXIF orientation and warnings, see `decode_jpeg` and `decode_raster`."""
-    return decode_jpeg(data, colour) if _checked(data).startswith(START) else decode_raster(data, colour)
 
 
 def _checked(data: bytes) -> bytes:

@@ -1,10 +1,11 @@
-"""Chaos: `prepare` and `train`, killed at random again and again, end with the bytes of an undisturbed run.
+"""Chaos: `prepare`, `train` and `predict`, killed at random again and again, end with the bytes of an undisturbed run.
 
     python tests/chaos.py --rounds 10 --seed 1          # or: make chaos ROUNDS=10 SEED=1
 
-A round is one dataset and one model. Whenever a kill ends a command, the same command is run again at once, while what
-the first left behind may still run. Every process of ours carries KUZUSHIJI_CHAOS=<this run>.<attempt> in its
-environment; nothing else is ever touched. The seed decides what is killed when; where that hits is the machine's doing.
+A round is one dataset, one model, and what a model reads. Whenever a kill ends a command, the same command is run again
+at once, while what the first left behind may still run. Every process of ours carries KUZUSHIJI_CHAOS=<this
+run>.<attempt> in its environment; nothing else is ever touched. The seed decides what is killed when; where that hits
+is the machine's doing.
 """
 
 import argparse
@@ -42,10 +43,10 @@ ENDS_THE_COMMAND = {"driver", "orphan", "raylet", "gcs"}
 ALONE = ("driver",)  # while Ray does not run, or not any more
 NO_WORKERS = ("driver", "raylet", "gcs")
 ALL = tuple(VICTIMS)
-NAMES = ("prepare", "train")
-KILLS = {"prepare": (12, 20), "train": (6, 10)}  # in a round
-# By the titles that Ray gives its processes: what cuts pages, what trains.
-AT_WORK = ("ray::Map(CutGroup)", "ray::RayTrainWorker")
+NAMES = ("prepare", "train", "predict")
+KILLS = {"prepare": (12, 20), "train": (6, 10), "predict": (6, 10)}  # in a round
+# By the titles that Ray gives its processes: what cuts pages, what trains, what reads pages.
+AT_WORK = ("ray::Map(CutGroup)", "ray::RayTrainWorker", "ray::Map(ReadGroup)")
 # They touch nothing of ours, and find out only after a minute that their raylet was killed.
 BYSTANDERS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 MOST_ORPHAN_SECONDS = 30.0
@@ -321,7 +322,7 @@ def say(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)  # noqa: T201 - a script
 
 
-# --- the two commands
+# --- the commands
 
 
 def prepare_command(work: Path, dataset: Path) -> Command:
@@ -382,6 +383,29 @@ def hashes_of_model(models: Path, staged: Path) -> dict[str, str]:
     return found | {"verify": f"{faults}{strangers}", "left": str(sorted(left))}
 
 
+def predict_command(work: Path, models: Path, to: Path) -> Command:
+    """Tables in `to/read`, pictures in `to/pictures`."""
+    places = ["--pages", str(work / "pages" / "train_images"), "--boxes", str(work / "pages" / "train.csv")]
+    places += ["--model", str(models / "baseline"), "--out", str(to / "read"), "--annotate", str(to / "pictures")]
+    progress = to / "read" / ".predict"
+    phases = [
+        Phase("start", lambda attempt: True, 8.0, NO_WORKERS),
+        Phase("plan", lambda attempt: (progress / "plan.json").is_file(), 16.0),
+        Phase("drawing", lambda attempt: attempt.made(to / "pictures", "*.jpeg"), 0.5),
+        Phase("report", lambda attempt: attempt.made(progress, "group-*.json"), 0.5),
+        Phase("sealing", lambda attempt: attempt.made(to / "read", "manifest.json"), 0.03, ALONE),
+    ]
+    return Command("predict", places, phases, lambda: hashes_of_predictions(to))
+
+
+def hashes_of_predictions(to: Path) -> dict[str, str]:
+    """Of every file of tables and pictures, hidden ones too, and what `verify` finds."""
+    found = {str(path.relative_to(to)): path for path in to.rglob("*")}
+    hashes = {name: sha256(path.read_bytes()) if path.is_file() else "folder" for name, path in found.items()}
+    _, faults, strangers = verify(place(to / "read"))
+    return hashes | {"verify": f"{faults}{strangers}"}
+
+
 def timeless(row: dict[str, object]) -> dict[str, object]:
     return {key: value for key, value in row.items() if key not in OF_TIME}
 
@@ -409,6 +433,8 @@ def command_in(folder: Path, name: str, chaos: Chaos) -> Command:
     """A command that makes all it makes in a folder."""
     if name == "prepare":
         return prepare_command(chaos.work, folder)
+    if name == "predict":
+        return predict_command(chaos.work, chaos.work / "reference" / "train", folder)
     return train_command(chaos.work / "reference" / "prepare", folder, chaos.cache, chaos.partitions)
 
 
@@ -426,7 +452,7 @@ def run(
     try:
         draw_pages(work)
         references = {}
-        for name in NAMES[: 1 + NAMES.index(names[-1])]:  # a training needs a dataset
+        for name in NAMES[: 1 + NAMES.index(names[-1])]:  # each needs what the one before made
             command = command_in(work / "reference" / name, name, chaos)
             if not chaos.survive(command, deque()):
                 return chaos
@@ -459,10 +485,10 @@ def disturb(chaos: Chaos, name: str, kills: "deque[Kill]", folder: Path, referen
 
 def main() -> int:
     """Run as told; 1 if anything differed."""
-    parser = argparse.ArgumentParser(description="Kill prepare and train at random; they must end with the same bytes.")
+    parser = argparse.ArgumentParser(description="Kill commands at random; they must end with the same bytes.")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 32))
-    parser.add_argument("--kills", type=int, help="of each command; default: 12 to 20 of prepare, 6 to 10 of train")
+    parser.add_argument("--kills", type=int, help="of each command; default: 12 to 20 of prepare, 6 to 10 of others")
     parser.add_argument("--work", type=Path, help="new folder for all that is written; stays. Default: one that goes")
     parser.add_argument("--commands", nargs="+", choices=NAMES, default=list(NAMES))
     parser.add_argument("--partitions", type=int, default=1, help="of train")

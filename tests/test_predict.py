@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cluster.errors import DamageError, InputError, OptionError
-from cluster.storage import place
+from cluster.storage import place, write_bytes
 from job.predict.columns import columns
-from job.predict.folder import PredictionsManifest, clear
-from job.predict.predict import ReadGroup, predict
+from job.predict.folder import PredictionsManifest
+from job.predict.predict import predict
+from job.predict.read_group import ReadGroup, resumable
 from job.predict.readings import Readings
 from job.verify import verify
 from preprocessing.config import SPLITS, PrepareConfig
@@ -78,7 +79,7 @@ def read(ray_here: None, model: Path, shared: Path, tmp_path_factory: pytest.Tem
 
 
 def do(model: Path, pages: Path, boxes: Path, out: Path, **options: Any) -> PredictionsManifest:
-    return predict(place(model), place(pages), place(boxes), place(out), **options)
+    return predict(place(model), place(pages), place(boxes), place(out), **options)[0]
 
 
 def table(folder: Path, kind: str = "predictions") -> pd.DataFrame:
@@ -261,17 +262,6 @@ def test_a_picture_whose_name_would_be_too_long_and_a_manifest_too_large_are_ref
     assert not (tmp_path / "out").exists()
 
 
-def test_the_same_command_makes_the_same_bytes_also_over_what_was_left_of_an_attempt(
-    read: Path, model: Path, shared: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-    for name in ("pages-00000-of-00099.parquet", "pages-00000-of-100000.parquet", ".tmp-0123"):
-        (out / name).write_text("left")
-    do(model, shared / "pages", shared / "train.csv", out)
-    assert {p.name: p.read_bytes() for p in out.iterdir()} == {p.name: p.read_bytes() for p in read.iterdir()}
-
-
 def test_a_reader_that_is_killed_changes_nothing(read: Path, model: Path, shared: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with ThreadPoolExecutor() as pool:
@@ -292,7 +282,7 @@ class Killed(BaseException):
     """A process that is killed, in a test that is one process: nothing of ours catches it."""
 
 
-@pytest.mark.parametrize("step", ["preprocessing.cutting._read_page", "job.predict.predict.annotated"])
+@pytest.mark.parametrize("step", ["preprocessing.cutting._read_page", "job.predict.read_group.annotated"])
 def test_a_page_that_ends_each_process_while_it_is_read_or_drawn_ends_predict_in_one_line_that_names_it(
     step: str, model: Path, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -304,24 +294,23 @@ def test_a_page_that_ends_each_process_while_it_is_read_or_drawn_ends_predict_in
 
     loaded, names, _ = load_model(place(model / "first"))
     monkeypatch.setattr(
-        "job.predict.predict._load", lambda *_: (Inference(loaded), names)
+        "job.predict.read_group._load", lambda *_: (Inference(loaded), names)
     )  # this process has loaded TF
     labels = read_labels(place(shared / "train.csv"))
     groups = group_pages(labels, list_pages(place(shared / "pages")).files_of(labels.page_ids), 1)
     places = {name: str(tmp_path / name) for name in ("out", "annotate")}
     work = ReadGroup(str(model), "", str(shared / "pages"), **places, form="csv", groups=1, on_gpu=False)
-    with pytest.raises(DamageError, match="--out must stay in place, and be a folder that all workers share. Received"):
+    with pytest.raises(DamageError, match="--out must stay in place while it is made, and be a folder that"):
         work(0)
-    write_groups(groups, place(tmp_path / "out"), work.prefix)
+    out = resumable(place(tmp_path / "out"))
+    write_bytes(out.plan, b"{}")
+    write_groups(groups, out.progress, work.attempt)
     monkeypatch.setattr(step, killed)
     for _ in range(4):
         with pytest.raises(Killed):
             work(0)
     with pytest.raises(InputError, match=rf"Received: {labels.page_ids[0]}(\.jpeg)?, where 3 processes ended"):
         work(0)
-    monkeypatch.undo()
-    clear(place(tmp_path / "out"))  # as the next attempt does
-    assert not list((tmp_path / "out").iterdir())
 
 
 def test_a_page_is_read_in_the_order_in_which_people_read_it(shared: Path) -> None:
@@ -340,18 +329,18 @@ def test_a_page_is_read_in_the_order_in_which_people_read_it(shared: Path) -> No
 
 def test_a_folder_of_something_else_is_left_alone(read: Path, model: Path, shared: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(OptionError, match=r"new or empty folder. Received: .*, with mine.txt"):
+    with pytest.raises(OptionError, match=r"new or empty folder, or .* Received: .*, with mine.txt"):
         do(model, shared / "pages", shared / "train.csv", tmp_path)
     (tmp_path / "mine.txt").rename(tmp_path / "pages-of-mine.txt")
-    with pytest.raises(OptionError, match=r"new or empty folder. Received: .*, with pages-of-mine.txt"):
+    with pytest.raises(OptionError, match=r"new or empty folder, or .* Received: .*, with pages-of-mine.txt"):
         do(model, shared / "pages", shared / "train.csv", tmp_path)
     for pictures in (tmp_path / "new", tmp_path / "new" / "pictures"):  # `new` would not be empty for the next attempt
         with pytest.raises(OptionError, match="a folder outside of --out"):
             do(model, shared / "pages", shared / "train.csv", tmp_path / "new", annotate=place(pictures))
     with pytest.raises(OptionError, match="outside of --pages"):
         do(model, shared / "pages", shared / "train.csv", tmp_path / "new", annotate=place(shared / "pages"))
-    with pytest.raises(OptionError, match="a finished one"):
-        do(model, shared / "pages", shared / "train.csv", read)
+    with pytest.raises(OptionError, match=r"these differ: format \(there parquet, now csv\)\. Name another folder"):
+        do(model, shared / "pages", shared / "train.csv", read, form="csv")
     assert verify(place(read))[1:] == ([], [])
 
 

@@ -32,7 +32,7 @@ from preprocessing.pages import list_pages, page_reader
 from preprocessing.parquet import results_of_table
 from preprocessing.plan import make_plan
 from preprocessing.prepare import prepare
-from preprocessing.scan import Scan, decode_scan, scan_size, small_picture
+from preprocessing.scan import Scan, decode_scan, scan_size
 
 HEIGHT, WIDTH = 120, 90
 FORMS = {
@@ -80,8 +80,6 @@ def test_each_form_of_a_page_is_read_whatever_its_name(suffix: str) -> None:
     assert differs(scan, picture()) < 3
     assert (scan.orientation, scan.warnings) == (1, [])
     assert scan_size(data) == (WIDTH, HEIGHT)
-    small, size = small_picture(data, 60)
-    assert (small.shape, size) == ((60, 45, 3), (WIDTH, HEIGHT))
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "TIFF", "WEBP"])
@@ -95,9 +93,6 @@ def test_a_page_is_turned_as_its_exif_orientation_says(form: str, orientation: i
     assert scan.orientation == orientation
     assert differs(scan, picture()) < 3
     assert scan_size(data) == (WIDTH, HEIGHT)
-    small, size = small_picture(data, 10_000)
-    assert size == (WIDTH, HEIGHT)
-    assert np.abs(small.astype(np.int64) - np.asarray(picture())).mean() < 4
 
 
 @pytest.mark.parametrize(
@@ -188,7 +183,6 @@ def test_cmyk_is_read_with_adobe_s_marker_and_without_whichever_way_ink_counts()
         scan = decode_scan(without_adobe(saved(image, "JPEG", quality=95)))
         assert differs(scan, picture()) < 3
         assert scan.warnings == [AMBIGUOUS_CMYK]
-    assert small_picture(without_adobe(saved(cmyk, "JPEG")), 60)[0].shape == (60, 45, 3)
     assert differs(decode_scan(saved(cmyk, "TIFF")), picture()) < 3
 
 

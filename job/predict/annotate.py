@@ -3,7 +3,9 @@
 import io
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
@@ -12,7 +14,6 @@ from job.colours import BLACK, ORANGE, VERMILLION
 from preprocessing.crop import clip_box
 from preprocessing.fonts import coverage, packaged_font
 from preprocessing.labels.code_points import code_point_name
-from preprocessing.scan import small_picture
 
 MAX_PIXELS = 2400  # of the longer side of the page
 CONFIDENT = 0.5  # minimum probability
@@ -21,8 +22,25 @@ LEGEND = (
 )
 
 
+class SmallPage(NamedTuple):
+    """A page that waits for its predictions: small, since several pages may wait."""
+
+    image: NDArray[np.uint8]
+    """(height, width), grayscale, upright; the longer side has at most `MAX_PIXELS`."""
+    shape: tuple[int, int]
+    """Height and width of the page itself."""
+
+
+def small_page(page: NDArray[np.uint8]) -> SmallPage:
+    """Scale a page down for a picture. page: (height, width) uint8, upright."""
+    height, width = page.shape
+    ratio = min(1.0, MAX_PIXELS / max(height, width))
+    size = max(1, round(width * ratio)), max(1, round(height * ratio))
+    return SmallPage(cv2.resize(page, size, interpolation=cv2.INTER_AREA), (height, width))
+
+
 def annotated(
-    data: bytes,
+    small: SmallPage,
     boxes: NDArray[np.int64],
     readings: Sequence[Sequence[str]],
     probabilities: NDArray[np.float32],
@@ -31,22 +49,21 @@ def annotated(
     """Draw a JPEG: on the left the page with its boxes, on the right the predicted characters at the same positions.
 
     Args:
-        data: the page's file; it must be decodable.
+        small: the page.
         boxes: (n, 4) x, y, width, height, on the upright page.
         readings: n lists, the best character first; the others are drawn small beside it.
         probabilities: (n,) of the best character.
         wrong: (n,) True if the labels have another character.
     """
-    small, page_size = small_picture(data, MAX_PIXELS)
-    ratio = min(1.0, MAX_PIXELS / max(page_size))
-    height, width = small.shape[:2]
+    ratio = min(1.0, MAX_PIXELS / max(small.shape))
+    height, width = small.image.shape
     size = max(12, height // 80)
     sheet = Image.new("RGB", (2 * width, height + 2 * size), (255, 255, 255))
-    sheet.paste(Image.fromarray(small), (0, 0))
+    sheet.paste(Image.fromarray(small.image), (0, 0))
     draw = ImageDraw.Draw(sheet)
     for box, shown, probability, is_wrong in zip(boxes.tolist(), readings, probabilities, wrong, strict=True):
         colour = VERMILLION if is_wrong else BLACK if probability >= CONFIDENT else ORANGE
-        x, y, w, h = (ratio * side for side in clip_box(box, page_size[::-1]))
+        x, y, w, h = (ratio * side for side in clip_box(box, small.shape))
         draw.rectangle((x, y, x + w, y + h), outline=colour, width=2)
         middle = (width + x + w / 2, y + h / 2)
         best, *others = map(_legible, shown)

@@ -1,63 +1,38 @@
-"""`predict`: read the characters in the boxes of page scans, and write tables and text to a sealed folder."""
+"""`predict`: read the characters in the boxes of page scans, and write tables and text to a sealed folder.
+
+A folder that an earlier attempt began is finished (`attempts.py`).
+"""
 
 import logging
-import socket
-import uuid
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
-import numpy as np
-import pandas as pd
-from pydantic import BaseModel
 from upath import UPath
 
 from cluster.capacity import START_LIMIT
-from cluster.errors import DamageError, InputError, KuzushijiError, OptionError
-from cluster.manifest import FileEntry, encoded, read_manifest, seal, size_fault_of, write_listed
+from cluster.errors import DamageError, InputError, OptionError
+from cluster.manifest import encoded, is_sealed, read_manifest, seal, size_fault_of
 from cluster.models import ModelManifest, resolve_model
 from cluster.runtime import map_tasks
-from cluster.storage import TEMPORARY_PREFIX, is_inside, list_files, place, remove_temporaries, write_bytes
-from job.model.folder import load_model, read_trained_on
-from job.model.load_tensorflow import configure_gpus, without_chatter
-from job.predict.annotate import annotated
-from job.predict.folder import PredictionsManifest, clear, table_name
-from job.predict.readings import Readings, accuracy
-from preprocessing.cutting import cut_boxes
-from preprocessing.dataset import Clipped, Loss
-from preprocessing.groups import Group, group_pages, read_group, written_groups
+from cluster.storage import check_writable, is_inside, list_files, remove_file, remove_folder, remove_temporaries
+from job.model.folder import read_trained_on
+from job.predict.attempts import earlier_attempt, sealed_manifest
+from job.predict.folder import PredictionsManifest
+from job.predict.read_group import PICTURE_SUFFIX, GroupReport, ReadGroup, resumable, unfinished_pictures
+from job.predict.readings import accuracy
+from preprocessing.groups import Groups, group_pages, written_groups
 from preprocessing.ink import count_ink, ink_lines
-from preprocessing.input import read_input
+from preprocessing.input import Input, read_input
 from preprocessing.labels.page_ids import MAX_NAME_CHARS
-from preprocessing.labels.table import Labels
-from preprocessing.page_results import LISTED_WARNINGS, PageResult, listed_warnings
-from preprocessing.pages import fingerprint, page_reader
+from preprocessing.page_results import LISTED_WARNINGS, listed_warnings
+from preprocessing.pages import fingerprint
 from preprocessing.plan import known_losses, number_of_groups
-from preprocessing.tries import END, Tries
 
 log = logging.getLogger("kuzushiji")
 
 BOXES_PER_GROUP = 2_000  # some seconds of work
-PICTURE_SUFFIX = ".jpeg"
 VERSIONED = ("kuzushiji", "keras", "opencv-python-headless", "pandas", "pillow", "pyarrow", "simplejpeg", "tensorflow")
-
-
-class GroupReport(BaseModel):
-    """The result of a group."""
-
-    files: list[FileEntry]
-    losses: list[Loss]
-    clipped: list[Clipped]
-    read: int
-    """Number of boxes read."""
-    uncertain: int = 0
-    """Number of them that texts and pictures show as 〓."""
-    correct: dict[str, int]
-    """Counts from which `readings.accuracy` is computed."""
-    pages: list[PageResult]
-    """What the pages that were decoded are like."""
 
 
 def predict(
@@ -72,14 +47,14 @@ def predict(
     rescale: bool = False,
     canvases: UPath | None = None,
     min_confidence: float = 0.0,
-) -> PredictionsManifest:
-    """Predict the characters of boxes on page scans with Ray Data.
+) -> tuple[PredictionsManifest, bool]:
+    """Predict the characters of boxes on page scans with Ray Data, or finish it if an earlier attempt was interrupted.
 
     Args:
         model: a model folder, or an architecture's folder for its latest run.
         pages: folder or archive of page scans.
         boxes: label files, whose boxes may have no characters, see `read_labels`.
-        out: new or empty folder for the tables.
+        out: folder for the tables.
         form: `parquet` or `csv`.
         annotate: folder for pictures of the pages with the predictions; None: no pictures.
         gpus: number of processes with one GPU each; 0: one process on each CPU.
@@ -89,40 +64,86 @@ def predict(
         min_confidence: texts and pictures show 〓 for a character whose probability is less.
 
     Returns:
-        The manifest of `out`.
+        The manifest of `out`, and whether anything was written (False: it was already complete and valid).
 
     Raises:
-        OptionError: `out` holds other files; the folder for pictures is in it, or is that of the pages; this machine
-            has fewer GPUs; or `min_confidence` is not from 0 to 1.
+        OptionError: `out` holds other files or is of another job; the folder for pictures is in it, or is that of the
+            pages; this machine has fewer GPUs; or `min_confidence` is not from 0 to 1.
         InputError: boxes or pages can't be used, no box is readable, or the manifest would be too large. Where boxes
             and names of pages show it, nothing is written.
-        DamageError: the model does not match its manifest, or the workers do not share the folder `out`.
+        DamageError: the model does not match its manifest, the manifest or plan in `out` is damaged, or the workers do
+            not share the folder `out`.
         KuzushijiError: TensorFlow can't use the GPUs, the model gives probabilities that are not finite, or `out` is
-            full or read-only.
+            full, read-only or gone.
     """
     if not 0 <= min_confidence <= 1:
         raise OptionError(f"--min-confidence must be a number from 0 to 1. Received: {min_confidence}")
     if annotate:
         _check_pictures(annotate, pages, out)
     folder = resolve_model(model)
-    model_sha256 = read_manifest(folder, ModelManifest).sha256
-    labels, files, ignored = read_input(pages, boxes, "--boxes", bare=True, rescale=rescale, canvases=canvases)
-    _check_before_reading(labels, files, model_sha256, annotate is not None)
-    clear(out)
-    number = number_of_groups(len(labels.boxes), BOXES_PER_GROUP)
-    groups = group_pages(labels, files, number, rescale, read_trained_on(folder).margin)
-    work = ReadGroup(
-        model=str(folder),
-        model_sha256=model_sha256,
-        pages=str(pages),
-        out=str(out),
-        annotate=str(annotate) if annotate else None,
-        form=form,
-        min_confidence=min_confidence,
-        groups=len(groups),
-        on_gpu=gpus > 0,
-    )
-    with written_groups(groups, out, work.prefix) as write:
+    source = read_input(pages, boxes, "--boxes", bare=True, rescale=rescale, canvases=canvases)
+    config = {"format": form, "min_confidence": min_confidence, "rescale": rescale}
+    identity = identity_of(config, source, read_manifest(folder, ModelManifest).sha256)
+    _check_before_reading(source, identity, annotate is not None)
+    manifest = earlier_attempt(out, identity, source.labels, annotate)
+    if manifest is None:
+        number = number_of_groups(len(source.labels.boxes), BOXES_PER_GROUP)
+        groups = group_pages(source.labels, source.files, number, rescale, read_trained_on(folder).margin)
+        work = ReadGroup(
+            model=str(folder),
+            model_sha256=identity["model"],
+            pages=str(pages),
+            out=str(out),
+            annotate=str(annotate) if annotate else None,
+            form=form,
+            min_confidence=min_confidence,
+            groups=len(groups),
+            on_gpu=gpus > 0,
+        )
+        try:
+            if annotate:
+                check_writable(unfinished_pictures(annotate, out))  # creates it
+            manifest = _make(work, groups, source, identity, out, gpus, start_limit)
+            _remove_traces(out, annotate)
+            return manifest, True
+        except Exception:
+            # Another predict of this folder may have sealed it first and removed the files of this one.
+            if not is_sealed(out):
+                raise
+            manifest, faults = sealed_manifest(out, identity, source.labels, annotate)
+            if faults:
+                raise
+    _remove_traces(out, annotate)
+    return manifest, False
+
+
+def identity_of(config: Mapping[str, Any], source: Input, model_sha256: str) -> dict[str, Any]:
+    """Return what the tables depend on, as JSON.
+
+    Pictures and the kind of device are not part of it: they are checked for each group, see `ReadGroup`.
+
+    Args:
+        config: see `PredictionsManifest`.
+        source: of which pages count by their ids and sizes, see `fingerprint`.
+        model_sha256: of the model's manifest.
+    """
+    versions = {package: version(package) for package in VERSIONED}
+    return {**config, "model": model_sha256, "input": fingerprint(source.labels.sha256, source.files)} | {
+        "versions": versions
+    }
+
+
+def _make(
+    work: ReadGroup,
+    groups: Groups,
+    source: Input,
+    identity: Mapping[str, Any],
+    out: UPath,
+    gpus: int,
+    start_limit: float,
+) -> PredictionsManifest:
+    progress_folder = resumable(out).progress
+    with written_groups(groups, progress_folder, work.attempt, within=progress_folder) as write:
         reports = map_tasks(
             len(groups),
             work,
@@ -134,13 +155,27 @@ def predict(
             gpus=gpus,
             start_limit=start_limit,
         )
-    manifest = _manifest(labels, fingerprint(labels.sha256, files), model_sha256, reports, ignored, min_confidence)
+    try:
+        manifest = _manifest(source, identity, reports)
+    except InputError:
+        for number, report in enumerate(reports):
+            if report.losses:  # so that the next attempt reads the group again: its pages may be readable then
+                remove_file(resumable(out).report_path(number))
+        raise
     for line in ink_lines(manifest.ink):
         log.warning("%s", line)
     _check_tables(out, manifest)
-    remove_temporaries(out)
+    for folder in (out, progress_folder):  # left by killed attempts
+        remove_temporaries(folder)
     seal(out, manifest)
     return manifest
+
+
+def _remove_traces(out: UPath, annotate: UPath | None) -> None:
+    """Remove what attempts leave. After sealing: a folder with neither plan nor manifest is refused as unknown."""
+    resumable(out).remove_traces()
+    if annotate:
+        remove_folder(unfinished_pictures(annotate, out))
 
 
 def _check_pictures(annotate: UPath, pages: UPath, out: UPath) -> None:
@@ -150,25 +185,25 @@ def _check_pictures(annotate: UPath, pages: UPath, out: UPath) -> None:
         raise OptionError(f"--annotate must be a folder outside of --out. Received: {annotate} and {out}")
 
 
-def _check_before_reading(
-    labels: Labels, files: Mapping[str, tuple[str, int]], model_sha256: str, annotate: bool
-) -> None:
+def _check_before_reading(source: Input, identity: Mapping[str, Any], annotate: bool) -> None:
     """Check what the boxes and the names of the pages show.
 
     Raises:
         InputError: all boxes are lost, the manifest would be too large, or a picture's name too long.
     """
     most = MAX_NAME_CHARS - len(PICTURE_SUFFIX)
-    for page_id in labels.page_ids if annotate else []:
-        if page_id in files and max(len(part.encode()) for part in page_id.split("/")) > most:
+    for page_id in source.labels.page_ids if annotate else []:
+        if page_id in source.files and max(len(part.encode()) for part in page_id.split("/")) > most:
             raise InputError(
                 f"with --annotate a name in an image_id must have at most {most} bytes, since the picture of a page is "
                 f"named <image_id>{PICTURE_SUFFIX}. Received: {page_id[:40]!r}... Shorten it, or leave out --annotate"
             )
     nothing_read = {"examples": 0, "not_rare": 0}
-    lost = known_losses(labels, files)
-    known = GroupReport(files=[], losses=lost, clipped=[], read=0, correct=nothing_read, pages=[])
-    encoded(_manifest(labels, "", model_sha256, [known]))
+    lost = known_losses(source.labels, source.files)
+    known = GroupReport(
+        on_gpu=False, files=[], pictures={}, losses=lost, clipped=[], read=0, correct=nothing_read, pages=[]
+    )
+    encoded(_manifest(source, identity, [known]))
 
 
 def _check_tables(out: UPath, manifest: PredictionsManifest) -> None:
@@ -180,20 +215,13 @@ def _check_tables(out: UPath, manifest: PredictionsManifest) -> None:
     assert counts["read"] + len(manifest.losses) == counts["boxes"], "boxes in the file = boxes read + losses"
 
 
-def _manifest(
-    labels: Labels,
-    input_fingerprint: str,
-    model_sha256: str,
-    reports: Sequence[GroupReport],
-    ignored: Mapping[str, int] | None = None,
-    min_confidence: float = 0.0,
-) -> PredictionsManifest:
+def _manifest(source: Input, identity: Mapping[str, Any], reports: Sequence[GroupReport]) -> PredictionsManifest:
     """Return the manifest.
 
     Raises:
         InputError: all boxes are lost.
     """
-    losses = [loss for report in reports for loss in report.losses]
+    labels, losses = source.labels, [loss for report in reports for loss in report.losses]
     if len(losses) == len(labels.boxes):
         raise InputError(f"at least one box must be readable. Received: {len(losses)} lost, first: {losses[0]['what']}")
     read, uncertain = sum(report.read for report in reports), sum(report.uncertain for report in reports)
@@ -202,128 +230,16 @@ def _manifest(
     return PredictionsManifest(
         files=[entry for report in reports for entry in report.files],
         counts={"boxes": len(labels.boxes), "read": read, "pages": len(labels.page_ids), "uncertain": uncertain},
-        min_confidence=min_confidence,
+        min_confidence=identity["min_confidence"],
         accuracy=accuracy([report.correct for report in reports]),
         losses=losses,
         clipped=[box for report in reports for box in report.clipped],
-        ignored=dict(ignored or {}),
+        ignored=source.ignored,
         warnings=warnings[:LISTED_WARNINGS],
         more_warnings=max(0, len(warnings) - LISTED_WARNINGS),
         ink=count_ink(results),
-        model_manifest_sha256=model_sha256,
-        fingerprint=input_fingerprint,
-        versions={package: version(package) for package in VERSIONED},
+        config={key: value for key, value in identity.items() if key not in ("model", "input", "versions")},
+        model_manifest_sha256=identity["model"],
+        fingerprint=identity["input"],
+        versions=identity["versions"],
     )
-
-
-@dataclass
-class ReadGroup:
-    """The work of `predict` on a group of pages.
-
-    The model is loaded with the first group, not by the constructor: Ray Data loses what an actor's constructor raises.
-    """
-
-    model: str
-    model_sha256: str
-    """SHA-256 of the model's manifest."""
-    pages: str
-    out: str
-    annotate: str | None
-    form: str
-    groups: int
-    """Total number of groups, for the names of the tables."""
-    on_gpu: bool
-    min_confidence: float = 0.0
-    attempt: str = field(default_factory=lambda: uuid.uuid4().hex)
-    """Identifies the attempt of the command, see `Tries`."""
-
-    @property
-    def prefix(self) -> str:
-        """Of the names of the files of groups: temporary files, which are removed with those of a killed attempt."""
-        return f"{TEMPORARY_PREFIX}{self.attempt}"
-
-    def __call__(self, number: int) -> GroupReport:
-        """Read a group and write its tables and pictures.
-
-        Raises:
-            KuzushijiError: TensorFlow can't use the GPU, or the model gives probabilities that are not finite.
-            DamageError: the model does not match its manifest, or was replaced; or this worker sees another folder.
-            InputError: the pages were changed, or a page ended too many processes.
-            OSError: pages can't be read, or tables can't be written.
-        """
-        out = place(self.out)
-        try:
-            group = read_group(out, self.prefix, number)
-        except FileNotFoundError as error:
-            raise DamageError(
-                f"--out must stay in place, and be a folder that all workers share. Received: {self.out}, without what "
-                "the command has written there. Run the same command again"
-            ) from error
-        with Tries(group, out, self.attempt) as tries:
-            return self._read(group, tries.begin)
-
-    def _read(self, group: Group, begin: Callable[[str], None]) -> GroupReport:
-        inference, class_names = _load(self.model, self.model_sha256, self.on_gpu)
-        cuts = cut_boxes(group, place(self.pages), begin)
-        readings = Readings.from_cuts(cuts, inference, class_names, group.code_points, self.min_confidence)
-        tables = {"predictions": readings.predictions(), "pages": readings.texts(group.page_ids)}
-        files = [self._write(kind, table, group) for kind, table in tables.items()]
-        if self.annotate:
-            _annotate(group, readings, place(self.pages), place(self.annotate), begin)
-        return GroupReport(
-            files=files,
-            losses=readings.losses(),
-            clipped=[{"box": cut.box, "page": cut.page_id} for cut in readings.cuts if cut.clipped],
-            read=len(readings.read),
-            uncertain=int(np.count_nonzero(readings.uncertain)),
-            correct=readings.correct(),
-            pages=list({cut.page_id: cut.page for cut in readings.cuts if cut.page}.values()),
-        )
-
-    def _write(self, kind: str, table: pd.DataFrame, group: Group) -> FileEntry:
-        data = table.to_csv(index=False).encode() if self.form == "csv" else table.to_parquet(index=False)
-        return write_listed(place(self.out) / table_name(kind, group.number, self.groups, self.form), data)
-
-
-@lru_cache(maxsize=1)
-def _load(model: str, model_sha256: str, on_gpu: bool) -> tuple[Any, list[str]]:
-    """Return the `Inference` of a model and its class names. A process of Ray loads them once, for all its groups.
-
-    Raises:
-        KuzushijiError: TensorFlow can't use the GPU.
-        DamageError: the model does not match its manifest, or was replaced.
-    """
-    with without_chatter():
-        import tensorflow as tf
-
-        # One thread: Ray runs one process per core, and results are bit-identical for the same number of threads.
-        tf.config.threading.set_intra_op_parallelism_threads(1)
-        tf.config.threading.set_inter_op_parallelism_threads(1)
-        tf.config.experimental.enable_op_determinism()
-        # Ray does not hide GPUs from actors with num_gpus=0: each process would allocate memory on each GPU.
-        configure_gpus(on_gpu)
-    if on_gpu and not tf.config.list_logical_devices("GPU"):
-        raise KuzushijiError(
-            f"--gpus must be GPUs that TensorFlow can use. Received: none on {socket.gethostname()}. Check that "
-            "requirements-gpu.lock and a driver for CUDA 12 are installed there"
-        )
-    if read_manifest(place(model), ModelManifest).sha256 != model_sha256:
-        raise DamageError(
-            f"--model must not change while it is used. Received: {model}, replaced in the meantime. "
-            "Run the same command again"
-        )
-    loaded, class_names, _ = load_model(place(model))
-    from job.model.inference import Inference
-
-    return Inference(loaded), class_names
-
-
-def _annotate(group: Group, readings: Readings, pages: UPath, folder: UPath, begin: Callable[[str], None]) -> None:
-    """Write a picture of each page that has readings."""
-    with page_reader(pages) as read_page:
-        for page in group.pages:
-            if page.id in readings.page_columns:
-                begin(f"{page.id}{PICTURE_SUFFIX}")
-                picture = annotated(read_page(page.file_name), *readings.for_picture(page.id))
-                write_bytes(folder / f"{page.id}{PICTURE_SUFFIX}", picture)
-    begin(END)

@@ -1,6 +1,7 @@
-"""The predictions for a group of pages: their tables, and the counts for their accuracy."""
+"""The predictions for pages, made while their boxes are cut: tables, texts, and the counts for their accuracy."""
 
 import itertools
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -14,16 +15,18 @@ from job.predict.columns import columns
 from preprocessing.classes import class_indices
 from preprocessing.cutting import Cut
 from preprocessing.dataset import Loss
+from preprocessing.groups import Group
 from preprocessing.labels.code_points import UNKNOWN, name_if_known
 
 BATCH = 512
+MOST_WAITING = 16  # pages whose boxes are cut, but not all predicted
 TOP = 5
 ALTERNATIVES = 2  # characters that a picture shows beside a 〓
 
 
 @dataclass(frozen=True)
 class Readings:
-    """The predictions for a group of N boxes. n of them were read, the others are losses.
+    """The predictions for N boxes of one or several pages. n of them were read, the others are losses.
 
     Attributes:
         cuts: N, without their crops.
@@ -46,38 +49,24 @@ class Readings:
     min_confidence: float = 0.0
 
     @classmethod
-    def from_cuts(
-        cls,
-        cuts: Iterator[Cut],
-        inference: Any,
-        class_names: list[str],
-        code_points: NDArray[np.int32],
-        min_confidence: float = 0.0,
-    ) -> Self:
-        """Predict in batches while the boxes are cut: the crops of all boxes may not fit into memory.
-
-        inference: `job.model.inference.Inference`.
-        """
-        without_crops, results, batch = [], [], []
-        for cut in cuts:
-            without_crops.append(replace(cut, crop=None))
-            if cut.crop is not None:
-                batch.append(cut.crop)
-            if len(batch) == BATCH:
-                results.append(inference.top(np.stack(batch)[..., None], TOP))
-                batch = []
-        if batch:
-            results.append(inference.top(np.stack(batch)[..., None], TOP))
-        width = min(TOP, len(class_names))
-        top = np.concatenate([np.empty((0, width), np.int64), *(classes for classes, _ in results)])
-        probabilities = np.concatenate([np.empty((0, width), np.float32), *(values for _, values in results)])
-        read = np.flatnonzero([not cut.fault for cut in without_crops])
-        page_columns = {}
-        for page_id, indices in itertools.groupby(range(len(read)), key=lambda i: without_crops[read[i]].page_id):
-            first, *others = indices
-            boxes = np.array([without_crops[read[i]].box for i in (first, *others)], np.int64)
-            page_columns[page_id] = [[first + i for i in column] for column in columns(boxes)]
-        return cls(without_crops, code_points, read, top, probabilities, class_names, page_columns, min_confidence)
+    def joined(cls, parts: Sequence[Self]) -> Self:
+        """Return the predictions for the boxes of all parts, at least one."""
+        cuts_before = [0, *itertools.accumulate(len(part.cuts) for part in parts)]
+        read_before = [0, *itertools.accumulate(len(part.read) for part in parts)]
+        return cls(
+            cuts=[cut for part in parts for cut in part.cuts],
+            code_points=np.concatenate([part.code_points for part in parts]),
+            read=np.concatenate([before + part.read for before, part in zip(cuts_before, parts, strict=False)]),
+            top=np.concatenate([part.top for part in parts]),
+            probabilities=np.concatenate([part.probabilities for part in parts]),
+            class_names=parts[0].class_names,
+            page_columns={
+                page_id: [[before + i for i in column] for column in columns_of_page]
+                for before, part in zip(read_before, parts, strict=False)
+                for page_id, columns_of_page in part.page_columns.items()
+            },
+            min_confidence=parts[0].min_confidence,
+        )
 
     def predictions(self) -> pd.DataFrame:
         """Return a table with a row per read box, in reading order: position, known character, predicted classes."""
@@ -189,3 +178,71 @@ def accuracy(counts: Sequence[Mapping[str, int]]) -> dict[str, float | int | Non
         "accuracy_of_shown": total["correct_shown"] / total["shown"] if total["shown"] else None,
         "examples": examples,
     }
+
+
+def read_pages(
+    group: Group, cuts: Iterator[Cut], inference: Any, class_names: list[str], min_confidence: float
+) -> Iterator[tuple[str, Readings]]:
+    """Yield each page that has boxes and its readings, in the order of the group, while boxes are cut.
+
+    Crops are predicted in batches, which may hold crops of several pages: the crops of all boxes may not fit into
+    memory. So a page waits until the batch with its last crop is full, and at most `MOST_WAITING` pages wait.
+
+    cuts: of the boxes of the group. inference: `job.model.inference.Inference`.
+    """
+    predictions = _Predictions(inference, min(TOP, len(class_names)))
+    waiting: deque[tuple[str, list[Cut], NDArray[np.int32]]] = deque()
+    start = 0
+    with_boxes = [page for page in group.pages if page.boxes]
+    for page in with_boxes:
+        of_page = []
+        for cut in itertools.islice(cuts, page.boxes):
+            of_page.append(replace(cut, crop=None))
+            if cut.crop is not None:
+                predictions.add(cut.crop)
+        waiting.append((page.id, of_page, group.code_points[start : start + page.boxes]))
+        start += page.boxes
+        if len(waiting) == MOST_WAITING or page is with_boxes[-1]:
+            predictions.predict()
+        while waiting:
+            page_id, of_page, code_points = waiting[0]
+            read = np.flatnonzero([not cut.fault for cut in of_page])
+            if (predicted := predictions.take(len(read))) is None:
+                break
+            waiting.popleft()
+            boxes = np.array([of_page[i].box for i in read], np.int64)
+            page_columns = {page_id: columns(boxes)} if len(read) else {}
+            yield page_id, Readings(of_page, code_points, read, *predicted, class_names, page_columns, min_confidence)
+    assert next(cuts, None) is None, "one cut per box"
+
+
+class _Predictions:
+    """Crops that wait for a full batch, and predictions that wait for the last crop of their page."""
+
+    def __init__(self, inference: Any, width: int) -> None:
+        """width: number of classes to predict for each crop."""
+        self.inference = inference
+        self.crops: list[NDArray[np.uint8]] = []
+        self.top = np.empty((0, width), np.int64)
+        self.probabilities = np.empty((0, width), np.float32)
+
+    def add(self, crop: NDArray[np.uint8]) -> None:
+        self.crops.append(crop)
+        if len(self.crops) == BATCH:
+            self.predict()
+
+    def predict(self) -> None:
+        """Predict the crops that wait."""
+        if self.crops:
+            top, probabilities = self.inference.top(np.stack(self.crops)[..., None], TOP)
+            self.top = np.concatenate([self.top, top])
+            self.probabilities = np.concatenate([self.probabilities, probabilities])
+            self.crops = []
+
+    def take(self, count: int) -> tuple[NDArray[np.int64], NDArray[np.float32]] | None:
+        """Return classes and probabilities of the next crops, once they are predicted; None before."""
+        if len(self.top) < count:
+            return None
+        taken = self.top[:count], self.probabilities[:count]
+        self.top, self.probabilities = self.top[count:], self.probabilities[count:]
+        return taken

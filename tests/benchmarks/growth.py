@@ -17,7 +17,7 @@ from chaos import AT_WORK
 from benchmarks.pages import Source
 
 KUZUSHIJI = Path(sys.executable).with_name("kuzushiji")
-CUTTER, TRAINER = AT_WORK
+CUTTER, TRAINER, _ = AT_WORK
 END_OF_EPOCH = re.compile(r": epoch \d+ of ")
 SECONDS_BETWEEN_LOOKS = 0.05
 
