@@ -353,6 +353,8 @@ def test_the_command_tells_how_many_were_read_and_how_well(
     assert second.startswith("accuracy 0.")
     assert second.endswith(", 219 boxes with a character")
     assert third == "0 boxes lost, 0 clipped: each is listed in manifest.json"
+    again = kuzushiji("predict", *places).stdout.splitlines()
+    assert again == [first, "it was complete and valid: nothing written", second, third]
     assert kuzushiji("verify", tmp_path / "out").stdout.startswith("predictions ")
 
 

@@ -86,6 +86,7 @@ def predict(
     identity = identity_of(config, source, read_manifest(folder, ModelManifest).sha256)
     _check_before_reading(source, identity, annotate is not None)
     manifest = earlier_attempt(out, identity, source.labels, annotate)
+    new = manifest is None
     if manifest is None:
         number = number_of_groups(len(source.labels.boxes), BOXES_PER_GROUP)
         groups = group_pages(source.labels, source.files, number, rescale, read_trained_on(folder).margin)
@@ -104,8 +105,6 @@ def predict(
             if annotate:
                 check_writable(unfinished_pictures(annotate, out))  # creates it
             manifest = _make(work, groups, source, identity, out, gpus, start_limit)
-            _remove_traces(out, annotate)
-            return manifest, True
         except Exception:
             # Another predict of this folder may have sealed it first and removed the files of this one.
             if not is_sealed(out):
@@ -113,8 +112,9 @@ def predict(
             manifest, faults = sealed_manifest(out, identity, source.labels, annotate)
             if faults:
                 raise
+            new = False
     _remove_traces(out, annotate)
-    return manifest, False
+    return manifest, new
 
 
 def identity_of(config: Mapping[str, Any], source: Input, model_sha256: str) -> dict[str, Any]:

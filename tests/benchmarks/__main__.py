@@ -16,7 +16,7 @@ from statistics import median
 
 import click
 
-from benchmarks import growth, late_bucket, pages, planning, steps, transfer, workers
+from benchmarks import growth, late_bucket, pages, planning, reading, steps, transfer, workers
 from benchmarks.bucket import bucket
 from benchmarks.pairs import Ratio
 from cluster.capacity import Request
@@ -33,6 +33,7 @@ class Amount:
     rounds: int = 8  # of the real pages on one core
     copies: int = 240  # of the real pages, cut by Ray Data
     late: int = 10  # copies of the real pages, read from a bucket
+    read: int = 60  # of the real pages, read by `predict`
     steps: int = 1  # each takes 7 s
     batch: int = 512
     scale: float = 1.0  # of drawn pages and of the model that is pulled
@@ -43,7 +44,17 @@ class Amount:
 
 
 QUICK = Amount(
-    1, 1, copies=6, late=1, batch=16, scale=0.2, drawn=2, growth=(1, 3, 10), trainings=((1, 3),), train_batch=128
+    1,
+    1,
+    copies=6,
+    late=1,
+    read=3,
+    batch=16,
+    scale=0.2,
+    drawn=2,
+    growth=(1, 3, 10),
+    trainings=((1, 3),),
+    train_batch=128,
 )
 
 
@@ -59,6 +70,7 @@ def ratios(folder: Path, amount: Amount, rates: dict[str, float]) -> Iterator[Ra
     with ray_session():
         whole, dataset = pages.measure_all_cores(source, amount.copies, pairs, amount.rounds, folder)
         yield whole
+        yield reading.measure(source, amount.read, pairs, folder)
     config = TrainConfig(
         architecture="baseline",
         epochs=1,

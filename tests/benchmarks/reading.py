@@ -1,0 +1,116 @@
+"""New pages read with a model: `predict` on all cores, against decoding, cutting and the model in as many processes."""
+
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.pages import Page, Source, cut
+from benchmarks.pairs import Rate, Ratio, compare
+from cluster.manifest import read_manifest
+from cluster.models import ModelManifest
+from cluster.storage import place
+from job.predict.predict import predict
+from job.predict.readings import BATCH, TOP
+
+CLASSES = 514  # of Kaggle's pages at the default coverage
+
+
+def measure(source: Source, times: int, pairs: int, folder: Path) -> Ratio:
+    """`predict_vs_parts`, in the Ray that this process is connected to.
+
+    After start-up: a third as many pages are read too, and what that took is taken off.
+    """
+    cores, model = os.cpu_count() or 1, write_any_model(folder / "models")
+    few, many = source.repeated(times // 3, folder / "few-read"), source.repeated(times, folder / "many-read")
+    out, count = folder / "read", len(source.pages())
+
+    def seconds(of: Source) -> float:
+        shutil.rmtree(out, ignore_errors=True)
+        begin = time.perf_counter()
+        predict(place(model), place(of.images), place(of.labels), place(out))
+        return time.perf_counter() - begin
+
+    def whole() -> float:
+        return (times - times // 3) * count / (-seconds(few) + seconds(many))
+
+    with parts(model, source.pages(), cores, max(1, times // cores)) as rate:
+        return compare("predict_vs_parts", 0.85, "pages/s", whole, rate, pairs)
+
+
+def write_any_model(models: Path) -> Path:
+    """A `resnet` of random weights: what it computes takes the time of a trained one. Returns its folder."""
+    process = get_context("spawn").Process(target=_write, args=(models / "resnet" / "bench",))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    return models / "resnet" / "bench"
+
+
+def _write(folder: Path) -> None:
+    import keras
+
+    from job.model.architectures import ARCHITECTURES
+    from job.model.folder import write_model
+
+    keras.utils.set_random_seed(1)
+    labels = "".join(f"U+{0x4E00 + i:04X}\n" for i in range(CLASSES - 1)) + "rare\n"
+    model = ARCHITECTURES["resnet"](CLASSES)
+    write_model(place(folder), model, {"labels.txt": labels, "config.json": "{}"}, "0" * 64)
+
+
+@contextmanager
+def parts(model: Path, pages: Sequence[Page], processes: int, rounds: int) -> Iterator[Rate]:
+    """Processes of one thread that decode and cut pages and ask the model, and nothing else; pages a second of all."""
+    spawn = get_context("spawn")
+    pipes = [spawn.Pipe() for _ in range(processes)]
+    children = [spawn.Process(target=_serve, args=(there, model, pages), daemon=True) for _, there in pipes]
+    for child, (_, there) in zip(children, pipes, strict=True):
+        child.start()
+        there.close()
+    ends = [here for here, _ in pipes]
+
+    def rate() -> float:
+        for end in ends:
+            end.send(rounds)
+        return sum(end.recv() for end in ends)
+
+    try:
+        yield rate
+    finally:
+        for end in ends:
+            end.close()
+        for child in children:
+            child.join(timeout=60)
+            child.kill()
+
+
+def _serve(there: Connection, model: Path, pages: Sequence[Page]) -> None:
+    import cv2
+
+    from job.predict.read_group import _load
+
+    cv2.setNumThreads(1)
+    inference, _ = _load(str(model), read_manifest(place(model), ModelManifest).sha256, False)
+    while True:
+        try:
+            rounds = there.recv()
+        except EOFError:
+            return
+        begin = time.perf_counter()
+        crops: list[np.ndarray] = []
+        for _ in range(rounds):
+            for page in pages:
+                crops += cut(page)
+                while len(crops) >= BATCH:
+                    inference.top(np.stack(crops[:BATCH])[..., None], TOP)
+                    del crops[:BATCH]
+        if crops:
+            inference.top(np.stack(crops)[..., None], TOP)
+        there.send(rounds * len(pages) / (time.perf_counter() - begin))
