@@ -145,9 +145,8 @@ def _finish(plan: Plan, dataset: UPath, config: PrepareConfig, reports: Sequence
     for folder in (dataset, resumable(dataset).progress):  # left by killed attempts
         remove_temporaries(folder)
     seal(dataset, manifest)
-    resumable(
-        dataset
-    ).remove_traces()  # after sealing: a folder with neither plan nor manifest would be refused as unknown
+    # After sealing: a folder with neither plan nor manifest would be refused as unknown.
+    resumable(dataset).remove_traces()
     return manifest
 
 

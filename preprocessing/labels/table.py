@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from cluster.errors import InputError
 
 COLUMNS = 5  # of a page's table: code point, x, y, width, height
-# Kaggle's labels have 3,881 pages and 683,464 boxes, CODH's 1,086,326 boxes. A million such pages have 176 million, which
-# are 3.5 GB as `Labels`.
+# Kaggle's labels have 3,881 pages and 683,464 boxes, CODH's 1,086,326 boxes. A million pages like Kaggle's have 176
+# million boxes, 3.5 GB as `Labels`.
 MAX_PAGES = 2_000_000
 MAX_BOXES = 200_000_000
 MAX_PIXELS = 999_999_999  # of a coordinate or a side: nine digits
