@@ -141,7 +141,7 @@ def title(process: psutil.Process) -> str:
 class Chaos:
     """All that runs, was killed and was found."""
 
-    def __init__(self, work: Path, partitions: int) -> None:
+    def __init__(self, work: Path, partitions: int = 1) -> None:
         self.work, self.partitions, self.run = work, partitions, uuid.uuid4().hex
         (work / "stderr").mkdir(parents=True)
         self.temporary = Path(tempfile.mkdtemp(prefix="kc-"))  # short: Ray's sockets lie in it
