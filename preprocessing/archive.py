@@ -59,7 +59,7 @@ def member_reader(
     Args:
         place: the archive.
         option: to name in error messages.
-        expected: the members that will be read, in this order, each once; none: it is not known.
+        expected: the members that will be read, in this order, each once; empty: they are not known.
 
     The function raises PageFault if the member can't be read, and FileNotFoundError if there is none of this name.
     """
