@@ -1,5 +1,6 @@
 """A file elsewhere as a seekable stream, read by ranges."""
 
+import errno
 import io
 from collections.abc import Callable
 
@@ -33,7 +34,7 @@ class RangedFile(io.BufferedIOBase):
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self.size}[whence]
         if start + offset < 0:
-            raise ValueError(f"negative seek position {start + offset}")
+            raise OSError(errno.EINVAL, f"negative seek position {start + offset}")  # as of a file on a disk
         self._at = start + offset
         return self._at
 

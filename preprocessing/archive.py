@@ -68,8 +68,8 @@ def member_reader(
         def read(name: str) -> bytes:
             try:
                 return read_member(name)
-            except (PageFault, FileNotFoundError):
-                if is_local(place):
+            except (PageFault, FileNotFoundError) as error:
+                if is_local(place) or isinstance(error.__cause__, FileNotFoundError):  # the latter: it was replaced
                     raise
             # A byte of the member or of the archive's directory may have been corrupted in transit: read both again.
             with _open(place, option) as (reopened, _):
@@ -182,6 +182,8 @@ def _broken_archive_as(error_type: Callable[[str], Exception], message: str) -> 
     """Convert what zipfile raises for broken archives to `error_type`. Errors of disk and bucket pass through."""
     try:
         yield
+    except FileNotFoundError:
+        raise
     except UNREADABLE as error:
         # bz2 (no errno) and seeks to invalid offsets (EINVAL) raise OSError too. Any other errno comes from the disk.
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
@@ -197,7 +199,7 @@ def _open(place: UPath, option: str = "--pages") -> Iterator[tuple[zipfile.ZipFi
         raise InputError(f"{option} must exist. Received: {place}") from error
     with stream:
         with _broken_archive_as(InputError, f"{option} must be a folder or a valid .zip. Received: {place}"):
-            if isinstance(stream, RangedFile):
+            if isinstance(stream, RangedFile) and stream.size:
                 tail = max(0, stream.size - TAIL_BYTES)
                 stream.hold(tail, stream.read_range(tail, stream.size))
             archive = zipfile.ZipFile(stream)

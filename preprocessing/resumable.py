@@ -151,7 +151,12 @@ class Resumable:
         return parsed
 
     def remove_traces(self) -> None:
-        """Remove what attempts leave in a sealed folder: the hidden folder, and temporary files of killed attempts."""
+        """Remove what attempts leave in a sealed folder: the hidden folder, and temporary files of killed attempts.
+
+        Nothing is removed of a folder that another attempt has just begun to make again.
+        """
+        if not is_sealed(self.folder):
+            return
         for _ in range(2):  # a task of a killed attempt may still add a file during the removal
             remove_folder(self.progress)
         remove_temporaries(self.folder)

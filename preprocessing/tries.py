@@ -16,15 +16,16 @@ from cluster.storage import TEMPORARY_PREFIX, read_bytes, remove_file, write_byt
 from preprocessing.groups import Group
 
 MOST_DEATHS = 3
-# Steps of a group that are no pages.
-START, END = "(start)", "(end)"
+# Steps of a group that are no pages: before the first one, after the last one is cut, and the tables of `predict`. Each
+# comes once: the step after it erases how many processes died at it.
+START, END, TABLES = "(start)", "(end)", "(tables)"
 
 
 class _Note(BaseModel):
     """What the next process must know if this one dies."""
 
     at: str | None = None
-    """The step that is worked on: the id of a page, `START` or `END`; None: not written down."""
+    """The step that is worked on: the id of a page or its picture, or one of the above; None: not written down."""
     deaths: dict[str, int] = {}
     """Step to number of processes that died at it. A step that a process finished has no entry."""
 
@@ -66,7 +67,7 @@ class Tries:
     def begin(self, step: str) -> None:
         """Note the step that is worked on from now on, and that the one before it is done.
 
-        step: the id of a page, or `END` after the last page.
+        step: the id of a page or its picture, or one that is no page.
 
         Raises:
             InputError: `MOST_DEATHS` processes died at this step, and none finished it.
@@ -78,7 +79,7 @@ class Tries:
             self.note.deaths.pop(self.note.at, None)
         self.note.at = step
         if (deaths := self.note.deaths.get(step, 0)) >= MOST_DEATHS:
-            where = self.pages if step in (START, END) else step
+            where = self.pages if step in (START, END, TABLES) else step
             raise InputError(
                 f"no page may end the process that works on it. Received: {where}, where {deaths} "
                 "processes ended (out of memory, or a crash in the decoder). Use machines with more memory for each "

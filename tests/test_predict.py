@@ -282,9 +282,17 @@ class Killed(BaseException):
     """A process that is killed, in a test that is one process: nothing of ours catches it."""
 
 
-@pytest.mark.parametrize("step", ["preprocessing.cutting._read_page", "job.predict.read_group.annotated"])
+@pytest.mark.parametrize(
+    ("step", "named"),
+    [
+        ("preprocessing.cutting._read_page", ""),
+        ("job.predict.read_group.annotated", r"\.jpeg"),
+        ("job.predict.read_group.Readings.joined", " to .*"),
+    ],
+    ids=["read", "drawn", "in tables"],
+)
 def test_a_page_that_ends_each_process_while_it_is_read_or_drawn_ends_predict_in_one_line_that_names_it(
-    step: str, model: Path, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    step: str, named: str, model: Path, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from job.model.folder import load_model
     from job.model.inference import Inference
@@ -309,7 +317,7 @@ def test_a_page_that_ends_each_process_while_it_is_read_or_drawn_ends_predict_in
     for _ in range(4):
         with pytest.raises(Killed):
             work(0)
-    with pytest.raises(InputError, match=rf"Received: {labels.page_ids[0]}(\.jpeg)?, where 3 processes ended"):
+    with pytest.raises(InputError, match=rf"Received: {labels.page_ids[0]}{named}, where 3 processes ended"):
         work(0)
 
 

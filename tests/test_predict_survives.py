@@ -157,15 +157,32 @@ def test_the_same_command_on_a_complete_folder_writes_nothing_and_mends_what_is_
     assert hashes_of_predictions(tmp_path) == hashes_of_predictions(undisturbed)
 
 
-def test_pictures_that_are_asked_for_later_or_were_removed_are_drawn_and_the_tables_stay_as_they_are(
+def test_a_complete_folder_without_pictures_is_refused_with_them_and_stays_sealed(source: Path, tmp_path: Path) -> None:
+    assert predict_here(source, tmp_path, pictures=False)
+    before = written(tmp_path)
+    with pytest.raises(OptionError, match=r"these differ: annotate \(there False, now True\)"):
+        predict_here(source, tmp_path)
+    assert written(tmp_path) == before
+
+
+def test_pictures_may_be_removed_and_are_drawn_again_with_damaged_tables(
     source: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
-    assert predict_here(source, tmp_path, pictures=False)
+    shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "pictures")
+    assert not predict_here(source, tmp_path)
+    min((tmp_path / "read").glob("pages-*")).write_bytes(b"damage")
     assert predict_here(source, tmp_path)
     assert hashes_of_predictions(tmp_path) == hashes_of_predictions(undisturbed)
-    min((tmp_path / "pictures").iterdir()).unlink()
+
+
+def test_what_another_attempt_has_begun_to_make_again_keeps_its_plan(source: Path, tmp_path: Path) -> None:
     assert predict_here(source, tmp_path)
-    assert hashes_of_predictions(tmp_path) == hashes_of_predictions(undisturbed)
+    out = resumable(place(tmp_path / "read"))
+    write_bytes(out.plan, b"{}")
+    (tmp_path / "read" / "manifest.json").unlink()
+    out.remove_traces()
+    assert (tmp_path / "read" / ".predict" / "plan.json").exists()
 
 
 def test_a_folder_of_another_job_is_refused_with_what_differs_finished_or_not(

@@ -11,7 +11,8 @@ the canonical nodes of MosaicML's Streaming are the same idea (docs.mosaicml.com
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, zip_longest
+from functools import cached_property
+from itertools import accumulate, pairwise, zip_longest
 from typing import Self
 
 import numpy as np
@@ -71,9 +72,21 @@ class Partitions:
         """Rows of each partition in a global batch, B / C."""
         return self.global_batch_size // len(self.shards["train"])
 
+    @cached_property
+    def _starts(self) -> dict[str, list[int]]:
+        """Split to the first row of each partition, and the number of all rows."""
+        return {
+            split: [0, *accumulate(sum(shard.examples for shard in shards) for shards in partitions)]
+            for split, partitions in self.shards.items()
+        }
+
     def sizes(self, split: str) -> list[int]:
         """Return the number of crops in each partition."""
-        return [sum(shard.examples for shard in shards) for shards in self.shards[split]]
+        return [end - start for start, end in pairwise(self._starts[split])]
+
+    def crops(self, split: str) -> int:
+        """Return the number of crops of a split."""
+        return self._starts[split][-1]
 
     def held_by(self, worker: int) -> range:
         """Return the partitions that a worker holds: those with a row among its rows of a global batch."""
@@ -95,7 +108,7 @@ class Partitions:
 
     def _rows_in(self, split: str, numbers: range) -> slice:
         """Return the rows of a split in consecutive partitions."""
-        starts = [0, *accumulate(self.sizes(split))]
+        starts = self._starts[split]
         return slice(starts[numbers.start], starts[numbers.stop])
 
     def local(self, split: str, rows: slice) -> slice:

@@ -33,7 +33,6 @@ from preprocessing.parquet import PAGES_TABLE, books_of_table
 from preprocessing.records import FRAME_BYTES, SIDE
 
 MIN_RECORD_BYTES = FRAME_BYTES + SIDE * SIDE
-STAGED_BYTES = SIDE * SIDE + 8 + 4 + 4 * 4  # of a crop, without the id of its page
 LOCK_FILE = "in-use"
 ARRAYS = ("images", "labels", "code_points", "boxes")  # of `Crops`
 
@@ -65,7 +64,7 @@ class Crops:
 
     def page_ids(self) -> Iterator[str]:
         """Yield the id of the page of each crop. They are read from the disk: a list would take 75 bytes a crop."""
-        with self.pages_file.open(newline="\n") as lines:
+        with self.pages_file.open(encoding="utf-8", newline="\n") as lines:
             for line in islice(lines, self.first, self.first + len(self)):
                 yield line.removesuffix("\n")
 
@@ -245,7 +244,7 @@ def _check_room(dataset: UPath, shards: Mapping[str, Sequence[Shard]], root: Pat
         OptionError: it has not.
     """
     every = [shard for of_split in shards.values() for shard in of_split]
-    needed = sum(shard.examples for shard in every) * STAGED_BYTES
+    needed = sum(shard.bytes for shard in every)  # records are a little larger than what is kept of them
     needed += 0 if is_local(dataset) else max((shard.bytes for shard in every), default=0)
     free = shutil.disk_usage(root).free
     if needed > free:

@@ -34,7 +34,7 @@ class SplitWriter:
         self.labels = _new_array(folder / "labels.npy", np.int64, (examples,))
         self.code_points = _new_array(folder / "code_points.npy", np.int32, (examples,))
         self.boxes = _new_array(folder / "boxes.npy", np.int32, (examples, 4))
-        self.pages = open(folder / PAGES_FILE, "w")  # noqa: SIM115 - closed by `close`
+        self.pages = open(folder / PAGES_FILE, "w", encoding="utf-8")  # noqa: SIM115 - closed by `close`
         self.filled = 0
 
     def parse(self, records: Sequence[bytes]) -> None:

@@ -82,10 +82,12 @@ def predict(
         _check_pictures(annotate, pages, out)
     folder = resolve_model(model)
     source = read_input(pages, boxes, "--boxes", bare=True, rescale=rescale, canvases=canvases)
-    config = {"format": form, "min_confidence": min_confidence, "rescale": rescale}
+    config = {"format": form, "min_confidence": min_confidence, "rescale": rescale, "annotate": annotate is not None}
     identity = identity_of(config, source, read_manifest(folder, ModelManifest).sha256)
     _check_before_reading(source, identity, annotate is not None)
-    manifest = earlier_attempt(out, identity, source.labels, annotate)
+    if annotate:
+        check_writable(annotate)
+    manifest = earlier_attempt(out, identity)
     new = manifest is None
     if manifest is None:
         number = number_of_groups(len(source.labels.boxes), BOXES_PER_GROUP)
@@ -109,7 +111,7 @@ def predict(
             # Another predict of this folder may have sealed it first and removed the files of this one.
             if not is_sealed(out):
                 raise
-            manifest, faults = sealed_manifest(out, identity, source.labels, annotate)
+            manifest, faults = sealed_manifest(out, identity)
             if faults:
                 raise
             new = False
@@ -118,9 +120,9 @@ def predict(
 
 
 def identity_of(config: Mapping[str, Any], source: Input, model_sha256: str) -> dict[str, Any]:
-    """Return what the tables depend on, as JSON.
+    """Return what the files depend on, as JSON.
 
-    Pictures and the kind of device are not part of it: they are checked for each group, see `ReadGroup`.
+    The kind of device is not part of it: it is checked for each group, see `ReadGroup`.
 
     Args:
         config: see `PredictionsManifest`.

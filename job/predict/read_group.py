@@ -30,7 +30,7 @@ from preprocessing.groups import Group
 from preprocessing.page_results import PageResult
 from preprocessing.resumable import Report, Resumable
 from preprocessing.scan import Scan
-from preprocessing.tries import END
+from preprocessing.tries import TABLES
 
 PICTURE_SUFFIX = ".jpeg"
 
@@ -130,7 +130,7 @@ class ReadGroup:
             if (small := small_pages.pop(page_id, None)) and len(page.read):
                 begin(f"{page_id}{PICTURE_SUFFIX}")
                 pictures[page_id] = self._draw(page_id, small, page)
-        begin(END)
+        begin(TABLES)
         readings = Readings.joined(pages)
         tables = {"predictions": readings.predictions(), "pages": readings.texts(group.page_ids)}
         return GroupReport(

@@ -55,6 +55,13 @@ def _batch_size(manifest: DatasetManifest, config: TrainConfig, crops: int) -> i
     if size < wanted:
         most = "the number of training crops" if parts == 1 else f"{parts} times the crops of the smallest partition"
         log.warning("%s: --global-batch-size %d is lowered to %d, %s", config.architecture, wanted, size, most)
+    if parts > 1 and parts % config.workers:
+        log.warning(
+            "%s: --partitions %d is no multiple of --workers %d: some parts are staged by two workers",
+            config.architecture,
+            parts,
+            config.workers,
+        )
     if parts > 1:
         taken = smallest // (size // parts) * size
         log.info("%s: %d partitions, %d of %d training crops in an epoch", config.architecture, parts, taken, crops)

@@ -46,7 +46,7 @@ class Evaluation:
     def predict(self, split: str) -> Predicted:
         """Return the predictions of a split, on every worker."""
         crops = self.dataset.splits[split]
-        found = np.zeros((sum(self.partitions.sizes(split)), 5), np.float32)  # the last one: the label
+        found = np.zeros((self.partitions.crops(split), 5), np.float32)  # the last one: the label
         most = self.steps.predict_rows
         for rows_of_workers in self._steps_of(split, "evaluates"):
             rows, own = rows_of_workers[self.partitions.rank], self.partitions.rank * most
@@ -82,11 +82,14 @@ class Evaluation:
         labels, classes = self.dataset.splits["train"].labels[own], len(self.dataset.class_names)
         # In float32 exact up to 16 million crops of a class.
         own_counts = np.bincount(labels, minlength=classes).astype(np.float32)
-        return np.asarray(self.steps.sum_over_workers(own_counts[None])[0], np.int64)
+        self.step_limit.begin()
+        counts = self.steps.sum_over_workers(own_counts[None])[0]
+        self.step_limit.end()
+        return np.asarray(counts, np.int64)
 
     def _steps_of(self, split: str, doing: str) -> Iterator[tuple[slice, ...]]:
         """Yield the rows of each worker in each step. doing: for the progress, before the split."""
-        crops, done = sum(self.partitions.sizes(split)), 0
+        crops, done = self.partitions.crops(split), 0
         # All workers take each step together, so that none waits long in the collective.
         for rows_of_workers in self.partitions.evaluated(split, self.steps.predict_rows):
             self.step_limit.begin()
