@@ -69,7 +69,8 @@ def member_reader(
             try:
                 return read_member(name)
             except (PageFault, FileNotFoundError) as error:
-                if is_local(place) or isinstance(error.__cause__, FileNotFoundError):  # the latter: it was replaced
+                was_replaced = isinstance(error, FileNotFoundError) and not isinstance(error.__cause__, KeyError)
+                if is_local(place) or was_replaced:
                     raise
             # A byte of the member or of the archive's directory may have been corrupted in transit: read both again.
             with _open(place, option) as (reopened, _):

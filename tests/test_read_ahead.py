@@ -19,7 +19,7 @@ from cluster.bucket import RANGE_BYTES
 from cluster.errors import DamageError, InputError
 from cluster.ranged_file import RangedFile
 from cluster.storage import place, read_at_most, remove_file, write_bytes
-from preprocessing.archive import LOCAL_HEADER_BYTES
+from preprocessing.archive import LOCAL_HEADER_BYTES, member_reader
 from preprocessing.cutting import Cut, cut_boxes
 from preprocessing.groups import Group, group_pages
 from preprocessing.labels.read import read_labels
@@ -154,6 +154,26 @@ def test_a_damaged_page_in_an_archive_that_is_read_ahead_is_a_loss_and_its_neigh
     assert {cut.page_id for cut in cuts if cut.fault} == {files[2].stem}
 
 
+@pytest.mark.parametrize("expected", [[], ["a", "b"]])
+def test_of_an_archive_that_is_replaced_while_it_is_read_no_other_page_is_read(
+    folder: UPath, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(byte: bytes) -> None:
+        data = io.BytesIO()
+        with zipfile.ZipFile(data, "w") as archive:
+            for name in "ab":
+                archive.writestr(name, byte * 5000)
+        write_bytes(folder / "pages.zip", data.getvalue())
+
+    monkeypatch.setattr("preprocessing.archive.TAIL_BYTES", 200)
+    monkeypatch.setattr("cluster.bucket.RANGE_BYTES", 200)
+    write(b"x")
+    with member_reader(folder / "pages.zip", expected=expected) as read:
+        write(b"y")
+        with pytest.raises(FileNotFoundError):
+            read("a")
+
+
 @pytest.mark.parametrize("sizes", [[10] * 20, [60, 5, 200, 5, 5, 60, 50], [300] * 3, []])
 def test_what_is_read_ahead_never_exceeds_its_bounds_and_comes_in_order(sizes: list[int]) -> None:
     lock = threading.Lock()
@@ -233,5 +253,5 @@ def test_a_ranged_file_reads_as_a_file_does(data: st.DataObject, size: int, leas
         length = data.draw(st.integers(-1, 250))
         assert ours.read(length) == theirs.read(length)
         assert ours.tell() == theirs.tell()
-    with pytest.raises(ValueError, match="negative"):
+    with pytest.raises(OSError, match="negative"):
         ours.seek(-1)
