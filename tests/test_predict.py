@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cluster.errors import DamageError, InputError, OptionError
-from cluster.storage import place, write_bytes
+from cluster.storage import check_writable, place, write_bytes
 from job.predict.columns import columns
 from job.predict.folder import PredictionsManifest
 from job.predict.predict import predict
-from job.predict.read_group import ReadGroup, resumable
+from job.predict.read_group import ReadGroup, resumable, unfinished_pictures
 from job.predict.readings import Readings
 from job.verify import verify
 from preprocessing.config import SPLITS, PrepareConfig
@@ -265,7 +265,8 @@ def test_a_picture_whose_name_would_be_too_long_and_a_manifest_too_large_are_ref
 def test_a_reader_that_is_killed_changes_nothing(read: Path, model: Path, shared: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with ThreadPoolExecutor() as pool:
-        done = pool.submit(do, model, shared / "pages", shared / "train.csv", out)
+        pictures = place(tmp_path / "pictures")
+        done = pool.submit(do, model, shared / "pages", shared / "train.csv", out, annotate=pictures)
         readers: list[psutil.Process] = []
         while not readers:
             assert not done.done(), done.result()
@@ -313,6 +314,7 @@ def test_a_page_that_ends_each_process_while_it_is_read_or_drawn_ends_predict_in
     out = resumable(place(tmp_path / "out"))
     write_bytes(out.plan, b"{}")
     write_groups(groups, out.progress, work.attempt)
+    check_writable(unfinished_pictures(place(tmp_path / "annotate"), out.folder))
     monkeypatch.setattr(step, killed)
     for _ in range(4):
         with pytest.raises(Killed):
@@ -348,7 +350,7 @@ def test_a_folder_of_something_else_is_left_alone(read: Path, model: Path, share
     with pytest.raises(OptionError, match="outside of --pages"):
         do(model, shared / "pages", shared / "train.csv", tmp_path / "new", annotate=place(shared / "pages"))
     with pytest.raises(OptionError, match=r"these differ: format \(there parquet, now csv\)\. Name another folder"):
-        do(model, shared / "pages", shared / "train.csv", read, form="csv")
+        do(model, shared / "pages", shared / "train.csv", read, form="csv", annotate=place(read.parent / "pictures"))
     assert verify(place(read))[1:] == ([], [])
 
 

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -193,6 +194,8 @@ def test_a_disk_that_is_full_while_staging_is_an_error_that_leaves_nothing(
     mount_small_disk(tmp_path, "1m")
     try:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        # Another process takes the room after it was looked at.
+        monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1 << 40))
         full = pytest.raises(KuzushijiError, match=f"Received: {tmp_path}.*No space left")
         with full, staged(place(dataset), ["train"]):
             pass
