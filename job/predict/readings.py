@@ -213,7 +213,8 @@ def read_pages(
             boxes = np.array([of_page[i].box for i in read], np.int64)
             page_columns = {page_id: columns(boxes)} if len(read) else {}
             yield page_id, Readings(of_page, code_points, read, *predicted, class_names, page_columns, min_confidence)
-    assert next(cuts, None) is None, "one cut per box"
+    more = next(cuts, None)  # also ends the reading of pages
+    assert more is None, "one cut per box"
 
 
 class _Predictions:
