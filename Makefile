@@ -45,7 +45,7 @@ test-smoke: .venv/.installed-dev
 test-cloud: .venv/.installed-dev
 	.venv/bin/pytest -q -m cloud
 
-# How fast it is beside what people would use instead, in ratios: 19 minutes on 2 cores, with nothing beside it. It
+# How fast it is beside what people would use instead, in ratios: half an hour on 2 cores, with nothing beside it. It
 # draws the README's plot anew; BENCH=--quick shows in minutes that it runs.
 BENCH ?= --plot docs/growth.png
 bench: .venv/.installed-dev
