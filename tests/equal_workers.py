@@ -12,7 +12,7 @@ import numpy as np
 
 EQUAL_BATCH = 25  # of a size that no number of workers but 1 divides
 A_FEW = {"with dropout": 3, "augmented": 2}
-MORE = {"with dropout": 3, "augmented": 2, "without": 20}  # until the batch is learned
+MORE = {"with dropout": 2, "augmented": 2, "without": 20}  # until the batch is learned
 
 
 def one_batch(job: Any, out: Path, steps: dict[str, int]) -> Callable[[Any], None]:

@@ -93,7 +93,7 @@ def test_two_workers_give_the_losses_of_one(two_workers: Path, dataset: Path, tm
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("numbers", "changes"),
-    [((2, 3, 4), {}), ((2, 3, 4), {"partitions": 4, "global_batch_size": 28})],
+    [((2, 3, 4), {}), ((2, 3, 4), {"partitions": 4, "global_batch_size": 20})],
     ids=["whole", "of four partitions"],
 )
 def test_any_number_of_workers_gives_the_same_losses(
