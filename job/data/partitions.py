@@ -1,8 +1,8 @@
 """Partitions: which shards of a dataset a worker holds, and which of their crops it trains on and evaluates.
 
-The shards of each split are dealt to C partitions. A global batch has B / C crops of each partition, one
-partition after the other, so that a worker needs the partitions of its own rows alone. With one partition, each worker
-holds the whole dataset.
+The shards of each split are dealt to C partitions. A global batch has B / C crops of each partition, one partition
+after the other, so that a worker needs the partitions of its own rows alone. With one partition, each worker holds the
+whole dataset.
 
 The crops of a split are counted in the order of the partitions, and within one in that of its shards. Those that a
 worker holds are consecutive. Which crops are in a global batch depends on seed, epoch and C, and not on the workers;

@@ -39,7 +39,7 @@ class PredictionsManifest(Manifest):
     """Number of further warnings."""
     ink: InkCount = InkCount()
     config: dict[str, Any] = Field(default_factory=dict)
-    """The options that change the tables; folders of earlier releases have none."""
+    """The options that change the tables, and whether pictures were drawn; folders of earlier releases have none."""
     model_manifest_sha256: str
     fingerprint: str
     """Hash of the bytes of the file of boxes and of the ids and sizes of the pages."""

@@ -85,7 +85,7 @@ def predict(
     config = {"format": form, "min_confidence": min_confidence, "rescale": rescale, "annotate": annotate is not None}
     identity = identity_of(config, source, read_manifest(folder, ModelManifest).sha256)
     _check_before_reading(source, identity, annotate is not None)
-    if annotate:
+    if annotate:  # before a damaged folder is unsealed
         check_writable(annotate)
     manifest = earlier_attempt(out, identity)
     new = manifest is None
