@@ -50,6 +50,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 hypothesis.settings.register_profile("without deadline", deadline=None)
 hypothesis.settings.load_profile("without deadline")
 
+from chaos import Chaos  # noqa: E402
+
 from cluster import bucket, google_client  # noqa: E402
 from cluster.capacity import Request  # noqa: E402
 from cluster.errors import KuzushijiError  # noqa: E402
@@ -168,6 +170,16 @@ def folder(strict: StrictBucket) -> Iterator[UPath]:
     """A folder of its own on the bucket, whose name fits none of the faults' patterns."""
     yield place(f"gs://demo/{uuid.uuid4().hex}")
     strict.faults.clear()
+
+
+@pytest.fixture
+def chaos(tmp_path: Path) -> Iterator[Chaos]:
+    """Processes that are all gone afterwards."""
+    started = Chaos(tmp_path)
+    try:
+        yield started
+    finally:
+        started.close()
 
 
 @pytest.fixture(scope="session")

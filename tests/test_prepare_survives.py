@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -30,16 +30,6 @@ from preprocessing.shards import CutGroup
 from preprocessing.tries import Tries
 
 CONFIG = PrepareConfig(coverage=0.2, val_fraction=0.35, test_fraction=0.35)
-
-
-@pytest.fixture
-def chaos(tmp_path: Path) -> Iterator[Chaos]:
-    """Processes that are all gone afterwards."""
-    started = Chaos(tmp_path)
-    try:
-        yield started
-    finally:
-        started.close()
 
 
 @pytest.fixture(scope="module")
