@@ -180,9 +180,9 @@ def train_narrow(given: dict[str, Any]) -> None:
     from job.model import architectures
     from job.model.start import initial_model
     from job.train.display import StartUp
+    from job.train.staging_ahead import staged_partitions
     from job.train.strategy import configure_tensorflow, make_strategy
     from job.train.training import Training
-    from job.train.worker import staged_partitions
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(architectures, "HEAD", (64, 32))

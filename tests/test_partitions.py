@@ -2,13 +2,15 @@
 
 import json
 import subprocess
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import GIVEN, WorkersDo, mount_small_disk
+from conftest import GIVEN, WorkersDo, job_of, mount_small_disk
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,8 +18,9 @@ from cluster.errors import OptionError
 from cluster.manifest import read_manifest
 from cluster.storage import place
 from job.config import TrainConfig
+from job.data import staging
 from job.data.partitions import Partitions, deal
-from job.data.staging import staged_shards
+from job.data.staging import staged_shards, unpack
 from job.train.batches import fit_to_dataset
 from job.train.driver import train
 from preprocessing.config import SPLITS
@@ -158,6 +161,39 @@ def test_consecutive_crops_have_the_ids_of_their_pages(dataset: Path) -> None:
         assert np.array_equal(crops[5:90][3:].boxes, crops.boxes[8:90])
 
 
+def test_a_worker_that_ends_early_ends_its_staging_and_leaves_nothing(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a worker does whose GPUs TensorFlow does not see."""
+    import ray.train
+
+    from job.train.staging_ahead import staging_ahead
+
+    context = {"get_world_rank": lambda: 0, "get_world_size": lambda: 1, "get_node_rank": lambda: 1}
+    monkeypatch.setattr(ray.train, "get_context", lambda: SimpleNamespace(**context))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    begun, end, names = threading.Event(), threading.Event(), []
+
+    def unpack_at_the_end(dataset: Any, shard: Any, *rest: Any) -> None:
+        names.append(shard.name)
+        begun.set()
+        end.wait()
+        unpack(dataset, shard, *rest)
+
+    monkeypatch.setattr(staging, "unpack", unpack_at_the_end)
+    config = TrainConfig.model_validate(GIVEN)
+    with staging_ahead(job_of(config, dataset=str(dataset))):
+        begun.wait()
+        threading.Timer(0.5, end.set).start()  # after the block has ended, which waits for it
+    assert len(names) == 1
+    assert [path.name for path in (tmp_path / "kuzushiji" / "staged").iterdir()] == ["lock"]
+    with staging_ahead(job_of(config, dataset=str(dataset))) as staged:
+        partitions, data = staged()
+        assert {split: len(crops) for split, crops in data.splits.items()} == {
+            split: partitions.crops(split) for split in SPLITS
+        }
+
+
 def remembers_what_is_staged(folder: Path) -> Any:
     """What changes workers (see `small_head.work_after`) so that each writes the names of what it stages."""
     told = str(folder)
@@ -165,16 +201,16 @@ def remembers_what_is_staged(folder: Path) -> Any:
     def change(_: dict[str, Any]) -> None:
         import ray.train
 
-        from job.train import worker
+        from job.train import staging_ahead
 
-        staged_shards = worker.staged_shards
+        staged_shards = staging_ahead.staged_shards
 
         def remembering(dataset: Any, manifest: Any, shards: Any, progress: Any) -> Any:
             names = [shard.name for of_split in shards.values() for shard in of_split]
             Path(told, f"{ray.train.get_context().get_world_rank()}.json").write_text(json.dumps(names))
             return staged_shards(dataset, manifest, shards, progress)
 
-        worker.staged_shards = remembering
+        staging_ahead.staged_shards = remembering
 
     return change
 

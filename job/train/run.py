@@ -12,13 +12,14 @@ from upath import UPath
 
 from cluster.errors import DamageError, KuzushijiError, OptionError
 from cluster.lock import locked
-from cluster.manifest import read_manifest
+from cluster.manifest import is_sealed, read_manifest
 from cluster.models import ModelManifest, point_to_latest
 from cluster.runtime import cause_of
 from cluster.storage import (
     arrow_filesystem,
     is_file,
     list_folders,
+    place,
     read_bytes,
     remove_file,
     remove_folder,
@@ -271,8 +272,11 @@ class Run:
 def _work(config: dict[str, TrainJob]) -> Failure | None:
     """The function that Ray Train runs on each worker. Its imports are local: the driver does not load TensorFlow."""
     job = config["job"]
+    if is_sealed(place(job.folder)):  # a worker failed after the folder was sealed, and all were restarted
+        return None
     choose_backend()
     from job.train.display import LogLine, StartUp
+    from job.train.staging_ahead import staging_ahead
 
     start_up = StartUp()
     import ray.train
@@ -281,15 +285,16 @@ def _work(config: dict[str, TrainJob]) -> Failure | None:
         text = "the workers have started; TensorFlow takes a while to load"
         job.board.post.remote(LogLine(job.config.architecture, text))
         job.board.set_workers.remote(job.config.architecture, True)
-    if job.config.gpus_per_worker:
-        from job.train.rendezvous import shared_failure
-        from job.train.strategy import fault_of_gpus
+    with staging_ahead(job) as staged:
+        if job.config.gpus_per_worker:
+            from job.train.rendezvous import shared_failure
+            from job.train.strategy import fault_of_gpus
 
-        fault = fault_of_gpus(job.config.gpus_per_worker)
-        failure = shared_failure(job.board, job.config.architecture, Failure(fault, "") if fault else None)
-        if failure:
-            return failure
-    from job.train.worker import train_worker
+            fault = fault_of_gpus(job.config.gpus_per_worker)
+            failure = shared_failure(job.board, job.config.architecture, Failure(fault, "") if fault else None)
+            if failure:
+                return failure
+        from job.train.worker import train_worker
 
-    start_up.ends("loading TensorFlow")
-    return train_worker(job, start_up)
+        start_up.ends("loading TensorFlow")
+        return train_worker(job, start_up, staged)

@@ -41,9 +41,9 @@ def _serve(given: dict[str, Any]) -> None:
 
     from job.model.start import initial_model
     from job.train.display import StartUp
+    from job.train.staging_ahead import staged_partitions
     from job.train.strategy import configure_tensorflow, make_strategy
     from job.train.training import Training
-    from job.train.worker import staged_partitions
 
     job, gate = given["job"], given["gate"]
     config = job.config
