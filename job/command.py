@@ -18,9 +18,15 @@ if TYPE_CHECKING:
 # What a command returns: an object for `--json`, and lines for the terminal.
 Outcome = tuple[dict[str, Any], list[str]]
 
+# The commands in the order in which they are used, as the help lists them.
+ORDER = ("sample", "prepare", "train", "evaluate", "report", "pull", "verify", "predict", "export", "submit")
+
 
 class OneLine(click.Group):
     """A click group that prints usage errors in one line, too."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(self.commands, key=ORDER.index)
 
     def main(
         self,
@@ -54,7 +60,12 @@ def _echo_error(text: str, as_json: bool) -> None:
         click.echo(json.dumps({"error": text}, ensure_ascii=False))
 
 
-@click.group(cls=OneLine, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(
+    cls=OneLine,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    epilog="Without data, begin with `kuzushiji sample --out pages --num-pages 40`, and give `prepare` what it drew: "
+    "--pages pages/train_images --labels pages/train.csv. README.md and docs/ explain each step.",
+)
 @click.version_option(package_name="kuzushiji")
 def main() -> None:
     """From scans of old Japanese pages to a trained classifier of their characters.
