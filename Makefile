@@ -4,7 +4,7 @@ PYTHON ?= $(shell for python in python3.13 python3.12 python3.11; do \
   $$python -c 'import ensurepip, venv' > /dev/null 2>&1 && echo $$python && break; done)
 KUZUSHIJI = .venv/bin/kuzushiji
 
-.PHONY: demo check test test-long test-smoke test-cloud test-image bench recognition chaos fuzz lock clean
+.PHONY: demo docs check test test-long test-smoke test-cloud test-image bench recognition chaos fuzz lock clean
 .DELETE_ON_ERROR:
 
 # Hashes are checked for every package; the project itself comes from this folder, built by the locked setuptools.
@@ -30,6 +30,11 @@ check: .venv/.installed-dev
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
+# docs/cli.md, from the help of the commands.
+docs: .venv/.installed
+	.venv/bin/python docs/cli.py > docs/cli.md.new
+	mv docs/cli.md.new docs/cli.md
+
 # The number of test processes (pytest-xdist): more than cores, since they spend much of their time waiting for others.
 TEST_PROCESSES ?= 3
 test: .venv/.installed-dev
@@ -45,9 +50,9 @@ test-smoke: .venv/.installed-dev
 test-cloud: .venv/.installed-dev
 	.venv/bin/pytest -q -m cloud
 
-# How fast it is beside what people would use instead, in ratios: half an hour on 2 cores, with nothing beside it. It
-# draws the README's plot anew; BENCH=--quick shows in minutes that it runs.
-BENCH ?= --plot docs/growth.png
+# How fast it is compared with what people would use instead, in ratios: half an hour on 2 cores, with nothing next to it.
+# Writes docs/bench.md and docs/growth.png; BENCH=--quick shows in minutes that it runs.
+BENCH ?= --docs docs
 bench: .venv/.installed-dev
 	PYTHONPATH=tests .venv/bin/python -m benchmarks $(BENCH)
 
@@ -89,12 +94,14 @@ demo: .venv/.installed
 	@echo
 	@grep '^|' demo/pulled/resnet/demo/README.md
 	@echo
-	@echo 'The pages:           demo/pages/train_images/'
-	@echo 'The dataset:         demo/dataset/README.md'
-	@echo 'The model:           demo/pulled/resnet/demo/README.md'
-	@echo 'What it gets wrong:  demo/evaluation/misclassified.csv'
-	@echo 'Reports:             demo/dataset.report.html, demo/models/resnet/demo.report.html'
-	@echo 'New pages, read:     demo/pictures/, demo/read/'
+	@echo 'Open in a browser or an image viewer:'
+	@echo '  demo/pictures/*.jpeg                   new pages, and next to each what the model read (red: wrong)'
+	@echo '  demo/dataset.report.html               the dataset: crops, books, characters'
+	@echo '  demo/models/resnet/demo.report.html    the model: curves, errors, confused crops'
+	@echo 'Tables:'
+	@echo '  demo/read/                             what was read, a row a box and a row a page'
+	@echo '  demo/evaluation/misclassified.csv      what the model got wrong'
+	@echo 'Next: README.md, "Your own data".'
 
 # After a change of pyproject.toml. One set for Python 3.11 and later: --universal. The lock files hold no address: the one in
 # force where they are used is asked.

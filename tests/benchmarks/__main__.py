@@ -1,6 +1,6 @@
-"""Measure everything on this machine: a table of ratios, and as the last line one JSON object of them.
+"""Measure everything on this machine: `docs/bench.md`, and as the last line one JSON object of the ratios.
 
-make bench                      # 19 minutes on 2 cores
+make bench                      # half an hour on 2 cores
 make bench BENCH=--quick        # whether it runs at all; its numbers mean nothing
 """
 
@@ -9,8 +9,9 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from statistics import median
 
@@ -19,6 +20,7 @@ import click
 from benchmarks import growth, late_bucket, pages, planning, reading, steps, transfer, workers
 from benchmarks.bucket import bucket
 from benchmarks.pairs import Ratio
+from benchmarks.recognition import processor
 from cluster.capacity import Request
 from cluster.runtime import ray_session
 from job.config import TrainConfig
@@ -32,7 +34,7 @@ class Amount:
     pairs: int = 5
     rounds: int = 8  # of the real pages on one core
     copies: int = 240  # of the real pages, cut by Ray Data
-    late: int = 10  # copies of the real pages, read from a bucket
+    late: int = 19  # copies of the real pages, read from a bucket: a group of prepare has some 57 pages
     read: int = 60  # of the real pages, read by `predict`
     steps: int = 1  # each takes 7 s
     batch: int = 512
@@ -140,10 +142,36 @@ def line(ratio: Ratio) -> str:
     )
 
 
+def page(found: Sequence[Ratio], rates: planning.Rates, growing: Mapping[str, float]) -> str:
+    """Markdown of all that was measured."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return "\n".join(
+        [
+            "# Measured by `make bench`",
+            "",
+            f"{date.today().isoformat()}, {os.cpu_count()} CPUs, {processor()}, {memory:.0f} GiB.",
+            "[performance.md](performance.md) explains the keys. `make bench` writes this page.",
+            "",
+            "| key | ours / theirs: median (all) of pairs | aim | ours | theirs |",
+            "|---|---|---|---|---|",
+            *map(line, found),
+            "",
+            "| as work grows | ratio |",
+            "|---|---|",
+            *(f"| `{key}` | {value:.2f} |" for key, value in growing.items()),
+            "",
+            "Computed from these rates:",
+            "",
+            planning.table(rates),
+            "",
+        ]
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="make bench", description="Measure how fast it is, in ratios.")
     parser.add_argument("--quick", action="store_true", help="show that it runs; the numbers mean nothing")
-    parser.add_argument("--plot", type=Path, help="where to draw how prepare's time and memory grow")
+    parser.add_argument("--docs", type=Path, help="folder for bench.md, and growth.png: prepare's time and memory")
     options = parser.parse_args()
     amount = QUICK if options.quick else Amount()
     rates: dict[str, float] = {}
@@ -153,10 +181,11 @@ def main() -> None:
         for ratio in ratios(Path(folder), amount, rates):
             say(line(ratio))
             found.append(ratio)
-        growing = grow(Path(folder) / "drawn", amount, rates, options.plot)
-    click.echo("\n| key | median (all) of pairs | at least | ours | theirs |\n|---|---|---|---|---|")
-    click.echo("\n".join(map(line, found)))
-    click.echo("\n" + planning.table(planning.Rates(**rates)) + "\n")
+        growing = grow(Path(folder) / "drawn", amount, rates, options.docs and options.docs / "growth.png")
+    text = page(found, planning.Rates(**rates), growing)
+    click.echo(f"\n{text}")
+    if options.docs:
+        (options.docs / "bench.md").write_text(text)
     numbers = {ratio.key: ratio.ratio for ratio in found} | growing
     click.echo(json.dumps({key: round(value, 3) for key, value in numbers.items()}))
 
