@@ -87,7 +87,7 @@ class Cluster:
 
 @pytest.fixture(scope="module")
 def cloud() -> Iterator[FakeCloud]:
-    """A project as the README tells to make it: a bucket, two accounts with their rights."""
+    """A project as docs/google-cloud.md makes it: a bucket, two accounts with their rights."""
     if why := FakeCloud.cannot_run():
         pytest.skip(why)
     with FakeCloud(buckets=[BUCKET]) as running:

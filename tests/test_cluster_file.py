@@ -202,8 +202,8 @@ def test_no_worker_has_an_address_in_the_internet_nor_the_heads_account(config: 
 
 @pytest.fixture(scope="module")
 def commands() -> list[str]:
-    """What the README's first block under "On Google Cloud" runs, with its variables filled in; nothing is done."""
-    section = (ROOT / "README.md").read_text().partition("## On Google Cloud")[2]
+    """What the first block of docs/google-cloud.md under "Once" runs, with its variables filled in; nothing is done."""
+    section = (ROOT / "docs" / "google-cloud.md").read_text().partition("## Once")[2]
     block = section.split("```")[1].replace("my-project", "demo-project-1")
     tell = "".join(f'{tool}() {{ echo {tool} "$@"; }}\n' for tool in ("gcloud", "docker", "ray", "sed", "chmod"))
     script = f"set -euo pipefail\n{tell}{block}"
@@ -215,7 +215,7 @@ def option(command: str, name: str) -> str:
     return str(value)
 
 
-def test_the_readmes_commands_make_what_the_file_names(commands: list[str], config: Config) -> None:
+def test_the_commands_of_the_docs_make_what_the_file_names(commands: list[str], config: Config) -> None:
     types = config["available_node_types"]
     pushed = {command.split()[-1] for command in commands if command.startswith("docker push")}
     assert pushed == {config["docker"]["image"], types["gpu"]["docker"]["worker_image"]}
@@ -229,7 +229,7 @@ def test_the_readmes_commands_make_what_the_file_names(commands: list[str], conf
     assert config["provider"]["region"] == option(subnet, "region")
 
 
-def test_the_readmes_commands_give_the_least_rights(commands: list[str]) -> None:
+def test_the_commands_of_the_docs_give_the_least_rights(commands: list[str]) -> None:
     roles = [
         (command.split()[1], option(command, "member"), option(command, "role"))
         for command in commands
@@ -246,7 +246,7 @@ def test_the_readmes_commands_give_the_least_rights(commands: list[str]) -> None
     )
 
 
-def test_the_readmes_firewall_admits_only_the_tag_of_the_machines(commands: list[str], config: Config) -> None:
+def test_the_firewall_of_the_docs_admits_only_the_tag_of_the_machines(commands: list[str], config: Config) -> None:
     rules = [command for command in commands if "firewall-rules create" in command]
     machines = [node["node_config"] for node in config["available_node_types"].values()]
     tags = {tag for machine in machines for tag in machine["tags"]["items"]}

@@ -3,7 +3,6 @@
 import inspect
 import json
 import re
-import shlex
 import subprocess
 import sys
 import time
@@ -152,18 +151,6 @@ def test_debug_shows_the_whole_chain_of_causes(kuzushiji: Kuzushiji, tmp_path: P
     assert shown.code == 1
     assert "UnicodeDecodeError: 'utf-8' codec can't decode byte 0xff" in shown.stderr
     assert "The above exception was the direct cause of the following exception" in shown.stderr
-
-
-def test_the_readmes_commands_are_used_rightly() -> None:
-    blocks = (Path(__file__).parents[1] / "README.md").read_text().split("```")[1::2]
-    lines = [line.split("#")[0] for block in blocks for line in block.splitlines() if line.startswith("kuzushiji ")]
-    assert len(lines) >= 9
-    for line in lines:
-        name, *rest = shlex.split(line)[1:]
-        main.commands[name].make_context(name, list(rest))  # raises what is wrong
-        if name == "submit":
-            job, *options = rest[rest.index("--") + 1 :]
-            main.commands[job].make_context(job, list(options))
 
 
 @pytest.mark.parametrize(("arguments", "code"), [(["verify", "x"], 1), (["prepare"], 2)])

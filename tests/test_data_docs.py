@@ -28,7 +28,8 @@ PAGES = dict.fromkeys(("100241706_00004_2", "200003076_00002_1", "hnsd001-003"),
 DOCS = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
 COMMANDS = [
     line.removeprefix("kuzushiji ")
-    for block in re.findall(r"```\n(.*?)```", DOCS, re.S)
+    for language, block in re.findall(r"^```(\w*)\n(.*?)^```$", DOCS, re.M | re.S)
+    if not language  # commands of other inputs are marked as `sh`
     for line in block.splitlines()
     if line.startswith("kuzushiji ")
 ]

@@ -136,23 +136,3 @@ def test_make_takes_the_newest_python_that_runs_or_says_in_a_line_what_to_instal
     said = [line for line in none.stderr.splitlines() if not line.startswith("make")]
     assert len(said) == 1
     assert said[0].startswith("Install Python 3.11, 3.12 or 3.13")
-
-
-def test_the_readme_names_every_command_and_option() -> None:
-    from job.cli import main
-
-    readme = (ROOT / "README.md").read_text()
-    for name, command in main.commands.items():
-        assert f"kuzushiji {name}" in readme
-        for parameter in command.params:
-            for option in parameter.opts:
-                assert option in readme or not option.startswith("--"), f"{name} {option}"
-
-
-def test_the_readme_maps_every_module() -> None:
-    readme = (ROOT / "README.md").read_text()
-    for package in PACKAGES:
-        _, _, rest = readme.partition(f"\n{package}/ ")
-        listed = re.findall(r"^  (\S+\.py) ", re.split(r"\n(?=\S)", rest)[0], re.M)
-        there = {str(path.relative_to(ROOT / package)) for path in (ROOT / package).rglob("*.py")}
-        assert sorted(listed) == sorted(path for path in there if not path.endswith("__init__.py"))

@@ -1,0 +1,64 @@
+"""Print docs/cli.md, from the commands themselves: `make docs` writes it, and a test holds it equal."""
+
+import click
+
+from job.cli import main
+
+HEAD = """\
+# Commands
+
+Made by `make docs` from the help of the commands. `kuzushiji COMMAND --help` shows the same.
+
+A PLACE is a path or an address: `/data/pages`, `gs://bucket/pages`, or any address that an installed
+[fsspec](https://filesystem-spec.readthedocs.io) file system reads.
+
+Each command also takes:
+
+| option | meaning |
+|---|---|
+| `--json` | Print one JSON object as the last line, for scripts. |
+| `--debug` | Show the traceback of a failure. |
+| `-h`, `--help` | Show the help and exit. |
+
+Exit codes: 0 success, 1 failure, 2 usage error. A failure is one line on standard error. On a terminal, bars show the
+progress; elsewhere, at most one line every ten seconds does.
+
+**Ray.** Without the environment variable `RAY_ADDRESS`, `prepare`, `train` and `predict` start a local Ray and stop it
+at the end. With it, they join the Ray at that address: `HOST:PORT` of a head node, or `auto` on a machine of its
+cluster. A local Ray writes to `$RAY_TMPDIR/ray`, else to `$TMPDIR/ray` or `/tmp/ray`; that path must be short.
+
+**Shell completion.** For bash, add `eval "$(_KUZUSHIJI_COMPLETE=bash_source kuzushiji)"` to `~/.bashrc`; zsh and fish
+likewise.
+"""
+COMMON = {"as_json", "debug"}
+
+
+def page() -> str:
+    """Return the text of docs/cli.md."""
+    return "\n".join([HEAD, *(section(name, main.commands[name]) for name in main.list_commands(click.Context(main)))])
+
+
+def section(name: str, command: click.Command) -> str:
+    """Return a command: its usage, its help, a table of its options."""
+    context = click.Context(command, info_name=f"kuzushiji {name}")
+    lines = [f"## kuzushiji {name}", "", (command.help or "").strip(), ""]
+    lines += ["```text", command.get_usage(context).removeprefix("Usage: "), "```", ""]
+    records = [
+        record
+        for parameter in command.params
+        if parameter.name not in COMMON and (record := parameter.get_help_record(context))
+    ]
+    if records:
+        lines += ["| option | meaning |", "|---|---|", *(row(*record) for record in records), ""]
+    return "\n".join(lines)
+
+
+def row(option: str, text: str) -> str:
+    """Return a row of the table."""
+    # Outside of code, Markdown takes `<image_id>` for HTML.
+    cells = (f"`{option}`", " ".join(text.split()).replace("<", r"\<"))
+    return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
+
+
+if __name__ == "__main__":
+    click.echo(page(), nl=False)

@@ -1,0 +1,110 @@
+"""README and docs: sizes hold, links and named files are there, commands are used rightly, options are all listed."""
+
+import re
+import runpy
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from job.cli import main
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+CODE = re.compile(r"^( *)```(\w*)\n(.*?)^ *```", re.M | re.S)
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def prose(text: str) -> str:
+    return CODE.sub("", text)
+
+
+def anchors(path: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", prose(path.read_text()), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def commands(text: str) -> Iterator[str]:
+    """The `kuzushiji` commands of the code blocks of a page, each as one line."""
+    for _, language, block in CODE.findall(text):
+        if language == "text":  # no commands
+            continue
+        for line in re.sub(r"\\\n\s*", " ", block).splitlines():
+            if line.strip().startswith("kuzushiji "):
+                yield line.split(" #")[0].strip()
+
+
+def test_the_readme_is_short() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 250
+    assert len(text.encode()) <= 12_000
+
+
+def test_the_numbers_of_the_readme_were_measured() -> None:
+    text = (ROOT / "README.md").read_text()
+    bench = (ROOT / "docs" / "bench.md").read_text()
+    (ratio,) = re.findall(r"`crop_vs_study` \| ([0-9.]+)", bench)
+    assert f"{float(ratio):.1f} times the study's way" in text
+    tables = (ROOT / "docs" / "recognition" / "tables.md").read_text()
+    rows = re.findall(r"^\| (baseline, the study's|resnet, ours) \| (.*) \|$", tables.partition("| hands")[0], re.M)
+    for _, row in rows:
+        accuracy, _, top5 = map(float, row.split(" | ")[1:4])
+        assert f"accuracy {accuracy:.2f}, top 5 {top5:.2f}" in text
+    (errors,) = re.findall(r"resnet, ours .* ([0-9.]+) \(([0-9.]+) to ([0-9.]+)\)", tables.partition("| hands")[0])
+    assert "makes {} of the errors of `baseline`\n({} to {})".format(*errors) in text
+
+
+def test_the_page_of_commands_is_what_the_commands_say() -> None:
+    made = runpy.run_path(str(ROOT / "docs" / "cli.py"))
+    assert (ROOT / "docs" / "cli.md").read_text() == made["page"](), "run `make docs`"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_of_the_docs_resolve(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page.read_text())):
+        if re.match(r"https?:", target):
+            continue
+        place, _, anchor = target.partition("#")
+        path = (page.parent / place).resolve() if place else page
+        assert path.exists(), target
+        assert not anchor or anchor in anchors(path), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_the_docs_name_files_that_are_there(page: Path) -> None:
+    for name in re.findall(r"`((?:tests|docs|cluster|preprocessing|job|\.ci)/[\w./-]*\w)`", page.read_text()):
+        assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_commands_of_the_docs_are_used_rightly(page: Path) -> None:
+    for command in commands(page.read_text()):
+        name, *rest = shlex.split(command)[1:]
+        if "..." in rest:
+            continue
+        main.commands[name].make_context(name, list(rest))  # raises what is wrong
+        if name == "submit" and "--" in rest:
+            job, *options = rest[rest.index("--") + 1 :]
+            main.commands[job].make_context(job, list(options))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_make_targets_of_the_docs_are_there(page: Path) -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    text = page.read_text()
+    named = re.findall(r"^make ([a-z-]+)", text, re.M) + re.findall(r"`make ([a-z-]+)", text)
+    assert set(named) <= targets
+
+
+def test_the_docs_map_every_module() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    for package in ("cluster", "preprocessing", "job"):
+        _, _, rest = text.partition(f"\n{package}/ ")
+        listed = re.findall(r"^  (\S+\.py) ", re.split(r"\n(?=\S)", rest)[0], re.M)
+        there = {str(path.relative_to(ROOT / package)) for path in (ROOT / package).rglob("*.py")}
+        assert sorted(listed) == sorted(path for path in there if not path.endswith("__init__.py"))
