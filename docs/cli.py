@@ -1,5 +1,7 @@
 """Print docs/cli.md, from the commands themselves: `make docs` writes it, and a test holds it equal."""
 
+import inspect
+
 import click
 
 from job.cli import main
@@ -21,7 +23,8 @@ Each command also takes:
 | `-h`, `--help` | Show the help and exit. |
 
 Exit codes: 0 success, 1 failure, 2 usage error. A failure is one line on standard error. On a terminal, bars show the
-progress; elsewhere, at most one line every ten seconds does.
+progress; elsewhere, at most one log line every ten seconds does. If standard output is a terminal too, `prepare` and
+`predict` show Ray Data's own bars, whose rows are groups of pages.
 
 **Ray.** Without the environment variable `RAY_ADDRESS`, `prepare`, `train` and `predict` start a local Ray and stop it
 at the end. With it, they join the Ray at that address: `HOST:PORT` of a head node, or `auto` on a machine of its
@@ -41,12 +44,14 @@ def page() -> str:
 def section(name: str, command: click.Command) -> str:
     """Return a command: its usage, its help, a table of its options."""
     context = click.Context(command, info_name=f"kuzushiji {name}")
-    lines = [f"## kuzushiji {name}", "", (command.help or "").strip(), ""]
+    lines = [f"## kuzushiji {name}", "", inspect.cleandoc(command.help or ""), ""]
     lines += ["```text", command.get_usage(context).removeprefix("Usage: "), "```", ""]
     records = [
         record
         for parameter in command.params
-        if parameter.name not in COMMON and (record := parameter.get_help_record(context))
+        if isinstance(parameter, click.Option)
+        and parameter.name not in COMMON
+        and (record := parameter.get_help_record(context))
     ]
     if records:
         lines += ["| option | meaning |", "|---|---|", *(row(*record) for record in records), ""]

@@ -96,10 +96,10 @@ def then(measure: Callable[[Any], None], out: Path) -> Callable[[dict[str, Any]]
             strategies.append(make_strategy(workers))
             return strategies[0]
 
-        def train_and_measure(job: Any, start_up: Any) -> Any:
+        def train_and_measure(job: Any, start_up: Any, staged: Any) -> Any:
             rank = ray.train.get_context().get_world_rank()
             told = shared_failure(job.board, "another", Failure("a shard was changed", "") if rank == 1 else None)
-            failure = train_worker(job, start_up)
+            failure = train_worker(job, start_up, staged)
             measure(strategies[0])
             Path(f"{folder}/told-{rank}").write_text(told.message if told else "")
             return failure

@@ -177,14 +177,14 @@ def test_a_worker_that_ends_early_ends_its_staging_and_leaves_nothing(
     def unpack_at_the_end(dataset: Any, shard: Any, *rest: Any) -> None:
         names.append(shard.name)
         begun.set()
-        end.wait()
+        assert end.wait(60)
         unpack(dataset, shard, *rest)
 
     monkeypatch.setattr(staging, "unpack", unpack_at_the_end)
     config = TrainConfig.model_validate(GIVEN)
     with staging_ahead(job_of(config, dataset=str(dataset))):
-        begun.wait()
-        threading.Timer(0.5, end.set).start()  # after the block has ended, which waits for it
+        assert begun.wait(60)
+        threading.Timer(2, end.set).start()  # after the block has ended, which waits for it
     assert len(names) == 1
     assert [path.name for path in (tmp_path / "kuzushiji" / "staged").iterdir()] == ["lock"]
     with staging_ahead(job_of(config, dataset=str(dataset))) as staged:
@@ -205,10 +205,10 @@ def remembers_what_is_staged(folder: Path) -> Any:
 
         staged_shards = staging_ahead.staged_shards
 
-        def remembering(dataset: Any, manifest: Any, shards: Any, progress: Any) -> Any:
+        def remembering(dataset: Any, manifest: Any, shards: Any, *rest: Any) -> Any:
             names = [shard.name for of_split in shards.values() for shard in of_split]
             Path(told, f"{ray.train.get_context().get_world_rank()}.json").write_text(json.dumps(names))
-            return staged_shards(dataset, manifest, shards, progress)
+            return staged_shards(dataset, manifest, shards, *rest)
 
         staging_ahead.staged_shards = remembering
 

@@ -230,6 +230,22 @@ def test_the_same_input_gives_the_same_bytes_from_a_folder_or_a_zip(dataset: Pat
     assert contents(tmp_path / "out") == contents(dataset)
 
 
+def test_one_process_that_cuts_all_groups_from_the_last_to_the_first_writes_the_same_bytes(
+    dataset: Path, pages: Path, tmp_path: Path
+) -> None:
+    plan = make_plan(place(pages / "train_images"), [place(pages / "train.csv")], PrepareConfig(coverage=0.5))
+    (tmp_path / ".prepare").mkdir()
+    (tmp_path / ".prepare" / "plan.json").write_text("{}")
+    write_groups(plan.groups, place(tmp_path / ".prepare"), "alone")
+    cut = CutGroup(str(pages / "train_images"), str(tmp_path), "alone")
+    for number in reversed(range(len(plan.groups))):
+        cut(number)
+    shards = read_manifest(place(dataset), DatasetManifest).shards
+    assert sorted(path.name for path in tmp_path.glob("*.tfrecord-*")) == sorted(shard.name for shard in shards)
+    for shard in shards:
+        assert (tmp_path / shard.name).read_bytes() == (dataset / shard.name).read_bytes()
+
+
 def test_a_second_run_writes_nothing(dataset: Path, pages: Path) -> None:
     before = {path.name: path.stat().st_mtime_ns for path in dataset.iterdir()}
     source = (place(pages / "train_images"), place(pages / "train.csv"))

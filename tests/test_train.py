@@ -359,7 +359,7 @@ def test_a_dataset_that_a_worker_finds_damaged_is_one_line_and_not_raised_to_ray
     def damaged(*arguments: Any) -> Any:
         raise DamageError("a shard was changed")
 
-    monkeypatch.setattr("job.train.worker.staged_shards", damaged)
+    monkeypatch.setattr("job.train.staging_ahead.staged_shards", damaged)
     with pytest.raises(KuzushijiError, match="^a shard was changed$") as failure:
         train(place(few), place(tmp_path), [config(epochs=1, global_batch_size=4)], "damaged")
     assert isinstance(failure.value.__cause__, RuntimeError)  # the text of a `Failure`

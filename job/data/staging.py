@@ -10,6 +10,7 @@ import hashlib
 import os
 import shutil
 import socket
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
@@ -32,6 +33,7 @@ from preprocessing.dataset import VOLUMES, DatasetManifest, Shard
 from preprocessing.parquet import PAGES_TABLE, books_of_table
 from preprocessing.records import FRAME_BYTES, SIDE
 
+SECONDS_BETWEEN_TRIES = 0.1  # to get the lock while another process stages
 MIN_RECORD_BYTES = FRAME_BYTES + SIDE * SIDE
 LOCK_FILE = "in-use"
 ARRAYS = ("images", "labels", "code_points", "boxes")  # of `Crops`
@@ -112,6 +114,7 @@ def staged_shards(
     manifest: DatasetManifest,
     shards: Mapping[str, Sequence[Shard]],
     shown: Progress = progress,
+    check: Callable[[], None] = lambda: None,
 ) -> Iterator[StagedDataset]:
     """Stage shards of a dataset, or share them with another process of this machine. The last user removes them.
 
@@ -120,6 +123,7 @@ def staged_shards(
         manifest: its manifest.
         shards: split to the shards to stage.
         shown: shows the progress.
+        check: called again and again while this process stages or waits for another one that does; ends it by raising.
 
     Raises:
         InputError: a split of the dataset has no crops.
@@ -133,10 +137,10 @@ def staged_shards(
     folder = root / key
     with writing_in(root):
         root.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with writing_in(root), _locked(root):
+    with writing_in(root), _locked(root, check):
         _remove_unused(root, keep=key)
         if not folder.exists():
-            _stage(dataset, manifest, shards, folder, shown)
+            _stage(dataset, manifest, shards, folder, shown, check)
         in_use = open(folder / LOCK_FILE)  # noqa: SIM115 - kept open: the file holds the lock
         fcntl.flock(in_use, fcntl.LOCK_SH)
     try:
@@ -149,10 +153,18 @@ def staged_shards(
 
 
 @contextmanager
-def _locked(root: Path) -> Iterator[None]:
-    """Hold the exclusive lock under which datasets are staged, locked by users, and removed."""
+def _locked(root: Path, check: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Hold the exclusive lock under which datasets are staged, locked by users, and removed. check: see
+    `staged_shards`.
+    """
     with open(root / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        while True:
+            check()
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(SECONDS_BETWEEN_TRIES)
         yield
 
 
@@ -182,6 +194,7 @@ def _stage(
     shards_by_split: Mapping[str, Sequence[Shard]],
     folder: Path,
     shown: Progress,
+    check: Callable[[], None],
 ) -> None:
     """Verify the files against the manifest, and unpack the shards. The folder appears when it is complete."""
     temporary = folder.with_name(f"{folder.name}-{uuid.uuid4().hex}")
@@ -203,6 +216,7 @@ def _stage(
                 examples = sum(shard.examples for shard in shards)
                 with closing(SplitWriter(temporary / split, examples, classes)) as writer:
                     for shard in shards:
+                        check()
                         with local_file(dataset / shard.name, temporary) as local:
                             unpack(dataset, shard, UPath(local), writer)
                         advance(shard.examples)

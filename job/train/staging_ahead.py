@@ -10,7 +10,7 @@ import ray.train
 from cluster.manifest import read_manifest
 from cluster.storage import place
 from job.data.partitions import Partitions
-from job.data.staging import Progress, StagedDataset, staged_shards
+from job.data.staging import StagedDataset, staged_shards
 from job.train.display import Reporter
 from job.train.run import TrainJob
 from preprocessing.config import SPLITS
@@ -25,8 +25,8 @@ class StagingEndedError(Exception):
 def staging_ahead(job: TrainJob) -> Iterator[Callable[[], tuple[Partitions, StagedDataset]]]:
     """Stage the partitions that this worker holds in a thread, while the block runs.
 
-    Yields a function that waits for them, and raises as `staged_partitions`. When the block ends, staging ends with the
-    shard that it is at, and what it staged is given up.
+    Yields a function that waits for them, and raises as `staged_partitions`. When the block ends, staging ends at once,
+    or with the shard that it is at, and what was staged is given up.
     """
     end = Event()
     with ExitStack() as stack, ThreadPoolExecutor(1, "staging") as thread:
@@ -52,24 +52,12 @@ def staged_partitions(job: TrainJob, end: Event | None = None) -> Iterator[tuple
         manifest, config.partitions, config.global_batch_size, config.seed, rank=rank, workers=workers
     )
     # Shown by the workers of the first host: which of them stages what they share is up to chance.
-    shown: Progress = Reporter(job.board, config.architecture, context.get_node_rank()).progress
+    reporter = Reporter(job.board, config.architecture, context.get_node_rank())
     shards = {split: partitions.held_shards(split) for split in SPLITS}
-    with staged_shards(place(job.dataset), manifest, shards, _until(end, shown) if end else shown) as dataset:
+
+    def check() -> None:
+        if end and end.is_set():
+            raise StagingEndedError
+
+    with staged_shards(place(job.dataset), manifest, shards, reporter.progress, check) as dataset:
         yield partitions, dataset
-
-
-def _until(end: Event, shown: Progress) -> Progress:
-    """Return `shown`, which ends what it shows once `end` is set."""
-
-    @contextmanager
-    def shown_until_end(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-        def advance_until_end(n: int) -> None:
-            if end.is_set():
-                raise StagingEndedError
-            advance(n)
-
-        with shown(what, total, unit) as advance:
-            advance_until_end(0)
-            yield advance_until_end
-
-    return shown_until_end

@@ -4,6 +4,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
 
+import keras
 import ray.train
 import tensorflow as tf
 
@@ -36,6 +37,8 @@ def train_worker(
         try:
             partitions, dataset = staged()
             start_up.ends("connecting and staging")
+            # Again: Keras draws the seeds of initial weights from Python's `random`, and retried requests draw from it.
+            keras.utils.set_random_seed(job.config.seed)
             model = initial_model(job.config, job.weights, dataset.class_names)
         except (DamageError, InputError, OptionError) as error:
             own = Failure(str(error), traceback.format_exc())

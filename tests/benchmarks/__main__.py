@@ -160,7 +160,7 @@ def page(found: Sequence[Ratio], rates: planning.Rates, growing: Mapping[str, fl
             "|---|---|",
             *(f"| `{key}` | {value:.2f} |" for key, value in growing.items()),
             "",
-            "Computed from these rates:",
+            "Computed from the rates of this run, 176 crops a page, of which `baseline` trains on 70 %:",
             "",
             planning.table(rates),
             "",
