@@ -1,6 +1,7 @@
 """train: the same losses however many workers share a batch; a model folder that anyone can use and check."""
 
 import json
+import random
 import re
 import shutil
 from dataclasses import asdict
@@ -14,7 +15,7 @@ from conftest import GIVEN, in_fresh_process, job_of, save_test_crops
 from equal_workers import A_FEW, EQUAL_BATCH, MORE, measured, one_batch
 from tensorboardX.proto.event_pb2 import Event
 
-from cluster.errors import DamageError, KuzushijiError, OptionError
+from cluster.errors import DamageError, InputError, KuzushijiError, OptionError
 from cluster.manifest import read_manifest
 from cluster.models import ModelManifest
 from cluster.storage import place
@@ -363,6 +364,35 @@ def test_a_dataset_that_a_worker_finds_damaged_is_one_line_and_not_raised_to_ray
     with pytest.raises(KuzushijiError, match="^a shard was changed$") as failure:
         train(place(few), place(tmp_path), [config(epochs=1, global_batch_size=4)], "damaged")
     assert isinstance(failure.value.__cause__, RuntimeError)  # the text of a `Failure`
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_initial_weights_do_not_depend_on_what_else_drew_random_numbers_while_crops_were_staged(
+    few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As retried requests do."""
+    from job.train import staging_ahead, worker
+
+    draws, weights = [0, 3], []
+    staged_shards, initial_model = staging_ahead.staged_shards, worker.initial_model
+
+    def drawing(*arguments: Any) -> Any:
+        for _ in range(draws[len(weights)]):
+            random.random()
+        return staged_shards(*arguments)
+
+    def remembered(*arguments: Any) -> Any:
+        weights.append(initial_model(*arguments).get_weights())
+        raise InputError("no more is needed")
+
+    monkeypatch.setattr(staging_ahead, "staged_shards", drawing)
+    monkeypatch.setattr(worker, "initial_model", remembered)
+    monkeypatch.setattr("job.model.architectures.BASELINE_HEAD", (16, 8))
+    for name in ("none", "three"):
+        with pytest.raises(KuzushijiError, match="no more is needed"):
+            train(place(few), place(tmp_path), [config(epochs=1, global_batch_size=16)], name)
+    for one, other in zip(*weights, strict=True):
+        assert np.array_equal(one, other)
 
 
 @pytest.mark.usefixtures("in_this_process")
