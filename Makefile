@@ -50,7 +50,7 @@ test-smoke: .venv/.installed-dev
 test-cloud: .venv/.installed-dev
 	.venv/bin/pytest -q -m cloud
 
-# How fast it is compared with what people would use instead, in ratios: half an hour on 2 cores, with nothing next to it.
+# How fast it is compared with what people would use instead, in ratios: some 20 minutes on 2 cores, with nothing next to it.
 # Writes docs/bench.md and docs/growth.png; BENCH=--quick shows in minutes that it runs.
 BENCH ?= --docs docs
 bench: .venv/.installed-dev

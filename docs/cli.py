@@ -9,7 +9,7 @@ from job.cli import main
 HEAD = """\
 # Commands
 
-Made by `make docs` from the help of the commands. `kuzushiji COMMAND --help` shows the same.
+Made by `make docs`. The sections of the commands are their `--help`.
 
 A PLACE is a path or an address: `/data/pages`, `gs://bucket/pages`, or any address that an installed
 [fsspec](https://filesystem-spec.readthedocs.io) file system reads.
@@ -22,8 +22,8 @@ Each command also takes:
 | `--debug` | Show the traceback of a failure. |
 | `-h`, `--help` | Show the help and exit. |
 
-Exit codes: 0 success, 1 failure, 2 usage error. A failure is one line on standard error. On a terminal, bars show the
-progress; elsewhere, at most one log line every ten seconds does. If standard output is a terminal too, `prepare` and
+Exit codes: 0 success, 1 failure, 2 usage error. A failure is one line on standard error. Progress is a bar on a
+terminal, and elsewhere at most one log line every ten seconds. If standard output is a terminal too, `prepare` and
 `predict` show Ray Data's own bars, whose rows are groups of pages.
 
 **Ray.** Without the environment variable `RAY_ADDRESS`, `prepare`, `train` and `predict` start a local Ray and stop it

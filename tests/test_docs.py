@@ -113,9 +113,13 @@ def test_the_docs_name_files_that_are_there(page: Path) -> None:
         assert (ROOT / name).exists(), name
 
 
+def test_commands_are_found_in_the_docs() -> None:
+    assert len(list(commands((ROOT / "README.md").read_text()))) >= 9
+    assert sum(len(list(commands(page.read_text()))) for page in PAGES) >= 60
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_commands_of_the_docs_are_used_rightly(page: Path) -> None:
-    assert page.name != "README.md" or page.parent != ROOT or len(list(commands(page.read_text()))) >= 9
     for command in commands(page.read_text()):
         name, *rest = shlex.split(command)[1:]
         if "..." in rest:
@@ -145,7 +149,6 @@ def test_the_docs_map_every_module() -> None:
 
 SMALLER = {
     "--num-pages 240": "--num-pages 12 --scale 0.2",
-    "--num-pages 40": "--num-pages 12 --scale 0.2",
     "--epochs 20": "--epochs 1",
     "--val-fraction 0.02 --test-fraction 0.02": "--val-fraction 0.1 --test-fraction 0.1",
 }
@@ -176,7 +179,7 @@ def test_the_commands_of_the_readme_and_of_the_models_page_run_on_small_data(
 ) -> None:
     for name in ("README.md", "docs/models.md"):
         for command in commands((ROOT / name).read_text()):
-            if "gs://" in command or command.startswith(("kuzushiji submit", "kuzushiji verify")):  # of a cluster
+            if "gs://" in command or "ray_cluster.yaml" in command:
                 continue
             for large, small in SMALLER.items():
                 command = command.replace(large, small)

@@ -1,6 +1,6 @@
 """Measure everything on this machine: `docs/bench.md`, and as the last line one JSON object of the ratios.
 
-make bench                      # half an hour on 2 cores
+make bench                      # some 20 minutes on 2 cores
 make bench BENCH=--quick        # whether it runs at all; its numbers mean nothing
 """
 
