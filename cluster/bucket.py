@@ -318,11 +318,12 @@ def _refused(bucket: str, text: str) -> str:
     if "cannot be deleted" in text:  # retention policies and holds
         return (
             f"{bucket} must let objects be replaced and deleted. Received: {text[:400]}. Use a bucket without holds "
-            f"and retention policy, or run `gcloud storage buckets update {bucket} --clear-retention-period`"
+            f"and retention policy, or run `gcloud storage buckets update {bucket} --clear-retention-period`. "
+            "See docs/faq.md"
         )
     missing = re.search(r"storage\.objects\.\w+|serviceusage\.services\.use", text)
     if not missing:  # billing, an organization's policy, ...: no role helps
-        return f"{bucket} must let you in. Received: {text[:400]}. Ask whoever owns it to mend that"
+        return f"{bucket} must let you in. Received: {text[:400]}. Ask whoever owns it to mend that. See docs/faq.md"
     grant, role = f"storage buckets add-iam-policy-binding {bucket}", "storage.objectUser"
     if missing[0] in ("storage.objects.get", "storage.objects.list"):
         role = "storage.objectViewer"
@@ -330,7 +331,7 @@ def _refused(bucket: str, text: str) -> str:
         grant, role = "projects add-iam-policy-binding PROJECT", "serviceusage.serviceUsageConsumer"
     return (
         f"{bucket} must let you in. Received: {text[:400]}. To grant {missing[0]}, whoever owns it runs "
-        f"`gcloud {grant} --member=user:YOU --role=roles/{role}`"
+        f"`gcloud {grant} --member=user:YOU --role=roles/{role}`. See docs/faq.md"
     )
 
 

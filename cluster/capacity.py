@@ -75,7 +75,7 @@ def check_room(request: Request) -> None:
         raise OptionError(
             f"Ray must have room for all processes at the same time. Received: {request}; there is room for {held} on "
             f"{_count(len(present), 'host')} with {_count(cpus, 'CPU')} and {_count(gpus, 'GPU')} in all, and no "
-            "autoscaler. Request less, or use a larger cluster (RAY_ADDRESS)"
+            "autoscaler. Request less, or use a larger cluster (RAY_ADDRESS). See docs/faq.md"
         )
 
 
@@ -108,7 +108,7 @@ class Wait:
         if now - self._limit_began > self._limit:
             raise KuzushijiError(
                 f"the processes must start within {self._limit:g} s (--start-limit). Received: {self._state()}. "
-                "Request less, raise the limit, or see `ray status` on the head"
+                "Request less, raise the limit, or see `ray status` on the head. See docs/faq.md"
             )
 
     def _state(self) -> str:

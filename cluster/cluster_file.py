@@ -72,13 +72,16 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise InputError(f"the cluster file must exist. Received: {path}") from error
+        raise InputError(f"the cluster file must exist. Received: {path}. See docs/google-cloud.md") from error
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise InputError(f"{path} must be YAML. Received: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(config, dict) or not isinstance(config.get("provider"), dict):
         raise InputError(f"{path} must be a cluster file of Ray. Received: a file without `provider`")
     if config["provider"].get("type") != "gcp":
-        raise InputError(f"provider.type must be gcp. Received: {config['provider'].get('type')!r} in {path}")
+        raise InputError(
+            f"provider.type must be gcp. Received: {config['provider'].get('type')!r} in {path}. "
+            "See docs/google-cloud.md"
+        )
     try:
         list(_texts(config))  # raises RecursionError if an alias contains itself
         prepared: dict[str, Any] = prepare_config(config)

@@ -5,7 +5,7 @@ KuzushijiError      base class; the command line prints its message in one line 
 ├── InputError      labels, pages or a dataset can't be used as they are
 └── DamageError     a folder does not match its manifest
 
-Messages state the rule, then what was received, then the fix.
+Messages state the rule, then what was received, then the fix, and the page of docs/ that helps where there is one.
 """
 
 from typing import TYPE_CHECKING

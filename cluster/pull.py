@@ -161,5 +161,6 @@ def _fetch(source: UPath, target: Path, entry: FileEntry, advance: Callable[[int
             advance(-out.tell())
     part.unlink()
     raise DamageError(
-        f"{source}: {entry.name} was changed: its SHA-256 is not the manifest's. Ask the owner of the models"
+        f"{source}: {entry.name} was changed: its SHA-256 is not the manifest's. Ask the owner of the models. "
+        "See docs/faq.md"
     )

@@ -22,7 +22,7 @@ def check_address(address: str) -> None:
     if not re.fullmatch(r"auto|[^/:\s][^/\s]*:\d+", address):  # with ray:// Ray Data does not work
         raise OptionError(
             f"RAY_ADDRESS must be HOST:PORT of a head (port 6379 by default), or auto. Received: {address}. "
-            "Outside the cluster, unset it, and run `kuzushiji submit -- COMMAND`"
+            "Outside the cluster, unset it, and run `kuzushiji submit -- COMMAND`. See docs/faq.md"
         )
     try:
         with create_gcs_channel(canonicalize_bootstrap_address(address)) as channel:
@@ -35,4 +35,6 @@ def check_address(address: str) -> None:
                 return
             mend = "Put the cluster's token into ~/.ray/auth_token (mode 600) and set RAY_AUTH_MODE=token"
         received = " ".join((text or str(code)).split())[:300]
-        raise KuzushijiError(f"a Ray must answer at RAY_ADDRESS. Received: {address}: {received}. {mend}") from error
+        raise KuzushijiError(
+            f"a Ray must answer at RAY_ADDRESS. Received: {address}: {received}. {mend}. See docs/faq.md"
+        ) from error

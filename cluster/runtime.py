@@ -30,7 +30,7 @@ log = logging.getLogger("kuzushiji")
 
 START_TIMED_OUT = (
     "Ray must start within 30 s, Ray's own limit. Received: no answer, as happens on an overloaded machine. Run the "
-    "same command again; if that does not help, see Ray's logs"
+    "same command again; if that does not help, see Ray's logs and docs/faq.md"
 )
 
 
@@ -108,7 +108,8 @@ def _start(at_least_cpus: int) -> bool:
         if getattr(error, "filename", None) or "AF_UNIX" in str(error):
             raise KuzushijiError(
                 "Ray's folder must have a short path, and you must be able to write in it. "
-                f"Received: {one_line(error)}. Set RAY_TMPDIR to a folder of your own, such as /tmp/YOU"
+                f"Received: {one_line(error)}. Set RAY_TMPDIR to a folder of your own, such as /tmp/YOU. "
+                "See docs/faq.md"
             ) from error
         # Ray raises a plain Exception, and its timeout can't be set (github.com/ray-project/ray/issues/65983).
         if "timed out during startup" not in str(error):

@@ -92,7 +92,7 @@ def connected(head: Head) -> Iterator["JobSubmissionClient"]:
     except AuthenticationError as error:
         raise KuzushijiError(
             f"the head must accept this machine's token. Received: {str(error).splitlines()[0]}. Put the cluster's "
-            "token into ~/.ray/auth_token (mode 600) and set RAY_AUTH_MODE=token"
+            "token into ~/.ray/auth_token (mode 600) and set RAY_AUTH_MODE=token. See docs/google-cloud.md"
         ) from error
 
 
@@ -119,7 +119,7 @@ def _check_encrypted(address: str) -> None:
     if parts.scheme == "http" and not _is_loopback(parts.hostname or ""):
         raise OptionError(
             "--address must be https://, or of this machine, as through an ssh tunnel: else others can read the token. "
-            f"Received: {address}. Use --cluster, or --insecure on a network that you trust"
+            f"Received: {address}. Use --cluster, or --insecure on a network that you trust. See docs/google-cloud.md"
         )
 
 
@@ -163,7 +163,7 @@ def _tunnel(cluster_file: Path) -> Iterator[str]:
     """Open an ssh tunnel to the head's dashboard, and yield its local address."""
     # Checked first: `ray dashboard` may create the cluster's account and key, even the project, as `ray up` does.
     if faults := faults_of_cluster_file(cluster_file):
-        raise InputError(f"{faults[0]}. Run {_quoted('kuzushiji', 'verify', cluster_file)}")
+        raise InputError(f"{faults[0]}. Run {_quoted('kuzushiji', 'verify', cluster_file)}. See docs/google-cloud.md")
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
@@ -208,7 +208,7 @@ def _wait_for(tunnel: "subprocess.Popen[str]", port: int, cluster_file: Path) ->
         time.sleep(0.2)
     raise KuzushijiError(
         f"the head must answer by ssh within {SECONDS_FOR_TUNNEL:.0f} s. Received: no answer. "
-        f"Try {_quoted('ray', 'exec', cluster_file, 'uptime')}"
+        f"Try {_quoted('ray', 'exec', cluster_file, 'uptime')}. See docs/google-cloud.md"
     )
 
 

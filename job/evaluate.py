@@ -63,12 +63,13 @@ def check_dataset(dataset: StagedDataset, class_names: Sequence[str], margin: fl
     if dataset.class_names != class_names:
         raise OptionError(
             f"the classes of --dataset must be the model's. Received: {len(dataset.class_names)} and "
-            f"{len(class_names)} classes, which differ. Prepare the dataset with --classes {folder / 'labels.txt'}"
+            f"{len(class_names)} classes, which differ. Prepare the dataset with --classes {folder / 'labels.txt'}. "
+            "See docs/data.md#classes"
         )
     if dataset.manifest.margin != margin:
         raise OptionError(
             f"--dataset must have the margin of the model's crops, {margin:g}. Received: "
-            f"{dataset.manifest.margin:g}. Prepare it with --margin {margin:g}"
+            f"{dataset.manifest.margin:g}. Prepare it with --margin {margin:g}. See docs/data.md#margin"
         )
 
 

@@ -166,7 +166,8 @@ def read_books(path: UPath) -> BooksFile:
         header = tuple(next(reader, []))
         if header not in HEADERS:
             raise InputError(
-                f"{path} must begin with the header page,book or prefix,book. Received: {','.join(header)[:80]!r}"
+                f"{path} must begin with the header page,book or prefix,book. Received: {','.join(header)[:80]!r}. "
+                "See docs/data.md#books"
             )
         for row in filter(None, reader):  # skip empty lines
             if len(row) != len(header) or not all(cell.strip() for cell in row) or _CONTROL.search("".join(row)):

@@ -135,11 +135,15 @@ def _scale_of(page: Page, width: int, height: int, rescale: bool) -> tuple[float
     received = f"Received: boxes for {page.made_for[0]} x {page.made_for[1]} pixels, and {page.file_name} of "
     received += f"{width} x {height}"
     if not 1 / MAX_STRETCH <= across / down <= MAX_STRETCH:
-        raise InputError(f"boxes must be made for a scan of the same shape. {received}. Fix the label file or the scan")
+        raise InputError(
+            f"boxes must be made for a scan of the same shape. {received}. Fix the label file or the scan. "
+            "See docs/data.md#boxes-for-another-size-of-the-scan"
+        )
     if not rescale:
         raise InputError(
             f"boxes must be made for the size of their scan. {received}. Give --rescale to scale the boxes, with "
-            "another --dataset, or the scans that they were made for"
+            "another --dataset, or the scans that they were made for. "
+            "See docs/data.md#boxes-for-another-size-of-the-scan"
         )
     return across, down
 

@@ -77,7 +77,8 @@ def list_pages(pages: UPath) -> Listing:
             scans[name] = size
     if not scans:
         raise InputError(
-            f"--pages must be a folder or .zip of scans ({' '.join(SUFFIXES)}). Received: {pages}, without any"
+            f"--pages must be a folder or .zip of scans ({' '.join(SUFFIXES)}). Received: {pages}, without any. "
+            "See docs/data.md#scans"
         )
     return Listing(scans, count_kinds(ignored), str(pages))
 

@@ -109,7 +109,8 @@ def _check_losses(losses: Sequence[Loss], lost: int, plan: Plan, config: Prepare
         raise InputError(
             f"at most {config.max_bad_fraction:g} of the boxes may be lost (--max-bad-fraction). "
             f"Received: {lost} of {boxes}, first page {losses[0]['page']}: {losses[0]['what']}. "
-            f"Allow more and run again, or fix the input and remove {dataset}"
+            f"Allow more and run again, or fix the input and remove {dataset}. "
+            "See docs/data.md#lost-and-clipped-boxes"
         )
 
 

@@ -112,7 +112,7 @@ class Resumable:
         elif others and not has_plan:
             raise OptionError(
                 f"{self.option} must be a new or empty folder, or one of the same job. Received: {self.folder}, with "
-                f"{sorted(others)[0]}. Name another folder or empty it"
+                f"{sorted(others)[0]}. Name another folder or empty it. See docs/faq.md"
             )
         else:
 
@@ -135,7 +135,7 @@ class Resumable:
             differences = ", ".join(f"{k} (there {str(there.get(k))[:40]}, now {str(now[k])[:40]})" for k in differing)
             raise OptionError(
                 f"{self.option} must be a new folder, or one made with the same options and input. Received: "
-                f"{self.folder}, where these differ: {differences}. Name another folder or remove it"
+                f"{self.folder}, where these differ: {differences}. Name another folder or remove it. See docs/faq.md"
             )
 
     def _parsed(self, plan: bytes) -> dict[str, Any]:

@@ -109,7 +109,7 @@ def folds_of_boxes(
         more = "name the books with --books FILE" if by == "book" else "more pages"
         raise OptionError(
             f"--folds must be at most the number of {by}s with boxes{units.beside}. Received: --folds {folds}, "
-            f"{number} {by}s. Give fewer folds, or {more}"
+            f"{number} {by}s. Give fewer folds, or {more}. See docs/data.md#few-books-folds"
         )
     fold_of_unit = _deal(units, folds, np.random.default_rng(seed))
     split_of_unit = np.full(len(units.names), TRAIN, np.int8)
@@ -189,7 +189,7 @@ def _check_number_of_books(units: Units, least: int) -> None:
         which = f" ({', '.join(name[:40] for name in found)})" if found else ""
         raise OptionError(
             f"--split book must find at least {least} books with boxes{units.beside}. Received: {len(found)}{which}. "
-            "Name the book of each page with --books FILE, or use --split page"
+            "Name the book of each page with --books FILE, or use --split page. See docs/data.md#books"
         )
 
 

@@ -83,7 +83,8 @@ class Tries:
             raise InputError(
                 f"no page may end the process that works on it. Received: {where}, where {deaths} "
                 "processes ended (out of memory, or a crash in the decoder). Use machines with more memory for each "
-                "CPU and run the same command again, or repair or remove the page and name a new folder"
+                "CPU and run the same command again, or repair or remove the page and name a new folder. "
+                "See docs/faq.md"
             )
         self._write()
 

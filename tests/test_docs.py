@@ -147,6 +147,32 @@ def test_the_docs_map_every_module() -> None:
         assert sorted(listed) == sorted(path for path in there if not path.endswith("__init__.py"))
 
 
+def messages() -> str:
+    """The source of all packages, with the parts of each message joined."""
+    files = (path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py")))
+    return "\n".join(re.sub(r'"\s*\n\s*f?"', "", path.read_text()) for path in files)
+
+
+def test_errors_name_pages_and_sections_that_are_there() -> None:
+    named = re.findall(r"docs/([\w-]+\.md)(?:#([\w-]+))?", messages())
+    assert len(named) >= 40
+    for page, anchor in named:
+        assert (ROOT / "docs" / page).exists(), page
+        assert not anchor or anchor in anchors(ROOT / "docs" / page), (page, anchor)
+
+
+def test_the_errors_of_the_faq_are_those_that_commands_print() -> None:
+    source = messages()
+    text = (ROOT / "docs" / "faq.md").read_text()
+    of_others = ("Install Python", "No space left", "The object store")
+    headings = [heading for heading in re.findall(r"^### `(.*)`$", text, re.M) if not heading.startswith(of_others)]
+    assert len(headings) >= 15
+    for heading in headings:
+        parts = re.split(r"^--\w+|\b[A-Z]{4,}\b|\d+(?:\.\d+)?|\.\.\.", heading)  # at what stands for values
+        literal = max(parts, key=len)
+        assert literal in source, heading
+
+
 SMALLER = {
     "--num-pages 240": "--num-pages 12 --scale 0.2",
     "--epochs 20": "--epochs 1",

@@ -265,7 +265,8 @@ def _check_room(dataset: UPath, shards: Mapping[str, Sequence[Shard]], root: Pat
         raise OptionError(
             f"the disk of {socket.gethostname()} must hold the crops that are read there, {needed / 1e9:.3f} GB of "
             f"{dataset}. Received: {free / 1e9:.3f} GB free at {root}. Let XDG_CACHE_HOME name a folder on a larger "
-            "disk, or train on more hosts, with as many --partitions as --workers"
+            "disk, or train on more hosts, with as many --partitions as --workers. "
+            "See docs/models.md#train-on-a-part-per-worker"
         )
 
 

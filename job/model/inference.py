@@ -60,7 +60,7 @@ def check_finite(values: NDArray[np.float32]) -> None:
     if faulty:
         raise KuzushijiError(
             f"the model must give finite probabilities. Received: NaN or infinity for {faulty:,} of {len(values):,} "
-            "crops. Use another model, or train it again with a lower --learning-rate"
+            "crops. Use another model, or train it again with a lower --learning-rate. See docs/faq.md"
         )
 
 

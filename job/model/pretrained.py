@@ -169,7 +169,8 @@ def _imagenet(architecture: str, folder: UPath) -> UPath:
     except Exception as error:  # Keras raises a plain Exception
         raise InputError(
             f"--weights imagenet must reach {published.url}. Received: {' '.join(str(error).split())}. Download "
-            f"it elsewhere and copy it to {shared}, or, for one architecture, name it with --weights"
+            f"it elsewhere and copy it to {shared}, or, for one architecture, name it with --weights. "
+            "See docs/models.md#imagenet-weights"
         ) from error
     finally:
         socket.setdefaulttimeout(previous_timeout)

@@ -181,7 +181,7 @@ def _load(model: str, model_sha256: str, on_gpu: bool) -> tuple[Any, list[str]]:
     if on_gpu and not tf.config.list_logical_devices("GPU"):
         raise KuzushijiError(
             f"--gpus must be GPUs that TensorFlow can use. Received: none on {socket.gethostname()}. Check that "
-            "requirements-gpu.lock and a driver for CUDA 12 are installed there"
+            "requirements-gpu.lock and a driver for CUDA 12 are installed there. See docs/faq.md"
         )
     if read_manifest(place(model), ModelManifest).sha256 != model_sha256:
         raise DamageError(

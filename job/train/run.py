@@ -151,7 +151,7 @@ class Run:
             )
             raise OptionError(
                 f"a run must be resumed with the same options. Received: {changes}. "
-                f"Use the same options, or another --run than {self.name}"
+                f"Use the same options, or another --run than {self.name}. See docs/models.md#resume-a-training"
             )
 
     def fit(self, weights: Weights | None, board: Any) -> None:

@@ -64,7 +64,10 @@ def out_of_memory_message(error: Exception) -> str:
     text = " ".join(str(error).split())
     found = re.search(r"(OOM when|Out of memory while)[^\[]*(\[[^\[\]]+\])?", text)
     received = found[0].strip() if found else text[:200]
-    return f"a step must fit into memory. Received: {received}. Lower --global-batch-size, or use more --workers"
+    return (
+        f"a step must fit into memory. Received: {received}. Lower --global-batch-size, or use more --workers. "
+        "See docs/faq.md"
+    )
 
 
 class Steps:

@@ -26,7 +26,8 @@ def fault_of_gpus(wanted: int) -> str | None:
         return None
     return (
         f"TensorFlow must see the GPUs of --gpus-per-worker. Received: {found} of {wanted} on {socket.gethostname()}: "
-        f"{_why_no_gpus()}. Install requirements-gpu.lock and a driver for CUDA 12 there, or use --gpus-per-worker 0"
+        f"{_why_no_gpus()}. Install requirements-gpu.lock and a driver for CUDA 12 there, or use --gpus-per-worker 0. "
+        "See docs/faq.md"
     )
 
 

@@ -161,7 +161,7 @@ class Training:
         if not math.isfinite(loss + validation.loss):
             raise KuzushijiError(
                 f"the loss must stay finite. Received: {loss} in training, {validation.loss} in validation, epoch "
-                f"{epoch}. Lower --learning-rate"
+                f"{epoch}. Lower --learning-rate. See docs/faq.md"
             )
         row = EpochRow(
             epoch=epoch,

@@ -87,7 +87,7 @@ class Coco:
                     raise Fault(at, "'image_id' must be the id of an image", image)
                 found.add(names.pages[image], names.code_point(one, self.bare, at), box)
         except Fault as fault:
-            raise InputError(f"{where}, {fault}. Fix the file") from fault
+            raise InputError(f"{where}, {fault}. Fix the file. See docs/data.md#coco") from fault
         self.names.append((where, names))
         self.annotated += _pages(found, where, names)
 
@@ -173,7 +173,7 @@ def _detected(detections: list[Any], where: str, names: Names, bare: bool) -> It
                 page_id = ids[name]
             found.add(page_id, names.code_point(one, bare, at), box)
     except Fault as fault:
-        raise InputError(f"{where}, {fault}. Fix the file") from fault
+        raise InputError(f"{where}, {fault}. Fix the file. See docs/data.md#coco") from fault
     yield from _pages(found, where, names)
 
 

@@ -63,5 +63,7 @@ def _parse(file: LabelFile, bare: bool) -> Collected:
     except csv.Error as error:
         raise InputError(f"{file.where}, line {reader.line_num}: not CSV ({error})") from error
     except ValueError as error:
-        raise InputError(f"{file.where}, line {reader.line_num}: {error}. Fix that row") from error
+        raise InputError(
+            f"{file.where}, line {reader.line_num}: {error}. Fix that row. See docs/data.md#a-spreadsheet"
+        ) from error
     return collected

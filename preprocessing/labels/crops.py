@@ -53,7 +53,7 @@ def read_crops(crops: UPath) -> tuple[Labels, Files, dict[str, int]]:
     if not found:
         raise InputError(
             "--crops must be a folder with a folder of images for each character, named は or U+306F. "
-            f"Received: {crops}, without any"
+            f"Received: {crops}, without any. See docs/data.md#crops"
         )
     ids = sorted(found)
     codes = [code_points[crop_id] for crop_id in ids]
@@ -110,7 +110,7 @@ def _class_of(name: str, crops: UPath) -> int | None:
         what = "Rename class numbers to their characters" if folders[-1].isdecimal() else "Rename the folder"
         raise InputError(
             "each image of --crops must lie in a folder that is named as its character, は or U+306F. "
-            f"Received: {name!r} in {crops}. {what}"
+            f"Received: {name!r} in {crops}. {what}. See docs/data.md#crops"
         ) from error
 
 

@@ -58,7 +58,7 @@ class Curations:
                     if size := page_size(one.get("width"), one.get("height"), at):
                         sizes[page_id] = size
         except Fault as fault:
-            raise InputError(f"{where}, {fault}. Fix the file") from fault
+            raise InputError(f"{where}, {fault}. Fix the file. See docs/data.md#iiif-curations") from fault
         for page_id, table, widened in found.tables():
             yield PageBoxes(page_id, table, where, size=sizes.get(page_id), widened=widened)
 
@@ -128,5 +128,7 @@ def read_canvases(file: LabelFile) -> dict[str, str]:
             if number:
                 canvases[canvas] = id_of_file(row[1])
     except (csv.Error, ValueError) as error:
-        raise InputError(f"{file.where}, line {reader.line_num}: {error}. Fix that row") from error
+        raise InputError(
+            f"{file.where}, line {reader.line_num}: {error}. Fix that row. See docs/data.md#iiif-curations"
+        ) from error
     return canvases

@@ -159,4 +159,6 @@ def _encoding_of(data: bytes, where: str) -> str:
             faults.append(error)
         else:
             return encoding
-    raise InputError(f"{where} must be text in UTF-8, UTF-16 or CP932. Received: {faults[0]}") from faults[0]
+    raise InputError(
+        f"{where} must be text in UTF-8, UTF-16 or CP932. Received: {faults[0]}. See docs/data.md#label-files"
+    ) from faults[0]

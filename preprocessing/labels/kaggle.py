@@ -58,7 +58,9 @@ def parse_rows(data: bytes, where: str, bare: bool = False) -> Iterator[tuple[st
     except csv.Error as error:
         raise InputError(f"{where}, line {reader.line_num}: not CSV ({error})") from error
     except ValueError as error:
-        raise InputError(f"{where}, line {reader.line_num}: {error}. Fix that row") from error
+        raise InputError(
+            f"{where}, line {reader.line_num}: {error}. Fix that row. See docs/data.md#kaggles-csv"
+        ) from error
 
 
 def _parse_cell(cell: str, bare: bool) -> NDArray[np.int32]:

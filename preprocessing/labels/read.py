@@ -128,11 +128,14 @@ def _sorted_out(found: Sequence[LabelFile], option: str) -> tuple[Form, list[Lab
             open_text(file.read(), file.where)  # an encoding that is not known is the fault to tell
             raise InputError(
                 f"{file.where} must begin with the header image_id,labels, or be labels of another form: {FORMS}. "
-                f"Received: {shown(_first_line(file))}"
+                f"Received: {shown(_first_line(file))}. See docs/data.md#label-files"
             )
     first, *others = [form for form in LABEL_FORMS if of_form[form]] or [Form.OTHER]
     if first == Form.OTHER:
-        raise InputError(f"{option} must be {FORMS}. Received: {found[0].where}, which is none of these")
+        raise InputError(
+            f"{option} must be {FORMS}. Received: {found[0].where}, which is none of these. "
+            "See docs/data.md#label-files"
+        )
     if others:
         one, other = (f"{of_form[form][0].where} ({form.value})" for form in (first, others[0]))
         raise InputError(f"{option} must be files of one form. Received: {one} and {other}")

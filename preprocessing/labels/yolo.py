@@ -53,7 +53,7 @@ def read_yolo(
     if not code_points and not bare:
         raise InputError(
             "YOLO labels must have their class names beside them, in classes.txt or data.yaml. Received: "
-            f"{files[0].where} without"
+            f"{files[0].where} without. See docs/data.md#yolo"
         )
     for file, page_id in zip(files, _page_ids(files), strict=True):
         classes, shares = _parse(file)
@@ -89,7 +89,7 @@ def _parse(file: LabelFile) -> tuple[list[int], NDArray[np.float64]]:
             if not values or not all(LEAST <= value <= MOST for value in values):
                 raise InputError(
                     f"{file.where}, line {number}: a box must be its class and four shares of the page, from 0 to 1. "
-                    f"Received: {shown(line.strip())}. Fix that line"
+                    f"Received: {shown(line.strip())}. Fix that line. See docs/data.md#yolo"
                 )
             classes.append(int(fields[0]))
             shares.append(values)
