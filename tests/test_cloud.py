@@ -22,6 +22,7 @@ import yaml
 from conftest import SHARED
 from fake_cloud.cloud import FakeCloud
 from fake_cloud.machines import Instance
+from test_docs import commands
 from test_project import ROOT
 
 from cluster.manifest import Manifest
@@ -30,6 +31,12 @@ from preprocessing.sample.sample import sample
 pytestmark = pytest.mark.cloud
 
 BUCKET = "demo-bucket"
+# The bucket, the folders of scans and the label files that each page names.
+OF_DOCS = {
+    "README.md": ("bucket", ["scans"], ["train.csv"]),
+    "docs/google-cloud.md": ("my-bucket", ["scans/train_images", "new"], ["scans/train.csv", "boxes.csv"]),
+}
+BUCKETS = [BUCKET, *(bucket for bucket, _, _ in OF_DOCS.values())]
 HERE = "/root/kuzushiji"
 CLUSTER_FILE = f"{HERE}/ray_cluster.yaml"
 BIN = Path(sys.executable).parent
@@ -90,13 +97,14 @@ def cloud() -> Iterator[FakeCloud]:
     """A project as docs/google-cloud.md makes it: a bucket, two accounts with their rights."""
     if why := FakeCloud.cannot_run():
         pytest.skip(why)
-    with FakeCloud(buckets=[BUCKET]) as running:
+    with FakeCloud(buckets=BUCKETS) as running:
         head, worker = running.account("kuzushiji-head"), running.account("kuzushiji-worker")
         running.add_account(head, "roles/compute.instanceAdmin.v1")
         running.add_account(worker)
         running.grant_use(head, worker)
         for account in (head, worker):
-            running.grant(account, BUCKET)
+            for bucket in BUCKETS:
+                running.grant(account, bucket)
         yield running
 
 
@@ -309,3 +317,24 @@ def test_a_spot_machine_that_is_taken_back_drains_its_node_first(cluster: Cluste
     spot = wait_for(joined, 300)[0]
     cluster.cloud.preempt(spot.name)
     assert f"{spot.ip} False Google takes the spot machine back" in seen(), spot.shutdown_output
+
+
+@pytest.mark.parametrize("page", OF_DOCS)
+def test_the_commands_of_the_docs_run_on_the_cluster(cluster: Cluster, pages: Path, page: str) -> None:
+    """With as many workers as there are machines here, without GPUs, for one epoch."""
+    bucket, folders, labels = OF_DOCS[page]
+    for scan in (pages / "train_images").iterdir():
+        for folder in folders:
+            cluster.cloud.bucket.write(bucket, f"{folder}/{scan.name}", scan.read_bytes())
+    for name in labels:
+        cluster.cloud.bucket.write(bucket, name, (pages / "train.csv").read_bytes())
+    machines = r"--workers \d --gpus-per-worker 1 --cpus-per-worker 8"
+    ran = 0
+    for command in commands((ROOT / page).read_text()):
+        if "gs://" in command or "ray_cluster.yaml" in command:
+            command = command.replace("gs://$BUCKET", f"gs://{bucket}").replace("--to here", f"--to {bucket}")
+            command = re.sub(machines, "--workers 2 --cpus-per-worker 2 --epochs 1", command)
+            cluster.laptop(*shlex.split(command), timeout=1200)
+            ran += 1
+    assert ran >= 4
+    assert "files are valid" in cluster.laptop("kuzushiji", "verify", f"{bucket}/resnet").stdout

@@ -1,20 +1,16 @@
 """README and docs: sizes hold, links and named files are there, commands are used rightly, options are all listed."""
 
-import csv
 import re
 import runpy
 import shlex
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import Kuzushiji
 from test_project import PACKAGES
 
 from job.cli import main
-from preprocessing.fonts import packaged_font
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -38,10 +34,10 @@ def anchors(path: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def commands(text: str) -> Iterator[str]:
-    """The `kuzushiji` commands of the code blocks of a page, each as one line."""
+def commands(text: str, languages: tuple[str, ...] = ("", "sh")) -> Iterator[str]:
+    """The `kuzushiji` commands of the code blocks of a page in one of `languages`, each as one line."""
     for _, language, block in CODE.findall(text):
-        if language == "text":  # no commands
+        if language not in languages:
             continue
         for line in re.sub(r"\\\n\s*", " ", block).splitlines():
             if line.strip().startswith("kuzushiji "):
@@ -171,50 +167,3 @@ def test_the_errors_of_the_faq_are_those_that_commands_print() -> None:
         parts = re.split(r"^--\w+|\b[A-Z]{4,}\b|\d+(?:\.\d+)?|\.\.\.", heading)  # at what stands for values
         literal = max(parts, key=len)
         assert literal in source, heading
-
-
-SMALLER = {
-    "--num-pages 240": "--num-pages 12 --scale 0.2",
-    "--epochs 20": "--epochs 1",
-    "--val-fraction 0.02 --test-fraction 0.02": "--val-fraction 0.1 --test-fraction 0.1",
-}
-
-
-@pytest.fixture
-def small_data(pages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The inputs that README.md and docs/models.md name, in the current folder."""
-    monkeypatch.chdir(tmp_path)
-    shutil.make_archive("train_images", "zip", pages / "train_images")
-    for name in ("scans", "new_pages"):
-        shutil.copytree(pages / "train_images", name)
-    for name in ("train.csv", "boxes.csv"):
-        shutil.copy(pages / "train.csv", name)
-    with open("sheet.csv", "w", newline="") as stream:
-        sheet = csv.writer(stream)
-        sheet.writerow(["Image", "Unicode", "X", "Y", "Width", "Height"])
-        for page_id, labels in pd.read_csv("train.csv", keep_default_na=False).itertuples(index=False):
-            fields = labels.split()
-            sheet.writerows([page_id, *fields[at : at + 5]] for at in range(0, len(fields), 5))
-    Path("fonts").mkdir()
-    shutil.copy(packaged_font().path, "fonts")
-
-
-@pytest.mark.long
-def test_the_commands_of_the_readme_and_of_the_models_page_run_on_small_data(
-    ray_here: None, kuzushiji: Kuzushiji, small_data: None
-) -> None:
-    for name in ("README.md", "docs/models.md"):
-        for command in commands((ROOT / name).read_text()):
-            if "gs://" in command or "ray_cluster.yaml" in command:
-                continue
-            for large, small in SMALLER.items():
-                command = command.replace(large, small)
-            if command.startswith("kuzushiji train ") and "--epochs" not in command:
-                command += " --epochs 1"  # instead of those of the recipe
-            made = re.match(r"kuzushiji (?:prepare|sample|predict) .*(?:--dataset|--out) (\S+)", command)
-            if made:  # by the commands of an earlier section
-                shutil.rmtree(made[1], ignore_errors=True)
-            if "new-crops" in command:
-                shutil.copytree("crops", "new-crops")
-            done = kuzushiji(*shlex.split(command)[1:])
-            assert done.code == 0, (command, done.stderr)
