@@ -1,1 +1,1 @@
-"""Label files: a module for each form, and one function over them, `read.read_labels`."""
+"""Label files: one module per form, and `read.read_labels`, which reads all forms."""

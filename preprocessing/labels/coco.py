@@ -4,9 +4,10 @@
      "categories": [{"id": 1, "name": "は"}, ...],
      "annotations": [{"image_id": 7, "category_id": 1, "bbox": [1231, 3465, 133, 53]}, ...]}
 
-A list of detections, `[{"image_id": 7, "category_id": 1, "bbox": [...], "score": 0.9}, ...]`, has no names of its own.
-An `image_id` that is a text, or a `file_name`, is a page's name. Where `image_id` is a number, the file with the
-`images` is given along with the list; it gives names only, and its own annotations are not used.
+A list of detections, `[{"image_id": 7, "category_id": 1, "bbox": [...], "score": 0.9}, ...]`, has neither `images` nor
+`categories`. Its pages are named by a `file_name`, or by an `image_id` that is a string. If `image_id` is a number, a
+file with the `images` must be given along with the list. Its `images` and `categories` are used, and its annotations
+are ignored.
 """
 
 import logging
@@ -26,16 +27,16 @@ log = logging.getLogger("kuzushiji")
 
 @dataclass
 class Names:
-    """What the numbers in a file stand for."""
+    """Names of the pages and categories whose ids a file uses."""
 
     pages: dict[Any, str] = field(default_factory=dict)
     """Image id to page id."""
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Page id to width and height, where they are stated."""
+    """Page id to width and height, for the pages whose size the file states."""
     categories: dict[Any, str] = field(default_factory=dict)
     """Category id to name."""
     code_points: dict[Any, int] = field(default_factory=dict)
-    """Category id to code point, of the categories that were used."""
+    """Category id to code point, for the categories that were used so far."""
 
     def code_point(self, one: dict[str, Any], bare: bool, at: str) -> int:
         """Return the code point of an annotation. bare: as in `read_labels`."""
@@ -68,7 +69,7 @@ class Coco:
         """Add the content of a file.
 
         Raises:
-            InputError: it is not in COCO's form.
+            InputError: the content is not in COCO's form.
         """
         if isinstance(content, list):
             self.detections.append((where, content))
@@ -183,7 +184,7 @@ def _pages(found: Collected, where: str, names: Names) -> Iterator[PageBoxes]:
 
 
 def is_coco(content: Any) -> bool:
-    """Whether a JSON file is in COCO's form, or a list that may be one of detections."""
+    """Return whether a JSON file is in COCO's form, or a list, which may be a list of detections."""
     return isinstance(content, list) or (
         isinstance(content, dict) and not {"images", "annotations"}.isdisjoint(content)
     )

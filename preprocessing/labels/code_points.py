@@ -36,7 +36,7 @@ def parse_character(text: str) -> int:
     Raises:
         ValueError: the text is neither.
     """
-    # Decomposed (か and a voicing mark) only where it is more than one code point: NFC changes single ideographs.
+    # Compose only texts of several code points, such as か with a voicing mark: NFC would change single ideographs too.
     character = unicodedata.normalize("NFC", text) if 1 < len(text) <= 4 else text
     if len(character) == 1 and not 0xD800 <= ord(character) <= 0xDFFF:
         return ord(character)
@@ -46,7 +46,7 @@ def parse_character(text: str) -> int:
 
 
 def character_if_any(text: str) -> int:
-    """As `parse_character`; `UNKNOWN` for a name that is no character, such as a detector's `text`."""
+    """Return the code point as `parse_character`, or `UNKNOWN` for a name that is no character, such as `text`."""
     try:
         return parse_character(text)
     except ValueError:

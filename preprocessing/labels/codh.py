@@ -3,7 +3,7 @@
 Unicode,Image,X,Y,Block ID,Char ID,Width,Height
 U+306F,100241706_00004_2,1231,3465,B0001,C0001,133,53
 
-Six columns are read, in any order. The character may be written as itself, so that a spreadsheet can be in this form.
+Six columns are read, in any order. The character may be written as itself, so a spreadsheet can have this form.
 """
 
 import csv
@@ -22,12 +22,14 @@ NAME_END = "_coordinate.csv"
 
 
 def is_codh_header(columns: Sequence[str]) -> bool:
-    """Whether a CSV with these columns is in CODH's form. `Unicode` may be missing in files for `--boxes`."""
+    """Return whether a CSV with these columns is in CODH's form. `Unicode` may be missing in files for `--boxes`."""
     return {PAGE, *BOX} <= set(columns)
 
 
 def read_codh(files: Sequence[LabelFile], bare: bool) -> Iterator[PageBoxes]:
-    """Yield the pages of files in CODH's form; the name of a file tells the book. bare: as in `read_labels`.
+    """Yield the pages of files in CODH's form. A file named `<book>_coordinate.csv` states the book of its pages.
+
+    bare: as in `read_labels`.
 
     Raises:
         InputError: a file is not text or CSV, or has a malformed row.

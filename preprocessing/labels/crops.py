@@ -1,8 +1,8 @@
-"""Folders of crops, one for each class: CODH's `characters/`, Kuzushiji-Kanji, what image classifiers train on.
+"""Folders of crops, one per class: CODH's `characters/`, Kuzushiji-Kanji, and other data for image classifiers.
 
     U+304B/U+304B_100241706_00004_2_X1231_Y3465.jpg    は/0001.png
 
-Each file is a page of one box, which is the whole file.
+Each file counts as a page with one box that covers the whole file.
 """
 
 import hashlib
@@ -23,20 +23,20 @@ from preprocessing.labels.table import MAX_PAGES, WHOLE_FILE, Labels
 from preprocessing.matching import Files
 from preprocessing.pages import count_kinds, is_archive, kind_of
 
-NO_BOOK = "unknown"  # of all crops whose names tell none
-# CODH's names: code point, page, position on the page.
+NO_BOOK = "unknown"  # the book of all crops whose names do not contain one
+# The names of CODH's files: code point, page, position on the page.
 _CODH_NAME = re.compile(r"U\+[0-9A-F]{4,6}_(.+)_X[0-9]+_Y[0-9]+")
 
 
 def read_crops(crops: UPath) -> tuple[Labels, Files, dict[str, int]]:
-    """List a folder or zip archive of crops. The name of the folder in which a file lies is its character.
+    """List a folder or zip archive of crops. The folder of a file is named after its character.
 
     Returns:
-        The labels, the files, and how many other files there are of each kind, as in `Listing.ignored`.
+        The labels, the files, and the number of skipped files of each kind, as in `Listing.ignored`.
 
     Raises:
-        InputError: there are no crops or too many, a folder of images is not named as a character, the id of one is
-            unsafe, or two have the same id.
+        InputError: there are no crops or too many, a folder of images is not named after a character, the id of a crop
+            is unsafe, or two crops have the same id.
     """
     listed, aside = _list_images(crops)
     found: dict[str, tuple[str, int]] = {}
@@ -70,7 +70,7 @@ def read_crops(crops: UPath) -> tuple[Labels, Files, dict[str, int]]:
 
 
 def _list_images(crops: UPath) -> tuple[list[tuple[str, int, int]], list[str]]:
-    """Return name, size in bytes and code point of each crop, sorted, and the names of the files left aside."""
+    """Return name, size in bytes and code point of each crop, sorted by name, and the names of the skipped files."""
     listed: list[tuple[str, int, int]] = []
     aside: list[str] = []
     for name, size in sorted(_members(crops)):
@@ -91,13 +91,13 @@ def _members(crops: UPath) -> list[tuple[str, int]]:
 
 
 def _class_of(name: str, crops: UPath) -> int | None:
-    """Return the code point that the folder of an image is named by; None for a file that is left aside.
+    """Return the code point that the folder of an image is named after; None for a file to skip.
 
-    Left aside are files that are no images, hidden files and folders, and images in no folder or in one of `NO_BOOKS`,
-    which are pages.
+    Skipped are files that are not images, hidden files, images outside of any folder, and, unless their folder is named
+    after a character, images in hidden folders and in a folder of `NO_BOOKS`, which are pages.
 
     Raises:
-        InputError: an image lies in any other folder that is not named as a character.
+        InputError: an image is in any other folder that is not named after a character.
     """
     *folders, base_name = name.split("/")
     if not folders or base_name.startswith(".") or not is_image(name):

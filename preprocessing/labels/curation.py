@@ -1,10 +1,10 @@
-"""IIIF Curations, as KuroNet and CODH's viewer write them: a member is a box, with its character in `chars`.
+"""IIIF Curations, as KuroNet and CODH's viewer write them. A member is a box, with its character in `chars`.
 
     {"selections": [{"members": [
         {"@id": "https://example.org/canvas/100241706_00004_2#xywh=1231,3465,133,53",
          "metadata": [{"label": "Char", "value": [{"resource": {"chars": "は"}}]}]}, ...]}]}
 
-The last part of a canvas' address is the page's id, unless a CSV of the columns `canvas,file` names a file for it.
+The last part of a canvas's address is the page's id, unless a CSV with the columns `canvas,file` names the files.
 """
 
 import csv
@@ -29,10 +29,10 @@ def is_curation(content: Any) -> bool:
 
 
 class Curations:
-    """Yields the pages of curations. Two canvases, also of two curations, must not be the same page."""
+    """Yields the pages of curations. Different canvases, also in different files, must be different pages."""
 
     def __init__(self, canvases: Mapping[str, str] | None, bare: bool) -> None:
-        """canvases: address of a canvas to page id, None: the last part of its address. bare: as in `read_labels`."""
+        """canvases: address of a canvas to page id; None: its last part is the page id. bare: as in `read_labels`."""
         self.canvases, self.bare = canvases, bare
         self.page_of_canvas: dict[str, str] = {}
         self.canvas_of_page: dict[str, str] = {}
@@ -41,7 +41,7 @@ class Curations:
         """Yield the pages of a curation.
 
         Raises:
-            InputError: it is malformed, or two canvases would be the same page.
+            InputError: the curation is malformed, or two canvases would be the same page.
         """
         found, sizes = Collected(), dict[str, tuple[int, int]]()
         try:
@@ -109,10 +109,10 @@ def _chars(metadata: Any) -> Iterator[str]:
 
 
 def read_canvases(file: LabelFile) -> dict[str, str]:
-    """Read a CSV of the columns `canvas,file`: address of a canvas to page id.
+    """Read a CSV with the columns `canvas,file`. Return address of a canvas to page id.
 
     Raises:
-        InputError: the file is not in this form, or names a canvas twice.
+        InputError: the file does not have this form, or names a canvas twice.
     """
     canvases: dict[str, str] = {}
     reader = csv.reader(open_text(file.read(), file.where), strict=True)

@@ -1,4 +1,4 @@
-"""The files that hold labels: one, several, or those of a folder or zip archive, each read within a limit."""
+"""Label files: one, several, or those in a folder or zip archive. Each is read up to a limit of size."""
 
 import codecs
 import hashlib
@@ -18,10 +18,10 @@ from preprocessing.crop import PageFault
 from preprocessing.labels.page_ids import is_image
 from preprocessing.pages import OTHER_FOLDERS, is_archive, page_reader
 
-# A file is read whole, one at a time. Of a member of an archive, `page_reader` reads 100 MB at most.
+# Files are read one at a time, each as a whole. `page_reader` reads at most 100 MB of a member of an archive.
 MAX_FILE_BYTES = 1 << 29
 HEAD_BYTES = 1 << 14
-# Python decodes these bytes, which CP932 does not use, to private characters.
+# Bytes that CP932 does not use; Python decodes them to private-use characters.
 _NOT_CP932 = re.compile(rb"[\xfd-\xff]")
 
 
@@ -30,13 +30,13 @@ class LabelFile:
     """A file that may hold labels."""
 
     name: str
-    """Path in the folder or archive that was given; for a file that was given, its name."""
+    """Path in the given folder or archive; for a file that was given itself, its name."""
     where: str
     """Path or address, for error messages."""
     size: int
     """In bytes."""
     given: bool
-    """Whether the file itself was given, not its folder or archive."""
+    """Whether the file itself was given, rather than its folder or archive."""
     read_at_most: Callable[[int], bytes]
     sha256: str = ""
     """Of the bytes that `read` returned."""
@@ -52,7 +52,7 @@ class LabelFile:
         """Return all bytes.
 
         Raises:
-            InputError: there are more than `MAX_FILE_BYTES`, or they can't be read from the archive.
+            InputError: the file has more than `MAX_FILE_BYTES`, or can't be read from the archive as a whole.
         """
         data = self.read_at_most(MAX_FILE_BYTES + 1) if self.size <= MAX_FILE_BYTES else b""
         if max(self.size, len(data)) > MAX_FILE_BYTES:
@@ -71,12 +71,13 @@ class LabelFile:
 
 @contextmanager
 def label_files(places: Sequence[UPath], option: str) -> Iterator[list[LabelFile]]:
-    """Yield the files of all places, sorted by name, without images and CODH's `characters/`.
+    """Yield the files of all places, sorted by name. Of folders and archives, skip images, hidden files, and the files
+    in `OTHER_FOLDERS`, such as CODH's `characters/`.
 
     places: files, folders (with their sub-folders), or zip archives.
 
     Raises:
-        InputError: a place does not exist or has no file, an archive is broken, or folders are too deep.
+        InputError: a place does not exist or has no such file, an archive is broken, or folders are nested too deep.
     """
     found: list[LabelFile] = []
     with ExitStack() as stack:
@@ -124,23 +125,23 @@ def _printable(text: str) -> str:
 
 
 def open_text(data: bytes, where: str) -> io.TextIOWrapper:
-    """Return a stream of a file's text, with its line ends as they are.
+    """Return a stream of a file's text, without translation of line ends.
 
     Raises:
-        InputError: the file is neither UTF-8 nor UTF-16 nor CP932 (Japanese Windows).
+        InputError: the file is not UTF-8, UTF-16 or CP932 (Japanese Windows).
     """
     return io.TextIOWrapper(io.BytesIO(data), encoding=_encoding_of(data, where), newline="")
 
 
 def head_text(data: bytes) -> str:
-    """Return the text of the first bytes of a file, which may end within a character."""
+    """Return the text of the first bytes of a file. They may end within a character."""
     return data.decode(_wide_encoding(data) or "utf-8-sig", errors="replace")
 
 
 def _wide_encoding(data: bytes) -> str | None:
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "utf-16"
-    # Without a mark, the zero bytes of the ASCII characters show it.
+    # Without a byte order mark, the zero bytes of ASCII characters show the byte order.
     return {(False, True): "utf-16-le", (True, False): "utf-16-be"}.get((data[:1] == b"\0", data[1:2] == b"\0"))
 
 

@@ -1,4 +1,4 @@
-"""JSON files of labels, parsed within limits of size and depth, and told apart."""
+"""JSON files of labels: parsing within limits of size and depth, and checks of their values."""
 
 import reprlib
 from typing import Any
@@ -9,11 +9,11 @@ from cluster.errors import InputError
 from preprocessing.labels.files import LabelFile
 from preprocessing.labels.table import MAX_PIXELS
 
-# CODH's 1,086,326 characters in COCO's form have up to 14 million values. Python's objects take up to 170 bytes each:
-# no file takes over 4 GB of memory.
+# CODH's 1,086,326 characters in COCO's form have up to 14 million values. A Python object takes up to 170 bytes, so no
+# file takes more than 4 GB of memory.
 MAX_VALUES = 16_000_000
 SHOWN = 60  # characters of a value in an error message
-# Stops within these limits, whatever the size of a value: `repr` writes all of it, before it can be shortened.
+# Stops at these limits, however large a value is. The built-in `repr` would format all of it, to be cut afterwards.
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict, _SHORT.maxstring = 4, 8, 8, SHOWN
 
@@ -22,10 +22,11 @@ def parse_json(file: LabelFile) -> Any:
     """Return the content of a JSON file of labels.
 
     Raises:
-        InputError: the file is not JSON in UTF-8 or UTF-16, has over `MAX_VALUES` values, or is nested 200 levels deep.
+        InputError: the file is not JSON in UTF-8 or UTF-16, has more than `MAX_VALUES` values, or is nested 200 levels
+            deep.
     """
     data = file.read()
-    # In JSON, one of these stands before each value but the outermost: a bound that needs no parsing.
+    # In JSON, each element and each member follows one of these: an upper bound on their number, without parsing.
     if (values := sum(data.count(mark) for mark in (b"{", b"[", b","))) > MAX_VALUES:
         raise InputError(
             f"{file.where} must hold at most {MAX_VALUES} values. Received: about {values}. Split it into several files"
@@ -39,14 +40,14 @@ def parse_json(file: LabelFile) -> Any:
 
 
 class Fault(Exception):  # noqa: N818 - becomes an InputError that names the file
-    """A value that can't be used: where it stands in the file, the rule, and what came."""
+    """An invalid value: its place in the file, the rule that it breaks, and the value."""
 
     def __init__(self, at: str, rule: str, received: Any) -> None:
         super().__init__(f"{at}: {rule}. Received: {shown(received)}")
 
 
 def shown(value: Any) -> str:
-    """Return a value for an error message: on one line, and short."""
+    """Format a value for an error message: on one line, and short."""
     if isinstance(value, str):
         begin = value[: SHOWN + 1]
         text = repr(begin) if begin.isprintable() else ascii(begin)
@@ -56,10 +57,10 @@ def shown(value: Any) -> str:
 
 
 def member(value: Any, key: str, kind: type, at: str) -> Any:
-    """Return a member of an object, which must be there and of a type.
+    """Return a member of an object. It must exist and have the type `kind`.
 
     Raises:
-        Fault: it is not.
+        Fault: the member is missing or has another type.
     """
     found = value.get(key) if isinstance(value, dict) else None
     if not isinstance(found, kind):
@@ -71,10 +72,10 @@ NAMES: dict[Any, str] = {list: "a list", str: "a text", dict: "an object"}
 
 
 def pixels(value: Any, at: str) -> list[float]:
-    """Check x, y, width and height.
+    """Check that a value is x, y, width and height, and return it.
 
     Raises:
-        Fault: they are no list of four numbers of at most nine digits.
+        Fault: it is not a list of four numbers from -`MAX_PIXELS` to `MAX_PIXELS`.
     """
     if not isinstance(value, list) or len(value) != 4 or not all(map(_is_pixels, value)):
         raise Fault(at, "a box must be [x, y, width, height] in pixels", value)
@@ -86,10 +87,10 @@ def _is_pixels(value: Any) -> bool:
 
 
 def page_size(width: Any, height: Any, at: str) -> tuple[int, int] | None:
-    """Return the size that a file states for a page; None if it states none, which some tools write as 0.
+    """Return the width and height that a file states for a page; None if it states none, or 0 as some tools do.
 
     Raises:
-        Fault: a side is stated, and is no whole number of pixels.
+        Fault: a stated side is not a whole number of pixels.
     """
     for side in (width, height):
         # Some tools write whole numbers as 2392.0.

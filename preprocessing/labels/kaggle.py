@@ -1,9 +1,9 @@
-"""Kaggle's CSV: a row for each page.
+"""Kaggle's CSV: one row per page.
 
     image_id,labels
     100241706_00004_2,U+306F 1231 3465 133 53 U+304C 275 1652 84 69 ...
 
-Files for `predict` may give boxes without characters: `1231 3465 133 53 275 1652 84 69 ...`.
+Files for `predict` may have boxes without characters: `1231 3465 133 53 275 1652 84 69 ...`.
 
 A malformed row stops the job before any work, because guessing its meaning could train a model on wrong crops. Faults
 that need the page to be detected (a box off its page, a scan that can't be read) are found later and listed as losses.
@@ -43,7 +43,7 @@ def parse_rows(data: bytes, where: str, bare: bool = False) -> Iterator[tuple[st
     in `read_labels`.
 
     Raises:
-        InputError: the file is not text or CSV, or has a wrong header; or a malformed row, when it is reached.
+        InputError: the file is not text or CSV, has a wrong header, or has a malformed row (raised at that row).
     """
     csv.field_size_limit(MAX_CELL_CHARS)
     reader = csv.reader(open_text(data, where), strict=True)
@@ -84,7 +84,7 @@ def parse_integer(text: str) -> int:
     """Return a whole number of pixels, at most nine digits, which may be written `572.0`.
 
     Raises:
-        ValueError: the text is no such number.
+        ValueError: the text is not such a number.
     """
     if not _INTEGER.fullmatch(text):
         raise ValueError(f"x, y, width and height must be whole numbers of pixels. Received: {text[:40]!r}")

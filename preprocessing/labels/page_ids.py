@@ -38,12 +38,12 @@ def _is_plain(name: str) -> bool:
 
 
 def is_image(name: str) -> bool:
-    """Whether a file is an image, by its suffix."""
+    """Return whether a file is an image, by its suffix."""
     return name.lower().endswith(SUFFIXES)
 
 
 def id_of_file(name: str) -> str:
-    """Return the page id of an image's file name: the name without the suffix of an image.
+    """Return the page id for an image's file name: the name without its suffix, if that is one of an image.
 
     Raises:
         ValueError: as `parse_id`.

@@ -1,4 +1,4 @@
-"""Read labels of any form. The content of a file tells its form; all files are of one form."""
+"""Read labels of any form. The content of a file decides its form. All files must have the same form."""
 
 import csv
 import hashlib
@@ -23,18 +23,19 @@ from preprocessing.pages import count_kinds, ignored_line, kind_of
 
 log = logging.getLogger("kuzushiji")
 
-# In a folder, a file of these suffixes that is of no form is an error: it may be damaged. Others are left aside.
+# In a folder, a file with one of these suffixes but without a known form is an error: it may be damaged. Files with
+# other suffixes are skipped.
 STRICT_SUFFIXES = (".csv", ".json")
-# But for these, which Kaggle and Label Studio give next to the labels, and the files of other options.
+# Exceptions: files that Kaggle and Label Studio provide next to the labels, and files for other options.
 NO_LABELS = ("unicode_translation.csv", "sample_submission.csv", "notes.json")
 OTHER_HEADERS = (["canvas", "file"], ["page", "book"], ["prefix", "book"])
 READ_ME = ("readme", "license", "licence", "notice")
-# Other tools' forms go through COCO.
+# Labels of other tools must be converted to COCO.
 FORMS = "Kaggle's or CODH's CSV, COCO, YOLO or a IIIF Curation (docs/data.md says how to convert others)"
 
 
 class Form(Enum):
-    """What the beginning of a file tells."""
+    """Form of a file, from its name and its first bytes."""
 
     KAGGLE = "Kaggle's CSV"
     CODH = "CODH's CSV"
@@ -60,13 +61,13 @@ def read_labels(
     Args:
         places: a file, a folder, a zip archive, or several of these.
         option: the command-line option to name in error messages.
-        bare: whether boxes may have no characters.
-        size_of: gives the sizes of pages; only called for YOLO, whose files need it.
-        canvases: CSV of the columns `canvas,file`, for IIIF Curations.
+        bare: whether boxes may be without characters.
+        size_of: returns the size of a page; called for YOLO only, whose boxes are fractions of the page.
+        canvases: CSV with the columns `canvas,file`, for IIIF Curations.
 
     Raises:
-        InputError: a file does not exist, is of no form or of another one than the others, or exceeds a limit; a page
-            is repeated or its id unsafe; a row, line or entry is malformed; or there are no boxes.
+        InputError: a file does not exist, has no known form or not that of the other files, or exceeds a limit; a page
+            is repeated, or its id is unsafe; a row, line or entry is malformed; or there are no boxes.
         OptionError: `canvases` is given with labels of another form.
     """
     sizes: dict[str, tuple[int, int] | None] = {}
@@ -98,7 +99,7 @@ def read_labels(
 def _digest(
     form: Form, files: Sequence[LabelFile], sizes: dict[str, tuple[int, int] | None], canvases: UPath | None
 ) -> str:
-    """Return a hex digest of all that the labels were made from. Of Kaggle's CSV it is the SHA-256 of the file."""
+    """Return a hex digest of all input of the labels. For a single Kaggle CSV, it is the SHA-256 of the file."""
     if form == Form.KAGGLE and len(files) == 1:
         return files[0].sha256
     lines = [f"{file.name} {file.sha256}" for file in files] + [f"{page} {sizes[page]}" for page in sorted(sizes)]
@@ -110,10 +111,10 @@ def _digest(
 
 
 def _sorted_out(found: Sequence[LabelFile], option: str) -> tuple[Form, list[LabelFile], list[LabelFile]]:
-    """Return the form of the label files, these files, and the files that name the classes of YOLO.
+    """Return the form of the label files, these files, and the files with the class names of YOLO.
 
     Raises:
-        InputError: there are no labels, labels of several forms, or a file that may be damaged labels.
+        InputError: there are no labels, labels of several forms, or a file that may be a damaged label file.
     """
     of_form: dict[Form, list[LabelFile]] = {form: [] for form in Form}
     for file in found:
@@ -125,7 +126,7 @@ def _sorted_out(found: Sequence[LabelFile], option: str) -> tuple[Form, list[Lab
             of_form[form] = [file for file in of_form[form] if file not in pages]
     for file in of_form[Form.OTHER] + of_form[Form.EMPTY]:
         if file.given or (file.name.endswith(STRICT_SUFFIXES) and not _is_known_other(file)):
-            open_text(file.read(), file.where)  # an encoding that is not known is the fault to tell
+            open_text(file.read(), file.where)  # raises if the encoding is unknown, which is then the cause
             raise InputError(
                 f"{file.where} must begin with the header image_id,labels, or be labels of another form: {FORMS}. "
                 f"Received: {shown(_first_line(file))}. See docs/data.md#label-files"
@@ -176,7 +177,7 @@ def _first_line(file: LabelFile) -> str:
 
 
 def _may_be_yolo(file: LabelFile) -> bool:
-    """Whether a file among those of YOLO is to be read as one: not a note, nor a list of images."""
+    """Return whether an empty or unrecognized file next to YOLO files is one of them: no note, no list of images."""
     return file.name.endswith(".txt") and not (
         file.base_name.lower().startswith(READ_ME) or is_image(_first_line(file))
     )
@@ -213,7 +214,7 @@ def _read_json(files: Sequence[LabelFile], bare: bool, option: str, canvases: UP
             coco.add(content, file.where)
         else:
             yield from curations.pages(content, file.where)
-        del content  # before the next one is parsed
+        del content  # free the memory before the next file is parsed
     yield from coco.pages()
 
 

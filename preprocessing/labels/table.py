@@ -1,4 +1,4 @@
-"""What all forms of labels become: `Labels`, the boxes of all pages as arrays."""
+"""The representation of labels of all forms: `Labels`, the boxes of all pages as arrays."""
 
 import itertools
 from array import array
@@ -17,8 +17,8 @@ COLUMNS = 5  # of a page's table: code point, x, y, width, height
 MAX_PAGES = 2_000_000
 MAX_BOXES = 200_000_000
 MAX_PIXELS = 999_999_999  # of a coordinate or a side: nine digits
-TOLERANCE = 1e-3  # pixels; a coordinate that is nearer to a whole number is one, but for rounding
-# The box of a crop: all of its file, whose size is not known before it is read. No label file can state this box.
+TOLERANCE = 1e-3  # pixels; a coordinate closer than this to a whole number is taken for it
+# The box of a crop: its whole file, whose size is not known before it is read. No label file can contain this box.
 WHOLE_FILE = (0, 0, 2**31 - 1, 2**31 - 1)
 
 
@@ -35,13 +35,13 @@ class Labels:
     boxes: NDArray[np.int32]
     """(N, 4): x, y, width, height in pixels, from the upper left corner of the page; `WHOLE_FILE` for a crop."""
     sha256: str
-    """Hex digest of the bytes of the files."""
+    """Hex digest of all input of the labels, such as the bytes of the files."""
     books: Mapping[str, str] = field(default_factory=dict)
     """Page id to book, for the pages whose book the form states."""
     page_sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     """Page id to width and height in pixels, for the pages whose size the form states."""
     warnings: Sequence[tuple[str, str]] = ()
-    """Page id, and what was done to its boxes, for pages with fractions of pixels."""
+    """Page id, and how its boxes were changed, for pages with boxes in fractions of pixels."""
 
     @property
     def boxes_per_page(self) -> NDArray[np.int64]:
@@ -49,7 +49,7 @@ class Labels:
         return np.diff(self.starts)
 
     def pages_with(self, boxes: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """Return which pages have one of some boxes, (P,). boxes: (N,)."""
+        """Return which pages have one of the boxes, (P,). boxes: (N,), True for the boxes in question."""
         before = np.zeros(len(boxes) + 1, np.int32)
         np.cumsum(boxes, out=before[1:])
         return np.diff(before[self.starts]) > 0
@@ -59,7 +59,7 @@ NO_BOXES: NDArray[np.int32] = np.empty((0, COLUMNS), np.int32)
 
 
 class PageBoxes(NamedTuple):
-    """The boxes of a page, as a label file has them."""
+    """The boxes of a page, in the order of the label file."""
 
     page_id: str
     table: NDArray[np.int32]
@@ -74,7 +74,7 @@ class PageBoxes(NamedTuple):
 
 
 class Collected:
-    """Collects the boxes of pages whose boxes a file has in any order."""
+    """Collects boxes by page, for files in which the boxes have any order."""
 
     def __init__(self) -> None:
         self.values: dict[str, array[float]] = {}
@@ -83,7 +83,7 @@ class Collected:
         self.values.setdefault(page_id, array("d"))
 
     def add(self, page_id: str, code_point: int, box: Sequence[float]) -> None:
-        """box: x, y, width, height, at most `MAX_PIXELS`."""
+        """Add a box to a page. box: x, y, width, height, each at most `MAX_PIXELS`."""
         self.values.setdefault(page_id, array("d")).extend((code_point, *box))
 
     def tables(self) -> Iterator[tuple[str, NDArray[np.int32], int]]:
@@ -95,12 +95,12 @@ class Collected:
 
 
 def whole_pixels(boxes: NDArray[np.float64]) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-    """Move the near edges of boxes down and the far edges up, to whole pixels.
+    """Round the left and upper edges of boxes down and the right and lower edges up, to whole pixels.
 
     boxes: (n, 4) x, y, width, height.
 
     Returns:
-        (n, 4) boxes, and (n,) whether an edge was moved. A box of no area stays one.
+        (n, 4) boxes, and (n,) whether an edge was moved. A box without an area stays without one.
     """
     edges = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
     nearest = np.rint(edges)
@@ -114,14 +114,14 @@ def whole_pixels(boxes: NDArray[np.float64]) -> tuple[NDArray[np.int32], NDArray
 def assemble(pages: Iterable[PageBoxes], digest: Callable[[], str]) -> Labels:
     """Sort pages by id and put their boxes together.
 
-    digest: called after the last page, gives `Labels.sha256`.
+    digest: called after the last page; returns `Labels.sha256`.
 
     Raises:
         InputError: an id is repeated, there are too many pages or boxes, or there is no box.
     """
     found: list[PageBoxes] = []
     counts: list[int] = []
-    numbers = array("i")  # of all tables: with an array for each page, all would be copied when they are put together
+    numbers = array("i")  # of all tables: joining one array per page would copy all of them
     for page in pages:
         numbers.frombytes(np.ascontiguousarray(page.table, np.int32).tobytes())
         counts.append(len(page.table))

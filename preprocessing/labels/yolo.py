@@ -1,8 +1,8 @@
-"""YOLO's text files: one for each page, named as the page, a line for each box. Numbers are shares of the page.
+"""YOLO's text files: one per page, named after the page, with one line per box. Numbers are fractions of the page.
 
     3 0.548760 0.917236 0.056886 0.013926        class, x and y of the centre, width, height; a sixth number is ignored
 
-`classes.txt` (a character a line) or `data.yaml` (`names:`) says what the classes are.
+`classes.txt` (one character per line) or `data.yaml` (`names:`) lists the classes.
 """
 
 import os
@@ -24,17 +24,17 @@ from preprocessing.labels.table import PageBoxes
 CLASS_NAMES_FILES = ("classes.txt", "obj.names", "data.yaml", "data.yml")
 MAX_CLASSES_BYTES = 1 << 20
 LABELS_FOLDER = "labels"
-LEAST, MOST = -1e-3, 1 + 1e-3  # of a share, with rounding
+LEAST, MOST = -1e-3, 1 + 1e-3  # limits of a fraction, with a tolerance for rounding
 FIELDS = (5, 6)
 _CLASS = re.compile(r"[0-9]{1,6}")
 _SHARE = re.compile(r"-?(?:[0-9]{1,9}\.?[0-9]{0,30}|\.[0-9]{1,30})(?:[eE][+-]?[0-9]{1,3})?")
 
 SizeOf = Callable[[str], tuple[int, int] | None]
-"""Page id to width and height in pixels; None for a page without a file that can be read."""
+"""Returns width and height of a page in pixels, by its id; None if the page has no readable file."""
 
 
 def is_yolo_line(line: str) -> bool:
-    """Whether a line can be one of a YOLO file: a class and at least four numbers."""
+    """Return whether a line may be part of a YOLO file: a class and at least four numbers."""
     first, *numbers = line.split() or [""]
     return bool(_CLASS.fullmatch(first)) and len(numbers) >= 4 and all(map(_SHARE.fullmatch, numbers))
 
@@ -44,10 +44,10 @@ def read_yolo(
 ) -> Iterator[PageBoxes]:
     """Yield the pages of YOLO files, with boxes in pixels.
 
-    names: files of class names. bare: as in `read_labels`.
+    names: files with class names. bare, size_of: as in `read_labels`.
 
     Raises:
-        InputError: a line is malformed, or the names of the classes are missing or contradict one another.
+        InputError: a line is malformed, or the class names are missing or contradict one another.
     """
     code_points = _code_points(names, bare)
     if not code_points and not bare:
@@ -59,14 +59,14 @@ def read_yolo(
         classes, shares = _parse(file)
         size = size_of(page_id)
         boxes = _scaled(shares, *(size or (1, 1)))
-        if size is None:  # a loss, whatever its box; one without an area would have another reason
+        if size is None:  # the boxes become losses; one without an area would get another reason
             boxes[:] = 0, 0, 1, 1
         codes = np.array([_code_point(number, code_points, bare, file.where) for number in classes], np.int32)
         yield PageBoxes(page_id, np.column_stack([codes, boxes]), file.where)
 
 
 def _page_ids(files: Sequence[LabelFile]) -> list[str]:
-    """Return each file's page id: its name, or its path without `labels` where a name occurs in several folders."""
+    """Return each file's page id: its name, or its path without `labels` if several files have this name."""
     stems = [os.path.splitext(file.base_name)[0] for file in files]
     count = Counter(stems)
     ids = []
@@ -80,7 +80,7 @@ def _page_ids(files: Sequence[LabelFile]) -> list[str]:
 
 
 def _parse(file: LabelFile) -> tuple[list[int], NDArray[np.float64]]:
-    """Return n classes, and (n, 4) x and y of the centre, width, height as shares of the page."""
+    """Return n classes, and (n, 4) x and y of the centre, width, height as fractions of the page."""
     classes: list[int] = []
     shares: list[list[float]] = []
     for number, line in enumerate(open_text(file.read(), file.where), 1):
@@ -113,7 +113,7 @@ def _code_point(number: int, code_points: Sequence[int], bare: bool, where: str)
 
 
 def _code_points(files: Sequence[LabelFile], bare: bool) -> list[int]:
-    """Return the code point of each class; empty if no file names them."""
+    """Return the code point of each class; empty if there is no file with class names."""
     found: list[tuple[LabelFile, list[int]]] = []
     for file in files:
         codes = []
@@ -150,10 +150,10 @@ def _names_in(file: LabelFile) -> list[str]:
 
 
 def _parse_yaml(text: str, where: str) -> Any:
-    """Return the lists, dicts and texts of a YAML file: numbers and dates stay texts, and tags have no meaning.
+    """Return the lists, dicts and strings of a YAML file. Numbers and dates stay strings, and tags are ignored.
 
     Raises:
-        InputError: it is not YAML, or has an anchor or alias, by which a small file can stand for a huge value.
+        InputError: the text is not YAML, or has an anchor or alias, with which a small file can expand to a huge value.
     """
     import yaml
 

@@ -1,4 +1,4 @@
-"""What stands where on a drawn page: random characters in columns, with the frequencies of real books, or a layout.
+"""Compose drawn pages: random characters in columns, with the frequencies of real books, or a given layout.
 
 All pages of a book have the same handwriting (`Hand`). A page depends only on the seed, its id, its layout, the scale
 and the fonts.
@@ -98,7 +98,7 @@ def read_layouts(layouts: Path, num_pages: int) -> list[Page]:
 
 
 def draw_page(page: Page, seed: int, scale: float, fonts: tuple[Font, ...]) -> tuple[Image.Image, list[Glyph]]:
-    """Draw a page. Returns its picture, and its characters with their boxes in px of the picture."""
+    """Draw a page. Return its picture, and its characters with their boxes in px of the picture."""
     rng = np.random.default_rng([seed, 2, zlib.crc32(page.image_id.encode())])
     hand = hand_of(volume_of(page.image_id), seed, fonts)
     if page.layout is None:

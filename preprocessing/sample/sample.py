@@ -57,7 +57,7 @@ def sample(
         num_pages: at least 1.
         seed: 0 or more.
         scale: scale of all lengths, in (0, 1]; 1.0 gives pages of about 2,400 x 3,900 px.
-        layouts: a label file whose first `num_pages` rows give ids, boxes and characters; None: all are random.
+        layouts: a label file whose first `num_pages` rows have the ids, boxes and characters; None: all are random.
         fonts: folder of the fonts to draw with; None: the fonts of this machine.
         processes: number of processes; None: one per usable CPU, or this process for fewer than 4 pages.
 
