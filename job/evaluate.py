@@ -30,7 +30,7 @@ class Evaluation:
 
 
 def evaluate(model_place: UPath, dataset_place: UPath, split: str, out: UPath | None = None) -> Evaluation:
-    """Predict each crop of a split once. out: folder for the result, checked before the work starts.
+    """Predict each crop of a split once. out: folder for the result, checked before work starts.
 
     Raises:
         OptionError: the classes or margins of the dataset and of the model differ, or `out` is sealed.
@@ -55,7 +55,7 @@ def evaluate(model_place: UPath, dataset_place: UPath, split: str, out: UPath | 
 
 
 def check_dataset(dataset: StagedDataset, class_names: Sequence[str], margin: float, folder: UPath) -> None:
-    """Check that a dataset has the classes of a model, and crops with its margin. folder: of the model.
+    """Check that a dataset has the classes of a model, and crops with its margin. folder: the model folder.
 
     Raises:
         OptionError: the classes or margins differ.
@@ -77,7 +77,7 @@ def write_evaluation(evaluation: Evaluation, out: UPath) -> None:
     """Write metrics.json, per_class.csv and misclassified.csv of the split, as in a model folder.
 
     Raises:
-        OptionError: `out` is sealed: its files would no longer match its manifest.
+        OptionError: `out` is sealed, so its files would no longer match its manifest.
         KuzushijiError: `out` is read-only or not a folder.
     """
     check_out(out)
@@ -87,7 +87,7 @@ def write_evaluation(evaluation: Evaluation, out: UPath) -> None:
 
 
 def check_out(out: UPath) -> None:
-    """Check that a result can be written into a folder, before the work starts. Creates a local folder.
+    """Check that a result can be written into a folder, before work starts. Create a local folder if it is missing.
 
     Raises:
         OptionError: the folder is sealed.

@@ -12,12 +12,12 @@ from job.data.staging import Crops
 from preprocessing.classes import RARE
 from preprocessing.labels.code_points import code_point_name, parse_code_point
 
-# How sure a model is, see `SplitMetrics`.
+# Parameters of `ece`, `at_99` and `errors_by_share`, see `SplitMetrics`.
 BINS = 15
 RIGHT = 0.99
 SHARES = 20
 
-RARE_SHOWN = "〓"  # geta mark: printers' sign for a character that they lack
+RARE_SHOWN = "〓"  # geta mark: the printers' sign for a missing character
 
 
 def shown(class_name: str) -> str:
@@ -37,18 +37,18 @@ class SplitMetrics:
     macro_f1: float
     """Mean F1 of the classes that have a crop in the split.
 
-    scikit-learn's `f1_score(average="macro")` counts classes that were only predicted too, each with F1 0. Here they
-    don't count: what was taken for them already lowers the recall of its own class, and their number depends on which
-    classes are in the split by chance.
+    scikit-learn's `f1_score(average="macro")` also counts classes that were only predicted, each with F1 0. Here they
+    don't count: a crop that was mistaken for such a class already lowers the recall of its own class, and the number
+    of such classes depends on chance, that is, on which classes are in the split.
     """
     loss: float
     """Mean cross-entropy (negative log-likelihood)."""
     ece: float
-    """Expected calibration error: mean difference of probability and accuracy, in 15 bins of equally many crops of
-    similar probability (arxiv.org/abs/1909.10155).
+    """Expected calibration error: mean absolute difference between probability and accuracy, over 15 bins of equally
+    many crops of similar probability (arxiv.org/abs/1909.10155).
     """
     at_99: float
-    """Largest share of the crops, the most certain ones first, of which 99 % are right."""
+    """Largest share of the crops, the most certain ones first, of which 99 % are classified correctly."""
     errors_by_share: tuple[float, ...]
     """Error rate of the most certain 5 %, 10 % ... 100 % of the crops: risk and coverage (arxiv.org/abs/1705.08500)."""
     examples: int
@@ -57,7 +57,7 @@ class SplitMetrics:
 def metrics(predictions: NDArray[np.float32], labels: NDArray[np.int64], class_names: Sequence[str]) -> SplitMetrics:
     """Compute the metrics of a split.
 
-    predictions: (N, 4) float32, as `inference.predictions_of`. labels: (N,) int64. class_names: `rare` is the last one.
+    predictions: (N, 4) float32, as `inference.predictions_of` returns. labels: (N,) int64. class_names: `rare` is last.
     """
     correct = predictions[:, 0] == labels
     not_rare = labels != len(class_names) - 1
@@ -79,8 +79,11 @@ def metrics(predictions: NDArray[np.float32], labels: NDArray[np.int64], class_n
 def _certainty(
     probabilities: NDArray[np.float32], correct: NDArray[np.bool_]
 ) -> tuple[float, float, tuple[float, ...]]:
-    """Return `ece`, `at_99` and `errors_by_share`. Both (N,), N at least 1, of the predicted classes."""
-    # Crops of the same probability, many at 1, have no order: each counts as their mean.
+    """Return `ece`, `at_99` and `errors_by_share`.
+
+    probabilities: (N,) of the predicted classes, N at least 1. correct: (N,).
+    """
+    # Crops of equal probability (often 1) have no order, so each counts as the mean of its group.
     values, group, size = np.unique(probabilities, return_inverse=True, return_counts=True)
     order = np.argsort(-group, kind="stable")
     right = (np.bincount(group, correct) / size)[group][order]

@@ -12,8 +12,9 @@ KINDS = (DatasetManifest, ModelManifest, PredictionsManifest)
 
 
 def verify(folder: UPath) -> tuple[Manifest, list[str], list[str]]:
-    """As `cluster.manifest.verify`, for all kinds of folders that the project writes.
+    """Check a folder of any kind that the project writes, see `cluster.manifest.verify`.
 
-    Returns the manifest, the faults (one line per file), and the names of files that the manifest does not list.
+    Returns:
+        The manifest, the faults (one line per file), and the names of files that the manifest does not list.
     """
     return manifest.verify(folder, KINDS)

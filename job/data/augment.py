@@ -1,6 +1,7 @@
-"""Augmentation: each crop of a step is distorted a little, so that a model learns hands that the dataset does not have.
+"""Augmentation: distort each crop of a step a little, so that a model also reads handwriting that the dataset lacks.
 
-Keras' own augmentation layers draw for the rows of one worker, so that their results depend on the number of workers.
+Keras' own augmentation layers draw random numbers for the rows of one worker, so their results would depend on the
+number of workers.
 """
 
 import math
@@ -18,26 +19,26 @@ ROTATION = math.radians(6)
 SHEAR = 0.1  # pixels to the side per pixel down
 LOG_ZOOM = math.log(1.14)  # on each axis
 SHIFT = 5.0  # pixels
-ELASTIC, GRID = 3.5, 5  # pixels by which each of GRID x GRID places moves along each axis; pixels between them follow
+ELASTIC, GRID = 3.5, 5  # pixels that each of GRID x GRID points moves along each axis, and points per axis
 GAIN = 0.2  # of the grey levels
 LOG_GAMMA = math.log(1.4)
-STROKE = 0.5  # of the way to the lightest or darkest of 3 x 3 pixels
-ERASED = 0.25  # of the crops
-LEAST_ERASED, MOST_ERASED = 0.1, 0.35  # of the side
+STROKE = 0.5  # fraction of the way to the lightest or darkest of 3 x 3 pixels
+ERASED = 0.25  # fraction of the crops
+LEAST_ERASED, MOST_ERASED = 0.1, 0.35  # fraction of the side of a crop
 
-SEED_OFFSET = 1 << 62  # dropout layers have the seeds from seed + (1 << 32)
-NUMBERS = 14 + 2 * GRID**2  # that are drawn for a crop
+SEED_OFFSET = 1 << 62  # the seeds of dropout layers start at seed + (1 << 32)
+NUMBERS = 14 + 2 * GRID**2  # random numbers per crop
 
 
 def augmented(images: Any, rows: BatchRows, seed: int) -> Any:
-    """Return distorted crops, (n, 80, 80, 1) float32 from 0 to 255. What is beyond their edges is black.
+    """Return distorted crops, (n, 80, 80, 1) float32 from 0 to 255. Pixels from outside of a crop are black.
 
     Args:
         images: (n, 80, 80, 1), from 0 to 255, with paper lighter than ink.
-        rows: where they stand in the global batch.
-        seed: that of the training.
+        rows: their rows in the global batch.
+        seed: random seed of the training.
     """
-    # Of the whole batch, then the rows: the functions of vectors round otherwise for another number of rows.
+    # Compute for the whole batch, then take the own rows: vectorized functions round differently for fewer rows.
     drawn = rows.uniform(seed + SEED_OFFSET, (NUMBERS,))
     rotation, shear, zoom_x, zoom_y, shift_x, shift_y, gain, gamma, stroke = tf.unstack(2 * drawn[:, :9] - 1, axis=1)
     transforms = _transforms(
@@ -59,7 +60,7 @@ def augmented(images: Any, rows: BatchRows, seed: int) -> Any:
 
 
 def _transforms(angle: Any, shear: Any, zoom_x: Any, zoom_y: Any, shift_x: Any, shift_y: Any) -> Any:
-    """Return (n, 2, 3) affine transforms about the middle: from pixels (x, y, 1) of the result to those of the crop."""
+    """Return (n, 2, 3) affine transforms about the centre: from pixels (x, y, 1) of the result to those of the crop."""
     cosine, sine = tf.cos(angle), tf.sin(angle)
     # The rotation times the shear times the zoom.
     a, b = cosine / zoom_x, (cosine * shear - sine) / zoom_y
@@ -71,12 +72,13 @@ def _transforms(angle: Any, shear: Any, zoom_x: Any, zoom_y: Any, shift_x: Any, 
 
 
 def _warped(x: Any, transforms: Any, moves: Any) -> Any:
-    """Return crops of which each pixel is taken from where its transform and the moves round it lead (bilinear).
+    """Warp crops by transforms and by an elastic distortion, with bilinear interpolation.
 
-    TensorFlow warps by transforms alone; the elastic part is that of
-    doi.org/10.1109/ICDAR.2003.1227801. moves: (n, GRID, GRID, 2), pixels along x and y.
+    TensorFlow itself only warps by transforms. The elastic distortion is that of doi.org/10.1109/ICDAR.2003.1227801.
+
+    moves: (n, GRID, GRID, 2), pixels along x and y that each point of the grid moves.
     """
-    # Pixels between places of the grid move by a mean of both, weighted by cosines.
+    # Between two points of the grid, pixels move by a mean of both moves, weighted by cosines.
     distance = np.linspace(0, GRID - 1, SIDE, dtype=np.float32)[:, None] - np.arange(GRID, dtype=np.float32)
     weights = np.where(np.abs(distance) < 1, np.cos(np.pi / 2 * distance) ** 2, 0)
     moved = tf.einsum("yi,nijc,xj->cnyx", weights, moves, weights)
@@ -86,7 +88,7 @@ def _warped(x: Any, transforms: Any, moves: Any) -> Any:
         transforms[:, axis, 0] * columns + transforms[:, axis, 1] * lines + transforms[:, axis, 2] + moved[axis]
         for axis in (0, 1)
     )
-    # A border of black: what is farther out is the same.
+    # A black border; coordinates farther out are clipped to it.
     width = SIDE + 3
     pixels = tf.reshape(tf.pad(x, ((0, 0), (1, 2), (1, 2), (0, 0))), (-1, width * width))
     right, down = (tf.clip_by_value(source + 1, 0, SIDE + 1) for source in sources)
@@ -108,14 +110,14 @@ def _with_stroke(x: Any, weight: Any) -> Any:
 
 
 def _of_neighbours(x: Any, better: Callable[[Any, Any], Any]) -> Any:
-    """Return the best of 3 x 3 pixels, within the crop. Four times as fast as pooling, on a CPU."""
+    """Return the `better` of 3 x 3 pixels, within the crop. On a CPU, this is four times as fast as pooling."""
     bordered = tf.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), "SYMMETRIC")
     x = better(better(bordered[:, :-2], bordered[:, 1:-1]), bordered[:, 2:])
     return better(better(x[:, :, :-2], x[:, :, 1:-1]), x[:, :, 2:])
 
 
 def _erased(x: Any, drawn: Any) -> Any:
-    """Return crops of which some have a rectangle filled with their mean. drawn: (n, 5) from 0 to 1."""
+    """Fill a rectangle of some crops with the crop's mean. drawn: (n, 5) random numbers from 0 to 1."""
     whether, height, width, middle_y, middle_x = tf.unstack(drawn, axis=1)
     pixels = tf.range(SIDE, dtype=tf.float32)[None] + 0.5
 

@@ -1,6 +1,6 @@
-"""What is drawn by chance in a step: a pure function of (seed, step, row of the global batch).
+"""The random numbers of a training step: a pure function of (seed, step, row of the global batch).
 
-Any number of workers draws the same, and checkpoints need no random state.
+They do not depend on the number of workers, and checkpoints need no random state.
 """
 
 import math
@@ -10,7 +10,7 @@ from typing import Any
 
 import tensorflow as tf
 
-# The Philox generator (doi.org/10.1145/2063384.2063405), by its number in TensorFlow. It makes four numbers a count.
+# TensorFlow's ID of the Philox generator (doi.org/10.1145/2063384.2063405), which makes four numbers per counter value.
 PHILOX, NUMBERS_OF_A_COUNT = 1, 4
 
 
@@ -40,7 +40,7 @@ class BatchRows:
 
     def _drawn(self, seed: int, shape: Sequence[int], first: Any, count: Any) -> Any:
         size = math.prod(shape)
-        counts = -(-size // NUMBERS_OF_A_COUNT)  # of a row, which begins with a count of its own
+        counts = -(-size // NUMBERS_OF_A_COUNT)  # counter values of a row; each row starts at a new one
         key, counter = tf.raw_ops.StatelessRandomGetKeyCounter(seed=tf.stack([tf.cast(seed, tf.int64), self.step]))
         before = tf.cast(first, tf.int64) * counts
         counter += tf.cast(tf.stack([before, tf.zeros_like(before)]), tf.uint64)

@@ -1,12 +1,12 @@
 """Partitions: which shards of a dataset a worker holds, and which of their crops it trains on and evaluates.
 
 The shards of each split are dealt to C partitions. A global batch has B / C crops of each partition, one partition
-after the other, so that a worker needs the partitions of its own rows alone. With one partition, each worker holds the
-whole dataset.
+after the other, so a worker needs only the partitions of its own rows. With one partition, each worker holds the whole
+dataset.
 
-The crops of a split are counted in the order of the partitions, and within one in that of its shards. Those that a
-worker holds are consecutive. Which crops are in a global batch depends on seed, epoch and C, and not on the workers;
-the canonical nodes of MosaicML's Streaming are the same idea (docs.mosaicml.com/projects/streaming).
+The rows of a split are its crops, partition by partition, and within a partition shard by shard. The rows that a worker
+holds are consecutive. The crops of a global batch depend on seed, epoch and C, and not on the workers, as with the
+canonical nodes of MosaicML's Streaming (docs.mosaicml.com/projects/streaming).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,8 +24,10 @@ from preprocessing.dataset import DatasetManifest, Shard
 
 
 def deal(shards: Sequence[Shard], partitions: int, seed: int) -> list[list[Shard]]:
-    """Deal shards to partitions of nearly equal numbers of crops: the largest first, each to the partition with the
-    fewest. Those of equal size are dealt in random order. A partition has its shards in their order.
+    """Deal shards to partitions, so that these have nearly equal numbers of crops.
+
+    Shards are dealt by descending size, each to the partition with the fewest crops so far, and those of equal size in
+    random order. Within a partition, shards keep their order.
     """
     shuffled = np.random.default_rng(seed).permutation(len(shards)).tolist()
     dealt: list[list[int]] = [[] for _ in range(partitions)]
@@ -39,7 +41,7 @@ def deal(shards: Sequence[Shard], partitions: int, seed: int) -> list[list[Shard
 
 @dataclass(frozen=True)
 class Partitions:
-    """The partitions of a training as one of its workers sees them. B, the global batch size, is a multiple of C."""
+    """The partitions of a training, for one of its workers. B, the global batch size, is a multiple of C."""
 
     shards: Mapping[str, Sequence[Sequence[Shard]]]
     """Split to the shards of each of the C partitions."""
@@ -64,7 +66,7 @@ class Partitions:
 
     @property
     def steps(self) -> int:
-        """Steps of an epoch: as many as the smallest partition has crops for."""
+        """Steps per epoch: as many as the crops of the smallest partition allow."""
         return min(self.sizes("train")) // self._rows_of_each
 
     @property
@@ -74,7 +76,7 @@ class Partitions:
 
     @cached_property
     def _starts(self) -> dict[str, list[int]]:
-        """Split to the first row of each partition, and the number of all rows."""
+        """Split to the first row of each partition, followed by the number of rows of the split."""
         return {
             split: [0, *accumulate(sum(shard.examples for shard in shards) for shards in partitions)]
             for split, partitions in self.shards.items()
@@ -102,7 +104,7 @@ class Partitions:
         return self._rows_in(split, self.held_by(self.rank))
 
     def own_rows(self, split: str) -> slice:
-        """Return the rows that this worker holds, and no worker before it. Each row is some worker's own."""
+        """Return the rows that this worker holds and no worker of a lower rank does. Each row is one worker's own."""
         begin = self.held_by(self.rank - 1).stop if self.rank else 0
         return self._rows_in(split, range(begin, self.held_by(self.rank).stop))
 
@@ -112,13 +114,14 @@ class Partitions:
         return slice(starts[numbers.start], starts[numbers.stop])
 
     def local(self, split: str, rows: slice) -> slice:
-        """Return where rows of a split are among those that this worker holds."""
+        """Return the positions of rows of a split among the rows that this worker holds."""
         first = self.held_rows(split).start
         return slice(rows.start - first, rows.stop - first)
 
     def batches(self, epoch: int) -> NDArray[np.int64]:
-        """Return (steps, n) int64: for each step of an epoch this worker's n rows of the global batch, as positions
-        among the training crops that it holds.
+        """Return the rows of this worker in each global batch of an epoch, (steps, n) int64.
+
+        They are positions among the training crops that the worker holds.
         """
         first, end = share(self.global_batch_size, self.rank, self.workers)
         sizes, each, parts, start = self.sizes("train"), self._rows_of_each, [], 0
@@ -130,7 +133,7 @@ class Partitions:
         return np.concatenate(parts, axis=1)
 
     def evaluated(self, split: str, most: int) -> Iterator[tuple[slice, ...]]:
-        """Yield for each step of an evaluation the rows of the split that each worker reads, at most `most`.
+        """For each step of an evaluation, yield the rows of the split that each worker reads, at most `most`.
 
         The workers that hold a partition share its rows. All workers take each step together; one that has no rows
         left gets an empty slice.

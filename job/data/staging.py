@@ -1,8 +1,8 @@
-"""Staging: shards of a dataset on this machine's disk, verified once and unpacked into flat arrays that workers map.
+"""Staging: verify shards of a dataset and unpack them into flat arrays on this machine's disk, for memory-mapping.
 
 Gathering rows from a memory-mapped array is faster than parsing records (325,000 crops/s on one core; TensorFlow:
 97,000), and allows any order. A staged dataset exists as long as a process uses it: each user holds a shared lock in
-its folder, and every user removes unlocked folders when it starts and when it ends, so crashes leave nothing for long.
+its folder, and removes unlocked folders when it starts and when it ends, so the remains of a crash are removed soon.
 """
 
 import fcntl
@@ -39,7 +39,7 @@ LOCK_FILE = "in-use"
 ARRAYS = ("images", "labels", "code_points", "boxes")  # of `Crops`
 
 Progress = Callable[[str, int, str], AbstractContextManager[Callable[[int], None]]]
-"""A function as `cluster.progress.progress`."""
+"""A function like `cluster.progress.progress`."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Crops:
     code_points: NDArray[np.int32]  # (N,) of the box itself, also if the label is `rare`
     boxes: NDArray[np.int32]  # (N, 4) x, y, width, height
     pages_file: Path
-    """Has a line for each crop of the split, the id of its page."""
+    """Has one line per staged crop of the split: the id of its page."""
     first: int = 0
     """Line of the first crop."""
 
@@ -65,7 +65,7 @@ class Crops:
         return replace(self, **arrays, first=self.first + first)
 
     def page_ids(self) -> Iterator[str]:
-        """Yield the id of the page of each crop. They are read from the disk: a list would take 75 bytes a crop."""
+        """Yield the id of the page of each crop, read from the disk: a list would take 75 bytes per crop."""
         with self.pages_file.open(encoding="utf-8", newline="\n") as lines:
             for line in islice(lines, self.first, self.first + len(self)):
                 yield line.removesuffix("\n")
@@ -77,17 +77,17 @@ class StagedDataset:
 
     manifest: DatasetManifest
     class_names: list[str]
-    """Labels are indices into it."""
+    """Labels are indices into this list."""
     splits: dict[str, Crops]
-    """The crops that were staged: all of a split, or those of some of its shards."""
+    """The staged crops: all crops of a split, or those of some of its shards."""
     folder: Path
     """Folder on this machine's disk, removed with the staged dataset. Users may keep temporary files in it."""
 
     def books(self) -> dict[str, str]:
-        """Return page id to book; of a dataset of an earlier release, to volume.
+        """Return page id to book, or to volume if the dataset is of an earlier release.
 
         Raises:
-            DamageError: the table of pages is not as `prepare` writes it.
+            DamageError: the table of pages is not one that `prepare` writes, or lacks a page.
         """
         page_ids = {page_id for crops in self.splits.values() for page_id in crops.page_ids()}
         if self.manifest.book_rule == VOLUMES:
@@ -123,7 +123,7 @@ def staged_shards(
         manifest: its manifest.
         shards: split to the shards to stage.
         shown: shows the progress.
-        check: called again and again while this process stages or waits for another one that does; ends it by raising.
+        check: called repeatedly while this process stages, or waits for another one that stages; may raise to end it.
 
     Raises:
         InputError: a split of the dataset has no crops.
@@ -154,8 +154,9 @@ def staged_shards(
 
 @contextmanager
 def _locked(root: Path, check: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Hold the exclusive lock under which datasets are staged, locked by users, and removed. check: see
-    `staged_shards`.
+    """Hold the exclusive lock for staging datasets, for locking them as a user, and for removing them.
+
+    check: see `staged_shards`.
     """
     with open(root / "lock", "w") as lock:
         while True:
@@ -172,14 +173,14 @@ def _remove_unused(root: Path, keep: str = "") -> None:
     """Remove all folders without a user, except the one named `keep`."""
     for folder in root.iterdir():
         if folder.is_dir() and folder.name != keep and not _is_used(folder):
-            # Renamed first: a process that is killed in the middle leaves nothing that looks like a staged dataset.
+            # Rename first: a process that is killed halfway then leaves nothing that looks like a staged dataset.
             removed = folder.rename(root / uuid.uuid4().hex)
             shutil.rmtree(removed, ignore_errors=True)  # Ray may be removing an uploaded checkpoint in it
 
 
 def _is_used(folder: Path) -> bool:
     try:
-        with open(folder / LOCK_FILE, "r+") as in_use:  # NFS locks exclusively what is open for writing alone
+        with open(folder / LOCK_FILE, "r+") as in_use:  # NFS grants exclusive locks only on files open for writing
             fcntl.flock(in_use, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except FileNotFoundError:  # the process was killed while staging
         return False
@@ -196,7 +197,7 @@ def _stage(
     shown: Progress,
     check: Callable[[], None],
 ) -> None:
-    """Verify the files against the manifest, and unpack the shards. The folder appears when it is complete."""
+    """Verify the files against the manifest, and unpack the shards. The folder gets its name when it is complete."""
     temporary = folder.with_name(f"{folder.name}-{uuid.uuid4().hex}")
     temporary.mkdir()
     try:
@@ -234,8 +235,10 @@ def _stage(
 def _check_sizes(dataset: UPath, manifest: DatasetManifest, sizes: dict[str, int]) -> list[FileEntry]:
     """Check the sizes of all files, before hours of reading, and before disk space is reserved for the crops.
 
-    sizes: bytes of each file in the dataset. Returns the entries of the labels file and of the table of pages, which
-    datasets of earlier releases do not have.
+    sizes: bytes of each file in the dataset.
+
+    Returns:
+        The entries of the labels file and of the table of pages. Datasets of earlier releases do not have the table.
     """
     for entry in manifest.entries:
         if fault := size_fault_of(entry, sizes):
@@ -255,10 +258,10 @@ def _check_room(dataset: UPath, shards: Mapping[str, Sequence[Shard]], root: Pat
     """Check that the disk has room for the crops, and for the largest shard if it must be fetched first.
 
     Raises:
-        OptionError: it has not.
+        OptionError: it has too little room.
     """
     every = [shard for of_split in shards.values() for shard in of_split]
-    needed = sum(shard.bytes for shard in every)  # records are a little larger than what is kept of them
+    needed = sum(shard.bytes for shard in every)  # a record is a little larger than its part in the arrays
     needed += 0 if is_local(dataset) else max((shard.bytes for shard in every), default=0)
     free = shutil.disk_usage(root).free
     if needed > free:

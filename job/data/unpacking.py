@@ -1,4 +1,4 @@
-"""Unpacking: the records of shards, parsed into the flat arrays of a staged split."""
+"""Unpacking: parse the records of shards into the flat arrays of a staged split."""
 
 import mmap
 import os
@@ -20,7 +20,7 @@ from preprocessing.labels.page_ids import parse_id
 from preprocessing.records import SIDE, decode_example, read_frames
 
 PARSE_RECORDS = 1024
-MAX_PIXELS = 10**9  # bound of x, y, width and height of a box: nine digits in the labels
+MAX_PIXELS = 10**9  # exclusive bound of x, y, width and height of a box: labels have at most nine digits
 PAGES_FILE = "page_ids.txt"
 
 
@@ -41,7 +41,7 @@ class SplitWriter:
         """Append crops.
 
         Raises:
-            ValueError: a record is not as `prepare` writes it, or there are more crops than the manifest says.
+            ValueError: a record is not one that `prepare` writes, or there are more crops than the manifest says.
         """
         rows = slice(self.filled, self.filled + len(records))
         if rows.stop > len(self.labels):
@@ -66,7 +66,7 @@ class SplitWriter:
 
 
 def _new_array(path: Path, dtype: type, shape: tuple[int, ...]) -> NDArray[Any]:
-    """Create a memory-mapped array and reserve its disk space: a full disk is an OSError now, not a SIGBUS later."""
+    """Create a memory-mapped array and reserve its disk space: a full disk raises OSError now, not SIGBUS later."""
     array: NDArray[Any] = np.lib.format.open_memmap(path, "w+", dtype, shape)
     with path.open("r+b") as file:
         os.posix_fallocate(file.fileno(), 0, path.stat().st_size)

@@ -1,9 +1,10 @@
 """The classifiers. Input: N x 80 x 80 x 1 crops, 0..255, scaled inside. Output: N x K probabilities of K classes.
 
 Each architecture is a function of the number of classes and uses built-in Keras layers only, so that a saved model
-loads without this package. `resnet` is the one to use. Layers, recipes and reported results (`job/config.py`) of the
-others are those of an earlier study on Kaggle's crops, except for one defect: the study fed 0..255 to the ImageNet
-bases. Scaling and softmax are always float32; with mixed precision, the layers between them compute in bfloat16.
+loads without this package. `resnet` is the recommended one. Layers, recipes and reported results (`job/config.py`) of
+the others are those of an earlier study on Kaggle's crops, with one correction: the study fed 0..255 to the ImageNet
+bases; here they get the range that they were trained on. Scaling and softmax are always float32; with mixed precision,
+the layers between them compute in bfloat16.
 """
 
 from collections.abc import Callable
@@ -33,8 +34,9 @@ BASES = {"xception": "Xception", "resnet152v2": "ResNet152V2", "inceptionresnetv
 def resnet(num_classes: int) -> keras.Model:
     """Build a small residual net (arxiv.org/abs/1512.03385): 3,105,698 parameters at 514 classes.
 
-    It has plain 3x3 convolutions, and a small head: a weighted average of the 5 x 5 places (arxiv.org/abs/1804.01259)
-    instead of wide dense layers. The forward pass takes 147 MMAC per crop; `baseline` takes 128.
+    It has plain convolutions, most of them 3x3, and a small head: a weighted average over the 5 x 5 positions of the
+    last feature map (arxiv.org/abs/1804.01259) instead of wide dense layers. The forward pass takes 147 MMAC per crop;
+    `baseline` takes 128.
     """
     inputs = keras.Input((SIDE, SIDE, 1))
     x = layers.Rescaling(1 / 255, dtype="float32")(inputs)
@@ -51,9 +53,9 @@ def resnet(num_classes: int) -> keras.Model:
 
 
 def _residual(x: Any, filters: int, strides: int) -> Any:
-    """Build two convolutions and a shortcut. Before training, the block is its shortcut alone: its last scale is 0."""
+    """Build two convolutions and a shortcut. The last scale starts at 0, so the block begins as its shortcut alone."""
     shortcut = x
-    if strides > 1:  # a 1x1 convolution with strides would skip three of four places
+    if strides > 1:  # a 1x1 convolution with strides would skip three of four positions
         shortcut = layers.AveragePooling2D(strides)(shortcut)
     if x.shape[-1] != filters:
         shortcut = layers.BatchNormalization()(_convolution(shortcut, filters, 1))
@@ -63,13 +65,13 @@ def _residual(x: Any, filters: int, strides: int) -> Any:
 
 
 def _convolution(x: Any, filters: int, size: int, strides: int = 1) -> Any:
-    # Without bias: the batch norm after it has one.
+    # Without bias: the batch norm that follows has one.
     initializer = keras.initializers.HeNormal()
     return layers.Conv2D(filters, size, strides, padding="same", use_bias=False, kernel_initializer=initializer)(x)
 
 
 def _norm_relu(x: Any) -> Any:
-    # Without scale: the layer after the ReLU has one.
+    # Without scale: the layer that follows the ReLU has one.
     return layers.ReLU()(layers.BatchNormalization(scale=False)(x))
 
 
@@ -115,7 +117,7 @@ def inceptionresnetv2(num_classes: int, weights: str | None = None, unfreeze: Un
 def fcn(num_classes: int, input_size: tuple[int | None, int | None] = (None, None)) -> keras.Model:
     """Build seven convolutions at full resolution and global max pooling: 11,072,230 parameters at 514 classes.
 
-    The forward pass takes 71 GMAC per 80 x 80 crop, 550 times that of `baseline`. Training needs some 200 MB of
+    The forward pass takes 71 GMAC per 80 x 80 crop, 550 times that of `baseline`. Training needs about 200 MB of
     activations per crop. input_size: height and width in pixels; None: any, such as whole lines of a page.
     """
     inputs = keras.Input((*input_size, 1))
@@ -125,7 +127,7 @@ def fcn(num_classes: int, input_size: tuple[int | None, int | None] = (None, Non
         x = layers.BatchNormalization()(x)
         x = layers.ReLU()(x)
     x = layers.Conv2D(num_classes, 3, padding="same")(x)
-    # In float32: with the 8 significant bits of bfloat16, more classes would tie.
+    # In float32: with the 8 significant bits of bfloat16, more classes would have equal scores.
     x = layers.BatchNormalization(dtype="float32")(x)
     x = layers.ReLU(dtype="float32")(x)
     x = layers.GlobalMaxPooling2D(dtype="float32")(x)
@@ -138,7 +140,7 @@ def base(architecture: str, weights: str | None) -> keras.Model:
     weights: as for `xception`.
     """
     inputs = keras.Input((SIDE, SIDE, 1))
-    # All three were trained on -1..1: see `preprocess_input` of their modules.
+    # All three were trained on -1..1, see `preprocess_input` of their modules.
     x = layers.Rescaling(1 / 127.5, offset=-1, dtype="float32")(inputs)
     x = layers.Concatenate()([x, x, x])
     model = getattr(keras.applications, BASES[architecture])(include_top=False, weights=None, input_tensor=x)

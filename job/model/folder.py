@@ -1,4 +1,4 @@
-"""The model folder `<models>/<architecture>/<run>/`, a contract with its users: write, check and load it.
+"""The model folder `<models>/<architecture>/<run>/`, whose format users rely on: write, check and load it.
 
 model.keras  labels.txt  config.json  metrics.json  history.jsonl  per_class.csv  misclassified.csv  README.md
 manifest.json
@@ -56,7 +56,7 @@ def write_model(
     texts: name to content of the other files.
 
     Raises:
-        DamageError: another training of the same run sealed the folder before. Its files are unchanged, unless both
+        DamageError: another training of the same run has sealed the folder. Its files are unchanged, unless both
             trainings ended at the same moment.
     """
     if is_sealed(folder):
@@ -96,13 +96,13 @@ def load_model(place: UPath) -> tuple["keras.Model", list[str], UPath]:
 
 
 def load_checked(folder: UPath) -> tuple["keras.Model", list[str]]:
-    """Load a model in a process that is configured. Return the model and its class names.
+    """Load a model in a process that has configured TensorFlow. Return the model and its class names.
 
     folder: a model folder. All files are checked before loading.
 
     Raises:
-        DamageError: a file does not match the manifest; or `model.keras` is not a classifier of these classes, or
-            contains what could execute code.
+        DamageError: a file does not match the manifest; or `model.keras` is not a classifier of these classes, or could
+            execute code.
     """
     manifest = read_manifest(folder, ModelManifest)
     if missing := {MODEL_FILE, LABELS_FILE} - {entry.name for entry in manifest.files}:
@@ -110,7 +110,7 @@ def load_checked(folder: UPath) -> tuple["keras.Model", list[str]]:
     with writing_in(Path(tempfile.gettempdir())), tempfile.TemporaryDirectory() as temporary:
         local = UPath(temporary)
         sizes = list_files(folder)
-        for entry in manifest.entries:  # check the copies, so that the checked bytes are those that are loaded
+        for entry in manifest.entries:  # check the copies, so that exactly the checked bytes are loaded
             fault = size_fault_of(entry, sizes)
             if not fault:
                 fetch(folder / entry.name, Path(temporary) / entry.name)
@@ -130,7 +130,7 @@ def load_checked(folder: UPath) -> tuple["keras.Model", list[str]]:
 
 @dataclass(frozen=True)
 class TrainedOn:
-    """What a model's config records of the dataset that it was trained on."""
+    """What a model's config records about its training dataset."""
 
     margin: float
     """As `PrepareConfig.margin`."""
@@ -193,7 +193,7 @@ def read_json(path: UPath) -> dict[str, Any]:
 
 
 def finished_config(folder: UPath) -> dict[str, Any] | None:
-    """Return the config of a finished model folder and its `dataset_manifest_sha256`; None if it is not finished."""
+    """Return the config of a finished model folder, with its `dataset_manifest_sha256`; None if it is not finished."""
     if not is_sealed(folder):
         return None
     return read_json(folder / CONFIG_FILE) | {

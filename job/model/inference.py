@@ -22,7 +22,7 @@ COUNT = tf.TensorSpec((), tf.int32)
 def crops_per_step(model: keras.Model) -> int:
     """Return the batch size for inference.
 
-    It is smaller for `fcn`, recognized by its undefined input height: no layer reduces the image, so that the
+    It is smaller for `fcn`, recognized by its undefined input height: none of its layers reduces the image, so the
     activations of a crop are 500 times as large as those of `baseline`.
     """
     return 512 if model.input_shape[1] else 16
@@ -45,7 +45,7 @@ def predictions_of(model: keras.Model, images: Any, labels: Any) -> Any:
     ranked_before = (probabilities > label_probability) | ((probabilities == label_probability) & lower_class)
     rank = tf.reduce_sum(tf.cast(ranked_before, tf.float32), axis=1)
     predicted = tf.cast(tf.argmax(probabilities, axis=1), tf.float32)
-    # Comparisons with NaN are false: a label of that probability would have rank 0.
+    # Comparisons with NaN are false, so a label whose probability is NaN would have rank 0.
     in_top_5 = tf.cast((rank < 5) & (label_probability[:, 0] >= 0), tf.float32)
     return tf.stack([predicted, tf.reduce_max(probabilities, axis=1), in_top_5, losses], axis=1)
 
@@ -54,7 +54,7 @@ def check_finite(values: NDArray[np.float32]) -> None:
     """Check that a model gave finite probabilities. values: (N, columns), a row for each crop.
 
     Raises:
-        KuzushijiError: they are not finite.
+        KuzushijiError: the probabilities are not finite.
     """
     faulty = np.count_nonzero(~np.isfinite(values).all(axis=1))
     if faulty:

@@ -11,7 +11,7 @@ from cluster.progress import waiting
 def choose_backend() -> None:
     """Make Keras use TensorFlow in this process, whatever the user's `~/.keras/keras.json` says.
 
-    Keras reads the variable at import: commands and workers call this before.
+    Keras reads the variable at import, so commands and workers call this function first.
     """
     os.environ["KERAS_BACKEND"] = "tensorflow"
 

@@ -1,7 +1,7 @@
 """Save `model.keras` so that any Keras from 3.4 on loads it.
 
-Keras writes all settings of a layer, also those at their defaults, and rejects settings that it does not know. A file
-of a new version loads in an older one only without the settings that came later.
+Keras writes all settings of a layer, also those at their defaults, and rejects settings that it does not know. So an
+older version loads the file of a newer one only without the settings that were added in between.
 """
 
 import json
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 OLDEST_KERAS = "3.4"
 CONFIG_MEMBER = "config.json"
 
-# Settings that came after `OLDEST_KERAS`, with their defaults.
+# Settings that were added after `OLDEST_KERAS`, with their defaults.
 LATER: dict[str, Any] = {
     "ragged": False,  # 3.9, github.com/keras-team/keras/pull/20757
     "quantization_config": None,  # 3.13, github.com/keras-team/keras/pull/21928
@@ -44,7 +44,7 @@ def save_portable(model: "keras.Model", path: Path) -> None:
 
 
 def _without_defaults(config: Any) -> Any:
-    """Return a config of Keras, of JSON's types, without the settings of `LATER` that are at their defaults."""
+    """Return a Keras config, parsed from JSON, without the settings of `LATER` that are at their defaults."""
     if isinstance(config, list):
         return [_without_defaults(value) for value in config]
     if isinstance(config, dict):

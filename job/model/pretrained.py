@@ -1,6 +1,7 @@
-"""What a training begins with: downloaded or copied once, then shared with all workers.
+"""Initial weights of a training: downloaded or copied once, then shared with all workers.
 
-It is stored in `<models>/.weights/`, which `pull` ignores. Of bases, only HDF5 files are read: numbers, no code.
+They are stored in `<models>/.weights/`, which `pull` ignores. The weights of a base are read from HDF5 files only,
+which hold numbers and no code.
 """
 
 import logging
@@ -26,7 +27,7 @@ log = logging.getLogger("kuzushiji")
 
 WEIGHTS_FOLDER = ".weights"
 DOWNLOAD_TIMEOUT_SECONDS = 60.0
-# Keras chooses the format by the suffix: its current one for the first, its legacy format for other .h5 files.
+# Keras chooses the format by the suffix: its current format for the first, its legacy format for other .h5 files.
 KERAS_SUFFIX, LEGACY_SUFFIX = ".weights.h5", ".h5"
 
 
@@ -59,7 +60,7 @@ IMAGENET = {
 
 @dataclass(frozen=True)
 class Weights:
-    """A file of weights of a base, identified by its SHA-256; or a model folder, by that of its manifest."""
+    """A file with the weights of a base, identified by its SHA-256; or a model folder, by that of its manifest."""
 
     place: str
     """Path or address."""
@@ -80,7 +81,7 @@ def weights_option(value: str | None) -> Weights | None:
     """Return the file or model folder that `--weights` names; None for `imagenet`, `none`, and None (not given).
 
     Raises:
-        OptionError: its name does not end in .h5, and it is no model folder.
+        OptionError: the name does not end in .h5, and there is no model folder of this name.
         InputError: the file does not exist.
         DamageError: the manifest of the model is damaged.
     """
@@ -91,7 +92,7 @@ def weights_option(value: str | None) -> Weights | None:
         if not is_file(given):
             raise InputError(f"--weights must be a file that exists. Received: {value}, which does not exist")
         return Weights(str(given), sha256_of(given))
-    # Not an architecture's folder: its latest run may be another one when the same command resumes the training.
+    # An architecture's folder is refused: its latest run may be another one when the command resumes the training.
     if not is_sealed(given):
         raise OptionError(
             f"--weights must be imagenet, none, a file that ends in {LEGACY_SUFFIX}, or a model folder, "
@@ -103,10 +104,11 @@ def weights_option(value: str | None) -> Weights | None:
 def obtain(config: TrainConfig, given: Weights | None, models: UPath) -> Weights | None:
     """Store the initial weights of a training in `<models>/.weights/`, where all workers read them.
 
-    given: what `--weights` names, if the config has it. Returns None for random initialization.
+    given: the result of `weights_option`; needed if the config names a file or model. Return None for random
+    initialization.
 
     Raises:
-        OptionError: `given` is not that of the config.
+        OptionError: `given` is not the file or model that the config names.
         DamageError: the model does not match its manifest.
         InputError: the weights can't be downloaded, or do not fit the architecture.
     """
@@ -127,10 +129,10 @@ def obtain(config: TrainConfig, given: Weights | None, models: UPath) -> Weights
 
 
 def _share_model(model: Weights, shared: UPath) -> Weights:
-    """Copy a model folder. Workers check the copy again when they load it.
+    """Copy a model folder to `shared`. Workers check the copy again when they load it.
 
     Raises:
-        DamageError: a file does not match the manifest, or the manifest is another one than before.
+        DamageError: a file does not match the manifest, or the manifest has changed since `weights_option`.
     """
     folder = place(model.place)
     manifest = read_manifest(folder, ModelManifest)
@@ -148,7 +150,7 @@ def _share_model(model: Weights, shared: UPath) -> Weights:
 
 
 def _imagenet(architecture: str, folder: UPath) -> UPath:
-    """Return the published file in `folder`, downloaded through Keras' cache if it is missing or its MD5 differs."""
+    """Return the published file in `folder`. Download it through Keras' cache if it is missing or its MD5 differs."""
     load_tensorflow(gpus=False)
     import keras
 
@@ -184,16 +186,16 @@ def _copy(source: UPath, target: UPath) -> None:
 
 
 def _check_fit(architecture: str, file: Weights) -> None:
-    """Load the weights once on the driver: if they failed on a worker, Ray Train would retry the training.
+    """Load the weights once on the driver, because Ray Train would retry the training if a worker failed to load them.
 
     Raises:
-        InputError: the file does not fit the architecture, or holds values that are not finite.
+        InputError: the file does not fit the architecture, or has values that are not finite.
     """
     load_tensorflow(gpus=False)
     from job.model.architectures import base
 
     with local_copy(file) as local, warnings.catch_warnings():
-        # Keras only warns about layers that are missing in the file.
+        # Keras only warns about layers that the file lacks.
         warnings.simplefilter("error", UserWarning)
         try:
             model = base(architecture, local)
@@ -212,7 +214,7 @@ def local_copy(file: Weights) -> Iterator[str]:
     """Copy the file to this machine and yield the path of the copy, which is removed when the block ends.
 
     Raises:
-        DamageError: the file was changed since `obtain`.
+        DamageError: the file has changed since `obtain`.
     """
     with tempfile.TemporaryDirectory() as folder:
         local = Path(folder) / f"base{file.suffix}"

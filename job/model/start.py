@@ -1,6 +1,6 @@
-"""The model that a training begins with: of random weights, of a pretrained base, or one of ours.
+"""The initial model of a training: with random weights, with a pretrained base, or with those of a trained model.
 
-Of a model of ours, classes that both have keep what it learned of them.
+In the last case, classes that both models have keep their trained weights.
 """
 
 from collections.abc import Sequence
@@ -22,8 +22,8 @@ def initial_model(config: TrainConfig, weights: Weights | None, class_names: Seq
     """Build the model of a training with its initial weights. weights: what `obtain` returned.
 
     Raises:
-        DamageError: the weights were changed since `obtain`.
-        InputError: the model of ours has other layers.
+        DamageError: the weights have changed since `obtain`.
+        InputError: the trained model has other layers.
     """
     from job.model.architectures import ARCHITECTURES
 
@@ -40,7 +40,7 @@ def initial_model(config: TrainConfig, weights: Weights | None, class_names: Seq
 
 
 def check_start(folder: UPath, architecture: str, dataset: UPath, margin: float) -> str:
-    """Check that a training can begin with a model. Return a line on its classes. margin: of the dataset's crops.
+    """Check that a training can start from a model. Return a line about its classes. margin: of the dataset's crops.
 
     Raises:
         OptionError: the model is of another architecture, or was trained on crops of another margin.
@@ -64,14 +64,14 @@ def check_start(folder: UPath, architecture: str, dataset: UPath, margin: float)
 
 
 def start_from(model: Any, class_names: Sequence[str], folder: UPath) -> None:
-    """Give a new model the weights of a trained one of the same architecture.
+    """Copy the weights of a trained model into a new one of the same architecture.
 
-    In the last layer, and in the batch norm after that of `fcn`, classes that both have get the trained weights; the
-    others keep the new model's.
+    In the last layer with a kernel, and in the batch norm that follows it in `fcn`, only classes that both models have
+    get the trained weights; the others keep those of the new model.
 
     Raises:
         DamageError: the model does not match its manifest, or can't be loaded.
-        InputError: its layers are others.
+        InputError: the model has other layers.
     """
     trained, names = load_checked(folder)
     index_of = {name: index for index, name in enumerate(names)}
@@ -88,7 +88,7 @@ def start_from(model: Any, class_names: Sequence[str], folder: UPath) -> None:
                     of_classes[..., own] = value[..., theirs]
                     value = of_classes
                 variable.assign(value)
-    except (ValueError, IndexError) as error:  # other numbers of layers or weights, or other shapes
+    except (ValueError, IndexError) as error:  # the numbers of layers or weights differ, or the shapes
         raise InputError(
             f"--weights must be a model with the layers of {model.name}. Received: {folder}: "
             f"{' '.join(str(error).split())[:200]}"
