@@ -1,1 +1,1 @@
-"""Models for other programs, for `export`."""
+"""Export of models for other programs."""

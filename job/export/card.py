@@ -1,4 +1,4 @@
-"""The card of an export: what it is, what goes in and comes out, how to run it, what it reaches."""
+"""The card of an export: its files, input and output, how to run it, and its accuracy."""
 
 from typing import TYPE_CHECKING
 
@@ -61,7 +61,7 @@ def export_card(
     input_shape: tuple[int | None, ...],
     classes: int,
 ) -> str:
-    """Return the `README.md` of an export, in Markdown. folder, trained_on: of the model."""
+    """Return the `README.md` of an export, in Markdown. folder, trained_on: those of the model."""
     margin = f" --margin {trained_on.margin:g}" if trained_on.margin else ""
     any_size = "" if input_shape[1] else " It accepts any height and width."
     label = (

@@ -1,4 +1,4 @@
-"""`export`: a trained model for other programs, checked to predict the same."""
+"""`export`: convert a trained model for other programs, and check that it predicts the same."""
 
 import logging
 import math
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("kuzushiji")
 
-WRITTEN_LAST = ("model.tflite", "model.onnx", "1/saved_model.pb")  # without it, an export is incomplete
+WRITTEN_LAST = ("model.tflite", "model.onnx", "1/saved_model.pb")  # an export without it is incomplete
 CHECKED_CROPS = 16
 MAX_DIFFERENCE = 1e-4  # of a probability: other kernels add in another order
 CALIBRATION_CROPS = 256
@@ -52,7 +52,7 @@ MAX_LOSS = 0.01  # of accuracy, without a warning
 
 @dataclass(frozen=True)
 class Accuracy:
-    """What model and export reach on a split."""
+    """Accuracies of the model and of the export on a split."""
 
     split: str
     crops: int
@@ -84,21 +84,21 @@ def export(
     """Write a model for other programs, with its `labels.txt` and a card, to a folder.
 
     The exported model takes N x 80 x 80 x 1 float32, 0..255, and returns N x K probabilities. It computes in float32,
-    but for what is quantized to int8.
+    except for layers that are quantized to int8.
 
     Args:
         model_place: a model folder, or an architecture's folder for its latest run.
         form: `savedmodel`, `onnx` or `tflite`.
         out: new or empty folder.
         quantize: precision of a `tflite`, see `formats.save_tflite`.
-        dataset: folder made by `prepare`, to measure accuracies on; `int8` is calibrated on its validation split.
-        split: split of the dataset to measure them on.
+        dataset: folder made by `prepare`, to measure accuracies; `int8` is calibrated on its validation split.
+        split: split of the dataset for the accuracies.
 
     Raises:
         OptionError: `out` is not empty; `quantize` does not fit the other options; the classes or margins of the
             dataset and of the model differ.
         InputError, DamageError: the model or the dataset can't be used, or does not match its manifest.
-        KuzushijiError: the export predicts something else, or `out` can't be written. No files are left in `out`.
+        KuzushijiError: the export predicts differently, or `out` can't be written. No files are left in `out`.
     """
     _check_options(form, quantize, dataset)
     _check_out(out)
@@ -138,20 +138,20 @@ def _check_options(form: "Format", quantize: "Quantize", dataset: UPath | None) 
 
 
 def _check_out(out: UPath) -> None:
-    """Check that an export can be written into a folder, before the work starts. A new folder is not left there.
+    """Check that an export can be written into a folder, before work starts. Remove the folder again if it is new.
 
     Raises:
         OptionError: it is not empty.
         KuzushijiError: it is read-only or not a folder.
     """
-    names = [name for name in list_files(out) if not name.startswith(TEMPORARY_PREFIX)]  # those are of killed exports
+    names = [name for name in list_files(out) if not name.startswith(TEMPORARY_PREFIX)]  # left by killed exports
     if there := [*names, *list_folders(out)]:
         raise OptionError(f"--out must be a new or empty folder. Received: {out}, with {sorted(there)[0]}")
     new = is_local(out) and not Path(out.path).exists()
     check_writable(out)
     remove_temporaries(out)
     if new:
-        with suppress(OSError):  # another process has put something into it
+        with suppress(OSError):  # another process has written into it
             Path(out.path).rmdir()
 
 
@@ -177,7 +177,7 @@ def _convert(
     folder: Path,
     calibration: NDArray[np.float32] | None = None,
 ) -> "Predict":
-    """Write the model to a local folder, and return how the written one predicts. Parameters: as in `formats`."""
+    """Write the model to a local folder, and return a function that predicts with it. Parameters: as in `formats`."""
     from job.export import formats
 
     log.info("converts the model to %s", form)
@@ -191,9 +191,9 @@ def _convert(
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Raise KeyboardInterrupt at the end of the block if Ctrl-C came within it: TensorFlow's converters lose it.
+    """Raise KeyboardInterrupt at the end of the block if Ctrl-C was pressed during it: TensorFlow's converters lose it.
 
-    Other threads than the main one can't and don't handle signals.
+    In other threads than the main one, this does nothing: they can't handle signals.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -214,7 +214,7 @@ def _interruptible() -> Iterator[None]:
 
 
 def _some(crops: Crops) -> NDArray[np.float32]:
-    """Return up to `CALIBRATION_CROPS` crops of a split, the same ones each time."""
+    """Return up to `CALIBRATION_CROPS` random crops of a split, the same ones each time."""
     count = min(CALIBRATION_CROPS, len(crops))
     rows = np.sort(np.random.default_rng(0).choice(len(crops), count, replace=False))
     return np.array(crops.images[rows], np.float32)
@@ -237,7 +237,7 @@ def _accuracy(model: "keras.Model", predict: "Predict", split: str, crops: Crops
 
 
 def _difference(model: "keras.Model", predict: "Predict", quantize: "Quantize") -> float:
-    """Return the largest difference of a probability between model and export, over noisy 8 x 8 px blocks.
+    """Return the largest difference of a probability between model and export, over crops of noisy 8 x 8 px blocks.
 
     Raises:
         KuzushijiError: it is not a number, or exceeds `MAX_DIFFERENCE` although nothing is quantized.

@@ -1,4 +1,4 @@
-"""A classifier in the formats of other programs. Each has an input `crops` and an output `probabilities`.
+"""Write a classifier in the formats of other programs. Each has an input `crops` and an output `probabilities`.
 
 In shapes, N is the number of crops and K the number of classes.
 """
@@ -33,11 +33,11 @@ Predict = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 def in_float32(model: keras.Model) -> keras.Model:
     """Return the model with all layers computing in float32 and the output named `probabilities`.
 
-    ONNX and LiteRT have no convolutions in bfloat16; its weights are float32 already.
+    ONNX and LiteRT have no convolutions in bfloat16. The weights are float32 already.
     """
     copy = keras.Model.from_config(_with_float32(model.get_config()))
     copy.set_weights(model.get_weights())
-    return keras.Model(copy.inputs[0], {OUTPUT: copy.output}, name=model.name)  # else Keras counts its models
+    return keras.Model(copy.inputs[0], {OUTPUT: copy.output}, name=model.name)  # without a name, Keras would number it
 
 
 def _with_float32(config: Any) -> Any:
@@ -49,9 +49,11 @@ def _with_float32(config: Any) -> Any:
 
 
 def save_saved_model(model: keras.Model, class_names: Sequence[str], folder: Path) -> Predict:
-    """Write `1/`: TensorFlow Serving reads versions, folders named with numbers. model: as `in_float32` returns it.
+    """Write `1/`: TensorFlow Serving expects a folder per version, named by its number.
 
-    Its signature has another output, `label`: the name of the most probable class of each crop, (N,) strings.
+    The signature has a second output, `label`: the name of the most probable class of each crop, (N,) strings.
+
+    model: as `in_float32` returns it.
     """
     names = tf.constant(list(class_names))
 
@@ -59,7 +61,7 @@ def save_saved_model(model: keras.Model, class_names: Sequence[str], folder: Pat
         probabilities = model(crops, training=False)[OUTPUT]
         return {OUTPUT: probabilities, LABEL: tf.gather(names, tf.argmax(probabilities, axis=1))}
 
-    archive = keras.export.ExportArchive()  # tracks the variables by itself; `track` would store them twice
+    archive = keras.export.ExportArchive()  # tracks the variables itself; calling `track` would store them twice
     archive.add_endpoint("serve", serve, input_signature=_signature(model))
     archive.write_out(folder / "1", verbose=False)
     written = tf.saved_model.load(str(folder / "1"))  # referenced below: its functions do not keep variables alive
@@ -87,8 +89,8 @@ def save_tflite(
     """Write `model.tflite` for LiteRT. model: as `in_float32` returns it.
 
     Args:
-        quantize: `none`; `float16`: weights; `int8`: weights and activations up to the head, see `_in_int8`.
-        calibration: crops from which `int8` takes the ranges of activations, N x 80 x 80 x 1.
+        quantize: `none`; `float16`: weights; `int8`: weights and activations, except those of `NOT_IN_INT8`.
+        calibration: crops to find the ranges of activations for `int8`, N x 80 x 80 x 1.
     """
     file = folder / TFLITE_FILE
     with warnings.catch_warnings():
@@ -102,7 +104,7 @@ def save_tflite(
             settings = half if quantize == "float16" else {}
             model.export(file, format="litert", input_signature=_signature(model), verbose=False, **settings)
         interpreter = tf.lite.Interpreter(str(file), num_threads=os.cpu_count())
-    interpreter.allocate_tensors()  # prints which kernels it uses: here, not among the results
+    interpreter.allocate_tensors()  # prints which kernels it uses; here, this is not among the results
     run = interpreter.get_signature_runner()
     return lambda crops: np.asarray(run(**{INPUT: crops})[OUTPUT])
 
@@ -110,8 +112,8 @@ def save_tflite(
 def _in_int8(model: keras.Model, calibration: NDArray[np.float32]) -> bytes:
     """Return a tflite whose convolutions and dense layers compute in int8. Its input and output are float32.
 
-    `NOT_IN_INT8` stays float32. Keras' export has no setting for it: this is the way that
-    ai.google.dev/edge/litert/conversion/tensorflow/quantization/quantization_debugger describes.
+    `NOT_IN_INT8` stays float32. Keras' export has no setting for this, so it is done as in
+    ai.google.dev/edge/litert/conversion/tensorflow/quantization/quantization_debugger.
     """
 
     def crops() -> Iterator[list[NDArray[np.float32]]]:

@@ -23,7 +23,7 @@ LEGEND = (
 
 
 class SmallPage(NamedTuple):
-    """A page that waits for its predictions: small, since several pages may wait."""
+    """A page that waits for its predictions. It is scaled down, because several pages may wait."""
 
     image: NDArray[np.uint8]
     """(height, width), grayscale, upright; the longer side has at most `MAX_PIXELS`."""
@@ -51,7 +51,7 @@ def annotated(
     Args:
         small: the page.
         boxes: (n, 4) x, y, width, height, on the upright page.
-        readings: n lists, the best character first; the others are drawn small beside it.
+        readings: n lists, the best character first; the others are drawn small next to it.
         probabilities: (n,) of the best character.
         wrong: (n,) True if the labels have another character.
     """

@@ -1,4 +1,4 @@
-"""What earlier attempts of `predict` left in its folder: taken over, made again, or refused."""
+"""Results that earlier attempts of `predict` left in its folder: reuse them, make them again, or refuse the folder."""
 
 from typing import Any
 
@@ -23,8 +23,8 @@ def earlier_attempt(out: UPath, identity: dict[str, Any]) -> PredictionsManifest
     """
 
     def repair(manifest: PredictionsManifest) -> None:
-        # Other versions of the libraries may read other characters. No report can be made of a manifest, which has the
-        # counts of all groups together: the groups are read again.
+        # Other library versions may predict other characters. Reports of groups can't be restored from the manifest,
+        # which has only the sums over all groups, so the groups are read again.
         resumable(out).refuse_other(_identity_of(manifest), identity)
 
     return resumable(out).earlier_attempt(identity, lambda: sealed_manifest(out, identity), repair)
@@ -33,7 +33,7 @@ def earlier_attempt(out: UPath, identity: dict[str, Any]) -> PredictionsManifest
 def sealed_manifest(out: UPath, identity: dict[str, Any]) -> tuple[PredictionsManifest, list[str]]:
     """Return the manifest of a sealed folder of this job, and the faults of its tables, one line each.
 
-    Pictures are for people, and can be removed. Args, Raises: as `earlier_attempt`.
+    Pictures are not checked: users may remove them. Args, Raises: as `earlier_attempt`.
     """
     manifest = read_manifest(out, PredictionsManifest)
     resumable(out).refuse_other(_identity_of(manifest) | {"versions": identity["versions"]}, identity)
@@ -42,7 +42,7 @@ def sealed_manifest(out: UPath, identity: dict[str, Any]) -> tuple[PredictionsMa
 
 
 def _identity_of(manifest: PredictionsManifest) -> dict[str, Any]:
-    """Return what the folder was made with, under the keys of `predict.identity_of`."""
+    """Return the identity of the job that made the folder, with the keys of `predict.identity_of`."""
     return manifest.config | {
         "model": manifest.model_manifest_sha256,
         "input": manifest.fingerprint,

@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-# A column's position is that of its last characters: columns lean, and a narrow character may be off its middle.
+# A column's position is that of its last characters: columns lean, and a narrow character may be off the centre.
 TAIL = 3
 
 

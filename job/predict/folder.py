@@ -1,4 +1,4 @@
-"""The folder of predictions, a contract with its users: tables, sealed by a manifest.
+"""The folder of predictions, whose format users rely on: tables, sealed by a manifest.
 
 predictions-00000-of-00016.parquet ...   one row per box, in reading order
 pages-00000-of-00016.parquet ...         one row per page: its text
@@ -20,29 +20,29 @@ class PredictionsManifest(Manifest):
 
     kind: Literal["predictions"] = "predictions"
     counts: Annotated[dict[str, Count], FailFast()]
-    """`boxes` and `pages` in the file of boxes; how many boxes were `read`; how many of these are `uncertain`: less
-    probable than `min_confidence`.
+    """Numbers of `boxes` and `pages` in the label files, of boxes that were `read`, and of boxes that were read but are
+    `uncertain`: less probable than `min_confidence`.
     """
     min_confidence: float = Field(0.0, ge=0, le=1)
-    """Least probability with which texts and pictures show a character; below it, 〓."""
+    """Minimum probability for texts and pictures to show a character; below it, they show 〓."""
     accuracy: Annotated[dict[str, int | float | None], FailFast()]
-    """Over the boxes whose characters are in the file; empty if there are none."""
+    """Over the boxes whose characters are in the label files; empty if there are none."""
     losses: Losses
     """Boxes that could not be read."""
     clipped: ClippedBoxes
     """Boxes partly off their page; the part on the page was read."""
     ignored: Ignored = Field(default_factory=dict)
-    """Kind of file among the pages that is not read to number of such files."""
+    """Kind of file among the pages that is not read, to number of such files."""
     warnings: PageWarnings = Field(default_factory=list)
-    """What was mended in the files of pages, or is not as in other scans: the first `LISTED_WARNINGS`."""
+    """The first `LISTED_WARNINGS` warnings about pages, from the labels and from the scans that were read."""
     more_warnings: Count = 0
     """Number of further warnings."""
     ink: InkCount = InkCount()
     config: dict[str, Any] = Field(default_factory=dict)
-    """The options that change the tables, and whether pictures were drawn; folders of earlier releases have none."""
+    """The options that change the tables, and whether pictures were drawn; empty in folders of earlier releases."""
     model_manifest_sha256: str
     fingerprint: str
-    """Hash of the bytes of the file of boxes and of the ids and sizes of the pages."""
+    """Hex digest of the labels' input and of the ids and sizes of the pages, see `preprocessing.pages.fingerprint`."""
     versions: Annotated[dict[str, str], FailFast()]
 
 

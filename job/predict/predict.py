@@ -1,6 +1,6 @@
 """`predict`: read the characters in the boxes of page scans, and write tables and text to a sealed folder.
 
-A folder that an earlier attempt began is finished (`attempts.py`).
+If an earlier attempt was interrupted, the same command finishes its folder (`attempts.py`).
 """
 
 import logging
@@ -48,12 +48,12 @@ def predict(
     canvases: UPath | None = None,
     min_confidence: float = 0.0,
 ) -> tuple[PredictionsManifest, bool]:
-    """Predict the characters of boxes on page scans with Ray Data, or finish it if an earlier attempt was interrupted.
+    """Predict the characters of boxes on page scans with Ray Data, or finish an earlier attempt that was interrupted.
 
     Args:
         model: a model folder, or an architecture's folder for its latest run.
         pages: folder or archive of page scans.
-        boxes: label files, whose boxes may have no characters, see `read_labels`.
+        boxes: label files, whose boxes may be without characters, see `read_labels`.
         out: folder for the tables.
         form: `parquet` or `csv`.
         annotate: folder for pictures of the pages with the predictions; None: no pictures.
@@ -61,16 +61,16 @@ def predict(
         start_limit: seconds to wait for a host of a cluster.
         rescale: whether to scale boxes that were made for another size of their page.
         canvases: see `read_labels`.
-        min_confidence: texts and pictures show 〓 for a character whose probability is less.
+        min_confidence: texts and pictures show 〓 for a character whose probability is lower.
 
     Returns:
         The manifest of `out`, and whether anything was written (False: it was already complete and valid).
 
     Raises:
-        OptionError: `out` holds other files or is of another job; the folder for pictures is in it, or is that of the
-            pages; this machine has fewer GPUs; or `min_confidence` is not from 0 to 1.
-        InputError: boxes or pages can't be used, no box is readable, or the manifest would be too large. Where boxes
-            and names of pages show it, nothing is written.
+        OptionError: `out` holds other files or belongs to another job; the folder for pictures is inside of `out` or
+            `pages`; this machine has fewer GPUs; or `min_confidence` is not from 0 to 1.
+        InputError: boxes or pages can't be used, no box is readable, or the manifest would be too large. If boxes and
+            page names already show this, nothing is written.
         DamageError: the model does not match its manifest, the manifest or plan in `out` is damaged, or the workers do
             not share the folder `out`.
         KuzushijiError: TensorFlow can't use the GPUs, the model gives probabilities that are not finite, or `out` is
@@ -120,13 +120,13 @@ def predict(
 
 
 def identity_of(config: Mapping[str, Any], source: Input, model_sha256: str) -> dict[str, Any]:
-    """Return what the files depend on, as JSON.
+    """Return all that the bytes of the files depend on, as JSON, except the kind of device.
 
-    The kind of device is not part of it: it is checked for each group, see `ReadGroup`.
+    The device is checked for each group, see `ReadGroup`.
 
     Args:
         config: see `PredictionsManifest`.
-        source: of which pages count by their ids and sizes, see `fingerprint`.
+        source: the input. Only ids and sizes of its pages are used, see `fingerprint`.
         model_sha256: of the model's manifest.
     """
     versions = {package: version(package) for package in VERSIONED}
@@ -161,7 +161,7 @@ def _make(
         manifest = _manifest(source, identity, reports)
     except InputError:
         for number, report in enumerate(reports):
-            if report.losses:  # so that the next attempt reads the group again: its pages may be readable then
+            if report.losses:  # the next attempt reads the group again: its pages may be readable then
                 remove_file(resumable(out).report_path(number))
         raise
     for line in ink_lines(manifest.ink):
@@ -174,7 +174,7 @@ def _make(
 
 
 def _remove_traces(out: UPath, annotate: UPath | None) -> None:
-    """Remove what attempts leave. After sealing: a folder with neither plan nor manifest is refused as unknown."""
+    """Remove the traces of attempts. Only after sealing: a folder with neither plan nor manifest would be refused."""
     resumable(out).remove_traces()
     if annotate:
         remove_folder(unfinished_pictures(annotate, out))
@@ -188,10 +188,10 @@ def _check_pictures(annotate: UPath, pages: UPath, out: UPath) -> None:
 
 
 def _check_before_reading(source: Input, identity: Mapping[str, Any], annotate: bool) -> None:
-    """Check what the boxes and the names of the pages show.
+    """Check what boxes and page names show before a page is read.
 
     Raises:
-        InputError: all boxes are lost, the manifest would be too large, or a picture's name too long.
+        InputError: all boxes are lost, the manifest would be too large, or the name of a picture would be too long.
     """
     most = MAX_NAME_CHARS - len(PICTURE_SUFFIX)
     for page_id in source.labels.page_ids if annotate else []:

@@ -36,12 +36,12 @@ PICTURE_SUFFIX = ".jpeg"
 
 
 def resumable(out: UPath) -> Resumable:
-    """Return what `predict` does with its folder until it is sealed."""
+    """Return the handle for the folder of `predict` until it is sealed."""
     return Resumable(out, ".predict", "--out")
 
 
 def unfinished_pictures(annotate: UPath, out: UPath) -> UPath:
-    """Return the hidden folder for pictures until they are whole. It is of one `out`: each may have these pictures."""
+    """Return the hidden folder for unfinished pictures. Each `out` has its own: several may draw the same pictures."""
     return annotate / f".predict-{hashlib.sha256(str(out).encode()).hexdigest()[:16]}"
 
 
@@ -57,11 +57,11 @@ class GroupReport(Report):
     read: int
     """Number of boxes read."""
     uncertain: int = 0
-    """Number of them that texts and pictures show as 〓."""
+    """Number of these that are less probable than `min_confidence`."""
     correct: dict[str, int]
     """Counts from which `readings.accuracy` is computed."""
     pages: list[PageResult]
-    """What the pages that were decoded are like."""
+    """Results of the pages that were decoded."""
 
     @property
     def entries(self) -> list[FileEntry]:
@@ -73,7 +73,7 @@ class GroupReport(Report):
 class ReadGroup:
     """The work of `predict` on a group of pages.
 
-    The model is loaded with the first group, not by the constructor: Ray Data loses what an actor's constructor raises.
+    The model is loaded with the first group, because Ray Data loses exceptions that an actor's constructor raises.
     """
 
     model: str
@@ -103,8 +103,10 @@ class ReadGroup:
         return resumable(place(self.out)).report_of(number, self.attempt, GroupReport, self._read, self._is_whole)
 
     def _is_whole(self, report: GroupReport) -> bool:
-        """Whether the report of an earlier attempt is of the same kind of device, whose probabilities have the same
-        bits, and the pictures are in the folder for pictures, if there is one now.
+        """Return whether the report of an earlier attempt can be reused.
+
+        It can if it was made on the same kind of device, so that probabilities have the same bits, and if its pictures
+        are in the folder for pictures. Without `annotate`, pictures are not checked.
         """
         pictures = [page["page"] for page in report.pages if page["crops"]] if self.annotate else []
         folder = place(self.annotate or self.out)

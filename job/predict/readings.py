@@ -1,4 +1,4 @@
-"""The predictions for pages, made while their boxes are cut: tables, texts, and the counts for their accuracy."""
+"""Predictions for pages, made while their boxes are cut: tables, texts, and the counts for their accuracy."""
 
 import itertools
 from collections import deque
@@ -19,9 +19,9 @@ from preprocessing.groups import Group
 from preprocessing.labels.code_points import UNKNOWN, name_if_known
 
 BATCH = 512
-MOST_WAITING = 16  # pages whose boxes are cut, but not all predicted
+MOST_WAITING = 16  # pages whose boxes are cut, but not yet all predicted
 TOP = 5
-ALTERNATIVES = 2  # characters that a picture shows beside a 〓
+ALTERNATIVES = 2  # characters that a picture shows next to a 〓
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Readings:
         probabilities: (n, min(5, K)) of these classes.
         class_names: K.
         page_columns: page id to columns in reading order; a column is a list of indices in `read`.
-        min_confidence: least probability with which a character is shown in texts and pictures.
+        min_confidence: minimum probability for a character to be shown in texts and pictures.
     """
 
     cuts: list[Cut]
@@ -164,8 +164,10 @@ class Readings:
 def accuracy(counts: Sequence[Mapping[str, int]]) -> dict[str, float | int | None]:
     """Compute the accuracy over boxes with known characters; empty if there are none.
 
-    counts: of each group, at least one, as `Readings.correct` returns. The keys have the meaning of `SplitMetrics`;
-        `accuracy_of_shown` is that of the boxes of which texts show a character, not 〓.
+    counts: of each group, at least one, as `Readings.correct` returns them.
+
+    The keys of the result mean the same as in `SplitMetrics`; `accuracy_of_shown` is the accuracy over the boxes for
+    which texts show a character and not 〓.
     """
     total = {key: sum(group[key] for group in counts) for key in counts[0]}
     examples, not_rare = total["examples"], total["not_rare"]
@@ -183,10 +185,10 @@ def accuracy(counts: Sequence[Mapping[str, int]]) -> dict[str, float | int | Non
 def read_pages(
     group: Group, cuts: Iterator[Cut], inference: Any, class_names: list[str], min_confidence: float
 ) -> Iterator[tuple[str, Readings]]:
-    """Yield each page that has boxes and its readings, in the order of the group, while boxes are cut.
+    """Yield the id and the readings of each page that has boxes, in the order of the group, while boxes are cut.
 
-    Crops are predicted in batches, which may hold crops of several pages: the crops of all boxes may not fit into
-    memory. So a page waits until the batch with its last crop is full, and at most `MOST_WAITING` pages wait.
+    The crops of all boxes may not fit into memory, so crops are predicted in batches, which may hold crops of several
+    pages. A page waits until the batch with its last crop is predicted, and at most `MOST_WAITING` pages wait.
 
     cuts: of the boxes of the group. inference: `job.model.inference.Inference`.
     """
@@ -213,12 +215,12 @@ def read_pages(
             boxes = np.array([of_page[i].box for i in read], np.int64)
             page_columns = {page_id: columns(boxes)} if len(read) else {}
             yield page_id, Readings(of_page, code_points, read, *predicted, class_names, page_columns, min_confidence)
-    more = next(cuts, None)  # also ends the reading of pages
+    more = next(cuts, None)  # also lets `cut_boxes` end
     assert more is None, "one cut per box"
 
 
 class _Predictions:
-    """Crops that wait for a full batch, and predictions that wait for the last crop of their page."""
+    """Crops that wait until their batch is predicted, and predictions that wait for the last crop of their page."""
 
     def __init__(self, inference: Any, width: int) -> None:
         """width: number of classes to predict for each crop."""
@@ -233,7 +235,7 @@ class _Predictions:
             self.predict()
 
     def predict(self) -> None:
-        """Predict the crops that wait."""
+        """Predict the waiting crops."""
         if self.crops:
             top, probabilities = self.inference.top(np.stack(self.crops)[..., None], TOP)
             self.top = np.concatenate([self.top, top])
@@ -241,7 +243,7 @@ class _Predictions:
             self.crops = []
 
     def take(self, count: int) -> tuple[NDArray[np.int64], NDArray[np.float32]] | None:
-        """Return classes and probabilities of the next crops, once they are predicted; None before."""
+        """Return classes and probabilities of the next `count` crops; None if they are not all predicted yet."""
         if len(self.top) < count:
             return None
         taken = self.top[:count], self.probabilities[:count]

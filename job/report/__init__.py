@@ -1,1 +1,1 @@
-"""Reports in HTML of datasets and models."""
+"""HTML reports of datasets and models."""

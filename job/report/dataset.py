@@ -31,7 +31,7 @@ log = logging.getLogger("kuzushiji")
 
 
 def dataset_report(dataset: UPath) -> bytes:
-    """Return the report as HTML. The dataset is staged on this machine's disk for the time of the call.
+    """Return the report as HTML. The dataset is staged on this machine's disk during the call.
 
     Raises:
         InputError, DamageError: the dataset can't be used, or does not match its manifest.
@@ -47,7 +47,7 @@ def write_dataset_report(dataset: UPath, manifest: DatasetManifest, new: bool) -
     A failure to write is logged, not raised. No report is written for a dataset that is a whole bucket, or larger than
     `MAX_STAGED_BYTES`.
 
-    new: the dataset was sealed by this command; an existing report is then replaced.
+    new: whether this command sealed the dataset; an existing report is then replaced.
 
     Returns:
         Lines to print, at most one.
@@ -154,7 +154,7 @@ def _examples(data: StagedDataset) -> Iterator[str]:
 
 
 def _books(crops: pd.DataFrame) -> Iterator[str]:
-    """List the books, by falling number of crops, with the crops that each has in the splits."""
+    """List the books, by descending number of crops, with their crops in each split."""
     pages = crops.groupby("book")["page"].nunique().sort_index()
     order = crops["book"].value_counts().reindex(pages.index).sort_values(ascending=False, kind="stable").index
     sides = _per_split(crops, "book", order)

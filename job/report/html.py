@@ -71,7 +71,7 @@ def _font_face(text: str) -> str:
     subsetter.populate(unicodes=sorted({ord(character) for character in text if ord(character) > 0x7F}))
     subsetter.subset(font)
     font.flavor = "woff"
-    font["head"].modified = font["head"].created  # for the same bytes at any time
+    font["head"].modified = font["head"].created  # so that the bytes do not depend on the time
     font.recalcTimestamp = False
     written = io.BytesIO()
     font.save(written)

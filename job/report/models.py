@@ -62,7 +62,7 @@ def model_report(models: UPath, dataset: UPath | None = None) -> bytes:
     """Return the report of the latest run of each architecture as HTML.
 
     dataset: the dataset of the trainings, to show crops, books and responses of convolutions. It is staged on this
-    machine's disk for the time of the call.
+    machine's disk during the call.
 
     Raises:
         InputError: there is no model, or the dataset can't be used.
@@ -247,7 +247,7 @@ def _metrics(run: Trained) -> Iterator[str]:
 
 
 def _examples_and_recall(per_class: pd.DataFrame) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Return number of examples and recall of the classes that have examples."""
+    """Return the numbers of examples and the recalls of the classes that have examples."""
     present = per_class[per_class["examples"] > 0]
     return present["examples"].to_numpy(np.int64), present["recall"].to_numpy(np.float64)
 

@@ -1,4 +1,4 @@
-"""What a model sees, for its report: confused crops, augmented crops, and responses of convolutions."""
+"""Pictures for the report of a model: confused crops, augmented crops, and responses of convolutions."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -43,7 +43,7 @@ def pairs(misclassified: pd.DataFrame, data: StagedDataset) -> Iterator[str]:
 
 
 def augmented_crops(data: StagedDataset) -> Iterator[str]:
-    """Show training crops, each with what a step of a training could make of it."""
+    """Show training crops, each with an augmented copy such as a training step makes."""
     import tensorflow as tf
 
     from job.data.augment import augmented

@@ -1,4 +1,4 @@
-"""Plots as SVG for HTML pages: in the page's text colour, and without fonts, since letters are drawn as paths."""
+"""Plots as SVG for HTML pages: in the page's text colour, and without fonts, because letters are drawn as paths."""
 
 import io
 import itertools
@@ -27,7 +27,7 @@ SETTINGS: Any = {
     "legend.frameon": False,
     "svg.fonttype": "path",
     "text.parse_math": False,
-    "svg.hashsalt": "kuzushiji",  # for the same bytes each time
+    "svg.hashsalt": "kuzushiji",  # so that the bytes are the same each time
 } | dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
 
 
@@ -120,7 +120,10 @@ def box_sizes(boxes: NDArray[np.int32]) -> str:
 
 
 def curves(histories: Mapping[str, pd.DataFrame], columns: Sequence[str], unit: str) -> str:
-    """Plot columns over the epochs. histories: name to a table with a row per epoch. columns: one, or two (dashed)."""
+    """Plot columns over the epochs.
+
+    histories: name to a table with a row per epoch. columns: one or two; the second is dashed.
+    """
 
     def draw(axes: Any) -> None:
         for (name, history), colour in zip(histories.items(), itertools.cycle(PALETTE), strict=False):
@@ -147,7 +150,7 @@ def accuracy_by_frequency(examples: NDArray[np.int64], recall: NDArray[np.float6
 
 
 def risk(errors: Sequence[float]) -> str:
-    """Plot the error rate among the most certain crops over their share. errors: of equal steps, up to all crops."""
+    """Plot the error rate among the most certain crops over their share. errors: at equal steps, up to all crops."""
 
     def draw(axes: Any) -> None:
         axes.plot(np.arange(1, len(errors) + 1) / len(errors), errors, ".-", color=BLUE)
@@ -174,7 +177,7 @@ def shares(names: Sequence[str], values: NDArray[np.float64], unit: str) -> str:
 
 
 def points(names: Sequence[str], costs: Sequence[float], accuracies: Sequence[float], unit: str) -> str:
-    """Plot a named point each: test accuracy over cost, such as parameters or minutes. unit: of the costs."""
+    """Plot a point per name: test accuracy over cost, such as parameters or minutes. unit: of the costs."""
 
     def draw(axes: Any) -> None:
         for name, x, y, colour in zip(names, costs, accuracies, itertools.cycle(PALETTE), strict=False):

@@ -1,4 +1,4 @@
-"""Side files: reports and curves next to sealed folders. Failures to write them are logged, and harm nothing else."""
+"""Side files: reports and curves next to sealed folders. A failure to write one is logged, and nothing else fails."""
 
 import logging
 from collections.abc import Callable

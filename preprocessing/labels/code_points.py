@@ -46,7 +46,7 @@ def parse_character(text: str) -> int:
 
 
 def character_if_any(text: str) -> int:
-    """Return the code point as `parse_character`, or `UNKNOWN` for a name that is no character, such as `text`."""
+    """Return the code point as `parse_character`, or `UNKNOWN` for other names, such as a detector's `text`."""
     try:
         return parse_character(text)
     except ValueError:

@@ -17,7 +17,7 @@ COLUMNS = 5  # of a page's table: code point, x, y, width, height
 MAX_PAGES = 2_000_000
 MAX_BOXES = 200_000_000
 MAX_PIXELS = 999_999_999  # of a coordinate or a side: nine digits
-TOLERANCE = 1e-3  # pixels; a coordinate closer than this to a whole number is taken for it
+TOLERANCE = 1e-3  # pixels; a coordinate closer than this to a whole number counts as that number
 # The box of a crop: its whole file, whose size is not known before it is read. No label file can contain this box.
 WHOLE_FILE = (0, 0, 2**31 - 1, 2**31 - 1)
 
