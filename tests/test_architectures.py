@@ -1,4 +1,4 @@
-"""The architectures: what they are made of, what they begin with, and that each trains, saves and loads."""
+"""The architectures: their parameters, inputs, options and initial weights, and that each trains, saves and loads."""
 
 import gc
 import json
@@ -17,7 +17,7 @@ from job.config import NAMES, RECIPES, TRANSFER, TrainConfig, configs_of
 from job.model.pretrained import weights_option
 from job.verify import verify
 
-# At 514 classes: all, as the study counts them, and those that the study trained.
+# At 514 classes: all parameters, and those that are trained by default (of a base, only its last layers).
 PARAMETERS = {
     "resnet": (3_105_698, 3_100_322),
     "baseline": (37_934_274, 37_921_314),
@@ -30,7 +30,7 @@ PARAMETERS = {
 
 @pytest.fixture
 def memory() -> Iterator[None]:
-    """Gives back what models of full size take."""
+    """Free the memory of full-size models afterwards."""
     import keras
 
     yield
@@ -40,7 +40,7 @@ def memory() -> Iterator[None]:
 
 @pytest.fixture
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Real bases under small heads."""
+    """Put small heads on the real bases."""
     monkeypatch.setattr("job.model.architectures.HEAD", (16, 8))
 
 
@@ -139,7 +139,7 @@ def test_options_that_contradict_one_another_are_refused(
 
 @pytest.fixture(scope="module")
 def xception_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Weights of an Xception base, made here, in Keras' own form."""
+    """Return a file with random weights of an Xception base, in Keras' current format."""
     import keras
 
     keras.utils.set_random_seed(1)
@@ -149,18 +149,18 @@ def xception_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-# What each is trained with here. Only `resnet152v2` trains its whole base: tracing that takes long.
+# Options of each architecture in these tests. Only `resnet152v2` trains its whole base, because tracing it takes long.
 CONFIGS = {
     "xception": {"unfreeze": "last"},
     "resnet152v2": {"unfreeze": "all", "precision": "mixed_bfloat16"},
     "inceptionresnetv2": {"unfreeze": "last", "class_weights": "balanced"},
     "fcn": {"precision": "mixed_bfloat16", "class_weights": "balanced"},
 }
-FEWER = ("xception", "fcn")  # enough each time: those with a base differ in Keras' base alone
+FEWER = ("xception", "fcn")  # enough for `make test`: the transfer architectures differ only in their base
 
 
 def cut_off(whole: Any, last: str) -> Any:
-    """A smaller base of Keras' own, which ends with the layer `last`."""
+    """Return a constructor of a base of Keras that ends with the layer `last`."""
 
     def base(**options: Any) -> Any:
         import keras
@@ -172,8 +172,8 @@ def cut_off(whole: Any, last: str) -> Any:
 
 
 def train_narrow(given: dict[str, Any]) -> None:
-    """What each worker does: train and write one model after the other, narrower than they are: small heads, few
-    filters, and but the first blocks of two bases.
+    """Train and write one model after the other, in each worker. The models are made smaller: small heads, few filters,
+    and only the first blocks of two bases.
     """
     import keras
 
@@ -191,7 +191,7 @@ def train_narrow(given: dict[str, Any]) -> None:
         patch.setattr(keras.applications, "ResNet152V2", cut_off(keras.applications.ResNet50V2, "conv2_block3_out"))
         patch.setattr(keras.applications, "InceptionResNetV2", inception)
         jobs = given["jobs"]
-        if jobs[0].config.workers > 1:  # else in the process of the tests, which has used TensorFlow before
+        if jobs[0].config.workers > 1:  # a single worker is the process of the tests, which has used TensorFlow before
             configure_tensorflow(jobs[0].config)
         strategy = make_strategy(jobs[0].config.workers)
         with staged_partitions(jobs[0]) as (partitions, data):
@@ -216,8 +216,8 @@ def train_narrow(given: dict[str, Any]) -> None:
 def trained(
     request: pytest.FixtureRequest, few: Path, xception_weights: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """A models place with architectures, each trained for 2 steps: some of them in this process (Ray Train's local
-    mode), or all by two workers, the same ones for all.
+    """Return a folder of models, each trained for 2 steps: those of `FEWER` in this process (Ray Train's local mode),
+    or all by the same two workers.
     """
     import ray
     from ray.train import RunConfig, ScalingConfig
@@ -285,7 +285,7 @@ def test_each_trains_saves_loads_without_our_package_and_predicts_the_same(
 
 
 def layers_of(model: Any) -> dict[str, list[np.ndarray]]:
-    """Weights by layer, of those that have some."""
+    """Return the weights of each layer that has some, by its name."""
     return {layer.name: layer.get_weights() for layer in model.layers if layer.weights}
 
 

@@ -1,4 +1,4 @@
-"""Augmentation: what becomes of a crop, which does not depend on how many workers share the batch."""
+"""Augmentation: how crops are distorted, and that this does not depend on how many workers share the batch."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ SEED = 42
 
 
 def augmented(images: Any, step: int = 0, first: int = 0, size: int | None = None) -> np.ndarray:
-    """The rows from `first` on of step `step`, of a global batch of `size`."""
+    """Augment `images` as the rows from `first` on of step `step`, in a global batch of `size` (None: their number)."""
     import tensorflow as tf
 
     from job.data import augment
@@ -21,7 +21,7 @@ def augmented(images: Any, step: int = 0, first: int = 0, size: int | None = Non
 
 @pytest.fixture
 def crops() -> np.ndarray:
-    """Eight crops with a black border on both sides, as tall boxes have it."""
+    """Return eight crops with a black border on the left and right, as crops of tall boxes have."""
     images = np.random.default_rng(0).integers(1, 256, (8, 80, 80, 1), dtype=np.uint8)
     images[:, :, :20] = images[:, :, 60:] = 0
     return images
@@ -49,7 +49,7 @@ def test_grey_levels_stay_in_their_range_and_black_stays_black(crops: np.ndarray
 
 
 def only(monkeypatch: pytest.MonkeyPatch, **limits: float) -> None:
-    """Nothing is changed but by these limits."""
+    """Set these limits of the augmentation, and all others to 0."""
     from job.data import augment
 
     names = ("ROTATION", "SHEAR", "LOG_ZOOM", "SHIFT", "ELASTIC", "GAIN", "LOG_GAMMA", "STROKE", "ERASED")
@@ -90,7 +90,7 @@ def test_a_line_becomes_a_curve_that_stays_near_it(monkeypatch: pytest.MonkeyPat
     across = (after * np.arange(80)).sum(axis=2) / after.sum(axis=2)  # middle of the line, in each row
     assert (np.ptp(across, axis=1) > 1).all()
     assert 2 < np.abs(across - 39.5).max() <= 3.5 + 0.1
-    assert np.abs(np.diff(across, axis=1)).max() < 1  # a stroke stays whole
+    assert np.abs(np.diff(across, axis=1)).max() < 1  # the line has no gaps
 
 
 def test_what_is_beyond_the_edges_is_black(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,7 +100,7 @@ def test_what_is_beyond_the_edges_is_black(monkeypatch: pytest.MonkeyPatch) -> N
     for crop in after:
         edges = np.stack([crop[40, :6], crop[40, -6:][::-1], crop[:6, 40], crop[-6:, 40][::-1]])
         assert (np.diff(edges, axis=1) >= 0).all()
-        assert ((edges > 0) & (edges < 255)).any(axis=1).sum() <= 2  # on each axis, one edge has a part of a pixel
+        assert ((edges > 0) & (edges < 255)).any(axis=1).sum() <= 2  # on each axis, one edge has a grey pixel
         assert edges.min() < 255
 
 

@@ -1,4 +1,4 @@
-"""Books: a title stays on one side, folds test each book once, and the dataset says which book each page is of."""
+"""Books: a title is in one split only, folds test each book once, and the dataset names the book of each page."""
 
 import json
 import os
@@ -81,7 +81,7 @@ def test_a_book_that_the_label_file_states_comes_before_folders_and_ids() -> Non
 def test_folders_whose_names_are_not_utf_8_are_books_of_their_own() -> None:
     titles = "源氏", "伊勢", "枕草"
     names = [os.fsdecode(title.encode("cp932") + b"/1.jpg") for title in titles]
-    names += [os.fsdecode(name + b"/1.jpg") for name in (b"\x82\xff", b"\x82\xfe")]  # nor CP932
+    names += [os.fsdecode(name + b"/1.jpg") for name in (b"\x82\xff", b"\x82\xfe")]  # not CP932 either
     labels = labels_of({str(i): 1 for i in range(len(names))})
     files = {str(i): (name, 1) for i, name in enumerate(names)}
     assert books_of_pages(labels, files) == [*titles, r"\x82\xff", r"\x82\xfe"]
@@ -112,7 +112,7 @@ def test_the_44_volumes_of_the_layouts_are_21_titles(layouts: Labels) -> None:
 
 
 def sides_of(units: list[str], labels: Labels, splits: NDArray[np.int8]) -> dict[str, set[int]]:
-    """The splits that the boxes of each unit (a name for each page) are in."""
+    """Return the splits that each unit has boxes in. `units`: the unit of each page."""
     sides: dict[str, set[int]] = {}
     of_page = np.split(splits, labels.starts[1:-1])
     for unit, found in zip(units, of_page, strict=True):
@@ -251,7 +251,7 @@ def test_pages_for_training_alone_are_in_no_other_split(by: str) -> None:
         splits = split_of_boxes(labels, by, seed, 0.2, 0.2, books, alone)
         sides = sides_of(labels.page_ids, labels, splits)
         assert all(sides[labels.page_ids[i]] == {TRAIN} for i in np.flatnonzero(alone))
-        if by == "book":  # the page's whole book, for it must not be on two sides
+        if by == "book":  # the page's whole book, because a book must be in one split
             assert sides["3_6"] == {TRAIN}
         free = 400 - 10 * (6 if by == "book" else 5)
         assert (splits == TEST).sum() == free // 5 // 10 * 10 if by != "random" else free // 5
@@ -260,7 +260,7 @@ def test_pages_for_training_alone_are_in_no_other_split(by: str) -> None:
 @pytest.mark.parametrize("by", ["page", "book"])
 def test_pages_for_training_alone_leave_the_splits_of_the_others_as_they_are(by: str) -> None:
     real = labels_of({f"{i}_{page}": 10 + i for i in range(3, 12) for page in range(3)})
-    both = labels_of({f"{i}_{page}": 10 + i for i in range(16) for page in range(3)})  # before, between and after
+    both = labels_of({f"{i}_{page}": 10 + i for i in range(16) for page in range(3)})  # more before, between and after
     books = [book_of(page_id) for page_id in both.page_ids]
     alone = np.array([page_id not in real.page_ids for page_id in both.page_ids])
     of_real = np.repeat(~alone, both.boxes_per_page)
@@ -269,7 +269,7 @@ def test_pages_for_training_alone_leave_the_splits_of_the_others_as_they_are(by:
         assert np.array_equal(whole[of_real], folds_of_boxes(real, by, seed, 4, 1))
         whole = split_of_boxes(both, by, seed, 0.2, 0.2, books, alone)
         assert set(whole[~of_real].tolist()) == {TRAIN}
-        # Without pages of its own for training, a split leaves it a unit; here there is enough of all.
+        # Without pages for training alone, one unit is kept for training; with so many units, that changes nothing.
         assert np.array_equal(whole[of_real], split_of_boxes(real, by, seed, 0.2, 0.2))
 
 
@@ -284,7 +284,7 @@ def test_two_real_books_beside_drawn_ones_are_validation_and_test() -> None:
 
 def test_a_line_for_training_that_is_neither_page_nor_book_is_refused() -> None:
     labels = labels_of({"1_1": 1})
-    files = {"2_1": ("2_1.jpg", 1)}  # a page without labels is no mistake
+    files = {"2_1": ("2_1.jpg", 1)}  # a page without labels may be named, too
     assert pages_for_training(labels, files, ["1"], train_only("1", "2_1")).tolist() == [True]
     with pytest.raises(InputError, match="must be a page or a book of the input. Received: 'x' and 1 more"):
         pages_for_training(labels, files, ["1"], train_only("1", "x", "y"))
@@ -337,7 +337,7 @@ def test_a_dataset_lists_its_pages_and_losses_and_another_file_of_books_is_refus
     assert manifest.config["books"] == read_books(place(tmp_path / "books.csv")).sha256
     before = contents(tmp_path / "out")
     sorted((tmp_path / "out").glob("*train*"))[0].write_bytes(b"")
-    assert kuzushiji("prepare", *given).code == 0  # the damaged shard alone is made again
+    assert kuzushiji("prepare", *given).code == 0  # only the damaged shard is made again
     assert contents(tmp_path / "out") == before
     (tmp_path / "books.csv").write_text("prefix,book\nb0,zero\nb1,one\nb2,two\nb3,three\n\n")
     refused = kuzushiji("prepare", *given)
@@ -371,7 +371,7 @@ def test_a_table_that_was_changed_is_read_or_refused_in_one_line(tmp_path: Path)
 
 
 def as_of_an_earlier_release(dataset: Path, target: Path, split: str) -> None:
-    """Copy a dataset into the form it had before books were titles."""
+    """Copy a dataset into the form that datasets had before books were titles."""
     shutil.copytree(dataset, target)
     manifest = json.loads((target / "manifest.json").read_text())
     for name in ("book_rule", "more_losses"):

@@ -1,4 +1,4 @@
-"""A bucket is as good as a folder: the same bytes, one winner at a time, and each fault ends in success or one line."""
+"""A bucket works like a folder: the same bytes, one winner of a race, and success or one line after each fault."""
 
 import json
 import os
@@ -64,7 +64,8 @@ from preprocessing.labels.table import Labels
 from preprocessing.pages import list_pages, page_reader
 from preprocessing.prepare import prepare
 
-# aiohttp, under gcsfs; google-cloud-storage leaves the connection of a download that was refused to the collector.
+# The first warning comes from aiohttp, which gcsfs uses. The second: google-cloud-storage leaves it to the garbage
+# collector to close the connection of a refused download.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Sending a large body directly:ResourceWarning", "ignore:unclosed <socket:ResourceWarning"
 )
@@ -104,7 +105,7 @@ def test_what_is_written_is_read_whole_in_parts_and_listed(folder: UPath, tmp_pa
 
 @pytest.fixture(params=["path", "bucket", "memory"])
 def anywhere(request: pytest.FixtureRequest, folder: UPath, tmp_path: Path) -> UPath:
-    """A folder that does not exist yet, of each kind of storage."""
+    """Return a folder that does not exist yet, in each kind of storage."""
     of_kind = {"path": tmp_path / "new", "bucket": folder, "memory": f"memory://{tmp_path.name}/new"}
     return place(of_kind[request.param])
 
@@ -194,7 +195,7 @@ def raise_after(write: Callable[[], None], folder: UPath) -> None:
 def test_a_dataset_of_more_groups_takes_no_more_listings(
     strict: StrictBucket, folder: UPath, groups: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To make it, to go on with it, and to find it complete."""
+    """Counted for a killed run, for the run that resumes it, and for a run that finds the dataset complete."""
 
     def listings() -> int:
         paths = [logged.path for logged in strict.requests]
@@ -233,7 +234,7 @@ def test_a_dataset_of_more_groups_takes_no_more_listings(
 
 
 class RemembersListings(MemoryFileSystem):
-    """As file systems of fsspec with a `dircache` do, such as s3fs."""
+    """Caches listings in `dircache`, as s3fs and other file systems of fsspec do."""
 
     protocol = "remembers"
 
@@ -252,7 +253,7 @@ def test_what_another_process_wrote_is_listed(tmp_path: Path) -> None:
     folder = place(f"remembers://{tmp_path.name}/x")
     write_bytes(folder / "a", b"1")
     assert list_files(folder) == {"a": 1}
-    folder.fs.pipe_file((folder / "b").path, b"22")  # as by another process: the remembered listing is as it was
+    folder.fs.pipe_file((folder / "b").path, b"22")  # as by another process: the cached listing is not updated
     assert list(folder.fs.ls(folder.path, detail=False)) == [(folder / "a").path]
     assert list_files(folder) == {"a": 1, "b": 2}
 
@@ -328,7 +329,7 @@ def test_a_dataset_on_a_bucket_has_the_bytes_of_one_in_a_folder(
 def test_what_is_read_and_exported_on_a_bucket_has_the_bytes_of_what_is_in_a_folder(
     strict: StrictBucket, folder: UPath, pages: Path, trained: Path, kuzushiji: Kuzushiji, tmp_path: Path
 ) -> None:
-    boxes = tmp_path / "boxes.csv"  # of one page: a process loads TensorFlow
+    boxes = tmp_path / "boxes.csv"  # one page only: each process loads TensorFlow
     boxes.write_text("".join((pages / "train.csv").read_text().splitlines(keepends=True)[:2]))
     sources = {"boxes.csv": boxes}
     sources |= {f"pages/{path.name}": path for path in (pages / "train_images").iterdir()}
@@ -395,7 +396,7 @@ def test_a_training_begins_in_the_root_of_an_empty_bucket_of_which_only_objects_
 ) -> None:
     from ray.train.v2._internal.execution.storage import StorageContext
 
-    def begin(trainer: Any) -> Any:  # with what Ray Train does first, in another process
+    def begin(trainer: Any) -> Any:  # what Ray Train does first, in another process
         config = trainer.run_config
         StorageContext(config.storage_path, config.name, config.storage_filesystem)
         return SimpleNamespace(return_value=Failure("it began", ""))
@@ -436,7 +437,7 @@ def test_of_16_racers_for_one_pointer_the_last_to_finish_wins_and_it_is_always_v
     racers = [subprocess.Popen([sys.executable, "-c", RACE, str(architecture), *minutes[part::4]]) for part in range(4)]
     seen: list[Latest] = []
     while any(racer.poll() is None for racer in racers):
-        latest = read_latest(architecture)  # raises if it is not whole
+        latest = read_latest(architecture)  # raises if the pointer is incomplete
         if latest is not None:
             seen.append(latest)
     assert [racer.wait() for racer in racers] == [0, 0, 0, 0]
@@ -444,13 +445,13 @@ def test_of_16_racers_for_one_pointer_the_last_to_finish_wins_and_it_is_always_v
     assert last is not None
     assert last.run == "run-15"
     times = [latest.finished_at for latest in seen]
-    assert times == sorted(times)  # it moves only to a later one
+    assert times == sorted(times)  # the pointer moves only to a later run
 
 
 def test_a_folder_is_sealed_once(models: UPath) -> None:
     folder = write_run(models, "one")
     manifest = read_manifest(folder, ModelManifest)
-    seal(folder, manifest)  # the same again: an answer that was lost on its way looks so
+    seal(folder, manifest)  # the same again, as by a retry after a lost answer
     other = manifest.model_copy(update={"finished_at": NOON + timedelta(hours=1)})
     with pytest.raises(DamageError, match="sealed by another job"):
         seal(folder, other)
@@ -486,7 +487,7 @@ def test_a_fault_while_pulling_ends_in_the_right_bytes_or_one_line(
     except KuzushijiError as error:
         assert kind == "flip"
         assert "\n" not in str(error)
-        pull(folder, to)  # and it goes on from there
+        pull(folder, to)  # resumes
     assert strict.faults.left() == 0
     assert verify(to / "baseline" / "one")[1:] == ([], [])
     for name, data in FILES.items():
@@ -504,7 +505,7 @@ def test_a_fault_while_writing_leaves_what_was_meant(
 ) -> None:
     strict.faults.inject(kind, times=2, matching=matching)
     run = write_run(folder, "one")
-    write_listed(run / "labels.txt", FILES["labels.txt"])  # a second small one
+    write_listed(run / "labels.txt", FILES["labels.txt"])  # a second small file
     write_bytes(folder / "big", BIG)
     assert strict.faults.left() == 0
     assert verify(run)[1:] == ([], [])
@@ -541,7 +542,7 @@ def test_an_object_replaced_while_it_is_read_is_not_mixed(folder: UPath) -> None
     write_bytes(folder / "big", BIG[::-1])
     rest = b""
     try:
-        for chunk in chunks:  # a range may have been under way already
+        for chunk in chunks:  # a range may have been requested already
             rest += chunk
     except FileNotFoundError:
         pass
@@ -568,7 +569,7 @@ def test_a_file_of_credentials_that_can_not_be_used_is_one_line(
 
 
 def test_two_readers_of_one_bucket_share_no_memory_of_it(folder: UPath) -> None:
-    """Listings are asked for anew: another process may have written."""
+    """Nothing is cached, because another process may have written."""
     assert list_files(folder) == {}
     write_bytes(folder / "x", b"1")
     assert list_files(folder) == {"x": 1}
@@ -645,7 +646,7 @@ def test_a_page_that_is_refused_while_prepare_runs_is_one_line(
 
 @pytest.fixture
 def archive(folder: UPath, pages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> UPath:
-    """The drawn pages in a zip on the bucket, of which little is read at once, as of a big one."""
+    """Return a zip of the drawn pages on the bucket, read in small ranges: several requests, as for a large one."""
     local = Path(shutil.make_archive(str(tmp_path / "pages"), "zip", pages / "train_images"))
     write_bytes(folder / "pages.zip", local.read_bytes())
     monkeypatch.setattr(bucket, "RANGE_BYTES", 1000)
@@ -683,7 +684,7 @@ def test_a_flipped_byte_in_the_list_of_an_archives_pages_is_one_line_or_loses_no
     listing = list_pages(archive)
     name = next(iter(listing.scans))
     for ask in (lambda: list_pages(archive), lambda: read_one(archive, name)):
-        for _ in range(downloads):  # before it
+        for _ in range(downloads):  # downloads before the flipped one
             strict.faults.inject("slow", method="GET", matching="alt=media")
         strict.faults.inject("flip", method="GET", matching="alt=media")
         try:
@@ -742,7 +743,7 @@ def test_whatever_is_asked_of_a_bucket_is_answered_rightly_or_in_one_line(
     try:
         assert ask(folder, here) == right
         assert not refused
-    except Exception as error:  # as the command line tells it
+    except Exception as error:  # as the command line reports it
         told = explained(error) or error
         assert isinstance(told, KuzushijiError)
         assert "\n" not in str(told)
@@ -870,7 +871,7 @@ def test_a_bucket_whose_requesters_pay_is_used_with_the_project_of_googles_varia
             assert b"".join(read_chunks(paid / name, 0, size_of(paid / name))) == data
         change_bytes(paid / "x", lambda old: (old or b"") + b"2")
         assert (is_file(paid / "x"), list_files(paid)) == (True, {"x": 2, "big": len(BIG)})
-        files = arrow_filesystem(paid)  # gcsfs, of Ray Train
+        files = arrow_filesystem(paid)  # gcsfs, which Ray Train uses
         with files.open_output_stream(f"{paid.path}/y") as stream:
             stream.write(b"3")
         with files.open_input_file(f"{paid.path}/y") as stream:

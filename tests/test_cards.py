@@ -1,4 +1,4 @@
-"""The cards of datasets, models and exports: what hubs read of them."""
+"""The cards of datasets, models and exports: what hubs read from them."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ def test_a_hub_reads_the_card_of_a_dataset(ray_here: None, pages: Path, tmp_path
 
 def test_a_hub_reads_the_card_of_a_model(trained: Path, few: Path) -> None:
     card, test = ModelCard.load(trained / "README.md"), json.loads((trained / "metrics.json").read_text())["test"]
-    assert card.data.license == "unknown"  # nobody said it
+    assert card.data.license == "unknown"  # `--license` was not given
     assert card.data.language == ["ja"]
     assert card.data.pipeline_tag == "image-classification"
     assert card.data.library_name == "keras"

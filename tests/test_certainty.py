@@ -1,4 +1,4 @@
-"""How sure a model is: what is reported of it, and the temperature that a training fits."""
+"""Calibration: the metrics of how sure a model is, and the temperature that a training fits."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ NAMES = ["U+3042", "U+3044", "U+3046", "rare"]
 
 
 def of(probabilities: list[float], correct: list[bool]) -> Any:
-    """The metrics of crops of which the first class was predicted with these probabilities."""
+    """Return the metrics of crops for which the first class was predicted with these probabilities."""
     predictions = np.zeros((len(correct), 4), np.float32)
     predictions[:, 1] = probabilities
     return metrics(predictions, np.where(correct, 0, 1), NAMES)
@@ -20,14 +20,14 @@ def of(probabilities: list[float], correct: list[bool]) -> Any:
 def test_ece_is_the_mean_gap_of_probability_and_accuracy_in_bins_of_equally_many_crops() -> None:
     sure = of([0.9] * 1500, [True] * 1500)
     assert sure.ece == pytest.approx(0.1, abs=1e-6)
-    # Two thirds of the crops at .5, half of them right; a third at 1, none right: gaps 0 and 1.
+    # Two thirds of the crops have probability 0.5, half of them right; a third have 1, none right: gaps of 0 and 1.
     mixed = of([0.5] * 1000 + [1.0] * 500, [True, False] * 500 + [False] * 500)
     assert mixed.ece == pytest.approx(1 / 3, abs=1e-2)
     assert of([0.25], [True]).ece == pytest.approx(0.75)
 
 
 def test_of_the_most_certain_crops_it_is_told_how_many_are_right() -> None:
-    # The 400 most certain ones are right, then one of two.
+    # The 400 most certain crops are right, then every second one.
     probabilities = np.linspace(1, 0.1, 1000).tolist()
     found = of(probabilities, [True] * 400 + [False, True] * 300)
     assert found.at_99 == pytest.approx(0.408, abs=2e-3)  # 404 right of 408 are 99 %

@@ -1,4 +1,4 @@
-"""A short round of chaos (see chaos.py; the long one is `make chaos`): nothing differs."""
+"""A short round of chaos.py, in which nothing differs, and a helper of it. `make chaos` runs the long rounds."""
 
 import os
 import subprocess
@@ -24,10 +24,10 @@ def test_a_process_that_ends_while_it_is_looked_at_has_no_title() -> None:
         assert process.stdout
         process.stdin.write(b"begun\n")
         process.stdin.flush()
-        assert process.stdout.readline() == b"begun\n"  # as it begins, it has none for a moment
+        assert process.stdout.readline() == b"begun\n"  # just after its start, a process may have no title
         found = psutil.Process(process.pid)
         assert chaos.title(found) == "cat"
         process.kill()
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-        assert chaos.title(found) == ""  # ended, and not yet waited for
+        assert chaos.title(found) == ""  # a zombie: ended, but not waited for
     assert chaos.title(found) == ""

@@ -1,4 +1,4 @@
-"""Classes and splits: the study's rules, held against the true counts, decided by the labels alone."""
+"""Classes and splits: they follow the study's rules, checked with the true counts, and depend only on the labels."""
 
 import itertools
 from pathlib import Path
@@ -19,7 +19,7 @@ from preprocessing.split import _fill, split_of_boxes
 
 
 def labels_of(boxes_of_page: dict[str, int]) -> Labels:
-    """Labels with so many boxes a page, all of one character."""
+    """Return labels with these numbers of boxes per page, all of one character."""
     ids = sorted(boxes_of_page)
     starts = np.concatenate([[0], np.cumsum([boxes_of_page[page_id] for page_id in ids], dtype=np.int64)])
     total = int(starts[-1])
