@@ -1,6 +1,6 @@
 """The shipped cluster file, brought up by unmodified Ray in a cloud of one machine, from `ray up` to `ray down`.
 
-Marked `smoke`: what `.ci/run` shows of it. `make test-cloud` runs all. The tests stand in the order of a user's steps.
+`.ci/run` runs the tests marked `smoke`, `make test-cloud` all. The tests are in the order of a user's steps.
 """
 
 import io
@@ -31,7 +31,7 @@ from preprocessing.sample.sample import sample
 pytestmark = pytest.mark.cloud
 
 BUCKET = "demo-bucket"
-# The bucket, the folders of scans and the label files that each page names.
+# Each page of the docs, with the bucket, the folders of scans and the label files that it names.
 OF_DOCS = {
     "README.md": ("bucket", ["scans"], ["train.csv"]),
     "docs/google-cloud.md": ("my-bucket", ["scans/train_images", "new"], ["scans/train.csv", "boxes.csv"]),
@@ -41,13 +41,13 @@ HERE = "/root/kuzushiji"
 CLUSTER_FILE = f"{HERE}/ray_cluster.yaml"
 BIN = Path(sys.executable).parent
 PLACES = ["--dataset", f"gs://{BUCKET}/crops", "--models", f"gs://{BUCKET}/models"]
-# Two workers, which only machines of the GPU group hold: see `cluster_file`.
+# Two workers, for which only machines of the GPU group have the CPUs: see `cluster_file`.
 TRAIN = ["train", *PLACES, "--architecture", "baseline", "--workers", "2", "--cpus-per-worker", "2",
          "--global-batch-size", "64", "--learning-rate", "1e-3"]  # fmt: skip
 
 
 def cluster_file(project: str) -> str:
-    """The shipped one, but for: the project; no image, since hosts here have no Docker; the sizes of machines."""
+    """Return the shipped file with this project, without Docker, which hosts here lack, and with smaller machines."""
     config: dict[str, Any] = yaml.safe_load((ROOT / "ray_cluster.yaml").read_text().replace("<PROJECT>", project))
     types = config["available_node_types"]
     del config["docker"], types["gpu"]["docker"]
@@ -87,14 +87,14 @@ class Cluster:
         return content
 
     def weights(self, run: str) -> bytes:
-        """The numbers of a model; the archive around them holds the time."""
+        """Return the weights of a model alone: the archive around them holds the time."""
         with zipfile.ZipFile(io.BytesIO(self.read(f"models/baseline/{run}/model.keras"))) as archive:
             return archive.read("model.weights.h5")
 
 
 @pytest.fixture(scope="module")
 def cloud() -> Iterator[FakeCloud]:
-    """A project as docs/google-cloud.md makes it: a bucket, two accounts with their rights."""
+    """Yield a project as docs/google-cloud.md sets it up: buckets, and two accounts with their rights."""
     if why := FakeCloud.cannot_run():
         pytest.skip(why)
     with FakeCloud(buckets=BUCKETS) as running:
@@ -110,7 +110,7 @@ def cloud() -> Iterator[FakeCloud]:
 
 @pytest.fixture(scope="module")
 def scans(cloud: FakeCloud, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """A sample, and the three real pages where they are, uploaded."""
+    """Upload a sample, and the three real pages if they are on this machine."""
     drawn = tmp_path_factory.mktemp("drawn") / "pages"
     sample(drawn, num_pages=6, seed=7, scale=0.2)
     real = sorted((SHARED / "pages").glob("*.jpg"))
@@ -124,7 +124,7 @@ def scans(cloud: FakeCloud, tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.fixture(scope="module")
 def cluster(cloud: FakeCloud) -> Iterator[Cluster]:
-    """`ray up`, and `ray down` after the last test, which leaves nothing that costs money."""
+    """Run `ray up`, and after the last test `ray down`, which must leave no machine."""
     up = Cluster(cloud)
     cloud.laptop.write(CLUSTER_FILE, cluster_file(cloud.project))
     up.laptop("sh", "-c", "ray get-auth-token --generate > /dev/null && chmod 600 ~/.ray/auth_token")
@@ -137,7 +137,7 @@ def cluster(cloud: FakeCloud) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def prepared(cluster: Cluster, scans: None) -> str:
-    """What the job that prepares the scans printed."""
+    """Prepare the scans in a job; return what it printed."""
     done = cluster.submit(
         "prepare", "--pages", f"gs://{BUCKET}/scans/train_images", "--labels", f"gs://{BUCKET}/scans/train.csv",
         "--dataset", f"gs://{BUCKET}/crops", "--coverage", "0.6",
@@ -147,7 +147,7 @@ def prepared(cluster: Cluster, scans: None) -> str:
 
 @pytest.fixture(scope="module")
 def trained(cluster: Cluster, prepared: str) -> str:
-    """What the job of an undisturbed training printed."""
+    """Train undisturbed in a job; return what it printed."""
     return cluster.submit(*TRAIN, "--epochs", "2", "--run", "undisturbed").stdout
 
 
@@ -170,7 +170,7 @@ def test_a_worker_comes_for_prepare_and_the_dataset_is_on_the_bucket(cluster: Cl
 def test_two_hosts_train_one_model(cluster: Cluster, trained: str) -> None:
     assert "model: gs://demo-bucket/models/baseline/undisturbed" in trained
     spot = cluster.of_type("gpu")
-    assert len(spot) == 2  # which hold one worker each
+    assert len(spot) == 2  # each has room for one worker
     assert json.loads(cluster.read("models/baseline/latest.json"))["run"] == "undisturbed"
     history = cluster.read("models/baseline/undisturbed/history.jsonl").splitlines()
     assert [json.loads(row)["epoch"] for row in history] == [1, 2]
@@ -224,10 +224,10 @@ def test_http_ports_answer_only_to_the_token_and_the_dashboard_only_on_the_head(
     url = "http://127.0.0.1:8265/api/jobs/"
     assert [ask(head.host, url, token) for token in ("", "0" * 64, right)] == ["401", "403", "200"]
     assert ask(cluster.cloud.laptop, f"http://{head.ip}:8265/api/jobs/", right) == "000"  # nobody listens there
-    # The agent of each machine listens to the network.
+    # Ray's agent on each machine listens on the network.
     url = f"http://{head.ip}:52365/api/job_agent/jobs/none/logs"
     assert [ask(cluster.cloud.laptop, url, token) for token in ("", "0" * 64)] == ["401", "403"]
-    assert ask(cluster.cloud.laptop, url, right) not in ("000", "401", "403")  # it knows no such job
+    assert ask(cluster.cloud.laptop, url, right) not in ("000", "401", "403")  # accepted; there is no such job
 
 
 GRPC = """
@@ -239,7 +239,7 @@ print(len(ray._raylet.GcsClient(address=sys.argv[1]).internal_kv_keys(b"", names
 
 @pytest.mark.smoke
 def test_grpc_answers_only_to_the_token(cluster: Cluster) -> None:
-    """Each service: `test_submit.py`."""
+    """This asks the GCS; `test_submit.py` asks each service."""
 
     def ask(**environment: str) -> CompletedProcess[str]:
         command = [f"{BIN}/python", "-c", GRPC, f"{cluster.head.ip}:6379"]
@@ -260,7 +260,7 @@ def test_the_token_can_be_read_by_its_owner_alone_on_every_machine(cluster: Clus
 
 @pytest.mark.smoke
 def test_a_worker_that_is_set_up_once_more_stays_in_the_cluster(cluster: Cluster, trained: str) -> None:
-    """The autoscaler does so if it reads from its cache that the worker is not ready; a `ray stop` cost a machine."""
+    """The autoscaler does this if its cache says that the worker is not ready. A `ray stop` would cost a machine."""
     worker = cluster.of_type("gpu")[0]
     commands = yaml.safe_load((ROOT / "ray_cluster.yaml").read_text())["worker_start_ray_commands"]
     raylet = "pgrep -x raylet"
@@ -271,7 +271,7 @@ def test_a_worker_that_is_set_up_once_more_stays_in_the_cluster(cluster: Cluster
 
 
 def wait_for(what: Callable[[], Any], seconds: float) -> Any:
-    """What `what` returns, once that is something."""
+    """Call `what` until it returns something true, for at most `seconds`; return that."""
     deadline = time.monotonic() + seconds
     while not (found := what()):
         assert time.monotonic() < deadline
@@ -310,7 +310,7 @@ def test_a_spot_machine_that_is_taken_back_drains_its_node_first(cluster: Cluste
         return said
 
     def joined() -> list[Instance]:
-        """A machine runs before its node is Ray's."""
+        """Return the machines whose node has joined Ray: a machine runs before that."""
         nodes = seen()
         return [one for one in cluster.of_type("gpu") if f"{one.ip} True" in nodes]
 
@@ -321,7 +321,7 @@ def test_a_spot_machine_that_is_taken_back_drains_its_node_first(cluster: Cluste
 
 @pytest.mark.parametrize("page", OF_DOCS)
 def test_the_commands_of_the_docs_run_on_the_cluster(cluster: Cluster, pages: Path, page: str) -> None:
-    """With as many workers as there are machines here, without GPUs, for one epoch."""
+    """With two workers instead of those of the docs, without GPUs, for one epoch."""
     bucket, folders, labels = OF_DOCS[page]
     for scan in (pages / "train_images").iterdir():
         for folder in folders:

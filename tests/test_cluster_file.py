@@ -1,4 +1,4 @@
-"""The cluster file: what is shipped is safe and pinned, and `verify` refuses what would fail late, cost, or be open."""
+"""The cluster file: the shipped one is safe and pinned; `verify` refuses what fails late, costs money, or is open."""
 
 import re
 import subprocess
@@ -20,7 +20,7 @@ Config = dict[str, Any]
 
 @pytest.fixture(autouse=True)
 def token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home with a token as `ray get-auth-token --generate; chmod 600` leaves it."""
+    """Return a token's path in a new home, as `ray get-auth-token --generate` and `chmod 600` leave it."""
     home = tmp_path / "home"
     (home / ".ray").mkdir(parents=True)
     path = home / ".ray" / "auth_token"
@@ -32,7 +32,7 @@ def token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def config() -> Config:
-    """The shipped file, filled in."""
+    """Return the shipped file with its project filled in."""
     filled: Config = yaml.safe_load(SHIPPED.read_text().replace("<PROJECT>", "demo-project-1"))
     return filled
 
@@ -85,7 +85,7 @@ BROAD = "123-compute@developer.gserviceaccount.com"
         (change(f"{GPU}/serviceAccounts", [{"email": BROAD}]), "must be a separate account"),
         (change(f"{HEAD}/serviceAccounts", [{"email": "ray-autoscaler-sa-v1@x.iam"}]), "must be a separate account"),
         (change(f"{GPU}/scheduling", {"provisioningModel": "SPOT"}), "onHostMaintenance: must be TERMINATE"),
-        (change(f"{GPU}/guestAccelerators", None), ""),  # g2 machines have theirs anyway
+        (change(f"{GPU}/guestAccelerators", None), ""),  # g2 machines have GPUs without it
         (change(f"{GPU}/machineType", None), "gpu.node_config.machineType: must be set"),
         (change(f"{GPU}/tags", None), "gpu.node_config.tags.items: must hold the tag"),
         (change("setup_commands", ["pip install ray==2.59.0"]), "as on this machine. Received: 2.59.0"),
@@ -98,7 +98,7 @@ BROAD = "123-compute@developer.gserviceaccount.com"
         ),
         (change("head_start_ray_commands", [f'RAY_AUTH_MODE="token" {START} --dashboard-host="127.0.0.1"']), ""),
         (change("head_start_ray_commands", [f"export RAY_AUTH_MODE='token'; {START}"]), ""),
-        (change("head_start_ray_commands", None), "--dashboard-host must be 127.0.0.1"),  # so Ray's own default
+        (change("head_start_ray_commands", None), "--dashboard-host must be 127.0.0.1"),  # then Ray's default is used
         (change("worker_start_ray_commands", ["ray start --address=$HEAD:6379"]), "must set RAY_AUTH_MODE=token"),
         (change("head_setup_commands", None), "head_setup_commands: must be set"),
         (change("head_start_ray_commands", [f"RAY_AUTH_MODE=token ray stop; {START}"]), "must set RAY_AUTH_MODE=token"),
@@ -127,7 +127,7 @@ def test_what_would_fail_cost_or_be_open_is_one_line(
 def test_a_gpu_on_another_machine_type_needs_the_rule_too(config: Config, tmp_path: Path) -> None:
     config["available_node_types"]["gpu"]["node_config"] |= {"machineType": "n1-standard-8", "scheduling": {}}
     assert any("onHostMaintenance" in fault for fault in faults(config, tmp_path))
-    rules = [{"preemptible": True}, {"onHostMaintenance": "terminate"}]  # the list that Ray's examples have
+    rules = [{"preemptible": True}, {"onHostMaintenance": "terminate"}]  # a list, as in Ray's examples
     config["available_node_types"]["gpu"]["node_config"]["scheduling"] = rules
     assert faults(config, tmp_path) == []
 
@@ -202,7 +202,7 @@ def test_no_worker_has_an_address_in_the_internet_nor_the_heads_account(config: 
 
 @pytest.fixture(scope="module")
 def commands() -> list[str]:
-    """What the first block of docs/google-cloud.md under "Once" runs, with its variables filled in; nothing is done."""
+    """Echo the commands of the first block under "Once" in docs/google-cloud.md, with its variables filled in."""
     section = (ROOT / "docs" / "google-cloud.md").read_text().partition("## Once")[2]
     block = section.split("```")[1].replace("my-project", "demo-project-1")
     tell = "".join(f'{tool}() {{ echo {tool} "$@"; }}\n' for tool in ("gcloud", "docker", "ray", "sed", "chmod"))

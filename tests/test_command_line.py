@@ -1,4 +1,4 @@
-"""The command line: its surface is pinned, its help is light, its errors are one line, its exit codes tell."""
+"""The command line: its options are pinned, its help loads nothing heavy, an error is one line and exit code 1 or 2."""
 
 import inspect
 import json
@@ -199,9 +199,9 @@ def test_prepare_loads_no_tensorflow_and_no_process_of_ray_is_left_when_it_ends(
 
     done = until_ray_starts(run)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.splitlines()[-1] == "TensorFlow was loaded here: False"  # 5 seconds and 600 MB
-    assert len(seen) > 2  # Ray's memory of the cluster, its part of the host, workers
-    deadline = time.monotonic() + SECONDS_TO_END  # agents notice that their raylet is gone
+    assert done.stderr.splitlines()[-1] == "TensorFlow was loaded here: False"  # loading it takes 5 s and 600 MB
+    assert len(seen) > 2  # Ray's GCS, raylet and workers
+    deadline = time.monotonic() + SECONDS_TO_END  # until Ray's agents notice that their raylet is gone
     while (left := [one for one in seen.values() if one.is_running() and title(one)]) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert left == []

@@ -1,4 +1,4 @@
-"""Crops: the study's geometry, its grey levels within bounds, and every fault of a page or box told, none fatal."""
+"""Crops: the study's geometry, grey levels close to the study's, and each fault of a page or box as `PageFault`."""
 
 import csv
 import io
@@ -31,7 +31,7 @@ def jpeg(image: Image.Image, **options: object) -> bytes:
 
 
 def study_crop(page: Image.Image, box: Sequence[int]) -> NDArray[np.uint8]:
-    """The study's way, with Pillow."""
+    """Cut a crop as the study did, with Pillow."""
     x, y, width, height = box
     longer = max(width, height)
     new = (max(1, width * SIDE // longer), max(1, height * SIDE // longer))

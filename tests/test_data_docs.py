@@ -1,4 +1,4 @@
-"""docs/data.md: every command there reads what it says, from small inputs of the names there."""
+"""docs/data.md: each of its commands reads the labels that the page states, from small files of the same names."""
 
 import csv
 import re
@@ -29,7 +29,7 @@ DOCS = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
 COMMANDS = [
     line.removeprefix("kuzushiji ")
     for language, block in re.findall(r"^```(\w*)\n(.*?)^```$", DOCS, re.M | re.S)
-    if not language  # commands of other inputs are marked as `sh`
+    if not language  # blocks marked `sh` have commands for other inputs
     for line in block.splitlines()
     if line.startswith("kuzushiji ")
 ]
@@ -37,7 +37,7 @@ COMMANDS = [
 
 @pytest.fixture
 def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The files that docs/data.md names, in the current folder."""
+    """Write small files with the names that docs/data.md uses into a new folder, the current one."""
     monkeypatch.chdir(tmp_path)
     page = np.random.default_rng(0).integers(0, 255, (SIZE[1], SIZE[0]), np.uint8)
     jpeg = cv2.imencode(".jpg", page)[1].tobytes()
@@ -81,7 +81,7 @@ def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def labels_of(command: str) -> tuple[Labels, set[str]]:
-    """The labels that a command reads, and the pages that have a file."""
+    """Return the labels that a command reads, and the pages that have a file."""
     name, *arguments = shlex.split(command)
     given = main.commands[name].make_context(name, arguments).params
     canvases = place(given["canvases"]) if given["canvases"] else None

@@ -1,4 +1,4 @@
-"""README and docs: sizes hold, links and named files are there, commands are used rightly, options are all listed."""
+"""README and docs: their size, numbers, links, named files, commands and options are right."""
 
 import re
 import runpy
@@ -29,13 +29,13 @@ def prose(text: str) -> str:
 
 
 def anchors(path: Path) -> set[str]:
-    """The anchors of a page's headings, as GitHub makes them."""
+    """Return the anchors of a page's headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.*)$", prose(path.read_text()), re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def commands(text: str, languages: tuple[str, ...] = ("", "sh")) -> Iterator[str]:
-    """The `kuzushiji` commands of the code blocks of a page in one of `languages`, each as one line."""
+    """Yield the `kuzushiji` commands of a page's code blocks in one of `languages`, each as one line."""
     for _, language, block in CODE.findall(text):
         if language not in languages:
             continue
@@ -54,7 +54,7 @@ def test_the_readme_is_short() -> None:
 @pytest.mark.parametrize("name", ["README.md", "docs/models.md"])
 def test_the_numbers_of_recognition_are_those_of_its_tables(name: str) -> None:
     text = " ".join((ROOT / name).read_text().split())
-    tables = (ROOT / "docs" / "recognition" / "tables.md").read_text().split("\n\n")[0]  # of `books`
+    tables = (ROOT / "docs" / "recognition" / "tables.md").read_text().split("\n\n")[0]  # those of the study `books`
     study, ours = (
         re.findall(rf"^\| {recipe} \| (.*) \|$", tables, re.M)[0].split(" | ")
         for recipe in ("baseline, the study's", "resnet, ours")
@@ -120,7 +120,7 @@ def test_commands_of_the_docs_are_used_rightly(page: Path) -> None:
         name, *rest = shlex.split(command)[1:]
         if "..." in rest:
             continue
-        main.commands[name].make_context(name, list(rest))  # raises what is wrong
+        main.commands[name].make_context(name, list(rest))  # raises if an option is wrong
         if name == "submit" and "--" in rest:
             job, *options = rest[rest.index("--") + 1 :]
             main.commands[job].make_context(job, list(options))
@@ -144,7 +144,7 @@ def test_the_docs_map_every_module() -> None:
 
 
 def messages() -> str:
-    """The source of all packages, with the parts of each message joined."""
+    """Return the source of all packages, with the lines of each message joined."""
     files = (path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py")))
     return "\n".join(re.sub(r'"\s*\n\s*f?"', "", path.read_text()) for path in files)
 
@@ -164,6 +164,6 @@ def test_the_errors_of_the_faq_are_those_that_commands_print() -> None:
     headings = [heading for heading in re.findall(r"^### `(.*)`$", text, re.M) if not heading.startswith(of_others)]
     assert len(headings) >= 15
     for heading in headings:
-        parts = re.split(r"^--\w+|\b[A-Z]{4,}\b|\d+(?:\.\d+)?|\.\.\.", heading)  # at what stands for values
+        parts = re.split(r"^--\w+|\b[A-Z]{4,}\b|\d+(?:\.\d+)?|\.\.\.", heading)  # at the placeholders of values
         literal = max(parts, key=len)
         assert literal in source, heading

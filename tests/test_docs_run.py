@@ -1,6 +1,6 @@
-"""README and docs: their commands and programs run, one page after the other, on small data of the names there.
+"""README and docs: their commands and programs run, one page after the other, on small data of the same names.
 
-Elsewhere: the plain blocks of docs/data.md (`test_data_docs.py`), and what runs on a cluster (`test_cloud.py`). Not
+The blocks without a language in docs/data.md run in `test_data_docs.py`, what needs a cluster in `test_cloud.py`. Not
 run: `gcloud`, `docker`, the long targets of make, and TensorFlow Datasets, which is not installed.
 """
 
@@ -33,11 +33,11 @@ SMALLER = {
     "--val-fraction 0.02 --test-fraction 0.02": "--val-fraction 0.1 --test-fraction 0.1",
     " --gpus-per-worker 1": "",
 }
-NOT_HERE = ("gs://", "ray_cluster.yaml", "submit", "--architecture fcn")  # a cluster; minutes a step without a GPU
+NOT_HERE = ("gs://", "ray_cluster.yaml", "submit", "--architecture fcn")  # a cluster, or minutes per step without a GPU
 
 
 def pages_by_book(pages: Path) -> None:
-    """`pages/`, a folder a book, and drawn ones in `pages/drawn/`, as docs/data.md shows them."""
+    """Make `pages/`, with a folder per book and a drawn page, and the files of `--train-only`, as in docs/data.md."""
     for scan in sorted((pages / "train_images").iterdir()):
         folder = Path("pages") / book_of(scan.stem)
         folder.mkdir(parents=True, exist_ok=True)
@@ -51,7 +51,7 @@ def pages_by_book(pages: Path) -> None:
 
 
 def labels_of_half_the_size(sheet: list[list[str]]) -> None:
-    """`labels.json`, in COCO's form: boxes that were made on scans of half the size."""
+    """Write `labels.json` in COCO's form, with boxes that were made on scans of half the size."""
     pages = sorted({row[0] for row in sheet})
     images = []
     for number, page in enumerate(pages):
@@ -74,7 +74,7 @@ def labels_of_half_the_size(sheet: list[list[str]]) -> None:
 
 @pytest.fixture
 def inputs(pages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The inputs that the pages name, in the current folder."""
+    """Write the inputs that the docs name into a new folder, the current one."""
     monkeypatch.chdir(tmp_path)
     shutil.make_archive("train_images", "zip", pages / "train_images")
     for name in ("scans", "new_pages"):
@@ -98,7 +98,7 @@ def inputs(pages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def to_run(name: str) -> Iterator[str]:
-    """The commands of a page, made smaller."""
+    """Yield the commands of a page that can run here, made smaller."""
     languages = ("sh",) if name == "docs/data.md" else ("", "sh")
     for command in commands((ROOT / name).read_text(), languages):
         if any(word in command for word in NOT_HERE):
@@ -106,7 +106,7 @@ def to_run(name: str) -> Iterator[str]:
         for large, small in SMALLER.items():
             command = command.replace(large, small)
         if command.startswith("kuzushiji train ") and "--epochs" not in command:
-            command += " --epochs 1"  # instead of those of the recipe
+            command += " --epochs 1"  # instead of the recipe's
         yield command
 
 
@@ -117,7 +117,7 @@ def test_the_commands_and_programs_of_the_docs_run_on_small_data(
     for name in ("README.md", "docs/models.md", "docs/data.md", "docs/faq.md", "docs/formats.md"):
         for command in to_run(name):
             made = re.match(r"kuzushiji (?:prepare|sample|predict) .*(?:--dataset|--out) (\S+)", command)
-            if made:  # by the commands of an earlier section
+            if made:  # an earlier section may have made it
                 shutil.rmtree(made[1], ignore_errors=True)
             if "new-crops" in command:
                 shutil.copytree("crops", "new-crops")
