@@ -1,4 +1,4 @@
-"""Models for other programs: they predict what ours do, and nothing is left of one that does not."""
+"""Exports: they predict what the model predicts, and nothing is left of one that does not."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def expected(trained: Path, crops: np.ndarray) -> np.ndarray:
 def test_a_saved_model_is_what_tensorflow_serving_reads(
     trained: Path, crops: np.ndarray, expected: np.ndarray, tmp_path: Path
 ) -> None:
-    """By TensorFlow's loader: TensorFlow Serving itself is in no package registry."""
+    """Read by TensorFlow's loader, because TensorFlow Serving is in no package registry."""
     import tensorflow as tf
 
     export(place(trained), "savedmodel", place(tmp_path))
@@ -57,7 +57,7 @@ def test_a_saved_model_is_what_tensorflow_serving_reads(
     assert (tmp_path / "labels.txt").read_text().split() == names
     weights = 4 * load_model(place(trained))[0].count_params()
     stored = (tmp_path / "1" / "variables" / "variables.data-00000-of-00001").stat().st_size
-    assert weights <= stored < 1.1 * weights  # each once
+    assert weights <= stored < 1.1 * weights  # each weight once
 
 
 def test_an_onnx_model_predicts_what_the_model_does(
@@ -131,7 +131,7 @@ def test_a_quantized_model_is_smaller_and_its_accuracy_is_told(
 
 @pytest.fixture(scope="module")
 def learned(few: Path) -> Any:
-    """A small model that knows the test crops of `few` by heart."""
+    """Return a small model that overfits the test crops of `few`."""
     import keras
     from keras import layers
 
@@ -192,7 +192,7 @@ def test_a_model_trained_in_bfloat16_is_exported_in_float32(
 
 
 def small(architecture: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A narrow classifier of three classes, with batch norms as after a training."""
+    """Return a narrow classifier of three classes, with gamma 1 in all batch norms; some start with 0."""
     import keras
 
     from job.model import architectures
@@ -260,7 +260,7 @@ def test_nothing_is_left_of_what_could_not_be_written_whole(
     form: Any, reason: type[BaseException], trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(target: UPath) -> AbstractContextManager[Path]:
-        if target.name == LAST[form]:  # after labels.txt, and the variables of a SavedModel
+        if target.name == LAST[form]:  # written after labels.txt and the variables of a SavedModel
             raise reason("full")
         return new_file(target)
 

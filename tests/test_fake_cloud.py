@@ -1,4 +1,4 @@
-"""The fake cloud: hosts are machines, Google's rules hold, and nothing is left of it."""
+"""The fake cloud: each host acts as a machine, Google's rules hold, and nothing is left at the end."""
 
 import json
 import os
@@ -21,7 +21,7 @@ ZONE = "us-central1-a"
 WHY_NOT = FakeCloud.cannot_run()
 needs_hosts = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 
-# What the laptop runs: Google's own client. Prints the answer, or the error's body; waits for an operation first.
+# Runs on the laptop: calls Google's client, waits for an operation, and prints the answer or the error's body.
 CALL = """
 import json, sys, time
 from googleapiclient import discovery
@@ -38,7 +38,7 @@ try:
 except HttpError as error:
     print(error.content.decode())
 """
-# What an instance runs: a page of the metadata server, and how that answered.
+# Runs on an instance: prints the status of the metadata server's answer and, if there is one, the page.
 METADATA = """
 import sys, urllib.error, urllib.request
 
@@ -49,7 +49,7 @@ try:
 except urllib.error.HTTPError as error:
     print(error.code)
 """
-# What an object of each bucket holds, which objects there are, and what the bucket itself is called.
+# Prints for each bucket the content of an object, the names of the objects, and the bucket's name, or the error's code.
 BUCKETS = """
 import sys
 from google.api_core.exceptions import GoogleAPIError
@@ -83,7 +83,7 @@ DEBIAN = {"sourceImage": "projects/debian/global/images/family/12"}
 
 
 def wanted(name: str = "good", **changes: Any) -> dict[str, Any]:
-    """The body of a request for an instance."""
+    """Return the body of a request for an instance."""
     disk = {"boot": True, "autoDelete": True, "initializeParams": DEBIAN}
     body = {
         "name": name,
@@ -103,12 +103,12 @@ def cloud() -> Iterator[FakeCloud]:
 
 
 def call(cloud: FakeCloud, method: str, **arguments: Any) -> dict[str, Any]:
-    """What Google's client is told, on the laptop."""
+    """Call a method of Google's client on the laptop; return the answer."""
     return json.loads(cloud.laptop.run(["python", "-c", CALL, method, json.dumps(arguments)]).stdout)
 
 
 def made(cloud: FakeCloud, name: str, **changes: Any) -> Instance:
-    """A new instance, once it runs."""
+    """Make an instance; return it once it runs."""
     assert "error" not in call(cloud, "insert", body=wanted(name, **changes))
     assert cloud.instance(name).status == "RUNNING"
     return cloud.instance(name)
@@ -153,7 +153,7 @@ def test_hosts_reach_each_other_and_nothing_else(cloud: FakeCloud) -> None:
 
 
 def speaking_for(email: str) -> list[dict[str, Any]]:
-    """The `serviceAccounts` of an instance."""
+    """Return the `serviceAccounts` of an instance with this account."""
     return [{"email": email, "scopes": ["https://www.googleapis.com/auth/cloud-platform"]}]
 
 
@@ -177,7 +177,7 @@ def test_only_an_instance_with_an_account_gets_tokens_and_they_open_only_its_buc
     assert {one.account for one in cloud.requests if one.machine == "rich" and one.host.startswith("storage")} == {
         email
     }
-    # Who has rights in a bucket has none over instances.
+    # The account has rights in a bucket, but none over instances.
     assert rich.host.run(["python", "-c", CALL, "list", "{}"]).stdout.startswith('{"error": {"code": 403')
 
 

@@ -1,4 +1,4 @@
-"""One GPU computes what CPUs do, with the same bits each time if asked, and reads pages. Left out without one."""
+"""One GPU trains and reads as CPUs do, with the same bits each time with `--deterministic`. Skipped without one."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ def kuzushiji(*arguments: Any) -> None:
 
 @pytest.fixture(scope="module")
 def trained(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The same short training on CPUs and on a GPU, there also twice with the same bits: run to model folder."""
+    """Train the same on CPUs, on a GPU, and twice on a GPU with `--deterministic`; return each run's model folder."""
     models = tmp_path_factory.mktemp("gpu")
     runs: dict[str, tuple[Any, ...]] = {"cpu": (), "fast": ("--gpus-per-worker", 1)}
     runs |= dict.fromkeys(("first", "second"), ("--gpus-per-worker", 1, "--deterministic"))
@@ -48,7 +48,7 @@ def losses(folder: Path) -> list[float]:
 
 @pytest.mark.parametrize("run", ["fast", "first"])
 def test_a_gpu_gives_the_losses_of_cpus(run: str, trained: dict[str, Path]) -> None:
-    assert losses(trained[run]) == pytest.approx(losses(trained["cpu"]), rel=5e-3)  # 10 bits of mantissa
+    assert losses(trained[run]) == pytest.approx(losses(trained["cpu"]), rel=5e-3)  # TF32 has 10 bits of mantissa
 
 
 def test_on_a_gpu_too_the_bits_are_the_same_if_asked(trained: dict[str, Path]) -> None:

@@ -1,4 +1,4 @@
-"""Groups of pages: what a task reads is what was planned, and planning takes little memory."""
+"""Groups of pages: a task reads what was planned for it, and reading labels takes little memory."""
 
 import itertools
 import tracemalloc
@@ -33,7 +33,7 @@ def labels_of(boxes_per_page: list[int]) -> Labels:
 
 def planned(boxes_per_page: list[int], most: int) -> Groups:
     labels, total = labels_of(boxes_per_page), sum(boxes_per_page)
-    # A name that is no UTF-8, as the file system gives it; and pages without a file.
+    # Names that are not UTF-8, as Python gets them from the file system. The first page has no file.
     files = {page_id: (f"{page_id}\udcff.jpg", 10**12) for page_id in labels.page_ids[1:]}
     groups = group_pages(labels, files, most, rescale=True, margin=0.1)
     rng = np.random.default_rng(1)
@@ -65,7 +65,7 @@ def test_groups_of_boxes_to_read_have_no_classes_and_no_shards(tmp_path: Path) -
 
 
 def test_each_attempt_reads_what_it_wrote_itself(tmp_path: Path) -> None:
-    """Another one may have been given a zip of the same pages, with other names in it."""
+    """Another attempt may read a zip of the same pages, which has other names."""
     labels = labels_of([2, 3])
     for attempt in ("a", "b"):
         write_groups(group_pages(labels, {"b_00000": (f"{attempt}.jpg", 9)}, 1), place(tmp_path), attempt)
@@ -102,7 +102,7 @@ def test_the_least_and_the_largest_code_point_have_classes_or_are_rare() -> None
 
 
 def test_labels_of_any_order_take_little_memory_and_are_sorted(tmp_path: Path) -> None:
-    """20 bytes a box are kept; 300 pages of 600 boxes take less than twice that, and the text of the file."""
+    """At most 22 bytes per box are kept, 20 of them for the box; the peak is 45, plus the text of the file."""
     cell = " ".join(f"U+{0x3042 + box % 80:04X} {box} {box} {box + 1} 9" for box in range(600))
     pages = [f"b_{number:05d}" for number in np.random.default_rng(0).permutation(300)]
     (tmp_path / "train.csv").write_text("image_id,labels\n" + "".join(f"{page},{cell}\n" for page in pages))

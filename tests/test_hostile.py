@@ -1,8 +1,8 @@
-"""Hostile input: whatever stands where pages, archives, manifests, datasets and models are looked for, it is read,
-listed as a loss or refused in one line. Nothing crashes, hangs, takes more memory than stated, is executed, or written
+"""Hostile input: whatever the files of pages, archives, manifests, datasets and models hold, they are read, listed as
+losses, or refused in one line. None makes a command crash or hang, take more memory than stated, run code, or write
 elsewhere.
 
-The rounds are those of fuzz.py, with fixed seeds; `make fuzz` plays new ones.
+The rounds are those of fuzz.py, with fixed seeds; `make fuzz` runs new ones.
 """
 
 import io
@@ -50,7 +50,7 @@ def test_1_000_mutated_pages_a_round_are_crops_or_listed_losses_within_the_state
     for seed in range(rounds):
         outcomes += run_round("pages", seed).outcomes
     assert outcomes["pages"] > 1_000 * rounds
-    # Neither is everything lost, nor were they hardly changed.
+    # Some pages are still read, but less than half of them.
     assert 50 * rounds < outcomes["pages read"] < 500 * rounds
 
 
@@ -256,7 +256,7 @@ def test_a_file_of_classes_is_read_or_refused_in_one_line(content: bytes, tmp_pa
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where datasets are staged."""
+    """Return the folder where datasets are staged."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "kuzushiji" / "staged"
 
@@ -340,7 +340,7 @@ def small_model(*last: "keras.layers.Layer", classes: int = 2) -> "keras.Model":
 
 
 def saved(model: "keras.Model", folder: Path) -> dict[str, bytes]:
-    """The members of a model's archive."""
+    """Return the members of a model's archive."""
     model.save(folder / "saved.keras")
     with zipfile.ZipFile(folder / "saved.keras") as archive:
         return {name: archive.read(name) for name in archive.namelist()}
@@ -376,7 +376,7 @@ def _lambda(folder: Path) -> bytes:
     evil = str(folder / "evil")
     run = lambda x: (__import__("pathlib").Path(evil).touch(), x)[1]  # noqa: E731 - a lambda is what is not let in
     archive = packed(saved(small_model(keras.layers.Lambda(run)), folder))
-    Path(evil).unlink()  # it was run when the model was made
+    Path(evil).unlink()  # the Lambda ran when the model was made
     return archive
 
 
@@ -403,7 +403,7 @@ def _function(module: str, name: str, **more: Any) -> Callable[[Path], bytes]:
 
 
 def _vocabulary(folder: Path) -> bytes:
-    """A layer that reads a file of the machine that loads it."""
+    """Return a model with a layer that reads a file of the machine that loads it."""
     layer = {"module": "keras.layers", "class_name": "StringLookup", "config": {"vocabulary": str(folder / "secret")}}
     (folder / "secret").write_text("secret\n")
     return _config(lambda config: config["config"]["layers"].append(layer) or config)(folder)

@@ -16,7 +16,7 @@ LOCKS = ("requirements.lock", "requirements-gpu.lock")
 
 
 def instructions() -> list[tuple[str, str]]:
-    """Each instruction and its arguments, in order, without comments and continued lines."""
+    """Return each instruction and its arguments, in order, without comments, with continued lines joined."""
     lines = [line for line in DOCKERFILE.splitlines() if line.strip() and not line.lstrip().startswith("#")]
     joined = "\n".join(lines).replace("\\\n", " ")
     return [(name, " ".join(rest.split())) for name, rest in (line.split(maxsplit=1) for line in joined.splitlines())]
@@ -27,13 +27,13 @@ def arguments(name: str) -> list[str]:
 
 
 def copied() -> set[str]:
-    """What COPY takes from the checkout, for either lock file."""
+    """Return what COPY takes from the checkout, with both lock files."""
     sources = {source for rest in arguments("COPY") if "--from=" not in rest for source in rest.split()[:-1]}
     return {source.replace("${REQUIREMENTS}", lock) for source in sources for lock in LOCKS}
 
 
 def let_in(name: str) -> bool:
-    """True if .dockerignore lets this file in; only lines of the form `!path` or `!folder/*.py` may stand there."""
+    """Return whether .dockerignore lets this file in. Its lines must be of the form `!path` or `!folder/*.py`."""
     admitted = [PurePosixPath(line[1:]) for line in (ROOT / ".dockerignore").read_text().splitlines() if line[0] == "!"]
     path = PurePosixPath(name)
     return any(len(path.parts) == len(pattern.parts) and path.match(str(pattern)) for pattern in admitted)
@@ -56,8 +56,8 @@ def test_the_image_does_not_run_as_root() -> None:
 
 
 def test_what_ray_up_relies_on_is_there() -> None:
-    # ray.autoscaler._private.command_runner: HOME from the image's settings, `bash` as command, rsync inside, ssh from
-    # the head to the workers, login shells whose PATH /etc/profile sets.
+    # ray.autoscaler._private.command_runner takes HOME from the image's settings, runs `bash` as its command, rsync in
+    # the container, ssh from the head to the workers, and login shells, whose PATH /etc/profile sets.
     assert not arguments("ENTRYPOINT")
     settings = " ".join(arguments("ENV"))
     assert "HOME=/home/ray " in settings

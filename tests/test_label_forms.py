@@ -1,4 +1,4 @@
-"""The forms of labels: the same boxes come in, whatever the form; what is malformed is one line that says where."""
+"""The forms of labels: each form gives the same boxes, and a malformed file gives one line that says where."""
 
 import csv
 import json
@@ -54,7 +54,7 @@ def assert_same(labels: Labels, other: Labels) -> None:
 
 
 def rows_of(path: Path, most: int = 12) -> dict[str, list[Row]]:
-    """The first pages of a file in Kaggle's form that have text, read by other means than ours."""
+    """Return the first pages of a file in Kaggle's form, read without our code."""
     csv.field_size_limit(1 << 20)
     with path.open(newline="") as stream:
         cells = [(row["image_id"], row["labels"].split()) for row in csv.DictReader(stream)]
@@ -297,9 +297,9 @@ def test_a_size_that_is_no_number_of_pixels_is_refused(side: Any, tmp_path: Path
     [
         ([1.5, 2.25, 3, 4.5], [1, 2, 4, 5], True),
         ([1.0, 2.0, 3.0, 4.0], [1, 2, 3, 4], False),
-        ([0.9999999998, 2, 3.0000000001, 4], [1, 2, 3, 4], False),  # as tools that compute in shares write 1 and 3
+        ([0.9999999998, 2, 3.0000000001, 4], [1, 2, 3, 4], False),  # 1 and 3, written by tools that compute in shares
         ([-1.5, 2, 3, 4], [-2, 2, 4, 4], True),
-        ([10.5, 2, 0, 4], [10, 2, 0, 4], True),  # no area stays none
+        ([10.5, 2, 0, 4], [10, 2, 0, 4], True),  # a box without area stays without
         ([10.5, 2, -0.25, 4], [10, 2, 0, 4], True),
     ],
 )
@@ -403,7 +403,7 @@ def test_categories_that_are_no_characters_are_boxes_to_be_read(tmp_path: Path) 
 
 
 def test_a_coco_file_of_a_public_tool_is_read(tmp_path: Path) -> None:
-    """Globox converts YOLO to COCO, as people will."""
+    """Globox converts YOLO to COCO, as users do."""
     from globox import AnnotationSet
 
     yolo = write_form("yolo", PAGES, tmp_path, SIZE)
@@ -445,7 +445,7 @@ def test_yolo_boxes_are_scaled_to_the_page(tmp_path: Path) -> None:
         "names: [は, U+304C]\n",
         "names:\n  0: は\n  1: が\n",
         "path: x\nnames:\n- は\n- が\n",
-        "date: !!timestamp x\nnames: {'1': が, 0: !!bool は}\n",  # all are texts, whatever their tags say
+        "date: !!timestamp x\nnames: {'1': が, 0: !!bool は}\n",  # all are strings, whatever their tags say
     ],
 )
 def test_yolo_classes_may_be_named_in_yaml(names: str, tmp_path: Path) -> None:
@@ -482,7 +482,7 @@ def test_what_is_malformed_in_yolo_is_refused_with_its_line(
     refused(yolo_of(tmp_path, lines, names), says=says)
 
 
-# Each list has ten times the one before it: written out, the last one would have 10**20 values.
+# Each list holds the one before it ten times: expanded, the last one has 10**20 values.
 LAUGHS = "a0: &a0 [は]\n" + "".join(f"a{i}: &a{i} [{f'*a{i - 1}, ' * 10}]\n" for i in range(1, 21)) + "names: [*a20]\n"
 
 
@@ -524,7 +524,7 @@ def test_yolo_pages_without_a_size_are_losses_whose_reason_is_told_later(tmp_pat
 def test_the_size_of_a_page_is_read_from_its_header(tmp_path: Path) -> None:
     cv2.imwrite(str(tmp_path / "a.jpg"), np.zeros((30, 20), np.uint8))
     plain = (tmp_path / "a.jpg").read_bytes()
-    preface = b"".join(b"\xff\xe2\xff\xff" + bytes(0xFFFD) for _ in range(3))  # as a colour profile
+    preface = b"".join(b"\xff\xe2\xff\xff" + bytes(0xFFFD) for _ in range(3))  # like a colour profile
     written(tmp_path / "b.jpg", plain[:2] + preface + plain[2:])
     written(tmp_path / "c.jpg", b"x")
     with zipfile.ZipFile(tmp_path / "pages.zip", "w") as packed:
@@ -582,7 +582,7 @@ def test_canvases_of_the_same_end_need_a_file_that_names_pages(tmp_path: Path) -
     canvases = written(tmp_path / "canvases.csv", rows)
     labels = read(path, canvases=canvases)
     other = written(tmp_path / "other.csv", rows.replace("a_10", "c_10"))
-    assert read(path, canvases=other).sha256 != labels.sha256  # a dataset of it is another one
+    assert read(path, canvases=other).sha256 != labels.sha256  # so it gives another dataset
     assert labels.page_ids == ["a_10", "b_10"]
     for text, says in (
         (rows.replace("b_10", "a_10"), "canvases must end with different ids"),
@@ -629,7 +629,7 @@ def test_pages_that_rescale_leaves_as_they_are_are_counted(tmp_path: Path, caplo
 def test_a_value_of_any_size_is_shown_short_in_an_error() -> None:
     value: list[Any] = ["x"]
     for _ in range(50):
-        value = [value] * 10  # written out, 10**50 texts
+        value = [value] * 10  # expanded, 10**50 strings
     assert shown(value).startswith("[[[")
     assert len(shown({"a": value, "b": "x" * 10**6})) <= json_files.SHOWN + 3
     assert shown("は" * 100) == f"'{'は' * 59}..."

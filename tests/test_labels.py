@@ -1,4 +1,4 @@
-"""Label files: every malformed row stops the job with one line that names it; what is well-formed comes in whole."""
+"""Label files: a malformed row ends the command in one line that names it; a well-formed file is read whole."""
 
 import csv
 import io
@@ -108,7 +108,7 @@ TABLES = st.dictionaries(IDS, st.lists(st.tuples(CODE_POINTS, PIXELS, PIXELS, PI
 
 
 def written(table: dict[str, list[tuple[int, ...]]], chance: Random) -> bytes:
-    """A label file of these boxes, in one of the forms that editors and libraries leave behind."""
+    """Return a label file of these boxes, in one of the styles that editors and libraries write."""
     out = io.StringIO()
     end, quoting = chance.choice(["\n", "\r\n"]), chance.choice([csv.QUOTE_MINIMAL, csv.QUOTE_ALL])
     writer = csv.writer(out, lineterminator=end, quoting=quoting)

@@ -1,4 +1,4 @@
-"""lock: one process at a time, on a disk and elsewhere; what a killed process held is free again."""
+"""Locks: one process at a time holds one, on a disk and elsewhere; that of a killed process is free again."""
 
 import errno
 import fcntl
@@ -38,7 +38,7 @@ with locked(place(sys.argv[1]), "it", Event()):
 
 @pytest.fixture
 def lease(monkeypatch: pytest.MonkeyPatch) -> UPath:
-    """The place of a lock that is no file of this machine; its times are shortened."""
+    """Return the place of a lock that is no file of this machine, and shorten its times."""
     monkeypatch.setattr(lock, "SECONDS_UNTIL_LOST", 30)
     monkeypatch.setattr(lock, "SECONDS_BETWEEN_RENEWALS", 0.05)
     monkeypatch.setattr(lock, "SECONDS_BETWEEN_LOOKS", 0.02)
@@ -63,15 +63,15 @@ def test_one_process_at_a_time_holds_a_lock_and_its_file_goes_with_it(
 
 @pytest.fixture
 def nfs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Files are locked as on NFS (flock(2), "NFS details"): exclusively only what is open for writing, for all to share
-    only what is open for reading. Returns what was locked.
+    """Lock files as NFS does (flock(2), "NFS details"): an exclusive lock needs a file that is open for writing, a
+    shared lock one that is open for reading. Return the names of the locked files.
     """
     asked, flock = [], fcntl.flock
 
     def checked(file: Any, operation: int) -> None:
         descriptor = file if isinstance(file, int) else file.fileno()
         access = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE
-        if stat.S_ISREG(os.fstat(descriptor).st_mode):  # folders are locked by the kernel of the host
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):  # folders are locked by the host's kernel
             asked.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
             if access == (os.O_RDONLY if operation & fcntl.LOCK_EX else os.O_WRONLY):
                 raise OSError(errno.EBADF, os.strerror(errno.EBADF))
@@ -82,7 +82,7 @@ def nfs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_what_is_locked_can_be_locked_on_nfs(nfs: list[str], few: Path, trained: Path, tmp_path: Path) -> None:
-    for _ in range(2):  # the second one looks whether what the first one staged is in use
+    for _ in range(2):  # the second round checks whether what the first one staged is in use
         with staged(place(few), ["test"]), staged(place(few), ["train", "test"]):
             pass
     with locked(place(tmp_path / "it.lock"), "it", Event()):
