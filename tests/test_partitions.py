@@ -34,7 +34,7 @@ def shards_of(sizes: list[int]) -> list[Shard]:
 
 
 def dealt(sizes: list[int], count: int, each: int, workers: int) -> list[Partitions]:
-    """What each worker sees of the same shards in all splits. each: rows of a partition in a batch."""
+    """Return the `Partitions` of each worker; all splits have the same shards. each: rows of a partition in a batch."""
     shards = dict.fromkeys(SPLITS, deal(shards_of(sizes), count, seed=1))
     return [Partitions(shards, count * each, 1, rank, workers) for rank in range(workers)]
 
@@ -164,7 +164,7 @@ def test_consecutive_crops_have_the_ids_of_their_pages(dataset: Path) -> None:
 def test_a_worker_that_ends_early_ends_its_staging_and_leaves_nothing(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a worker does whose GPUs TensorFlow does not see."""
+    """A worker whose GPUs TensorFlow does not see ends early."""
     import ray.train
 
     from job.train.staging_ahead import staging_ahead
@@ -184,7 +184,7 @@ def test_a_worker_that_ends_early_ends_its_staging_and_leaves_nothing(
     config = TrainConfig.model_validate(GIVEN)
     with staging_ahead(job_of(config, dataset=str(dataset))):
         assert begun.wait(60)
-        threading.Timer(2, end.set).start()  # after the block has ended, which waits for it
+        threading.Timer(2, end.set).start()  # once the block has ended: leaving it waits for the staging
     assert len(names) == 1
     assert [path.name for path in (tmp_path / "kuzushiji" / "staged").iterdir()] == ["lock"]
     with staging_ahead(job_of(config, dataset=str(dataset))) as staged:
@@ -195,7 +195,7 @@ def test_a_worker_that_ends_early_ends_its_staging_and_leaves_nothing(
 
 
 def remembers_what_is_staged(folder: Path) -> Any:
-    """What changes workers (see `small_head.work_after`) so that each writes the names of what it stages."""
+    """Return a change of the workers (see `small_head.work_after`): each writes the names of the shards it stages."""
     told = str(folder)
 
     def change(_: dict[str, Any]) -> None:

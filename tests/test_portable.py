@@ -1,4 +1,4 @@
-"""`model.keras` in other versions of Keras, and with its other backends: it loads, and predicts the same."""
+"""`model.keras` loads in other versions of Keras and with its other backends, and predicts the same."""
 
 import json
 import os
@@ -31,7 +31,7 @@ print(json.dumps([keras.__version__, keras.backend.backend(), differences]))
 
 
 class Saved:
-    """A folder of models as a training saves them, with narrow heads, and of what they predict for two crops."""
+    """A folder with models as a training saves them, but with narrow heads, and their predictions for two crops."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -56,7 +56,7 @@ class Saved:
             finally:
                 keras.config.set_dtype_policy("float32")
         for variable in model.variables:
-            if "gamma" in variable.path:  # some begin at 0, which hides what is before them
+            if "gamma" in variable.path:  # some start at 0, which would hide the layers before them
                 variable.assign(np.random.default_rng(1).uniform(0.5, 1.5, variable.shape))
         save_portable(model, self.folder / f"{name}.keras")
         np.save(self.folder / f"{name}.npy", np.asarray(model(self.crops, training=False)))
@@ -68,7 +68,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
 
 
 def differences(saved: Saved, names: tuple[str, ...], backend: str, version: str | None) -> dict[str, float]:
-    """How far the probabilities are from ours, with a version of Keras (None: ours) and a backend."""
+    """Return the largest difference of probabilities from ours, by model. version: of Keras; None: ours."""
     for name in names:
         saved.add(name)
     environment = {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}

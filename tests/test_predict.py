@@ -1,4 +1,4 @@
-"""Reading new pages: the crops of the training, every box once, in the order of reading, and honest about losses."""
+"""predict: the same crops as `prepare`, every box once, in reading order, with all losses listed."""
 
 import json
 import shutil
@@ -35,12 +35,12 @@ from preprocessing.prepare import prepare
 
 @pytest.fixture(scope="module")
 def model(real_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model folder of the real pages' classes. Its answers depend on every pixel, and are mostly wrong."""
+    """Return a model with the classes of the real pages. Its predictions depend on every pixel; most are wrong."""
     return any_model(tmp_path_factory.mktemp("model"), (real_dataset / "label.labels.txt").read_text(), {})
 
 
 def any_model(folder: Path, labels: str, config: dict[str, Any]) -> Path:
-    """As `model`. config: content of its `config.json`."""
+    """Write a model like `model`. labels, config: content of its `labels.txt` and `config.json`."""
     import keras
 
     from job.model.folder import write_model
@@ -72,7 +72,7 @@ def test_a_picture_has_boxes_where_they_are_on_the_scan_also_if_they_were_scaled
 
 @pytest.fixture(scope="module")
 def read(ray_here: None, model: Path, shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The real pages, read and drawn."""
+    """Return the predictions for the real pages; the pictures are in `pictures`, next to them."""
     folder = tmp_path_factory.mktemp("read")
     do(model, shared / "pages", shared / "train.csv", folder / "out", annotate=place(folder / "pictures"))
     return folder / "out"
@@ -83,7 +83,7 @@ def do(model: Path, pages: Path, boxes: Path, out: Path, **options: Any) -> Pred
 
 
 def table(folder: Path, kind: str = "predictions") -> pd.DataFrame:
-    return pd.read_parquet(sorted(folder.glob(f"{kind}-*.parquet")))  # one dataset: all files are of one schema
+    return pd.read_parquet(sorted(folder.glob(f"{kind}-*.parquet")))  # one dataset: all files have the same schema
 
 
 def without_characters(labels: Path, to: Path) -> Path:
@@ -209,7 +209,7 @@ def test_each_page_is_drawn_beside_what_was_read(read: Path, shared: Path) -> No
             half = drawn.width // 2
             assert half / (scan.width * 2400 / scan.height) == pytest.approx(1, abs=0.01)
             written = np.asarray(drawn.convert("RGB"))[: scan.height, half:]
-        assert (np.abs(written.astype(int) - (213, 94, 0)).max(axis=2) < 20).any()  # vermillion: most of it is wrong
+        assert (np.abs(written.astype(int) - (213, 94, 0)).max(axis=2) < 20).any()  # vermillion: wrong characters
 
 
 def test_what_cannot_be_read_is_counted_and_listed(model: Path, shared: Path, ray_here: None, tmp_path: Path) -> None:
@@ -280,7 +280,7 @@ def test_a_reader_that_is_killed_changes_nothing(read: Path, model: Path, shared
 
 
 class Killed(BaseException):
-    """A process that is killed, in a test that is one process: nothing of ours catches it."""
+    """Simulates the death of a process in a test that has only one: none of our code catches it."""
 
 
 @pytest.mark.parametrize(
@@ -304,7 +304,7 @@ def test_a_page_that_ends_each_process_while_it_is_read_or_drawn_ends_predict_in
     loaded, names, _ = load_model(place(model / "first"))
     monkeypatch.setattr(
         "job.predict.read_group._load", lambda *_: (Inference(loaded), names)
-    )  # this process has loaded TF
+    )  # this process has loaded TensorFlow already
     labels = read_labels(place(shared / "train.csv"))
     groups = group_pages(labels, list_pages(place(shared / "pages")).files_of(labels.page_ids), 1)
     places = {name: str(tmp_path / name) for name in ("out", "annotate")}
@@ -385,7 +385,7 @@ def test_a_character_below_the_least_confidence_is_shown_as_a_geta_mark_and_coun
         f"{count} boxes ({count / len(boxes):.1%}) are less probable than {least:g} and shown as 〓, as `rare` is; "
         f"accuracy of the characters shown {right:.4f}\n" in told
     )
-    pd.testing.assert_frame_equal(table(tmp_path / "out"), boxes)  # which has the probabilities
+    pd.testing.assert_frame_equal(table(tmp_path / "out"), boxes)  # unchanged, with all probabilities
     shown = boxes["character_1"].where(certain, "〓")
     for page_id, text in table(tmp_path / "out", "pages").set_index("image_id")["text"].items():
         of_page = boxes["image_id"] == page_id
@@ -425,6 +425,3 @@ def test_columns_are_read_from_right_to_left_and_from_top_to_bottom() -> None:
 def test_every_box_has_its_place_in_the_order_of_reading(boxes: list[tuple[int, ...]]) -> None:
     found = columns(np.array(boxes, np.int64).reshape(-1, 4))
     assert sorted(i for column in found for i in column) == list(range(len(boxes)))
-
-
-# A Ray that says it has a GPU where there is none, as with the image for CPUs or a driver that does not fit.

@@ -1,4 +1,4 @@
-"""predict, killed, run again and beside itself: the bytes of a run that nobody disturbed, and nothing done twice."""
+"""predict, killed, run again or twice at the same time: the bytes of an undisturbed run, and no work done twice."""
 
 import json
 import os
@@ -32,7 +32,7 @@ LABELS = "U+306F\nU+306E\nrare\n"
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pages, and the folder `models`."""
+    """Return a folder with `pages` and `models`."""
     folder = tmp_path_factory.mktemp("source")
     draw_pages(folder)
     any_model(folder / "models", LABELS, {})
@@ -41,25 +41,25 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(ray_here: None, source: Path) -> Path:
-    """A folder with `read` and `pictures`."""
+    """Return a folder with the `read` and the `pictures` of an undisturbed run."""
     assert predict_here(source, source / "whole")
     return source / "whole"
 
 
 def predict_here(source: Path, to: Path, pictures: bool = True, **options: Any) -> bool:
-    """In this process, with the Ray of the session; whether anything was written."""
+    """Run `predict` in this process, with the Ray of the session. Return whether anything was written."""
     places = [source / "models" / "baseline", source / "pages" / "train_images", source / "pages" / "train.csv"]
     annotate = place(to / "pictures") if pictures else None
     return predict(*map(place, places), place(to / "read"), annotate=annotate, **options)[1]
 
 
 def written(folder: Path) -> dict[str, int]:
-    """Inodes of all files: a file that is written again has another one."""
+    """Return the inode of each file. A file that is written again has another inode."""
     return {str(path.relative_to(folder)): path.stat().st_ino for path in folder.rglob("*") if path.is_file()}
 
 
 def finished(to: Path) -> dict[str, int]:
-    """Inodes of tables and pictures that are done, after an attempt that was killed."""
+    """Return the inodes of the tables and pictures that a killed attempt finished."""
     reports = [json.loads(path.read_text()) for path in (to / "read" / ".predict").glob("group-*.json")]
     names = [f"read/{entry['name']}" for report in reports for entry in report["files"]]
     names += [f"pictures/{page_id}.jpeg" for report in reports for page_id in report["pictures"]]
@@ -80,7 +80,7 @@ def test_a_killed_predict_is_finished_by_the_next_which_reads_nothing_again(
         assert not ended or attempt.says(START_TIMED_OUT)
     attempt.process.kill()
     attempt.process.wait()
-    while chaos.writers():  # what the driver left behind goes on for a while
+    while chaos.writers():  # tasks of the killed driver still run for a while
         time.sleep(0.05)
     done = finished(to)
     assert done
@@ -107,7 +107,7 @@ def test_a_predict_that_was_overtaken_takes_what_the_other_sealed(
     def overtaken(*_: object, **__: object) -> None:
         monkeypatch.undo()
         assert predict_here(source, tmp_path)
-        raise FileNotFoundError(tmp_path / "read" / ".tmp-0123")  # which the other one removed
+        raise FileNotFoundError(tmp_path / "read" / ".tmp-0123")  # the other command removed it
 
     monkeypatch.setattr("job.predict.predict.map_tasks", overtaken)
     assert not predict_here(source, tmp_path)
@@ -246,14 +246,14 @@ def test_what_was_read_on_another_kind_of_device_is_read_again_and_not_refused(
 
 
 class AnyInference:
-    """A classifier that costs nothing, for tests of what is done around it."""
+    """A classifier that computes nothing, for tests of the code around it."""
 
     def top(self, images: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
         return np.zeros((len(images), 3), np.int64), np.full((len(images), 3), 0.3, np.float32)
 
 
 def one_group(source: Path, to: Path, annotate: Path | None) -> ReadGroup:
-    """A group of all pages, to be read in this process."""
+    """Return a `ReadGroup` for one group with all pages, to be called in this process."""
     pages, labels = place(source / "pages" / "train_images"), read_labels(place(source / "pages" / "train.csv"))
     groups = group_pages(labels, list_pages(pages).files_of(labels.page_ids), 1)
     if annotate:
@@ -294,7 +294,7 @@ def test_each_page_is_fetched_and_decoded_once_also_with_pictures(
         counting(module, name)
     monkeypatch.setattr("job.predict.read_group._load", lambda *_: (AnyInference(), LABELS.split()))
     work = one_group(source, tmp_path / "out", tmp_path / "pictures" if annotate else None)
-    sys.addaudithook(opens)  # for as long as this process lives
+    sys.addaudithook(opens)  # stays until this process ends
     try:
         report = work(0)
     finally:
@@ -325,7 +325,7 @@ def test_a_batch_holds_crops_of_several_pages_and_each_page_gets_its_own_predict
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Counting:
-        """Numbers the crops in the order in which they come."""
+        """Predicts for each crop its number, in the order in which the crops arrive."""
 
         seen = 0
         batches: list[int] = []  # noqa: RUF012 - of one test
@@ -355,7 +355,10 @@ def test_a_batch_holds_crops_of_several_pages_and_each_page_gets_its_own_predict
 
 
 def counting_loads(log: Path) -> Callable[..., Callable[[int], Any]]:
-    """`ReadGroup`, whose processes note each load of the model. A closure: Ray would import a function of this file."""
+    """Return a replacement for `ReadGroup` that logs the process of each load of the model.
+
+    It is a closure: Ray would import a function of this file.
+    """
 
     def make(**fields: Any) -> Callable[[int], Any]:
         read = ReadGroup(**fields)
@@ -387,7 +390,7 @@ def counting_loads(log: Path) -> Callable[..., Callable[[int], Any]]:
 def test_the_model_is_loaded_once_a_process_and_by_no_more_processes_than_cpus(
     source: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shutil.copytree(source / "models", tmp_path / "models")  # which no process has loaded
+    shutil.copytree(source / "models", tmp_path / "models")  # no process has loaded this copy
     (tmp_path / "pages").symlink_to(source / "pages")
     monkeypatch.setattr("job.predict.predict.ReadGroup", counting_loads(tmp_path / "loads"))
     assert predict_here(tmp_path, tmp_path / "to")

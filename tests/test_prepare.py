@@ -1,4 +1,4 @@
-"""prepare: boxes in = crops out + listed losses; the same bytes always; nothing half-made is taken for a dataset."""
+"""prepare: boxes = crops + listed losses; always the same bytes; an unfinished folder is not taken for a dataset."""
 
 import io
 import json
@@ -57,7 +57,7 @@ def boxes(count: int, character: str = "U+306F") -> str:
 
 
 def records(dataset: Path) -> list[dict[str, Any]]:
-    """All records of a dataset folder, through TensorFlow."""
+    """Read all records of a dataset folder with TensorFlow."""
     found = []
     for path in sorted(dataset.glob("*.tfrecord-*")):
         for record in tf.data.TFRecordDataset(str(path)).as_numpy_iterator():
@@ -158,7 +158,7 @@ def test_every_fault_of_a_page_or_box_is_a_listed_loss_and_moves_no_other_crop(t
     total = len(read_labels(place(tmp_path / "train.csv")).boxes)
     assert len(found) + len(manifest.losses) == total
     assert (-5, -5, 20, 20) in {r["box"] for r in found}
-    # The same labels with every page whole: each crop that is in both is in the same split, with the same bytes.
+    # The same labels with intact pages give the same crops and more: same splits, same bytes.
     whole = tmp_path / "whole"
     write_pages(
         whole, {f"{page_id}.jpg": page() for page_id in rows} | {f: d for f, d in files.items() if "good" in f}, rows
@@ -288,12 +288,12 @@ def test_an_interrupted_run_is_finished_without_making_again_what_is_done(
     out = tmp_path / "out"
     broken = tmp_path / "broken"
     shutil.copytree(pages, broken)
-    for path in sorted((broken / "train_images").iterdir())[6:]:  # an attempt that got through half of the pages
+    for path in sorted((broken / "train_images").iterdir())[6:]:  # an attempt that can read only half of the pages
         path.write_bytes(b"\xff\xd8" + bytes(path.stat().st_size - 2))
     with pytest.raises(InputError, match="boxes may be lost"):
         prepare(place(broken / "train_images"), place(broken / "train.csv"), place(out), config)
     done = [json.loads(path.read_text()) for path in (out / ".prepare").glob("group-*.json")]
-    assert not any(report["losses"] for report in done)  # what failed is tried again
+    assert not any(report["losses"] for report in done)  # a group with losses has no report: it is cut again
     (out / ".tmp-0123").write_bytes(b"left by a killed task")
     kept = [shard["name"] for report in done[1:] for shard in report["shards"].values()]
     (torn,) = [path for path in (out / ".prepare").glob("group-*.json") if json.loads(path.read_text()) == done[0]]
@@ -415,7 +415,7 @@ def test_a_page_that_is_broken_in_the_archive_is_a_loss(method: int, tmp_path: P
 @pytest.mark.parametrize("change", ["gone", "longer", "over the bound"])
 @pytest.mark.parametrize("source", ["train_images", "pages.zip"])
 def test_a_page_that_changes_under_prepare_is_no_loss_but_one_line(source: str, change: str, tmp_path: Path) -> None:
-    """As it is, too, where `--pages` is another folder on another host."""
+    """The same happens if `--pages` names another folder on another host."""
     write_pages(tmp_path, {"a_1.jpg": page()}, {"a_1": boxes(10)})
     files = tmp_path / "train_images"
     shutil.make_archive(str(tmp_path / "pages"), "zip", files)

@@ -1,4 +1,4 @@
-"""prepare, killed and run beside itself: real processes, and always the bytes of one that nobody disturbed."""
+"""prepare, killed or run twice at the same time, in real processes: always the bytes of an undisturbed run."""
 
 import json
 import os
@@ -46,20 +46,20 @@ def undisturbed(ray_here: None, source: Path) -> Path:
 
 
 def prepare_here(source: Path, dataset: Path) -> bool:
-    """In this process, with the Ray of the session; whether anything was written."""
+    """Run `prepare` in this process, with the Ray of the session. Return whether anything was written."""
     pages, labels = place(source / "pages" / "train_images"), place(source / "pages" / "train.csv")
     return prepare(pages, labels, place(dataset), CONFIG)[1]
 
 
 def reported(dataset: Path) -> dict[str, int]:
-    """Inodes of the shards that are done, after an attempt that was killed."""
+    """Return the inodes of the shards that a killed attempt finished."""
     reports = [json.loads(path.read_text()) for path in (dataset / ".prepare").glob("group-*.json")]
     names = [shard["name"] for report in reports for shard in report["shards"].values()]
     return {name: (dataset / name).stat().st_ino for name in names}
 
 
 def workers() -> list[psutil.Process]:
-    """At work in the Ray of the tests."""
+    """Return the processes of the tests' Ray that run a task or train."""
     return [one for one in psutil.Process().children(recursive=True) if title(one).startswith(AT_WORK)]
 
 
@@ -76,7 +76,7 @@ def test_a_killed_prepare_is_finished_by_the_next_which_makes_nothing_again(
         assert not ended or attempt.says(START_TIMED_OUT)
     attempt.process.kill()
     attempt.process.wait()
-    while chaos.writers():  # what the driver left behind goes on for a while
+    while chaos.writers():  # tasks of the killed driver still run for a while
         time.sleep(0.05)
     done = reported(out)
     assert done
@@ -95,7 +95,7 @@ def test_two_prepares_of_one_folder_and_a_lost_worker_give_one_dataset_that_is_w
     killed, seen = False, 0
     while any(attempt.process.poll() is None for attempt in attempts):
         if not killed and (found := workers()):
-            with suppress(psutil.NoSuchProcess):  # it may end by itself, between the look and this
+            with suppress(psutil.NoSuchProcess):  # it may have ended since it was found
                 found[0].kill()
                 killed = True
         if is_sealed(place(out)):
@@ -112,7 +112,7 @@ def test_two_prepares_of_one_folder_and_a_lost_worker_give_one_dataset_that_is_w
 def test_ctrl_c_as_the_first_pages_come_ends_ray_datas_thread_before_ray_ends(
     ray_here: None, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else that would start another Ray, fail with a traceback, and keep the cursor."""
+    """Otherwise the thread would start another Ray, fail with a traceback, and leave the terminal without a cursor."""
 
     def stopped(*_: object, **__: object) -> None:
         assert any(map(of_ray_data, threading.enumerate()))
@@ -122,7 +122,7 @@ def test_ctrl_c_as_the_first_pages_come_ends_ray_datas_thread_before_ray_ends(
         return thread.name.startswith("StreamingExecutor")
 
     monkeypatch.setattr("ray.data.iterator.BatchIterator", stopped)
-    with pytest.raises(KeyboardInterrupt) as held:  # with its traceback, as when a command ends
+    with pytest.raises(KeyboardInterrupt) as held:  # keeps the traceback, as at the end of a command
         prepare_here(source, tmp_path / "dataset")
     assert held.tb is not None
     assert not any(map(of_ray_data, threading.enumerate()))
@@ -136,7 +136,7 @@ def test_a_prepare_that_was_overtaken_takes_what_the_other_sealed(
     def overtaken(*_: object, **__: object) -> None:
         monkeypatch.undo()
         assert prepare_here(source, out)
-        (out / ".prepare").mkdir()  # by a task of ours, which now finds its temporary file gone
+        (out / ".prepare").mkdir()  # by one of our tasks, whose temporary file is gone
         raise FileNotFoundError(out / ".tmp-0123")
 
     monkeypatch.setattr("preprocessing.prepare.map_tasks", overtaken)
@@ -147,7 +147,7 @@ def test_a_prepare_that_was_overtaken_takes_what_the_other_sealed(
 def test_a_prepare_that_was_killed_goes_on_with_a_zip_of_the_same_pages(
     source: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whose names there are others."""
+    """In the zip, the files have other names."""
     out = tmp_path / "dataset"
 
     def killed(_: int, work: Callable[[int], Any], *__: object, begin: Callable[[], None], **___: object) -> None:
@@ -199,7 +199,7 @@ def test_a_task_that_outlives_its_prepare_adds_nothing_to_a_sealed_dataset(
     (out / ".prepare" / "plan.json").touch()
 
     def slow(*page: Any) -> Any:
-        shutil.rmtree(out / ".prepare", ignore_errors=True)  # by the prepare that was run again, and sealed the dataset
+        shutil.rmtree(out / ".prepare", ignore_errors=True)  # as the next prepare does after it seals the dataset
         return _read_page(*page)
 
     monkeypatch.setattr("preprocessing.cutting._read_page", slow)
@@ -215,8 +215,9 @@ def test_a_task_that_outlives_its_prepare_adds_nothing_to_a_sealed_dataset(
 
 
 def work_that_dies_at(page_id: str) -> Callable[..., Callable[[int], Any]]:
-    """`CutGroup`, whose process is killed at a page, and which allows one death. A closure: Ray would import a function
-    of this file.
+    """Return a replacement for `CutGroup` whose process is killed at a page, and which allows one death.
+
+    It is a closure: Ray would import a function of this file.
     """
 
     def make(*places: str) -> Callable[[int], Any]:
@@ -254,11 +255,11 @@ def test_a_page_that_ends_each_process_ends_prepare_in_one_line_that_names_it(
 
 
 class Killed(BaseException):
-    """A process that is killed, in a test that is one process: nothing of ours catches it."""
+    """Simulates the death of a process in a test that has only one: none of our code catches it."""
 
 
 class Deaths:
-    """A group of all pages, and the pages at which the next process is killed; 0 is the first page."""
+    """Cuts one group with all pages, in processes that die at given pages; 0 is the first page."""
 
     def __init__(self, source: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         from preprocessing import cutting
@@ -298,7 +299,7 @@ def test_a_page_is_named_after_three_processes_that_died_at_it_and_each_attempt_
     deaths: Deaths,
 ) -> None:
     for _ in range(2):
-        deaths.die_at(5)  # nobody knows at which page
+        deaths.die_at(5)  # the first process notes no page, so its death counts for none
         for _ in range(3):
             deaths.die_at(5)
         with pytest.raises(InputError, match=f"Received: {deaths.group.page_ids[5]}, where 3 processes ended"):
@@ -307,7 +308,7 @@ def test_a_page_is_named_after_three_processes_that_died_at_it_and_each_attempt_
 
 
 def test_a_page_that_a_process_got_past_is_not_counted_but_deaths_elsewhere_take_nothing_back(deaths: Deaths) -> None:
-    for page in (5, 5, 5, 7, 5, 5):  # past the sixth page in the fourth try
+    for page in (5, 5, 5, 7, 5, 5):  # the fourth process gets past page 5
         deaths.die_at(page)
     deaths.die_at(3)
     deaths.die_at(5)

@@ -1,4 +1,4 @@
-"""The project itself: imports go one way, versions are pinned once, nothing points at where it was made."""
+"""The project itself: imports go one way, versions are pinned once, no file names a registry or a local path."""
 
 import ast
 import json
@@ -101,7 +101,7 @@ def test_lock_files_hold_hashes_and_the_same_versions_and_no_address() -> None:
 
 def test_nothing_names_a_registry_or_the_place_where_it_was_made() -> None:
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    # A folder that many have is no trace.
+    # The parent of the checkout; the checkout itself if many machines have such a parent.
     here = ROOT if ROOT.parent in (Path(tempfile.gettempdir()), Path.home(), Path("/")) else ROOT.parent
     hosts = "|".join([r"py" + r"pi\.org", "python" + r"hosted\.org", f"{here}/"])
     for name in tracked:
@@ -110,7 +110,7 @@ def test_nothing_names_a_registry_or_the_place_where_it_was_made() -> None:
 
 
 def pythons(folder: Path, **codes: int) -> Path:
-    """A folder of Pythons that end with a code, as a shim of pyenv's does where its version is not there."""
+    """Make a folder of fake Pythons with these exit codes, like the shims of pyenv for versions it does not have."""
     folder.mkdir()
     for name, code in codes.items():
         (folder / f"python3.{name[1:]}").write_text(f'#!/bin/sh\necho $0 "$@"\nexit {code}\n')
@@ -119,7 +119,7 @@ def pythons(folder: Path, **codes: int) -> Path:
 
 
 def make_venv(tmp_path: Path, pythons: Path) -> "subprocess.CompletedProcess[str]":
-    """What `make` says without a .venv; nothing is installed."""
+    """Run `make` without a .venv. Nothing is installed."""
     for name in ("Makefile", "requirements.lock", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)
     make = [str(shutil.which("make")), ".venv/.installed"]
