@@ -40,7 +40,7 @@ def model(real_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def any_model(folder: Path, labels: str, config: dict[str, Any]) -> Path:
-    """Write a model like `model`. labels, config: content of its `labels.txt` and `config.json`."""
+    """Write a model with random weights. labels, config: content of its `labels.txt` and `config.json`."""
     import keras
 
     from job.model.folder import write_model

@@ -1,4 +1,4 @@
-"""The project itself: imports go one way, versions are pinned once, no file names a registry or a local path."""
+"""The project itself: imports go one way, versions are pinned once, no file names a registry or this checkout."""
 
 import ast
 import json

@@ -1,4 +1,4 @@
-"""pull and verify: what arrives is what was sealed, or it does not arrive; an address is as good as a path."""
+"""pull and verify: files arrive as they were sealed or not at all, from an address as from a path."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ def write_run(models: UPath, name: str, run: str, finished_at: datetime = NOON) 
 
 @pytest.fixture(params=["path", "address"])
 def models(request: pytest.FixtureRequest, tmp_path: Path) -> UPath:
-    """A models place with two architectures, one of them with two runs."""
+    """Return a place with models of two architectures, one of them with two runs."""
     root = place(tmp_path / "models") if request.param == "path" else place(f"memory://{tmp_path.name}/models")
     write_run(root, "baseline", "old", NOON - timedelta(hours=1))
     write_run(root, "baseline", "new")
@@ -106,7 +106,7 @@ def test_a_changed_file_is_named_and_nothing_stands_under_its_name(models: UPath
 
 
 def test_models_are_not_pulled_onto_themselves(models: UPath, tmp_path: Path) -> None:
-    """A damaged file would be taken from itself, and the only manifest removed."""
+    """`pull` would replace a damaged file by itself, and remove the only manifest."""
     if is_local(models):
         (tmp_path / "link").symlink_to(models.path)
         for to in (models, place(tmp_path / "link")):
@@ -194,14 +194,14 @@ def test_a_disk_that_is_full_while_staging_is_an_error_that_leaves_nothing(
     mount_small_disk(tmp_path, "1m")
     try:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-        # Another process takes the room after it was looked at.
+        # Another process fills the disk after its free space was checked.
         monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1 << 40))
         full = pytest.raises(KuzushijiError, match=f"Received: {tmp_path}.*No space left")
         with full, staged(place(dataset), ["train"]):
             pass
         assert [path.name for path in (tmp_path / "kuzushiji" / "staged").iterdir()] == ["lock"]
     finally:
-        subprocess.run(["umount", "--lazy", tmp_path], check=True)  # the failure holds what was mapped
+        subprocess.run(["umount", "--lazy", tmp_path], check=True)  # the failure keeps mapped files open
 
 
 def test_a_dataset_at_an_address_is_staged_as_from_a_path_and_gone_after_its_last_user(

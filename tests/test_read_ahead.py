@@ -1,4 +1,4 @@
-"""Pages are read from a bucket while others are cut: a request a page, within bounds, the same crops and errors."""
+"""Pages are read ahead from a bucket while others are cut: one request a page, bounded, the same crops and errors."""
 
 import io
 import random
@@ -25,10 +25,10 @@ from preprocessing.groups import Group, group_pages
 from preprocessing.labels.read import read_labels
 from preprocessing.pages import list_pages
 
-# google-cloud-storage leaves the connection of a download that was refused to the collector.
+# google-cloud-storage leaves the connection of a refused download to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
-# Kind of place to the requests that twelve pages may take. Of an archive, one is for its generation and size, and one
-# for the directory at its end; the parts below have three neighbours at least.
+# Kind of place to the most requests for twelve pages. An archive takes one for its generation and size, one for the
+# directory at its end, and one for each part; in `scans`, a part has at least three pages, if they are in order.
 REQUESTS = {"folder": 12, "archive": 2 + 4, "packed archive": 2 + 4, "archive in another order": 2 + 12}
 
 
@@ -39,7 +39,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def scans(kind: str, folder: UPath, pages: Path, monkeypatch: pytest.MonkeyPatch) -> UPath:
-    """The twelve drawn pages on the bucket."""
+    """Write the twelve drawn pages to the bucket, and return their place."""
     files = sorted((pages / "train_images").iterdir())
     if kind == "folder":
         for path in files:
@@ -62,7 +62,7 @@ def scans(kind: str, folder: UPath, pages: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.fixture(scope="module")
 def of_a_disk(pages: Path) -> list[Cut]:
-    """The crops of the pages in their folder on this machine."""
+    """Return the crops of the same pages, read from a folder on this machine."""
     here = place(pages / "train_images")
     return list(cut_boxes(group_of(here, pages), here))
 
@@ -98,7 +98,7 @@ def test_a_listing_of_a_folder_and_its_pages_ask_nothing_else_of_a_bucket(
     paths = [logged.path for logged in strict.requests[before:]]
     listed = [path for path in paths if "/o?" in path]
     assert len(paths) - len(listed) == 12
-    # Two answers have twelve names here; files and folders are listed apart.
+    # Twelve names take two answers of ten; files and folders are listed separately.
     assert len(listed) == 2 * 2
 
 

@@ -1,4 +1,4 @@
-"""The numbers of `make recognition`: what its tables say is what its rows say."""
+"""The tables of `make recognition` agree with the rows that it measured."""
 
 import pandas as pd
 from benchmarks.recognition import CHOSEN_ON, RECIPES, error_ratio, parts, time_ratio

@@ -54,7 +54,7 @@ def test_of_what_is_no_crop_no_more_is_said_than_that(crop: dict[str, Any], data
         with pytest.raises(ValueError, match="a record without image, label, unicode, image_id and box"):
             decode_example(other)
     for other in (whole[:at], whole[:at] + data.draw(st.binary(max_size=9)) + whole[at + 1 :]):
-        with suppress(ValueError):  # what happens to be one is taken
+        with suppress(ValueError):  # by chance, the bytes may be a crop
             decode_example(other)
 
 

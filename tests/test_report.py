@@ -1,4 +1,4 @@
-"""Reports: one file that needs nothing beside itself, and tells what the folder holds."""
+"""Reports: one self-contained file that shows what a dataset or a models folder contains."""
 
 import json
 import re
@@ -21,7 +21,7 @@ from preprocessing.dataset import DatasetManifest
 
 
 class Page(HTMLParser):
-    """The addresses and the text of a page; every element is closed."""
+    """The addresses and the text of an HTML page. Asserts that every element is closed."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ def test_the_same_dataset_gives_the_same_report(of_real: str, real_dataset: Path
 
 @pytest.fixture(scope="module")
 def two(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A place with a model of two names."""
+    """Return a folder with one model under two architectures."""
     models = tmp_path_factory.mktemp("two")
     for name in ("baseline", "fcn"):
         shutil.copytree(trained.parent, models / name)
@@ -169,7 +169,7 @@ def test_a_model_folder_that_others_sealed_with_other_content_is_refused_in_one_
 def test_a_model_folder_of_an_earlier_release_is_verified_evaluated_exported_and_reported(
     trained: Path, few: Path, tmp_path: Path, kuzushiji: Kuzushiji
 ) -> None:
-    """It has neither the options that came later, nor a temperature, nor what tells how sure it is."""
+    """It lacks the options that were added later, the temperature and the calibration metrics."""
     folder = tmp_path / "models" / "baseline" / trained.name
     shutil.copytree(trained.parent, folder.parent)
     config, metrics = (json.loads((folder / name).read_text()) for name in ("config.json", "metrics.json"))

@@ -1,4 +1,4 @@
-"""What was asked for is there, or the command ends in one line at once; what one worker lacks ends all of them."""
+"""A command ends in one line if the GPUs, CPUs or hosts that it requests, or its Ray, are missing."""
 
 import json
 import os
@@ -19,7 +19,8 @@ from job.train.driver import _log_unused_gpus
 
 pytestmark = pytest.mark.usefixtures("ray_here")
 
-# A machine without a GPU, or whose driver does not fit: the commands, one after the other, and their exit codes.
+# Runs commands, one after the other, on a Ray that claims a GPU where there is none, as with the image for CPUs or a
+# driver that does not fit. Prints their exit codes.
 CLAIMS_A_GPU = """
 import json, sys
 import ray
@@ -73,7 +74,7 @@ def test_gpus_that_a_local_ray_does_not_have_are_refused_at_once(
         assert re.search(
             f"{asked} and 1 GPU each; there is room for 0 on 1 host with [0-9]+ CPUs and 0 GPUs in all", refused.stderr
         )
-    assert [path.name for path in (tmp_path / "out").iterdir()] == [".predict"]  # without --gpus it is taken over
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".predict"]  # usable without --gpus
 
 
 @pytest.mark.usefixtures("no_gpu")
@@ -100,7 +101,7 @@ def test_gpus_that_tensorflow_does_not_see_end_the_command_in_a_line_that_says_w
 def test_the_task_that_waits_for_the_first_host_is_not_cancelled_once_it_has_ended(
     ray_here: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ray would end this process, if the cancellation met the end of the task."""
+    """Ray would end this process if the cancellation arrived just as the task ends."""
     import ray
 
     from cluster import runtime
@@ -127,8 +128,8 @@ def test_more_cpus_than_a_local_ray_can_have_are_refused_at_once(
     assert re.search("must have at most [0-9]+ CPUs, 8 times its own. Received: 5000", alone.stderr.splitlines()[-1])
 
 
-# A cluster whose head does no work: without an autoscaler, then with one that adds no hosts, which is what types of
-# hosts stand for. The commands, one after the other, and their exit codes.
+# Runs commands, one after the other, on a cluster whose head does no work: first without an autoscaler, then with one
+# that adds no hosts, which a host with a type simulates. Prints their exit codes.
 CLUSTER_WITHOUT_ROOM = """
 import json, os, sys
 from ray.cluster_utils import Cluster
@@ -176,14 +177,14 @@ def test_what_a_cluster_cannot_hold_is_refused_at_once_or_said_until_a_limit_whe
     there = "requested; the hosts have room for 0, now free for 0; hosts coming: none"
     ended = "the processes must start within 3 s (--start-limit). Received: "
     assert lines[2].startswith(f"kuzushiji: {ended}{tasks} {there}")
-    for architecture in ("baseline", "fcn"):  # both ask for hosts, which an autoscaler may add for both
+    for architecture in ("baseline", "fcn"):  # both wait at the same time: an autoscaler may add hosts for both
         assert f"{architecture}: failed: {ended}{two} {there}" in done.stderr
         assert f"{architecture}: 2 workers start" in done.stderr
     for request in (tasks, two):
         assert re.search(f"waiting for [0-9]+ s: {request} {there}", done.stderr)
 
 
-# The command in each environment, in one process that has no Ray yet.
+# Runs the command in each environment, in one process that has no Ray yet, and prints the exit codes.
 IN_EACH = """
 import json, os, sys
 from job.cli import main
@@ -198,7 +199,7 @@ for environment in json.loads(sys.argv[1]):
 
 def test_a_ray_that_cannot_be_reached_or_started_is_one_line_with_the_mend(few: Path, tmp_path: Path) -> None:
     with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))  # it does not listen
+        closed.bind(("127.0.0.1", 0))  # nothing listens there
         nobody = f"127.0.0.1:{closed.getsockname()[1]}"
         (tmp_path / "file").touch()
         (tmp_path / ("long" * 20)).mkdir()

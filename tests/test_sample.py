@@ -1,4 +1,4 @@
-"""Made-up pages: Kaggle's format, boxes that hold ink, one look per seed."""
+"""sample: pages in Kaggle's format, with ink in every box, and the same for the same random seed."""
 
 import csv
 import os
@@ -33,13 +33,13 @@ Glyph = tuple[str, int, int, int, int]
 
 @pytest.fixture(autouse=True)
 def only_the_packaged_font(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same pictures on every machine."""
+    """Use only the packaged font, so that pages are the same on every machine."""
     monkeypatch.setattr(drawing, "find_fonts", lambda: (packaged_font(),))
 
 
 @pytest.fixture(scope="module")
 def drawn_pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six pages drawn by two processes with the machine's own fonts."""
+    """Return six pages, drawn by two processes with the fonts of this machine."""
     out = tmp_path_factory.mktemp("sample") / "out"
     sample(out, 6, scale=0.2, processes=2)
     return out
@@ -195,7 +195,7 @@ def test_ctrl_c_leaves_an_empty_folder_for_the_same_command(tmp_path: Path) -> N
         while not list(tmp_path.glob("out/train_images/*.jpg")):
             assert drawing.poll() is None
             time.sleep(0.05)
-        os.killpg(drawing.pid, signal.SIGINT)  # as a terminal does, to all processes
+        os.killpg(drawing.pid, signal.SIGINT)  # to all its processes, as a terminal does
         assert drawing.stderr
         assert drawing.stderr.read().splitlines()[-1] == "kuzushiji: stopped"
     assert drawing.returncode == 1
@@ -216,7 +216,7 @@ def test_numbers_out_of_range_are_refused(tmp_path: Path, num_pages: int, scale:
 
 
 def likeness(one: NDArray[np.float32], other: NDArray[np.float32]) -> float:
-    """Correlation of two shapes, blurred so that a stroke need not stand on the very same px."""
+    """Return the correlation of two shapes, blurred so that strokes need not match to the pixel."""
     squares = [cv2.GaussianBlur(fit(ink, 64, 64), (0, 0), 3).ravel() for ink in (one, other)]
     return float(np.corrcoef(*squares)[0, 1])
 

@@ -1,4 +1,4 @@
-"""Scans: in whatever form people hold them, the page is read upright and gray, mended if nothing is lost, or a loss."""
+"""Scans: a page in any usual format is read upright and gray, mended if nothing is lost, or counted as a loss."""
 
 import io
 import random
@@ -42,7 +42,7 @@ FORMS = {
 
 
 def picture() -> Image.Image:
-    """A page of strokes on uneven paper, in colour; no two orientations of it look alike."""
+    """Return a page of strokes on uneven paper, in colour. No two orientations of it look alike."""
     down, across = np.mgrid[:HEIGHT, :WIDTH]
     paper = 225 - across // 4 + down // 8
     ink = ((across // 7 + down // 9) % 3 == 0) & (down > across)
@@ -61,7 +61,7 @@ def gray_of(image: Image.Image) -> NDArray[np.int64]:
 
 
 def differs(scan: Scan, image: Image.Image) -> float:
-    """Mean difference in grey levels."""
+    """Return the mean difference in grey levels."""
     assert scan.image.dtype == np.uint8
     assert scan.image.shape == (image.height, image.width)
     return float(np.abs(scan.image - gray_of(image)).mean())
@@ -85,7 +85,7 @@ def test_each_form_of_a_page_is_read_whatever_its_name(suffix: str) -> None:
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "TIFF", "WEBP"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_a_page_is_turned_as_its_exif_orientation_says(form: str, orientation: int) -> None:
-    # What is stored is the page, turned in the other direction.
+    # The file has the page turned in the opposite direction.
     way = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}.get(orientation)
     stored = picture() if way is None else picture().transpose(Image.Transpose(way))
     data = saved(stored, form, exif=exif(orientation), **({"quality": 95} if form in ("JPEG", "WEBP") else {}))
@@ -135,7 +135,7 @@ def test_gray_of_16_bits_in_which_white_is_zero_is_inverted() -> None:
 
 
 def see_through(image: Image.Image) -> Image.Image:
-    """Ink alone; under the paper, which is not seen, all is black."""
+    """Return the ink on a transparent background, whose hidden colour is black."""
     image = image.convert("RGBA")
     inked = gray_of(image) < 100
     pixels = np.where(inked[..., None], np.asarray(image), 0).astype(np.uint8)
@@ -178,7 +178,7 @@ def without_adobe(data: bytes) -> bytes:
 def test_cmyk_is_read_with_adobe_s_marker_and_without_whichever_way_ink_counts() -> None:
     cmyk = picture().convert("CMYK")
     assert differs(decode_scan(saved(cmyk, "JPEG", quality=95)), picture()) < 3
-    # Pillow writes light, as Adobe does; given the negative, it writes ink.
+    # Pillow writes amounts of light, as Adobe does; of the negative, it writes amounts of ink.
     for image in (cmyk, Image.merge("CMYK", [band.point(lambda v: 255 - v) for band in cmyk.split()])):
         scan = decode_scan(without_adobe(saved(image, "JPEG", quality=95)))
         assert differs(scan, picture()) < 3
@@ -250,13 +250,13 @@ def test_a_progressive_page_without_its_end_marker_is_mended_if_all_its_scans_ar
     data = coded(picture(), progressive=True)
     assert decode_scan(data[:-2]).warnings == ["end marker was missing"]
     scans = [at for at in range(len(data)) if data[at : at + 2] in (b"\xff\xda", b"\xff\xc4")]
-    for cut in scans[1:]:  # each ends exactly where a scan does, so that nothing but the last scans is missing
+    for cut in scans[1:]:  # each cut is exactly at the end of a scan: only the last scans are missing
         with pytest.raises(PageFault, match="can't be decoded"):
             decode_scan(data[:cut])
 
 
 def damaged(rng: random.Random, data: bytes) -> bytes:
-    """A file with another byte, or with bytes more or less, in the data of its picture."""
+    """Return a file with bytes replaced, inserted or removed in the data of its picture, or, at times, unchanged."""
     begin = data.index(b"\xff\xda") + 14
     at, changed = rng.randrange(begin, len(data) - 2), bytearray(data)
     count = rng.choice((1, 3, 40))
@@ -280,7 +280,7 @@ def test_no_mend_hides_damage(coding: str) -> None:
             for mendable in (bad, bad[:-2], with_odd_parameters(bad), before_tables(b"abc")(bad)):
                 with pytest.raises(PageFault):
                     decode_scan(mendable)
-        else:  # what is not seen without a mend is not seen with one, and is not made worse
+        else:  # damage that goes unnoticed without a mend gives the same picture with one
             for mendable in (bad[:-2], with_odd_parameters(bad), before_tables(b"abc")(bad)):
                 assert np.array_equal(decode_scan(mendable).image, accepted)
     assert lost > 20
@@ -314,7 +314,7 @@ def test_other_forms_that_are_cut_off_are_losses(form: str, share: float, capfd:
 
 
 def with_size(form: str, width: int, height: int) -> bytes:
-    """A small file whose header tells of a large page."""
+    """Return a small file whose header claims a large page."""
     data = bytearray(saved(Image.new("L" if form != "WEBP" else "RGB", (16, 16)), form))
     if form == "JPEG":
         at = data.index(b"\xff\xc0")
@@ -356,7 +356,7 @@ def test_only_pages_in_one_sequential_scan_may_be_larger() -> None:
     one = coded(picture())
     assert read_header(one).one_scan
     assert not read_header(coded(picture(), progressive=True)).one_scan
-    # A scan for each component: libjpeg holds all their coefficients.
+    # With a scan for each component, libjpeg keeps all coefficients in memory.
     at = one.index(b"\xff\xda")
     assert not read_header(one[: at + 4] + b"\1" + one[at + 5 :]).one_scan
 
@@ -375,7 +375,7 @@ def test_a_tile_beyond_the_limit_is_refused_before_memory_is_taken() -> None:
         decode_scan(bytes(data))
 
 
-# --- which files are pages, and of which id
+# --- which files are pages, and their ids
 
 
 def jpeg_page() -> bytes:
@@ -415,7 +415,7 @@ def test_scans_in_sub_folders_are_listed_and_what_is_not_taken_is_counted(archiv
 
 
 def zip_of(path: Path, *names: bytes) -> Path:
-    """A zip of members whose names are these bytes, without the flag of UTF-8. Each member holds its own name."""
+    """Write a zip whose members have these names, without the UTF-8 flag. The content of each member is its name."""
     with zipfile.ZipFile(path, "w") as archive:
         for i, name in enumerate(names):
             archive.writestr(chr(ord("A") + i) * len(name), name)
@@ -598,10 +598,10 @@ def test_real_boxes_hold_ink_and_those_for_another_size_do_not(shared: Path, tmp
         assert count_ink(list(results.values())).pages == empty
 
 
-# --- all of it
+# --- the cases of `shared/cases`, and a whole dataset
 
 
-# With all their boxes, but for the one whose picture is cut off.
+# Cases that give all their boxes. The one whose picture is cut off gives none.
 WHOLE = (
     "exif_orientation_6", "extraneous_bytes", "no_end_marker", "bytes_after_the_end", "suffix_JPG", "suffix_jpeg",
     "suffix_png", "suffix_tif", "suffix_TIFF", "suffix_jp2", "suffix_webp", "suffix_bmp", "gray_16_bit_tif",
@@ -641,7 +641,7 @@ def test_the_ink_of_a_box_is_not_that_of_its_margin(tmp_path: Path) -> None:
     Image.fromarray(pixels).save(tmp_path / "pages" / "a.png")
     (cut,) = cuts_of(tmp_path, labels_of(tmp_path, {"a": [[20, 20, 40, 40]]}), margin=0.25)
     assert cut.crop is not None
-    assert cut.crop.min() == 0  # of the margin
+    assert cut.crop.min() == 0  # the ink of the margin
     assert cut.page is not None
     assert cut.page["without_ink"] == 1
 
@@ -715,7 +715,7 @@ def test_a_dataset_and_its_report_tell_what_became_of_scans(
     found = {page["page"]: page for page in results_of_table(place(tmp_path / "out" / "pages.parquet"))}
     assert {page_id: page["orientation"] for page_id, page in found.items()} == {"c_3": 1, "x/b_2": 6, "源氏_1": 1}
     assert {(page["width"], page["height"]) for page in found.values()} == {(WIDTH, HEIGHT)}
-    # Mended, it is the same dataset.
+    # Repaired, the dataset is the same.
     before = (tmp_path / "out" / "manifest.json").read_bytes()
     next((tmp_path / "out").glob("*train.tfrecord*")).unlink()
     prepare(*source, place(tmp_path / "out"), PrepareConfig())

@@ -1,4 +1,4 @@
-"""Trainings that begin with one of our models: for other classes, for another hand."""
+"""Fine-tuning one of our models: for other classes, for another handwriting."""
 
 import csv
 import json
@@ -21,18 +21,18 @@ OLD, NEW = ["A", "B", "C", "D", "rare"], ["D", "E", "B", "rare"]
 
 @pytest.fixture
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A hidden layer as wide as there are classes must not be taken for that of the classes."""
+    """Make a hidden layer as wide as the number of classes: it must not be mistaken for the layer of the classes."""
     monkeypatch.setattr("job.model.architectures.BASELINE_HEAD", (6, len(OLD)))
     monkeypatch.setattr("job.model.architectures.FCN_FILTERS", (4, len(OLD)))
 
 
 def named(classes: list[str]) -> list[str]:
-    """Names of classes, of code points."""
+    """Return the class names of characters, as `U+0041`; `rare` stays."""
     return [name if name == "rare" else f"U+{ord(name):04X}" for name in classes]
 
 
 def write(folder: Path, architecture: str, margin: float = 0.0) -> Any:
-    """A sealed model folder of `OLD` classes, and its model."""
+    """Write and seal a model folder with the classes `OLD`. Return the model."""
     import keras
 
     from job.model.architectures import ARCHITECTURES
@@ -73,7 +73,7 @@ def test_classes_that_both_have_keep_what_was_learned_and_new_ones_begin_anew(
     keras.utils.set_random_seed(2)
     tf32 = tf.config.experimental.tensor_float_32_execution_enabled()
     model = initial_model(config, shared, named(NEW))
-    # As in a worker: `load_model` configures the process for inference, without TF32.
+    # TF32 stays as a worker has set it. `load_model` would configure the process for inference, without TF32.
     assert tf.config.experimental.tensor_float_32_execution_enabled() == tf32
     of_classes = 0
     for own, before, new in zip(model.weights, old.weights, fresh.weights, strict=True):
@@ -108,7 +108,7 @@ def test_what_a_training_cannot_begin_with_is_one_line(few: Path, kuzushiji: Kuz
         assert done.code == (1 if folder in ("nowhere.h5", "damaged/first") else 2)
         assert len(done.lines) == 1
         assert message in done.lines[0]
-    assert not (tmp_path / "models" / ".weights").exists()  # what is refused is not kept
+    assert not (tmp_path / "models" / ".weights").exists()  # a refused model is not kept
     with pytest.raises(OptionError, match="--weights MODEL must come with one architecture"):
         configs_of(["resnet", "baseline"], f"model:{'0' * 64}", None)
     with pytest.raises(OptionError, match="a file that ends in .h5, or a model folder"):
@@ -144,7 +144,7 @@ def test_the_card_names_the_model_that_a_training_began_with() -> None:
 
 
 def mirrored(pages: Path, out: Path) -> None:
-    """Write pages as in a mirror: a hand that no model has seen."""
+    """Write mirrored pages: a handwriting that no model has seen."""
     (out / "images").mkdir(parents=True)
     with (pages / "train.csv").open() as source, (out / "labels.csv").open("w", newline="") as target:
         rows = csv.writer(target)

@@ -1,4 +1,4 @@
-"""What a step counts, and what a checkpoint holds."""
+"""What a step of a training computes, and what a checkpoint contains."""
 
 import zipfile
 from pathlib import Path
@@ -16,13 +16,13 @@ def test_balanced_classes_count_the_same_and_a_crop_1_on_average() -> None:
     labels = np.array([0] * 6 + [2] * 3 + [3])
     weights = balanced_weights(np.bincount(labels, minlength=4))
     assert weights.dtype == np.float32
-    assert weights[1] == 0  # no crop has it
+    assert weights[1] == 0  # no crop has this class
     assert np.bincount(labels, weights[labels])[[0, 2, 3]] == pytest.approx([10 / 3] * 3)
     assert weights[labels].mean() == pytest.approx(1)
 
 
 def linear_steps(classes: int, batch: int, **options: Any) -> Any:
-    """The steps of a model of one layer, by SGD with learning rate 1."""
+    """Return the `Steps` of a model with one dense layer, trained by SGD with learning rate 1."""
     import keras
     import tensorflow as tf
 
@@ -49,7 +49,7 @@ def test_a_step_follows_the_weighted_and_smoothed_loss_and_tells_the_plain_one(
     before = steps.model.predict(images, verbose=0)
     loss = float(steps.train(images, labels, 0)[0])
     assert loss == pytest.approx(-np.log(before[np.arange(8), labels]).sum(), rel=1e-5)
-    # The gradient of cross-entropy by the bias of a softmax is what was predicted less what is so.
+    # The gradient of cross-entropy with respect to the bias before a softmax: the prediction minus the target.
     counted = np.ones(8) if weights is None else weights[labels]
     so = (1 - smoothing) * np.eye(3)[labels] + smoothing / 3
     gradient = (counted[:, None] * (before - so)).sum(axis=0) / 8
@@ -98,7 +98,7 @@ def test_the_learning_rate_rises_for_a_twentieth_of_the_steps_and_falls_to_0_and
 
 @pytest.mark.long
 def test_what_xla_compiles_computes_the_same() -> None:
-    """As on one GPU, with the same dropout masks; here on the CPU."""
+    """XLA is for trainings on one GPU; here it runs on the CPU. The dropout masks are the same, too."""
     import keras
     import tensorflow as tf
 
@@ -114,7 +114,7 @@ def test_what_xla_compiles_computes_the_same() -> None:
             patch.setattr(architectures, "BASELINE_HEAD", (32, 16))
             keras.utils.set_random_seed(1)
             model = training_form(architectures.baseline(10), 42, dropout=True, synchronized=not xla)
-        optimizer = FusedAdam(1e-5)  # Adam takes as large a step where a gradient is mere rounding
+        optimizer = FusedAdam(1e-5)  # small: Adam steps as far where a gradient is only rounding
         optimizer.build(model.trainable_variables)
         weights = np.linspace(0.5, 1.5, 10, dtype=np.float32)
         steps = Steps(tf.distribute.get_strategy(), 1, model, optimizer, 16, weights, xla)
@@ -122,7 +122,7 @@ def test_what_xla_compiles_computes_the_same() -> None:
         steps.estimate_statistics([images, images[:8]])
         found.append(np.concatenate([losses, steps.predict(images, labels)[:, 1]]))
     assert found[0] == pytest.approx(found[1], rel=1e-3)
-    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)  # other masks would show here
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)  # fails if the masks differ
 
 
 def test_among_equal_probabilities_the_first_classes_are_the_likelier() -> None:
@@ -162,7 +162,7 @@ def test_macro_f1_is_the_mean_over_the_classes_that_the_split_has() -> None:
     from job.metrics import metrics
 
     predictions = np.zeros((4, 4), np.float32)
-    predictions[:, 0] = [0, 0, 2, 1]  # class 2 is predicted only: scikit-learn would count its 0, and find .6
+    predictions[:, 0] = [0, 0, 2, 1]  # class 2 is only predicted: scikit-learn would count its F1 of 0, and give 0.6
     names = ["U+3042", "U+3044", "U+3046", "rare"]
     assert metrics(predictions, np.array([0, 0, 0, 1]), names).macro_f1 == pytest.approx((0.8 + 1) / 2)
 
