@@ -1,4 +1,4 @@
-"""A disk that is full, read-only or gone, a manifest of other files: one line, and nothing half-written to be taken."""
+"""Full or read-only disks, vanished folders, manifests of other files: one line, and no incomplete file is used."""
 
 import fcntl
 import json
@@ -44,7 +44,7 @@ pytestmark = pytest.mark.usefixtures("ray_here")
 
 @dataclass(frozen=True)
 class Disk:
-    """A small disk of its own."""
+    """A small disk, mounted for one test."""
 
     folder: Path
 
@@ -60,12 +60,12 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
     try:
         yield Disk(folder)
     finally:
-        subprocess.run(["umount", "--lazy", folder], check=True)  # a failed test may hold a file
+        subprocess.run(["umount", "--lazy", folder], check=True)  # a failed test may keep a file open
 
 
 @pytest.fixture(scope="session")
 def models(few: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two runs of a tiny model of the classes of `few`."""
+    """Return a folder with two runs of a tiny model that has the classes of `few`."""
     folder = tmp_path_factory.mktemp("models")
     for run in ("first", "second"):
         write_tiny(folder / "tiny" / run, few)
@@ -88,7 +88,7 @@ def write_tiny(folder: Path, dataset: Path) -> None:
 
 @pytest.fixture
 def commands(pages: Path, few: Path, models: Path) -> dict[str, list[object]]:
-    """What writes, but for where to."""
+    """Return the commands that write, each without its last argument, the folder to write to."""
     source = ["--pages", pages / "train_images", "--labels", pages / "train.csv"]
     return {
         "prepare": ["prepare", *source, "--coverage", "0.5", "--dataset"],
@@ -100,7 +100,7 @@ def commands(pages: Path, few: Path, models: Path) -> dict[str, list[object]]:
 
 
 def final_files(folder: Path) -> dict[str, bytes]:
-    """What stands under final names: neither hidden, nor in a hidden folder."""
+    """Return the content of the files under final names: neither hidden, nor in a hidden folder."""
     found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     return {str(name): (folder / name).read_bytes() for name in found if not any(p.startswith(".") for p in name.parts)}
 
@@ -110,7 +110,7 @@ SMALL = {"prepare": "2m", "pull": "16k", "evaluate": "8k", "sample": "48k"}
 
 
 def wait_for_tasks() -> None:
-    """Wait until no task runs in the Ray of the tests, which outlives the command that failed."""
+    """Wait until no task runs in the tests' Ray, which does not end with the command that failed."""
     import ray
 
     while ray.available_resources().get("CPU") != ray.cluster_resources()["CPU"]:
@@ -205,7 +205,7 @@ def test_a_file_where_a_folder_was_is_one_line_and_stays(
 def test_a_command_of_its_own_on_a_full_disk_says_one_line(
     commands: dict[str, list[object]], kuzushiji: Kuzushiji, disk: Disk, dataset: Path, ray_address: str
 ) -> None:
-    """In a process of its own, for which Ray's workers and logs would have more to say."""
+    """In its own process, where Ray's workers and logs could print more lines."""
     disk.become("size=2m")
     command = [str(word) for word in [KUZUSHIJI, *commands["prepare"], disk.folder / "out"]]
     there = os.environ | {"RAY_ADDRESS": ray_address}
@@ -252,7 +252,7 @@ def test_a_dataset_folder_that_becomes_a_file_in_the_middle_is_one_line(pages: P
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Nobody else changes a file of the folder by `change_bytes`, which seals and points."""
+    """Hold the lock of a folder: `change_bytes`, which seals a folder and sets its latest run, waits for it."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -262,7 +262,7 @@ def held(folder: Path) -> Iterator[None]:
 
 
 def waits_for(inode: int) -> bool:
-    """Whether somebody waits for the lock of a file."""
+    """Return whether a process or thread waits for the lock of a file."""
     locks = (line.split() for line in Path("/proc/locks").read_text().splitlines())
     return any(lock[1] == "->" and lock[6].endswith(f":{inode}") for lock in locks)
 
@@ -353,7 +353,7 @@ with staged(place(sys.argv[1]), ["test"]):
 def test_a_process_that_is_killed_while_it_removes_a_staged_dataset_leaves_nothing_that_is_taken_for_it(
     few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a worker that has failed, and that Ray ends a moment later."""
+    """This happens to a worker that has failed: Ray ends its process a moment later."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     killed = subprocess.run([sys.executable, "-c", KILLED_WHILE_IT_REMOVES, few], check=False)
     assert killed.returncode == -signal.SIGKILL
@@ -363,7 +363,7 @@ def test_a_process_that_is_killed_while_it_removes_a_staged_dataset_leaves_nothi
 
 
 def test_a_listing_holds_what_stands_while_other_files_come_and_go(tmp_path: Path) -> None:
-    """A file of another's that went between being listed and being looked at hid all others."""
+    """A file that another process removes between its listing and its `stat` must not hide the other files."""
     write_bytes(place(tmp_path / "stands"), b"1")
     ends = threading.Event()
 
@@ -387,7 +387,7 @@ def test_a_listing_holds_what_stands_while_other_files_come_and_go(tmp_path: Pat
 
 @pytest.fixture(scope="session")
 def of_other_seed(pages: Path, few: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As `few`, with another seed: shards of the same names."""
+    """Return a dataset like `few`, with another random seed: its shards have the same names."""
     source = few.parent / "pages"
     out = tmp_path_factory.mktemp("seed") / "crops"
     config = PrepareConfig(coverage=0.2, val_fraction=0.35, test_fraction=0.35, seed=1)
@@ -396,7 +396,7 @@ def of_other_seed(pages: Path, few: Path, tmp_path_factory: pytest.TempPathFacto
 
 
 def refused(copy: Path, tmp_path: Path) -> list[str]:
-    """What `train` says of a folder before Ray Train starts, and `staged` of an address."""
+    """Return the errors of `train` for a folder, before Ray Train starts, and of `staged` for a copy at an address."""
     config = TrainConfig(architecture="baseline", epochs=1, global_batch_size=16, learning_rate=1e-4)
     with pytest.raises(DamageError) as by_train:
         train(place(copy), place(tmp_path / "models"), [config], "none")
@@ -478,7 +478,7 @@ def test_a_pointer_to_a_run_that_is_gone_names_it(
 
 
 def test_a_dataset_folder_that_is_gone_in_the_middle_is_not_made_anew(pages: Path, tmp_path: Path) -> None:
-    """It would hold a part, which no later prepare took for its own."""
+    """The new folder would have only a part of the dataset, and every later `prepare` would refuse it."""
     with pytest.raises(DamageError, match=f"--dataset must stay .* Received: {tmp_path}/out, without its plan"):
         CutGroup(str(pages / "train_images"), str(tmp_path / "out"))(0)
     assert not (tmp_path / "out").exists()

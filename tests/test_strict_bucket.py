@@ -1,4 +1,4 @@
-"""The strict bucket keeps what Google promises, for the real clients: what the cloud tests build on."""
+"""The strict bucket keeps Google's promises, tested with the real clients: the cloud tests rely on it."""
 
 import base64
 import hashlib
@@ -25,8 +25,8 @@ from google.cloud import storage
 
 BIG = random.Random(4).randbytes(9 * 2**20 + 5)
 PAGE = 10
-SECONDS_AT_MOST = 300  # on a machine that has other things to do
-# gcsfs gives its chunks to aiohttp as they are; aiohttp warns if they are over one MiB.
+SECONDS_AT_MOST = 300  # on a busy machine
+# gcsfs gives aiohttp each chunk as a whole; aiohttp warns about chunks over 1 MiB.
 MAY_BE_LARGE = pytest.mark.filterwarnings("ignore:Sending a large body directly:ResourceWarning")
 Answer = tuple[int, http.client.HTTPMessage, bytes]
 
@@ -76,7 +76,7 @@ def md5(data: bytes) -> str:
 def ask(
     strict: StrictBucket, method: str, target: str, body: Any = None, headers: dict[str, str] | None = None
 ) -> Answer:
-    """One request of a client that tries nothing twice."""
+    """Send one request, without retries."""
     connection = http.client.HTTPConnection(urlsplit(strict.url).netloc, timeout=SECONDS_AT_MOST)
     try:
         connection.request(method, target, body, headers or {})
@@ -87,7 +87,7 @@ def ask(
 
 
 def race(racers: int, run: Callable[[int], Any]) -> list[Any]:
-    """What `run` returned or raised for each of the racers, who start at once."""
+    """Call `run` for all racers at the same time. Return what each call returned or raised."""
     barrier = threading.Barrier(racers)
 
     def start(racer: int) -> Any:
@@ -184,7 +184,7 @@ def test_a_cut_body_ends_in_its_middle_once(strict: StrictBucket) -> None:
 
 def test_a_cut_answer_to_an_upload_leaves_the_object(strict: StrictBucket, bucket: storage.Bucket) -> None:
     strict.faults.inject("cut", method="POST")
-    with pytest.raises(google.api_core.exceptions.PreconditionFailed):  # the client tries again: it was there already
+    with pytest.raises(google.api_core.exceptions.PreconditionFailed):  # the client retries, but the object exists
         bucket.blob("x").upload_from_string("mine", if_generation_match=0)
     assert strict.read("demo", "x") == b"mine"
 
@@ -192,7 +192,7 @@ def test_a_cut_answer_to_an_upload_leaves_the_object(strict: StrictBucket, bucke
 def test_a_flipped_byte_is_the_only_wrong_one(strict: StrictBucket) -> None:
     strict.write("demo", "x", b"123456")
     strict.faults.inject("flip")
-    assert ask(strict, "GET", "/storage/v1/b/demo/o/x")[0] == 200  # metadata is not meant
+    assert ask(strict, "GET", "/storage/v1/b/demo/o/x")[0] == 200  # metadata is not affected
     assert ask(strict, "GET", "/storage/v1/b/demo/o/x?alt=media")[2] == b"123556"
     assert ask(strict, "GET", "/storage/v1/b/demo/o/x?alt=media")[2] == b"123456"
 
@@ -213,7 +213,7 @@ def test_a_slow_body_comes_whole_in_pieces(strict: StrictBucket) -> None:
     connection = http.client.HTTPConnection(urlsplit(strict.url).netloc, timeout=SECONDS_AT_MOST)
     connection.request("GET", "/storage/v1/b/demo/o/x?alt=media")
     answer = connection.getresponse()
-    assert ask(strict, "GET", "/storage/v1/b/demo/o/x?alt=media")[2] == BIG  # the others do not wait
+    assert ask(strict, "GET", "/storage/v1/b/demo/o/x?alt=media")[2] == BIG  # other requests do not wait
     pieces = list(iter(answer.read1, b""))
     connection.close()
     assert len(pieces) > 1
@@ -479,7 +479,7 @@ def test_nothing_is_left_running() -> None:
         strict.create("demo")
         strict.write("demo", "x", BIG)
         strict.faults.inject("slow", matching="alt=media")
-        for target in ("/storage/v1/b/demo/o/x", "/storage/v1/b/demo/o/x?alt=media"):  # one kept alive, one on its way
+        for target in ("/storage/v1/b/demo/o/x", "/storage/v1/b/demo/o/x?alt=media"):  # one idle, one in its body
             connections.append(http.client.HTTPConnection(urlsplit(strict.url).netloc, timeout=SECONDS_AT_MOST))
             connections[-1].request("GET", target)
             assert connections[-1].getresponse().read(10)

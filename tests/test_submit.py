@@ -1,4 +1,4 @@
-"""submit: a command runs as a job on a real head, whose log and outcome come back, and which asks for the token."""
+"""submit: a command runs as a job on a real head that requires the token; its log and exit code come back."""
 
 import asyncio
 import dataclasses
@@ -34,7 +34,7 @@ from cluster.errors import KuzushijiError
 from cluster.ray_address import check_address
 
 RAY = Path(sys.executable).with_name("ray")
-SECONDS_AT_MOST = 600  # on a machine that has other things to do
+SECONDS_AT_MOST = 600  # on a busy machine
 
 
 def free_port() -> int:
@@ -63,7 +63,7 @@ class Head:
             try:
                 yield here
             except BaseException:
-                here.kill()  # or its job is waited for
+                here.kill()  # otherwise the block waits for its job
                 raise
 
     def submit(self, *arguments: str, **changed: str) -> subprocess.CompletedProcess[str]:
@@ -80,7 +80,7 @@ class Head:
 @pytest.fixture(scope="module")
 def head(ray_here: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     with ExitStack() as stack:
-        with one_at_a_time(tmp_path_factory, "ray"):  # its limit of 30 s is short where much else starts
+        with one_at_a_time(tmp_path_factory, "ray"):  # Ray's limit of 30 s is short while others start
             for tries in range(TRIES_TO_START_RAY):
                 try:
                     head = stack.enter_context(started_head(tmp_path_factory))
@@ -92,20 +92,20 @@ def head(ray_here: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[H
 
 
 class OverdueError(Exception):
-    """Ray ended by itself as it started."""
+    """Ray exited while it started."""
 
 
 @contextmanager
 def started_head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     home = tmp_path_factory.mktemp("head")
-    short = tempfile.mkdtemp(prefix="kh-")  # Ray's sockets lie in it
+    short = tempfile.mkdtemp(prefix="kh-")  # for Ray's sockets, whose paths must be short
     token = home / "auth_token"
-    token.write_text(os.environ["RAY_AUTH_TOKEN"])  # of the Ray of the tests: a process has one token
+    token.write_text(os.environ["RAY_AUTH_TOKEN"])  # that of the tests' Ray: a process has one token
     token.chmod(0o600)
     dashboard = free_port()
     ports = {service: free_port() for service in METHODS}
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    # The command of the job must be found, as in the image.
+    # The job finds its command in PATH, as in the image.
     environment["PATH"] = f"{KUZUSHIJI.parent}:{environment['PATH']}"
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0"}
     environment |= {"HOME": str(home), "NO_PROXY": "127.0.0.1"}
@@ -122,7 +122,7 @@ def started_head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
     try:
         deadline = time.monotonic() + SECONDS_AT_MOST
-        # Once it takes a job, all parts of it are there.
+        # Once the head accepts a job, all its services run.
         while answer(f"http://127.0.0.1:{dashboard}/api/jobs/", token.read_text(), b'{"entrypoint": "true"}') != 200:
             if process.poll() is not None:
                 raise OverdueError((home / "log").read_text()[-2000:])
@@ -131,7 +131,7 @@ def started_head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
             time.sleep(0.5)
         yield Head(f"http://127.0.0.1:{dashboard}", ports, environment)
     finally:
-        # At once: asked nicely, it takes half a minute.
+        # SIGKILL: after SIGTERM, Ray takes half a minute to end.
         for one in [process, *(below | below_it(process.pid))]:
             with suppress(psutil.NoSuchProcess):
                 one.kill()
@@ -158,7 +158,7 @@ def answer(url: str, token: str | None, body: bytes | None = None) -> int | None
         return None
 
 
-# Ends with 7 when the file that it is given is there.
+# Exits with code 7 once the file exists that its last argument names.
 JOB = """
 import pathlib, sys, time
 
@@ -173,7 +173,7 @@ def main():
 
 @pytest.fixture(scope="module")
 def waiting(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """A job that goes on until its last argument, to be added, is there."""
+    """Return the arguments of a job that runs until a file exists, but for the last one, the path of the file."""
     checkout = tmp_path_factory.mktemp("checkout")
     (checkout / "job").mkdir()
     (checkout / "job" / "__init__.py").touch()
@@ -183,7 +183,7 @@ def waiting(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def going_on(head: Head, waiting: list[str]) -> str:
-    """A job that goes on until its head ends."""
+    """Start a job that runs until its head ends. Return its id."""
     submitted = head.submit("--no-wait", "--json", *waiting, "/nowhere")
     assert submitted.returncode == 0, submitted.stderr
     job: str = json.loads(submitted.stdout.splitlines()[-1])["job"]
@@ -197,7 +197,7 @@ def is_running(head: Head, job: str) -> bool:
         return bool(json.load(response)["status"] == "RUNNING")
 
 
-# Leads to the head, as `ray dashboard` does by ssh from where a cluster was brought up (`test_cloud.py`).
+# Forwards a port to the head, as `ray dashboard` does with ssh for a cluster of `ray up` (see `test_cloud.py`).
 RAY_DASHBOARD = """#!{python}
 import asyncio, os, sys
 
@@ -219,7 +219,7 @@ with open({pid!r}, "w") as file:
     file.write(str(os.getpid()))
 asyncio.run(main())
 """
-# `ray` is looked for beside the interpreter. What these tests run under may ignore a closed terminal, as nohup does.
+# `submit` looks for `ray` next to the interpreter. The tests may run under nohup or the like, which ignores SIGHUP.
 KUZUSHIJI_BESIDE = """
 import signal, sys
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -231,7 +231,7 @@ main()
 
 @dataclass(frozen=True)
 class Cluster(Head):
-    """The head by way of a cluster file."""
+    """The head, reached through a cluster file."""
 
     folder: Path
 
@@ -241,7 +241,7 @@ class Cluster(Head):
 
     @property
     def tunnel(self) -> Path:
-        """Holds the process that leads there, once there is one."""
+        """Return the path of the file with the process id of the tunnel, written when the tunnel starts."""
         return self.folder / "pid"
 
     def kuzushiji(self, *arguments: str) -> list[str]:
@@ -262,7 +262,7 @@ def cluster(head: Head, tmp_path: Path) -> Iterator[Cluster]:
     (folder / "ray").write_text(RAY_DASHBOARD.format(python=sys.executable, port=port, pid=str(cluster.tunnel)))
     (folder / "ray").chmod(0o755)
     yield cluster
-    with suppress(FileNotFoundError, psutil.NoSuchProcess):  # as it is, unless a test failed
+    with suppress(FileNotFoundError, psutil.NoSuchProcess):  # the tunnel has ended, unless a test failed
         left = psutil.Process(int(cluster.tunnel.read_text()))
         if str(folder / "ray") in left.cmdline():
             left.kill()
@@ -273,7 +273,7 @@ PassOn = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 @contextmanager
 def behind(head: Head, answer: Callable[[web.Request, PassOn], Awaitable[web.StreamResponse]]) -> Iterator[Head]:
-    """The head behind something that may answer in its place."""
+    """Yield the head behind a proxy that may answer in its place."""
 
     async def pass_on(request: web.Request) -> web.StreamResponse:
         what = {"headers": request.headers, "data": await request.read()}
@@ -309,7 +309,7 @@ def wait_for(text: str, stream: IO[str] | None) -> None:
 
 
 def job_of(line: str) -> str:
-    """Which job a line tells how to follow."""
+    """Return the id of the job from a line that says how to follow it."""
     return line.partition("--attach ")[2].partition(";")[0]
 
 
@@ -402,7 +402,7 @@ def test_ctrl_c_before_the_head_has_answered_names_the_job_that_it_may_have_take
 
 @contextmanager
 def in_this_process(answer: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> Iterator[str]:
-    """The address of a head that is `answer`."""
+    """Yield the address of a fake head. `answer` answers all requests but that for the version."""
 
     async def of_a_head(request: web.Request, _: PassOn) -> web.StreamResponse:
         if request.path == "/api/version":
@@ -519,7 +519,7 @@ def test_no_proxy_is_asked_for_what_is_on_this_machine(
         assert done.returncode == 7, done.stderr
         job = done.stderr.partition(" was submitted")[0].split()[-1]
         assert cluster.submit("--attach", job, **asks).returncode == 7
-        with pytest.raises(BlockingIOError):  # nobody came
+        with pytest.raises(BlockingIOError):  # nothing connected
             proxy.accept()
 
 
@@ -597,7 +597,7 @@ def test_a_command_without_the_token_of_the_ray_at_ray_address_is_one_line(head:
         check_address(head.address.removeprefix("http://"))  # the dashboard
 
 
-# A method of each service that a head offers to the network.
+# A method of each gRPC service that a head exposes to the network.
 METHODS = {
     "gcs": "/ray.rpc.NodeInfoGcsService/GetAllNodeInfo",
     "raylet": "/ray.rpc.NodeManagerService/GetNodeStats",

@@ -1,4 +1,4 @@
-"""train: whatever is killed, silent or taken away, the weights end bit for bit as those of an undisturbed run."""
+"""train: after kills, hangs and lost nodes, the weights are bit for bit those of an undisturbed run."""
 
 import json
 import os
@@ -27,7 +27,7 @@ MEASURED = {"seconds", "crops_per_s", "data_wait"}
 
 
 def result(folder: Path) -> tuple[bytes, list[dict[str, Any]], dict[str, Any]]:
-    """What must be the same: the weights, the history and the numbers, but for what was measured with a clock."""
+    """Return what must be the same: the weights, the history and the metrics, without measured times."""
     with zipfile.ZipFile(folder / "model.keras") as model:
         weights = model.read("model.weights.h5")
     history = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
@@ -37,8 +37,10 @@ def result(folder: Path) -> tuple[bytes, list[dict[str, Any]], dict[str, Any]]:
 
 
 def lost_at(stopped_after: dict[int, str], marker: Path) -> Callable[[dict[str, Any]], None]:
-    """Worker 1 is killed, or says no word any more, the first time that so many steps are done. What is left of the
-    checkpoints when worker 0 resumes is told in `<marker>-left`.
+    """Return a change of the workers (see `small_head.work_after`) that kills worker 1 or makes it hang.
+
+    stopped_after: after how many steps, once for each: `killed` or `silent`. marker: when worker 0 has resumed, it
+    writes to `<marker>-left` whether an unknown checkpoint is left, and how many of Ray Train's are left.
     """
     name = str(marker)
 
@@ -98,18 +100,18 @@ def kill_the_driver_within_epoch_1(
 def test_a_killed_driver_and_a_killed_worker_change_no_bit_and_leave_no_checkpoint_behind(
     trained: Path, few: Path, ray_address: str, tmp_path: Path, workers_do: WorkersDo, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Both within epochs; worker 1 is killed in the run that goes on, after 7 steps."""
+    """Both are killed within an epoch; worker 1 after step 7, when the run has resumed."""
     kill_the_driver_within_epoch_1(few, tmp_path, ray_address)
     workers_do(lost_at({7: "killed"}, tmp_path / "happened"))
     caplog.set_level("INFO", "kuzushiji")
-    # More than one failure: another process may take the port that a worker has found free.
+    # More than one failure is allowed: another process may take the port that a worker has found free.
     given = TrainConfig.model_validate(GIVEN | {"checkpoint_every": 2, "max_failures": 3})
     with pytest.raises(OptionError, match="seed .then 42, now 1."):
         train(place(few), place(tmp_path), [given.model_copy(update={"seed": 1})], "disturbed")
     folder = train(place(few), place(tmp_path), [given], "disturbed")[0].folder
     first, second = re.findall("resumes after epoch ([0-2])(?: and ([1-4]) steps of the next)?", caplog.text)
     assert first[1]
-    assert second[0] == "1"  # and 1 step of the next, if its upload was quicker
+    assert second[0] == "1"  # and 1 step of the next, if that checkpoint was uploaded
     assert (tmp_path / "happened-7").exists()
     assert (tmp_path / "happened-left").read_text() == "False 2"
     assert result(Path(folder.path)) == result(trained)
@@ -142,7 +144,7 @@ def test_a_run_whose_driver_was_killed_goes_on_within_the_epoch_with_another_num
     folder = train(place(few), place(tmp_path), [given], "disturbed")[0].folder
     assert re.search("resumes after epoch [0-2] and [1-4] steps of the next", caplog.text)
     losses = [row["loss"] for row in result(Path(folder.path))[1]]
-    # Of batches of 7 crops, with dropout.
+    # A wide tolerance, for batches of 7 crops with dropout.
     assert losses == pytest.approx([row["loss"] for row in result(trained)[1]], abs=2e-2)
 
 
@@ -256,7 +258,7 @@ def test_a_step_that_takes_too_long_ends_its_process_and_a_limit_ends_with_the_t
     tmp_path: Path,
 ) -> None:
     assert in_fresh_process(WATCHED, "stopped", cwd=tmp_path) == "alive\n"
-    alone = os.environ | {"RAY_ENABLE_AUTO_CONNECT": "0"}  # or `ray.get` starts a Ray
+    alone = os.environ | {"RAY_ENABLE_AUTO_CONNECT": "0"}  # otherwise `ray.get` starts a Ray
     silent = subprocess.run([sys.executable, "-uc", WATCHED], env=alone, capture_output=True, text=True, check=False)
     assert silent.returncode == 1
     assert silent.stdout.startswith("a step must end in 1 s. Received: a longer one")
@@ -340,7 +342,7 @@ def test_a_node_that_is_drained_is_left_with_a_checkpoint_of_just_then_whose_upl
     environment = os.environ | {
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "1",
         "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "2",  # Ray's own, not that of the tests
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "2",  # Ray's default, not that of `conftest.py`
     }
     environment["PATH"] = f"{KUZUSHIJI.parent}:{environment['PATH']}"
     environment["PYTHONPATH"] = str(Path(__file__).parent)

@@ -1,4 +1,4 @@
-"""What people see at a terminal of 100 columns while they wait, and that they have it back at the end."""
+"""What a terminal of 100 columns shows while a command runs, and that it works as before when the command ends."""
 
 import io
 import os
@@ -21,9 +21,9 @@ from cluster.progress import waiting
 from cluster.runtime import START_TIMED_OUT
 
 COLUMNS, LINES = 100, 30
-SECONDS = 600.0  # that a command may take, on a slow machine
+SECONDS = 600.0  # limit of a command, on a slow machine
 CTRL_C = b"\x03"
-REDRAWS = re.compile(rb"(?=\r\x1b\[2K)")  # rich begins a line anew
+REDRAWS = re.compile(rb"(?=\r\x1b\[2K)")  # where rich starts to redraw a line
 BAR, SPINNER = "━", "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 
 
@@ -31,19 +31,19 @@ BAR, SPINNER = "━", "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 class Shown:
     code: int
     screens: list[list[str]]
-    """Each that was there, in order: its lines, without what is blank at their ends."""
+    """All screens in order: their lines, without trailing blanks."""
     cursor: bool
-    """Whether it can be seen at the end."""
+    """Whether the cursor is visible at the end."""
 
     def lines(self, pattern: str) -> list[str]:
-        """Those that were there at any time, and are so from their first to their last character."""
+        """Return the lines of all screens that match the pattern as a whole."""
         return [line for screen in self.screens for line in screen if re.fullmatch(pattern, line)]
 
 
 def shown(command: Sequence[str | Path], stop: Callable[[list[str]], bool] = lambda _: False) -> Shown:
-    """Run a command at a terminal of its own, and again as long as Ray takes too long to start.
+    """Run a command in its own terminal, and again if Ray did not start in time, up to `TRIES_TO_START_RAY` times.
 
-    stop: Ctrl-C is pressed, once, when this holds of the screen.
+    stop: gets the lines of the screen. Ctrl-C is pressed once, when it first returns True.
     """
     for _ in range(TRIES_TO_START_RAY):
         seen = shown_once(command, stop)
@@ -59,7 +59,7 @@ def shown_once(command: Sequence[str | Path], stop: Callable[[list[str]], bool])
     termios.tcsetwinsize(its, (LINES, COLUMNS))
     given = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES", "NO_COLOR")}
     process = subprocess.Popen(
-        ["setsid", "--ctty", *command],  # its terminal, so that Ctrl-C reaches it
+        ["setsid", "--ctty", *command],  # controlling terminal: Ctrl-C reaches the command
         stdin=its,
         stdout=its,
         stderr=its,
@@ -70,7 +70,7 @@ def shown_once(command: Sequence[str | Path], stop: Callable[[list[str]], bool])
     stopped, deadline = False, time.monotonic() + SECONDS
     try:
         while data := _read(ours, deadline):
-            for part in REDRAWS.split(data):  # on a busy machine several come in one piece
+            for part in REDRAWS.split(data):  # on a busy machine, a read returns several
                 stream.feed(part)
                 screens.append([line.rstrip() for line in screen.display])
             if not stopped and stop(screens[-1]):
@@ -88,7 +88,7 @@ def _read(terminal: int, deadline: float) -> bytes:
     assert ready, f"a command must end within {SECONDS:g} s"
     try:
         return os.read(terminal, 1 << 16)
-    except OSError:  # nobody has its other end any more
+    except OSError:  # the other end is closed
         return b""
 
 
@@ -111,7 +111,7 @@ def test_a_training_shows_in_a_line_where_it_stands_from_its_first_step_to_its_r
     assert seen.lines(f"baseline {BAR}+ 0:00:00 writes the model and its report")
     assert not any(BAR in line for line in seen.screens[-1]), "\n".join(seen.screens[-1])
     assert any(line.startswith("model: ") for line in seen.screens[-1])
-    # 5 seconds and 700 MB, only where it computes.
+    # TensorFlow takes 5 s and 700 MB: only workers load it.
     assert seen.lines("TensorFlow was loaded here: False")
     assert seen.cursor
 
@@ -133,7 +133,7 @@ def test_what_is_shown_stands_before_another_thread_can_log(ray_here: None, monk
 def test_what_happens_before_the_actor_of_events_has_started_is_shown(
     ray_here: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """On a busy machine its process takes longer than an answer is waited for."""
+    """On a busy machine, the actor takes longer to start than the driver waits for its answer."""
     from job.train import display
 
     class Slow(display.Board):

@@ -1,4 +1,4 @@
-"""train: the same losses however many workers share a batch; a model folder that anyone can use and check."""
+"""train: the same losses for any number of workers; a model folder that anyone can use and verify."""
 
 import json
 import random
@@ -49,7 +49,7 @@ def config(**changes: Any) -> TrainConfig:
 def losses_of(
     workers: int, steps: dict[str, int], dataset: Path, out: Path, **changes: Any
 ) -> list[dict[str, np.ndarray]]:
-    """What each rank finds (see `equal_workers.py`). A single worker is this process (Ray Train's local mode)."""
+    """Return what each rank measured (`equal_workers.py`). A single worker is this process (Ray Train's local mode)."""
     from ray.train import RunConfig, ScalingConfig
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
@@ -62,7 +62,7 @@ def losses_of(
     def work(_: Any) -> None:
         from job.train.strategy import configure_tensorflow, make_strategy
 
-        if workers > 1:  # else in the process of the tests, which has used TensorFlow before
+        if workers > 1:  # a single worker is the process of the tests, which has used TensorFlow
             configure_tensorflow(one.config)
         measure(make_strategy(workers))
 
@@ -79,10 +79,10 @@ def losses_of(
 def check_equal(ranks: list[dict[str, np.ndarray]], alone: dict[str, np.ndarray]) -> None:
     for kind in alone.keys() - {"statistics"}:
         assert np.abs(ranks[0][kind] - alone[kind]).max() < 1e-3
-        if kind != "augmented":  # another copy of the crops in each step
+        if kind != "augmented":  # each step has other copies of the crops
             assert alone[kind][-1] < alone[kind][0] - 1
     assert abs(alone["augmented"][0] - alone["with dropout"][0]) > 1e-2
-    # What is saved does not depend on who saves: the statistics are the same on every rank.
+    # The statistics are the same on every rank, so it does not matter which rank saves them.
     for rank in ranks:
         assert np.array_equal(rank["statistics"], ranks[0]["statistics"])
 
@@ -167,7 +167,7 @@ def test_a_worker_draws_its_rows_alone_and_they_are_those_of_the_whole_batch(sha
 
 
 def test_a_dropout_of_the_usual_width_draws_what_tensorflow_draws_for_the_seed_and_the_step() -> None:
-    """So that a run of an earlier release resumes with the same masks."""
+    """A run of an earlier release then resumes with the same masks."""
     import tensorflow as tf
 
     from job.data.chance import BatchRows
@@ -212,7 +212,7 @@ def test_the_model_folder_holds_what_the_contract_says(trained: Path, few: Path)
     assert 0 < history[-1]["learning_rate"] < 0.1 * GIVEN["learning_rate"]  # cosine
     metrics = json.loads((trained / "metrics.json").read_text())
     assert all(set(metrics[split]) == SPLIT_KEYS for split in ("train", "validation", "test"))
-    # The temperature makes the probabilities of the validation split better, and changes no prediction.
+    # The temperature improves the probabilities of the validation split, and changes no prediction.
     best = history[metrics["best_epoch"] - 1]
     assert metrics["validation"]["accuracy"] == pytest.approx(best["val_accuracy"])
     assert metrics["validation"]["loss"] < best["val_loss"]
@@ -270,7 +270,7 @@ def test_a_finished_run_is_left_as_it_is_and_keeps_no_checkpoints(
 ) -> None:
     models = place(trained.parents[1])
     assert list((trained.parents[1] / ".runs").iterdir()) == []
-    (trained.parent / "latest.json").unlink()  # as if it had been killed just before
+    (trained.parent / "latest.json").unlink()  # as if the training had been killed just before
     given = TrainConfig.model_validate(GIVEN)
     (outcome,) = train(place(few), models, [given], "first")
     assert (outcome.folder, outcome.trained, outcome.error) == (place(trained), False, None)
@@ -302,10 +302,10 @@ def test_a_loss_that_the_last_step_made_infinite_seals_nothing_is_not_raised_to_
     real_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("job.model.architectures.BASELINE_HEAD", (16, 8))
-    given = config(epochs=1, global_batch_size=100, learning_rate=1e30)  # one step: its own loss is of before
+    given = config(epochs=1, global_batch_size=100, learning_rate=1e30)  # one step: its loss is that before the update
     with pytest.raises(KuzushijiError, match=r"the loss must stay finite\..*in validation, epoch 1") as failure:
         train(place(real_dataset), place(tmp_path), [given], "nan")
-    # The text of a `Failure`, which a worker returns: Ray Train would try again what is raised.
+    # The text of a `Failure`, which a worker returns: Ray Train would retry after an exception.
     assert isinstance(failure.value.__cause__, RuntimeError)
     assert "run_epoch" in str(failure.value.__cause__)
     assert not (tmp_path / "baseline").exists()
@@ -315,7 +315,7 @@ def test_a_loss_that_the_last_step_made_infinite_seals_nothing_is_not_raised_to_
 def test_the_losses_and_hits_of_a_long_epoch_are_all_counted(
     few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A float32 sum of 2**24 would not change any more when 1 is added."""
+    """A float32 sum of 2**24 does not change when 1 is added."""
     import tensorflow as tf
 
     def counted(self: Any, images: Any, labels: Any, masks: Any) -> Any:
@@ -348,7 +348,7 @@ def test_the_slower_of_two_trainings_of_one_name_is_an_error_in_one_line_not_a_s
     monkeypatch.setattr("job.model.architectures.BASELINE_HEAD", (16, 8))
     with pytest.raises(KuzushijiError, match="^only one job at a time may .* sealed by another job in the") as failure:
         train(place(few), place(tmp_path), [config(epochs=1, global_batch_size=16)], "twice")
-    assert isinstance(failure.value.__cause__, RuntimeError)  # the text of a `Failure`: Ray Train tries nothing again
+    assert isinstance(failure.value.__cause__, RuntimeError)  # the text of a `Failure`: Ray Train does not retry
     assert manifest.read_bytes() == (trained / "manifest.json").read_bytes()
     assert not (tmp_path / "baseline" / "latest.json").exists()
 
@@ -370,7 +370,7 @@ def test_a_dataset_that_a_worker_finds_damaged_is_one_line_and_not_raised_to_ray
 def test_initial_weights_do_not_depend_on_what_else_drew_random_numbers_while_crops_were_staged(
     few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As retried requests do."""
+    """Retried requests do, for example."""
     from job.train import staging_ahead, worker
 
     draws, weights = [0, 3], []
@@ -423,7 +423,7 @@ def test_bits_are_the_same_each_time_on_cpus_unless_asked_otherwise_and_on_gpus_
     assert not deterministic(gpus_per_worker=1)
     assert deterministic(gpus_per_worker=1, deterministic=True)
     assert not deterministic(deterministic=False)
-    assert "deterministic" in MAY_DIFFER  # as the number of workers: by rounding alone
+    assert "deterministic" in MAY_DIFFER  # like the number of workers, it only changes rounding
 
 
 @pytest.mark.usefixtures("in_this_process")

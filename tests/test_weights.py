@@ -1,4 +1,4 @@
-"""What a base begins with: handed over or fetched once, checked, shared; and several architectures in one `train`."""
+"""Initial weights of a base: a file or a download, checked and shared; and several architectures in one `train`."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ from job.verify import verify
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Weights of one Xception base in both forms that Keras reads; the older one is that of the published files."""
+    """Write the weights of an Xception base in both formats that Keras reads; published files have the older one."""
     import keras
     from keras.src.legacy.saving.legacy_h5_format import save_weights_to_hdf5_group
 
@@ -69,7 +69,7 @@ def test_a_file_that_is_handed_over_is_shared_by_its_hash_and_read_in_both_forms
     Path(shared.place).write_bytes(b"changed")
     with pytest.raises(DamageError, match="must not change"), local_copy(shared):
         pass
-    assert obtain(config, handed, place(tmp_path)) == shared  # and mended
+    assert obtain(config, handed, place(tmp_path)) == shared  # and the copy is written again
 
 
 @pytest.mark.usefixtures("narrow")
@@ -90,14 +90,14 @@ def test_a_file_that_does_not_fit_is_refused_in_one_line_before_ray_starts(
             obtain(config, handed, place(tmp_path))
         assert "\n" not in str(raised.value)
         assert str(path) in str(raised.value)
-    assert not (tmp_path / ".weights").exists()  # what is refused is not kept
+    assert not (tmp_path / ".weights").exists()  # a refused file is not kept
     with pytest.raises(OptionError, match="must be the file of the config"):
         obtain(configs_of(["xception"], f"sha256:{'0' * 64}", None)[0], None, place(tmp_path))
 
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[tuple[str, list[str]]]:
-    """A web server on loopback: its address, and what was asked of it. It serves `published.h5`."""
+    """Yield the address of a web server on loopback, which serves `published.h5`, and the paths that were requested."""
     asked: list[str] = []
 
     class Handler(SimpleHTTPRequestHandler):
@@ -114,10 +114,10 @@ def server(tmp_path: Path) -> Iterator[tuple[str, list[str]]]:
 
 @pytest.fixture
 def keras_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Gives Keras a new cache, as KERAS_HOME does for a process that begins."""
+    """Return a function that gives Keras a new cache, as KERAS_HOME does when a process starts."""
 
     def use(name: str) -> None:
-        (tmp_path / name).mkdir()  # else Keras would take one in /tmp
+        (tmp_path / name).mkdir()  # otherwise Keras would use one in /tmp
         monkeypatch.setattr("keras.src.backend.config._KERAS_DIR", str(tmp_path / name))
 
     return use
@@ -132,10 +132,10 @@ def test_imagenet_weights_are_fetched_once_checked_and_shared(
     assert set(IMAGENET) == set(TRANSFER)
     address, asked = server
     data = (tmp_path / "www" / "published.h5").read_bytes()
-    md5, sha256 = hashlib.md5(data).hexdigest(), hashlib.sha256(data).hexdigest()  # noqa: S324  # the publisher's
+    md5, sha256 = hashlib.md5(data).hexdigest(), hashlib.sha256(data).hexdigest()  # noqa: S324  # published: MD5
 
     def fetch(url: str, md5: str, models: Path) -> str:
-        """Where the weights are, and their hash; or what is said instead."""
+        """Return the place and the hash of the weights, or the error message."""
         monkeypatch.setitem(IMAGENET, "xception", Published(url, md5))
         try:
             found = obtain(configs_of(["xception"], "imagenet", None)[0], None, place(models))
@@ -157,7 +157,7 @@ def test_imagenet_weights_are_fetched_once_checked_and_shared(
     keras_home("second")
     assert fetch(here, md5, models) == f"{shared} {sha256}"
     assert asked == ["/published.h5"]
-    # Elsewhere, where nothing can be fetched: the file beside the models is enough, and is checked.
+    # With another cache and no download: the file next to the models is enough, and is checked.
     keras_home("third")
     (damaged / ".weights").mkdir(parents=True)
     (damaged / ".weights" / "published.h5").write_bytes(b"damaged")
@@ -175,7 +175,7 @@ def test_what_cannot_be_fetched_is_one_line_each_and_debug_shows_where(
     command = ["train", "--dataset", few, "--models", tmp_path / "models", "--global-batch-size", "16"]
     command += ["--architecture", "xception", "--architecture", "resnet152v2"]
     keras_home("keras")
-    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # what would leave this machine goes where nobody listens
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # no request leaves this machine
     told = kuzushiji(*command, "--debug")
     assert told.code == 1
     assert re.findall(r"^(\w+) +failed: --weights imagenet must reach https://", told.stdout, re.M) == [
@@ -183,7 +183,7 @@ def test_what_cannot_be_fetched_is_one_line_each_and_debug_shows_where(
     ]  # fmt: skip
     assert told.stderr.count("Traceback") >= 2
     lines = kuzushiji(*command).stderr.splitlines()
-    assert len(lines) == 6  # of each: the batch size, that it is fetched, that it failed
+    assert len(lines) == 6  # for each: the batch size, the download, the failure
     assert all(re.match(r"[0-9:]{8} (xception|resnet152v2): ", line) for line in lines)
 
 
@@ -198,8 +198,8 @@ def test_one_architecture_that_fails_does_not_take_another_along(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("job.model.architectures.BASELINE_HEAD", (16, 8))
     caplog.set_level("INFO", "kuzushiji")
-    (tmp_path / "models" / ".runs" / "fcn-both.json").mkdir(parents=True)  # in the way of its options
-    # Nor do curves and a report that can't be written.
+    (tmp_path / "models" / ".runs" / "fcn-both.json").mkdir(parents=True)  # a folder where its options must be written
+    # Curves and a report that can't be written fail no training either.
     (tmp_path / "models" / "tensorboard").touch()
     (tmp_path / "models" / "baseline" / "both.report.html").mkdir(parents=True)
     command = ["train", "--dataset", str(few), "--models", "models", "--run", "both"]
@@ -212,7 +212,7 @@ def test_one_architecture_that_fails_does_not_take_another_along(
         [i for i, line in enumerate(lines) if text in line]
         for text in ("1 workers start", "fcn: failed: ", "baseline: epoch 1 of 1")
     )
-    # Side by side: both had started before either ended.
+    # At the same time: both started before either ended.
     assert len(started) == 2
     assert max(started) < min(failed + trained)
     assert [line.split()[0] for line in done.stdout.splitlines()] == ["test", "baseline", "fcn"]
@@ -225,7 +225,7 @@ def test_one_architecture_that_fails_does_not_take_another_along(
     result = json.loads(again.stdout)
     assert [(model["architecture"], model["trained"]) for model in result["models"]] == [("baseline", False)]
     assert [fault.split(":")[0] for fault in result["faults"]] == ["fcn"]
-    # Nor does one that was finished, and damaged since.
+    # A model that was finished, and damaged later, is reported in the same way.
     (tmp_path / "models" / "baseline" / "both" / "metrics.json").write_text("{")
     damaged = kuzushiji(*command, "--json")
     assert damaged.code == 1
@@ -244,7 +244,7 @@ def test_a_lost_worker_repeats_one_saved_epoch_at_most_and_frozen_layers_stay_as
     workers_do: WorkersDo,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Uploads take longer than epochs; the worker dies just after it told of epoch 4."""
+    """Uploads take longer than epochs; the worker dies just after it has reported epoch 4."""
     import keras
 
     marker = str(tmp_path / "died")
@@ -296,4 +296,4 @@ def test_a_lost_worker_repeats_one_saved_epoch_at_most_and_frozen_layers_stay_as
     for mine, handed_layer in zip(frozen, given, strict=False):
         assert all(np.array_equal(a, b) for a, b in zip(mine.get_weights(), handed_layer.get_weights(), strict=True))
     staged = Path(os.environ["XDG_CACHE_HOME"]) / "kuzushiji" / "staged"
-    assert [path for path in staged.iterdir() if path.is_dir()] == []  # also what the lost worker left
+    assert [path for path in staged.iterdir() if path.is_dir()] == []  # nothing of the lost worker either
