@@ -357,7 +357,7 @@ def test_a_batch_holds_crops_of_several_pages_and_each_page_gets_its_own_predict
 def counting_loads(log: Path) -> Callable[..., Callable[[int], Any]]:
     """Return a replacement for `ReadGroup` that logs the process of each load of the model.
 
-    It is a closure: Ray would import a function of this file.
+    It is a closure: for a top-level function, Ray's workers would import this file.
     """
 
     def make(**fields: Any) -> Callable[[int], Any]:

@@ -217,7 +217,7 @@ def test_a_task_that_outlives_its_prepare_adds_nothing_to_a_sealed_dataset(
 def work_that_dies_at(page_id: str) -> Callable[..., Callable[[int], Any]]:
     """Return a replacement for `CutGroup` whose process is killed at a page, and which allows one death.
 
-    It is a closure: Ray would import a function of this file.
+    It is a closure: for a top-level function, Ray's workers would import this file.
     """
 
     def make(*places: str) -> Callable[[int], Any]:

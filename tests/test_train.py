@@ -370,7 +370,7 @@ def test_a_dataset_that_a_worker_finds_damaged_is_one_line_and_not_raised_to_ray
 def test_initial_weights_do_not_depend_on_what_else_drew_random_numbers_while_crops_were_staged(
     few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Retried requests do, for example."""
+    """Retried requests draw random numbers, for example."""
     from job.train import staging_ahead, worker
 
     draws, weights = [0, 3], []
