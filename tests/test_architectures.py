@@ -90,7 +90,7 @@ def test_a_base_gets_the_input_that_it_was_trained_with_and_frozen_norms_keep_th
 # --- options
 
 
-def test_defaults_come_from_each_architecture_s_recipe_and_options_go_before_them() -> None:
+def test_options_override_the_defaults_of_each_recipe() -> None:
     configs = {config.architecture: config for config in configs_of(["all"], None, None)}
     assert tuple(configs) == NAMES
     assert set(TRANSFER) < set(NAMES)
@@ -265,7 +265,7 @@ for name in sys.argv[3:]:
 """
 
 
-def test_each_trains_saves_loads_without_our_package_and_predicts_the_same(
+def test_each_architecture_trains_saves_loads_and_predicts_the_same_without_our_package(
     trained: Path, few: Path, tmp_path: Path
 ) -> None:
     labels = save_test_crops(few, tmp_path / "images.npy")
@@ -289,9 +289,7 @@ def layers_of(model: Any) -> dict[str, list[np.ndarray]]:
     return {layer.name: layer.get_weights() for layer in model.layers if layer.weights}
 
 
-def test_handed_over_weights_are_in_the_model_frozen_ones_as_they_were_and_the_others_trained(
-    trained: Path, xception_weights: Path
-) -> None:
+def test_frozen_layers_keep_the_given_weights_and_the_others_are_trained(trained: Path, xception_weights: Path) -> None:
     import keras
 
     base = keras.applications.Xception(include_top=False, weights=None, input_shape=(80, 80, 3))

@@ -27,7 +27,7 @@ def crops() -> np.ndarray:
     return images
 
 
-def test_a_crop_is_augmented_the_same_whichever_worker_has_it_and_otherwise_in_each_step_and_row(
+def test_augmentation_depends_on_step_and_row_but_not_on_the_worker(
     crops: np.ndarray,
 ) -> None:
     whole = augmented(crops, step=3)
@@ -93,7 +93,7 @@ def test_a_line_becomes_a_curve_that_stays_near_it(monkeypatch: pytest.MonkeyPat
     assert np.abs(np.diff(across, axis=1)).max() < 1  # the line has no gaps
 
 
-def test_what_is_beyond_the_edges_is_black(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pixels_shifted_in_are_black(monkeypatch: pytest.MonkeyPatch) -> None:
     only(monkeypatch, SHIFT=5.0)
     after = augmented(np.full((16, 80, 80, 1), 255, np.uint8))[..., 0]
     assert after[:, 6:-6, 6:-6] == pytest.approx(255)

@@ -48,9 +48,7 @@ from preprocessing.split import TEST, TRAIN, VALIDATION, folds_of_boxes, split_o
         ("_7", "_7"),
     ],
 )
-def test_the_book_is_the_letters_an_id_begins_with_or_what_stands_before_its_first_mark(
-    page_id: str, book: str
-) -> None:
+def test_the_book_is_the_leading_letters_or_the_part_before_the_first_mark(page_id: str, book: str) -> None:
     assert book_of(page_id) == book
 
 
@@ -120,7 +118,7 @@ def sides_of(units: list[str], labels: Labels, splits: NDArray[np.int8]) -> dict
     return sides
 
 
-def test_no_title_is_on_two_sides_with_any_of_100_seeds(layouts: Labels) -> None:
+def test_no_title_is_in_two_splits_with_any_of_100_seeds(layouts: Labels) -> None:
     titles = [book_of(page_id) for page_id in layouts.page_ids]
     for seed in range(100):
         splits = split_of_boxes(layouts, "book", seed, 0.15, 0.15)
@@ -177,7 +175,7 @@ def test_folds_that_do_not_fit_the_other_options_are_refused(options: dict[str, 
         PrepareConfig(**options)
 
 
-def test_fewer_books_than_three_are_one_line_that_names_books() -> None:
+def test_fewer_than_three_books_are_refused_in_one_line() -> None:
     labels = labels_of({"book1_1": 50, "book2_1": 60, "book3_1": 70, "empty_1": 0})
     with pytest.raises(OptionError, match=r"at least 3 books .*Received: 1 .book.\. Name .* --books FILE"):
         split_of_boxes(labels, "book", 42, 0.15, 0.15)
@@ -242,7 +240,7 @@ def train_only(*names: str) -> TrainOnlyFile:
 
 
 @pytest.mark.parametrize("by", ["random", "page", "book"])
-def test_pages_for_training_alone_are_in_no_other_split(by: str) -> None:
+def test_train_only_pages_are_in_no_other_split(by: str) -> None:
     labels = labels_of({f"{i // 2}_{i}": 10 for i in range(40)})
     books = [book_of(page_id) for page_id in labels.page_ids]
     alone = pages_for_training(labels, {}, books, train_only("3_7", "5", "6"))
@@ -273,7 +271,7 @@ def test_pages_for_training_alone_leave_the_splits_of_the_others_as_they_are(by:
         assert np.array_equal(whole[of_real], split_of_boxes(real, by, seed, 0.2, 0.2))
 
 
-def test_two_real_books_beside_drawn_ones_are_validation_and_test() -> None:
+def test_two_real_books_next_to_drawn_ones_become_validation_and_test() -> None:
     labels = labels_of({"1_1": 50, "2_1": 60, "drawn_1": 5})
     books = ["1", "2", "drawn"]
     splits = split_of_boxes(labels, "book", 42, 0.15, 0.15, books, np.array([False, False, True]))

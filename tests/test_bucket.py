@@ -84,7 +84,7 @@ def write_run(models: UPath, run: str) -> UPath:
     return folder
 
 
-def test_what_is_written_is_read_whole_in_parts_and_listed(folder: UPath, tmp_path: Path) -> None:
+def test_written_files_can_be_read_in_whole_or_in_parts_and_listed(folder: UPath, tmp_path: Path) -> None:
     write_bytes(folder / "big", BIG)
     for name in range(25):  # more than a page of a listing
         write_bytes(folder / f"small-{name:02}", str(name).encode())
@@ -175,7 +175,7 @@ def test_a_deletion_that_a_batch_was_refused_is_done_or_told(
     assert list_files(folder / "many") == {}
 
 
-def test_files_of_groups_go_when_their_attempt_fails_and_those_of_another_stay(folder: UPath, tmp_path: Path) -> None:
+def test_a_failed_attempt_removes_only_its_own_group_files(folder: UPath, tmp_path: Path) -> None:
     labels = Labels(["a"], np.array([0, 1]), np.zeros(1, np.int32), np.ones((1, 4), np.int32), "0" * 64)
     groups = group_pages(labels, {}, 1)
     for place_of_both in (folder, place(tmp_path)):
@@ -461,7 +461,7 @@ def test_a_folder_is_sealed_once(models: UPath) -> None:
     assert read_manifest(folder, ModelManifest).finished_at == NOON
 
 
-def test_an_answer_that_is_lost_after_an_exclusive_write_is_no_defeat(strict: StrictBucket, folder: UPath) -> None:
+def test_a_lost_answer_to_an_exclusive_write_counts_as_success(strict: StrictBucket, folder: UPath) -> None:
     strict.faults.inject(
         "cut", times=2, method="POST", matching="ifGenerationMatch=0"
     )  # the manifest, then the pointer
@@ -513,7 +513,9 @@ def test_a_fault_while_writing_leaves_what_was_meant(
     assert read_latest(run.parent) == Latest(run="one", finished_at=NOON)
 
 
-def test_an_interrupted_pull_goes_on_where_it_stopped(strict: StrictBucket, folder: UPath, tmp_path: Path) -> None:
+def test_an_interrupted_pull_from_a_bucket_resumes_where_it_stopped(
+    strict: StrictBucket, folder: UPath, tmp_path: Path
+) -> None:
     write_run(folder, "one")
     part = tmp_path / "baseline" / "one" / ".model.keras.part"
     part.parent.mkdir(parents=True)
@@ -523,7 +525,7 @@ def test_an_interrupted_pull_goes_on_where_it_stopped(strict: StrictBucket, fold
     assert sha256_of(place(part.with_name("model.keras"))) == sha256_of(folder / "baseline" / "one" / "model.keras")
 
 
-def test_bytes_that_come_changed_are_not_taken(strict: StrictBucket, folder: UPath, tmp_path: Path) -> None:
+def test_corrupted_downloads_are_refused(strict: StrictBucket, folder: UPath, tmp_path: Path) -> None:
     write_bytes(folder / "labels.csv", b"image_id,labels\n")
     strict.faults.inject("flip")
     with pytest.raises(DamageError, match="must arrive as it is there"):
@@ -568,7 +570,7 @@ def test_a_file_of_credentials_that_can_not_be_used_is_one_line(
     assert "GOOGLE_APPLICATION_CREDENTIALS must name a file with credentials" in line
 
 
-def test_two_readers_of_one_bucket_share_no_memory_of_it(folder: UPath) -> None:
+def test_listings_are_not_cached(folder: UPath) -> None:
     """Nothing is cached, because another process may have written."""
     assert list_files(folder) == {}
     write_bytes(folder / "x", b"1")
@@ -806,7 +808,7 @@ def test_a_fault_while_a_model_is_loaded_loads_what_was_meant_or_nothing(
     assert names == ["rare"]
 
 
-def test_models_that_may_not_be_listed_are_not_taken_for_none(
+def test_a_refused_listing_of_models_is_an_error_not_an_empty_list(
     strict: StrictBucket, folder: UPath, tmp_path: Path
 ) -> None:
     write_run(folder, "one")
@@ -815,9 +817,7 @@ def test_models_that_may_not_be_listed_are_not_taken_for_none(
         pull(folder, place(tmp_path))
 
 
-def test_a_target_that_goes_while_a_model_comes_is_one_line(
-    strict: StrictBucket, folder: UPath, tmp_path: Path
-) -> None:
+def test_a_target_folder_removed_during_pull_is_one_line(strict: StrictBucket, folder: UPath, tmp_path: Path) -> None:
     write_run(folder, "one")
     strict.faults.inject("hold", method="GET", matching=r"labels\.txt.*alt=media")
     target = tmp_path / "to" / "baseline" / "one"
@@ -907,7 +907,7 @@ def test_other_failures_are_left_as_they_are() -> None:
     assert explained(ValueError("x")) is None
 
 
-def test_a_place_is_looked_at_once(strict: StrictBucket, folder: UPath) -> None:
+def test_a_bucket_is_checked_for_access_once_per_process(strict: StrictBucket, folder: UPath) -> None:
     bucket.reach.cache_clear()
     before = len([logged for logged in strict.requests if logged.path.startswith("/storage/v1/b/demo/o?")])
     with ThreadPoolExecutor(1) as pool:

@@ -55,7 +55,7 @@ def test_a_hub_reads_the_card_of_an_export(trained: Path, tmp_path: Path) -> Non
     assert card.text.strip().startswith("# `baseline/first` as onnx\n")
 
 
-def test_the_licence_of_pages_goes_with_their_models(trained: Path, few: Path) -> None:
+def test_models_and_exports_state_the_licence_of_their_pages(trained: Path, few: Path) -> None:
     from job.config import TrainConfig
     from job.data.staging import staged
     from job.export.card import export_card
@@ -109,7 +109,7 @@ def test_a_licence_is_an_identifier(wrong: str, kuzushiji: Kuzushiji, tmp_path: 
     )
 
 
-def test_a_dataset_and_a_model_with_another_licence_are_damaged(few: Path, trained: Path, tmp_path: Path) -> None:
+def test_a_malformed_licence_in_a_dataset_or_model_is_damage(few: Path, trained: Path, tmp_path: Path) -> None:
     manifest = json.loads((few / "manifest.json").read_text())
     manifest["config"]["license"] = "a\n---\nlanguage: none"
     with pytest.raises(ValueError, match="the licence must be an identifier"):

@@ -26,7 +26,7 @@ def test_ece_is_the_mean_gap_of_probability_and_accuracy_in_bins_of_equally_many
     assert of([0.25], [True]).ece == pytest.approx(0.75)
 
 
-def test_of_the_most_certain_crops_it_is_told_how_many_are_right() -> None:
+def test_at_99_and_errors_by_share_rank_crops_by_certainty() -> None:
     # The 400 most certain crops are right, then every second one.
     probabilities = np.linspace(1, 0.1, 1000).tolist()
     found = of(probabilities, [True] * 400 + [False, True] * 300)
@@ -45,7 +45,7 @@ def test_of_the_most_certain_crops_it_is_told_how_many_are_right() -> None:
 
 
 @pytest.mark.parametrize("crops", [1, 2, 19, 21])
-def test_few_crops_have_all_numbers_too(crops: int) -> None:
+def test_all_metrics_exist_for_few_crops(crops: int) -> None:
     found = of(np.linspace(0.2, 0.9, crops).tolist(), [True] * crops)
     assert found.at_99 == 1
     assert found.errors_by_share == (0.0,) * 20

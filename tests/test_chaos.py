@@ -18,7 +18,7 @@ def test_a_few_kills_at_random_change_no_byte_of_a_dataset_and_leave_no_process(
     assert not found.temporary.exists()
 
 
-def test_a_process_that_ends_while_it_is_looked_at_has_no_title() -> None:
+def test_an_ended_process_has_an_empty_title() -> None:
     with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin
         assert process.stdout

@@ -89,7 +89,7 @@ def test_a_fraction_is_the_decimal_that_was_written() -> None:
 
 
 @pytest.mark.parametrize("by", ["page", "book"])
-def test_pages_and_books_stay_whole(by: str) -> None:
+def test_no_page_or_book_is_in_two_splits(by: str) -> None:
     labels = labels_of({f"{i // 4}-{i:03}": i % 9 for i in range(60)})
     splits = split_of_boxes(labels, by, 42, 0.15, 0.15)
     unit = [page_id if by == "page" else book_of(page_id) for page_id in labels.page_ids]

@@ -176,7 +176,7 @@ def test_two_hosts_train_one_model(cluster: Cluster, trained: str) -> None:
     assert [json.loads(row)["epoch"] for row in history] == [1, 2]
 
 
-def test_of_two_partitions_each_host_fetches_one(cluster: Cluster, trained: str) -> None:
+def test_each_host_downloads_only_its_partition(cluster: Cluster, trained: str) -> None:
     before = len(cluster.cloud.requests)
     done = cluster.submit(*TRAIN, "--partitions", "2", "--epochs", "1", "--run", "parts")
     assert "model: gs://demo-bucket/models/baseline/parts" in done.stdout
@@ -193,7 +193,7 @@ def test_of_two_partitions_each_host_fetches_one(cluster: Cluster, trained: str)
 
 
 @pytest.mark.smoke
-def test_reports_and_curves_are_on_the_bucket_beside_what_they_tell_of(cluster: Cluster, trained: str) -> None:
+def test_reports_and_curves_are_next_to_their_dataset_or_model(cluster: Cluster, trained: str) -> None:
     for report in ("crops.report.html", "models/baseline/undisturbed.report.html"):
         assert cluster.read(report).startswith(b"<!DOCTYPE html>")
     curves = "models/tensorboard/baseline/undisturbed/events.out.tfevents."
@@ -204,7 +204,7 @@ def test_reports_and_curves_are_on_the_bucket_beside_what_they_tell_of(cluster: 
 
 
 @pytest.mark.smoke
-def test_the_model_comes_to_the_laptop_checked(cluster: Cluster, trained: str) -> None:
+def test_pull_brings_a_verified_model_to_the_laptop(cluster: Cluster, trained: str) -> None:
     pulled = cluster.laptop("kuzushiji", "pull", "--models", f"gs://{BUCKET}/models", "--to", "here").stdout
     assert "baseline/undisturbed" in pulled
     assert "files are valid" in cluster.laptop("kuzushiji", "verify", "here/baseline").stdout
@@ -279,7 +279,7 @@ def wait_for(what: Callable[[], Any], seconds: float) -> Any:
     return found
 
 
-def test_a_host_that_is_gone_changes_nothing_of_the_model(cluster: Cluster, trained: str) -> None:
+def test_losing_a_host_does_not_change_the_model(cluster: Cluster, trained: str) -> None:
     command = shlex.join(["kuzushiji", "submit", "--", *TRAIN, "--epochs", "2", "--run", "disturbed"])
     with cluster.cloud.laptop.popen(f"cd {HERE} && {command}", stderr=subprocess.STDOUT) as job:
         assert job.stdout is not None

@@ -115,7 +115,7 @@ BROAD = "123-compute@developer.gserviceaccount.com"
         (change("file_mounts", {"~/.ray/auth_token": "~/nowhere"}), "no such file. Run `ray get-auth-token --generate"),
     ],
 )  # fmt: skip
-def test_what_would_fail_cost_or_be_open_is_one_line(
+def test_an_unsafe_or_costly_setting_is_refused_in_one_line(
     config: Config, tmp_path: Path, broken: Callable[[Config], None], says: str
 ) -> None:
     broken(config)
@@ -167,7 +167,7 @@ def test_what_is_no_cluster_file_is_one_line(tmp_path: Path, text: str, says: st
     assert "\n" not in str(failure.value)
 
 
-def test_versions_of_the_shipped_file_are_the_locks() -> None:
+def test_the_shipped_file_pins_the_versions_of_the_lock_files() -> None:
     pinned = dict(re.findall(r"\b(ray|tensorflow|keras)='([\d.]+)'", SHIPPED.read_text()))
     assert pinned == {name: locked("requirements.lock")[name] for name in ("ray", "tensorflow", "keras")}
     assert pinned == {name: locked("requirements-gpu.lock")[name] for name in pinned}

@@ -46,7 +46,7 @@ SURFACE = {
 }  # fmt: skip
 
 
-def test_the_public_surface_is_what_it_was() -> None:
+def test_the_set_of_commands_and_options_is_unchanged() -> None:
     surface = {
         name: {option for parameter in command.params for option in parameter.opts}
         for name, command in main.commands.items()
@@ -127,7 +127,7 @@ XCEPTION = ["train", "--dataset", "x", "--models", "y", "--architecture", "xcept
         (["submit", "--address", "http://127.example.com:1", "--attach", "x"], 2, "--address must be https://, or"),
     ],
 )  # fmt: skip
-def test_a_failure_is_one_line_with_the_rule_and_what_came(
+def test_an_error_is_one_line_with_the_rule_and_the_received_value(
     arguments: list[str], code: int, says: str, kuzushiji: Kuzushiji, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -207,7 +207,7 @@ def test_prepare_loads_no_tensorflow_and_no_process_of_ray_is_left_when_it_ends(
     assert left == []
 
 
-def test_a_ray_that_starts_too_slowly_is_one_line_that_tells_to_run_again(
+def test_a_slow_start_of_ray_is_one_line_that_says_to_run_again(
     ray_here: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import ray

@@ -142,7 +142,7 @@ def test_a_bomb_is_refused_from_its_header() -> None:
         decode_page(bytes(data))
 
 
-def test_mutated_files_are_decoded_or_are_faults_and_never_more() -> None:
+def test_mutated_files_are_decoded_or_raise_only_page_fault() -> None:
     rng = random.Random(1)
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 48, 3), np.uint8))
     originals = [jpeg(noise), jpeg(noise, progressive=True), jpeg(noise.convert("L"))]

@@ -115,7 +115,7 @@ def test_commands_are_found_in_the_docs() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_commands_of_the_docs_are_used_rightly(page: Path) -> None:
+def test_commands_in_the_docs_have_valid_options(page: Path) -> None:
     for command in commands(page.read_text()):
         name, *rest = shlex.split(command)[1:]
         if "..." in rest:

@@ -88,7 +88,7 @@ def test_a_tflite_model_predicts_what_the_model_does(
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_an_export_is_measured_on_a_dataset_beside_its_model(
+def test_with_a_dataset_the_accuracy_of_export_and_model_is_reported(
     form: str, trained: Path, few: Path, tmp_path: Path, kuzushiji: Kuzushiji
 ) -> None:
     told = kuzushiji("export", "--model", trained, "--format", form, "--dataset", few, "--out", tmp_path / "out")
@@ -149,7 +149,7 @@ def learned(few: Path) -> Any:
 
 
 @pytest.mark.parametrize("quantize", ["float16", "int8"])
-def test_a_quantized_model_reads_what_its_model_learned(
+def test_a_quantized_model_keeps_the_accuracy_of_its_model(
     quantize: Any, learned: Any, few: Path, crops: np.ndarray, tmp_path: Path
 ) -> None:
     from job.data.staging import staged
@@ -164,7 +164,9 @@ def test_a_quantized_model_reads_what_its_model_learned(
     np.testing.assert_allclose(predict(crops).sum(axis=1), 1, atol=1e-5)
 
 
-def test_what_quantization_costs_is_said_aloud(learned: Any, few: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_loss_of_accuracy_by_quantization_is_a_warning(
+    learned: Any, few: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     from job.data.staging import staged
 
     with staged(place(few), ["test"]) as data:
@@ -223,7 +225,7 @@ def test_an_fcn_keeps_its_free_height_and_width(form: Any, tmp_path: Path, monke
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_what_predicts_something_else_is_not_written(
+def test_an_export_that_predicts_differently_is_not_written(
     form: Any, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def wrong(model: Any, *_: object) -> Callable[[np.ndarray], np.ndarray]:

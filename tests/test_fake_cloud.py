@@ -182,7 +182,7 @@ def test_only_an_instance_with_an_account_gets_tokens_and_they_open_only_its_buc
 
 
 @needs_hosts
-def test_who_makes_instances_gives_them_only_accounts_that_it_may_use(cloud: FakeCloud) -> None:
+def test_an_account_can_give_instances_only_accounts_it_may_use(cloud: FakeCloud) -> None:
     maker, used, other = (cloud.account(name) for name in ("maker", "used", "other"))
     cloud.add_account(maker, "roles/compute.instanceAdmin.v1")
     cloud.add_account(used)

@@ -51,7 +51,7 @@ def test_a_gpu_gives_the_losses_of_cpus(run: str, trained: dict[str, Path]) -> N
     assert losses(trained[run]) == pytest.approx(losses(trained["cpu"]), rel=5e-3)  # TF32 has 10 bits of mantissa
 
 
-def test_on_a_gpu_too_the_bits_are_the_same_if_asked(trained: dict[str, Path]) -> None:
+def test_deterministic_training_on_a_gpu_repeats_bit_for_bit(trained: dict[str, Path]) -> None:
     import keras
 
     assert losses(trained["first"]) == losses(trained["second"])

@@ -64,7 +64,7 @@ def test_the_largest_pages_are_cut_within_the_stated_memory(pages: int) -> None:
     [b"", b"\xff", b"\xff\xd0", segment(0xE1, b"\xff\xd8" + segment(0xC0, b"\0" * 15)), segment(0xFE, b"\xff\xc0")],
     ids=["none", "filled up", "restart", "thumbnail", "comment"],
 )
-def test_a_page_of_scans_without_end_is_a_loss(disguise: bytes) -> None:
+def test_a_progressive_jpeg_with_too_many_scans_is_a_fault(disguise: bytes) -> None:
     def page(scans: int) -> bytes:
         plain = progressive(40, 56, 1, scans)
         return plain[:2] + disguise + plain[2:]
@@ -119,7 +119,7 @@ def _is_encrypted(data: bytearray) -> None:
     [_says_longer, _begins_past_the_end, _is_packed_in_an_unknown_way, _is_encrypted],
     ids=lambda f: f.__name__,
 )
-def test_a_page_that_its_archive_misleads_about_is_a_fault(damage: Callable[[bytearray], None], tmp_path: Path) -> None:
+def test_a_page_with_a_false_archive_entry_is_a_fault(damage: Callable[[bytearray], None], tmp_path: Path) -> None:
     data = archive_of(tmp_path / "pages.zip", zipfile.ZIP_DEFLATED)
     damage(data)
     (tmp_path / "pages.zip").write_bytes(data)
@@ -198,7 +198,7 @@ def test_mutated_manifests_are_read_or_refused_in_one_line(seed: int) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_of_a_wrong_manifest_the_first_fault_is_told(change: dict[str, Any], says: str, tmp_path: Path) -> None:
+def test_an_invalid_manifest_is_refused_with_its_first_fault(change: dict[str, Any], says: str, tmp_path: Path) -> None:
     folder = write_dataset(tmp_path / "dataset", b"", 0)
     content = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(content | change))
@@ -490,7 +490,7 @@ def test_without_safe_mode_the_lambda_would_run(tmp_path: Path) -> None:
     assert (tmp_path / "evil").exists()
 
 
-def test_the_checksum_of_a_model_comes_before_loading(tmp_path: Path) -> None:
+def test_a_model_is_checksummed_before_it_is_loaded(tmp_path: Path) -> None:
     from job.model.folder import load_model
 
     archive = _lambda(tmp_path)

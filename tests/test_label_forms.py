@@ -153,7 +153,7 @@ def test_a_page_in_two_files_is_refused_with_both(tmp_path: Path) -> None:
     assert "a/train.csv and" in text
 
 
-def test_what_may_be_damaged_labels_is_refused_and_notes_are_left_aside(
+def test_unknown_label_files_are_refused_and_notes_are_ignored(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_form("kaggle", PAGES, tmp_path, SIZE)
@@ -176,7 +176,7 @@ def written(path: Path, text: str | bytes) -> Path:
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "cp932", "utf-8-sig"])
-def test_text_of_windows_is_read(encoding: str, tmp_path: Path) -> None:
+def test_label_files_in_windows_encodings_are_read(encoding: str, tmp_path: Path) -> None:
     text = "image_id,labels\r\na,U+306F 1 2 3 4\r\n"
     assert read(written(tmp_path / "train.csv", text.encode(encoding))).boxes.tolist() == [[1, 2, 3, 4]]
 
@@ -574,7 +574,7 @@ def test_a_curation_without_its_lists_is_refused(tmp_path: Path) -> None:
     refused(json_file(tmp_path / "c.json", {"selections": [{}]}), says=r"selections\[0\]: must have 'members', a list")
 
 
-def test_canvases_of_the_same_end_need_a_file_that_names_pages(tmp_path: Path) -> None:
+def test_canvases_whose_ids_end_alike_need_a_file_that_names_pages(tmp_path: Path) -> None:
     at = [f"https://x/{book}/canvas/10#xywh=1,2,3,4" for book in "ab"]
     path = json_file(tmp_path / "curation.json", curation_of(*map(canvas_box, at)))
     refused(path, says="canvases must end with different ids, or --canvases name their files")

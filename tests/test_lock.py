@@ -91,7 +91,7 @@ def test_what_is_locked_can_be_locked_on_nfs(nfs: list[str], few: Path, trained:
     assert {"in-use", "lock", "it.lock", ".model.keras.part"} <= {*nfs}
 
 
-def test_a_killed_process_leaves_its_lock_on_a_disk_at_once(tmp_path: Path) -> None:
+def test_a_killed_process_releases_its_lock_on_a_disk_at_once(tmp_path: Path) -> None:
     at = place(tmp_path / "it.lock")
     with subprocess.Popen([sys.executable, "-c", HOLD, str(at)], stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout
@@ -104,7 +104,7 @@ def test_a_killed_process_leaves_its_lock_on_a_disk_at_once(tmp_path: Path) -> N
             pass
 
 
-def test_a_lease_without_a_sign_of_life_is_taken_over_which_is_said(
+def test_a_stale_lease_is_taken_over_with_a_log_line(
     lease: UPath, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lock, "SECONDS_UNTIL_LOST", 0.5)

@@ -44,7 +44,7 @@ def rows(part: slice) -> list[int]:
 
 
 @given(SIZES, st.integers(1, 6), st.integers(1, 4), st.integers(1, 6))
-def test_batches_do_not_depend_on_the_workers_and_take_each_crop_once_and_as_many_of_each_partition(
+def test_batches_are_the_same_for_any_number_of_workers_and_draw_equally_from_each_partition(
     sizes: list[int], count: int, each: int, workers: int
 ) -> None:
     workers = min(workers, count * each)
@@ -62,7 +62,7 @@ def test_batches_do_not_depend_on_the_workers_and_take_each_crop_once_and_as_man
 
 
 @given(SIZES, st.integers(1, 6), st.integers(1, 4), st.integers(1, 6), st.integers(1, 5))
-def test_each_crop_is_evaluated_once_by_a_worker_that_holds_it_and_is_one_workers_own(
+def test_each_crop_is_evaluated_once_by_a_worker_that_staged_it_and_owned_by_one(
     sizes: list[int], count: int, each: int, workers: int, most: int
 ) -> None:
     workers = min(workers, count * each)
@@ -80,7 +80,7 @@ def test_each_crop_is_evaluated_once_by_a_worker_that_holds_it_and_is_one_worker
     assert [row for part in parts for row in rows(part.own_rows("test"))] == list(range(sum(sizes)))
 
 
-def test_one_partition_has_the_order_of_releases_without_partitions() -> None:
+def test_one_partition_keeps_the_batch_order_of_earlier_releases() -> None:
     sizes = [40, 0, 25, 35]
     for workers in (1, 3):
         parts = dealt(sizes, 1, 16, workers)
@@ -90,7 +90,7 @@ def test_one_partition_has_the_order_of_releases_without_partitions() -> None:
         assert np.array_equal(batches, order[:96].reshape(6, 16))
 
 
-def test_workers_hold_equal_parts_of_nearly_equal_size_where_partitions_are_a_multiple_of_them() -> None:
+def test_partitions_are_shared_evenly_if_their_number_is_a_multiple_of_the_workers() -> None:
     parts = dealt([99, 100, 101, 100] * 16, 8, 16, 4)
     assert [part.held_by(rank) for rank, part in enumerate(parts)] == [
         range(2 * rank, 2 * rank + 2) for rank in range(4)
@@ -117,7 +117,7 @@ def test_partitions_that_a_dataset_does_not_allow_are_refused(
         fit_to_dataset(read_manifest(place(dataset), DatasetManifest), config)
 
 
-def test_a_batch_larger_than_its_partitions_is_lowered_in_equal_parts_and_what_an_epoch_takes_is_told(
+def test_a_too_large_batch_is_lowered_to_fit_the_smallest_partition_and_crops_per_epoch_are_logged(
     dataset: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "kuzushiji")
@@ -131,7 +131,7 @@ def test_a_batch_larger_than_its_partitions_is_lowered_in_equal_parts_and_what_a
     assert f"4 partitions, {4 * smallest} of {crops} training crops in an epoch" in caplog.text
 
 
-def test_a_disk_without_room_for_the_crops_is_refused_before_any_is_staged_and_has_room_for_a_partition(
+def test_a_too_small_disk_is_refused_before_staging_but_fits_one_partition(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manifest = read_manifest(place(dataset), DatasetManifest)
@@ -150,7 +150,7 @@ def test_a_disk_without_room_for_the_crops_is_refused_before_any_is_staged_and_h
         subprocess.run(["umount", "--lazy", tmp_path], check=True)
 
 
-def test_consecutive_crops_have_the_ids_of_their_pages(dataset: Path) -> None:
+def test_a_slice_of_crops_keeps_its_page_ids(dataset: Path) -> None:
     manifest = read_manifest(place(dataset), DatasetManifest)
     with staged_shards(place(dataset), manifest, {"train": manifest.shards_of("train")}) as data:
         crops = data.splits["train"]
@@ -161,7 +161,7 @@ def test_consecutive_crops_have_the_ids_of_their_pages(dataset: Path) -> None:
         assert np.array_equal(crops[5:90][3:].boxes, crops.boxes[8:90])
 
 
-def test_a_worker_that_ends_early_ends_its_staging_and_leaves_nothing(
+def test_staging_stops_and_cleans_up_when_its_worker_exits_early(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A worker whose GPUs TensorFlow does not see ends early."""
@@ -215,7 +215,7 @@ def remembers_what_is_staged(folder: Path) -> Any:
     return change
 
 
-def test_two_workers_stage_a_partition_each_and_give_the_model_of_one_that_holds_both(
+def test_two_workers_with_one_partition_each_train_like_one_worker_with_both(
     dataset: Path, tmp_path: Path, workers_do: WorkersDo
 ) -> None:
     config = TrainConfig.model_validate(

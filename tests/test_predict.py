@@ -94,7 +94,7 @@ def without_characters(labels: Path, to: Path) -> Path:
     return to
 
 
-def test_what_is_read_are_the_very_crops_of_the_dataset(
+def test_predict_reads_exactly_the_crops_of_the_dataset(
     real_dataset: Path, shared: Path, read: Path, model: Path
 ) -> None:
     from job.data.staging import staged
@@ -155,7 +155,7 @@ def test_a_model_of_crops_with_a_margin_reads_new_pages_with_it_and_is_evaluated
 
 
 @pytest.mark.parametrize("margin", ["0.1", True, -0.1, 2, None, float("nan")])
-def test_a_margin_that_is_none_is_damage(margin: object, tmp_path: Path) -> None:
+def test_an_invalid_margin_is_damage(margin: object, tmp_path: Path) -> None:
     from job.model.folder import read_trained_on
 
     model = any_model(tmp_path, "U+306F\nrare\n", {"margin": margin})
@@ -173,7 +173,7 @@ def test_the_accuracy_is_that_of_evaluate(read: Path, model: Path, real_dataset:
         assert told[key] == pytest.approx(sum(part[key] * part["examples"] for part in parts) / told["examples"])
 
 
-def test_boxes_without_characters_are_read_alike_and_nothing_is_claimed_of_accuracy(
+def test_boxes_without_labels_get_the_same_predictions_and_no_accuracy(
     read: Path, model: Path, shared: Path, tmp_path: Path
 ) -> None:
     bare = without_characters(shared / "train.csv", tmp_path / "boxes.csv")
@@ -191,7 +191,7 @@ def test_csv_holds_the_same_as_parquet(read: Path, model: Path, shared: Path, tm
         pd.testing.assert_frame_equal(same, table(read, kind), check_dtype=False)
 
 
-def test_a_page_is_told_as_text_by_column_and_each_character_once(read: Path, shared: Path) -> None:
+def test_the_text_of_a_page_has_each_character_once_by_column(read: Path, shared: Path) -> None:
     boxes, pages = table(read), table(read, "pages").set_index("image_id")
     assert len(pages) == len(read_labels(place(shared / "train.csv")).page_ids)
     for page_id, of_page in boxes.groupby("image_id"):
@@ -203,7 +203,7 @@ def test_a_page_is_told_as_text_by_column_and_each_character_once(read: Path, sh
         assert ((boxes[f"label_{rank}"] == "rare") == (boxes[f"character_{rank}"] == "〓")).all()
 
 
-def test_each_page_is_drawn_beside_what_was_read(read: Path, shared: Path) -> None:
+def test_pictures_show_each_page_next_to_its_predictions(read: Path, shared: Path) -> None:
     for page in (shared / "pages").iterdir():
         with Image.open(read.parent / "pictures" / f"{page.stem}.jpeg") as drawn, Image.open(page) as scan:
             half = drawn.width // 2
@@ -212,7 +212,9 @@ def test_each_page_is_drawn_beside_what_was_read(read: Path, shared: Path) -> No
         assert (np.abs(written.astype(int) - (213, 94, 0)).max(axis=2) < 20).any()  # vermillion: wrong characters
 
 
-def test_what_cannot_be_read_is_counted_and_listed(model: Path, shared: Path, ray_here: None, tmp_path: Path) -> None:
+def test_unreadable_boxes_are_counted_and_listed_as_losses(
+    model: Path, shared: Path, ray_here: None, tmp_path: Path
+) -> None:
     shutil.copytree(shared / "pages", tmp_path / "pages")
     first, second, _ = sorted((tmp_path / "pages").iterdir())
     first.write_bytes(first.read_bytes()[:5000])
@@ -233,9 +235,7 @@ def test_what_cannot_be_read_is_counted_and_listed(model: Path, shared: Path, ra
     assert (texts["0-elsewhere"], texts["zz-empty"]) == ("", "")
 
 
-def test_where_nothing_could_be_read_no_folder_is_sealed_and_nothing_is_begun_where_the_names_of_pages_show_it(
-    model: Path, shared: Path, ray_here: None, tmp_path: Path
-) -> None:
+def test_predict_seals_nothing_if_no_box_is_readable(model: Path, shared: Path, ray_here: None, tmp_path: Path) -> None:
     page_id = min(path.stem for path in (shared / "pages").iterdir())
     for row, fault, begun in ((f"{page_id},90000 2 3 4", "box is off", True), ("none,1 2 3 4", "page has no", False)):
         (tmp_path / "boxes.csv").write_text(f"image_id,labels\n{row}\n")
@@ -246,7 +246,7 @@ def test_where_nothing_could_be_read_no_folder_is_sealed_and_nothing_is_begun_wh
         assert not (tmp_path / "out" / "manifest.json").exists()
 
 
-def test_a_picture_whose_name_would_be_too_long_and_a_manifest_too_large_are_refused_before_a_page_is_read(
+def test_too_long_picture_names_and_too_large_manifests_are_refused_before_reading(
     model: Path, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     page_id = "a" * 251
@@ -262,7 +262,7 @@ def test_a_picture_whose_name_would_be_too_long_and_a_manifest_too_large_are_ref
     assert not (tmp_path / "out").exists()
 
 
-def test_a_reader_that_is_killed_changes_nothing(read: Path, model: Path, shared: Path, tmp_path: Path) -> None:
+def test_killed_readers_do_not_change_the_predictions(read: Path, model: Path, shared: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with ThreadPoolExecutor() as pool:
         pictures = place(tmp_path / "pictures")
@@ -337,7 +337,9 @@ def test_a_page_is_read_in_the_order_in_which_people_read_it(shared: Path) -> No
     ]
 
 
-def test_a_folder_of_something_else_is_left_alone(read: Path, model: Path, shared: Path, tmp_path: Path) -> None:
+def test_an_out_folder_with_other_files_is_refused_unchanged(
+    read: Path, model: Path, shared: Path, tmp_path: Path
+) -> None:
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(OptionError, match=r"new or empty folder, or .* Received: .*, with mine.txt"):
         do(model, shared / "pages", shared / "train.csv", tmp_path)
@@ -354,7 +356,7 @@ def test_a_folder_of_something_else_is_left_alone(read: Path, model: Path, share
     assert verify(place(read))[1:] == ([], [])
 
 
-def test_the_command_tells_how_many_were_read_and_how_well(
+def test_the_command_prints_counts_and_accuracy(
     ray_here: None, model: Path, shared: Path, kuzushiji: Kuzushiji, tmp_path: Path
 ) -> None:
     places = ["--model", model, "--pages", shared / "pages", "--boxes", shared / "train.csv", "--out", tmp_path / "out"]
@@ -422,6 +424,6 @@ def test_columns_are_read_from_right_to_left_and_from_top_to_bottom() -> None:
 
 
 @given(st.lists(st.tuples(*[st.integers(-50, 2000)] * 2, *[st.integers(1, 300)] * 2), max_size=30))
-def test_every_box_has_its_place_in_the_order_of_reading(boxes: list[tuple[int, ...]]) -> None:
+def test_the_reading_order_has_every_box_once(boxes: list[tuple[int, ...]]) -> None:
     found = columns(np.array(boxes, np.int64).reshape(-1, 4))
     assert sorted(i for column in found for i in column) == list(range(len(boxes)))

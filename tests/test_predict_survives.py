@@ -101,7 +101,7 @@ def test_two_predicts_of_one_folder_end_with_one_folder_that_is_whole(
     assert hashes_of_predictions(tmp_path / "to") == hashes_of_predictions(undisturbed)
 
 
-def test_a_predict_that_was_overtaken_takes_what_the_other_sealed(
+def test_a_predict_that_finishes_second_accepts_the_sealed_folder(
     source: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def overtaken(*_: object, **__: object) -> None:
@@ -166,7 +166,7 @@ def test_pictures_may_be_removed_and_are_drawn_again_with_damaged_tables(
     assert hashes_of_predictions(tmp_path) == hashes_of_predictions(undisturbed)
 
 
-def test_what_another_attempt_has_begun_to_make_again_keeps_its_plan(source: Path, tmp_path: Path) -> None:
+def test_cleanup_keeps_the_plan_of_another_attempt(source: Path, tmp_path: Path) -> None:
     assert predict_here(source, tmp_path)
     out = resumable(place(tmp_path / "read"))
     write_bytes(out.plan, b"{}")

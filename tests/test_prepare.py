@@ -211,7 +211,7 @@ def test_a_manifest_that_will_be_too_large_is_refused_before_a_page_is_read(
     assert list((tmp_path / "out").iterdir()) == [tmp_path / "out" / ".prepare"]
 
 
-def test_a_file_all_of_whose_crops_were_lost_stays_valid_and_empty(tmp_path: Path) -> None:
+def test_a_shard_whose_crops_are_all_lost_is_valid_and_empty(tmp_path: Path) -> None:
     write_pages(tmp_path, {"a_0.jpg": page()}, {"a_0": boxes(30), "b_0": boxes(30)})
     manifest = run(tmp_path, tmp_path / "out", PrepareConfig(max_bad_fraction=1, split="random", shards=2))
     assert [shard.examples for shard in manifest.shards if shard.bytes == 0] == [0, 0, 0]
@@ -349,7 +349,7 @@ def test_shards_are_cut_at_nearly_equal_box_counts_and_counted_per_split(pages: 
     assert max(per_group) - min(per_group) <= 2 * int(read_labels(place(pages / "train.csv")).boxes_per_page.max())
 
 
-def test_split_by_book_puts_no_book_on_two_sides(pages: Path, tmp_path: Path) -> None:
+def test_split_by_book_keeps_each_book_in_one_split(pages: Path, tmp_path: Path) -> None:
     manifest = run(pages, tmp_path / "out", PrepareConfig(split="book", coverage=0.5))
     books: dict[str, set[str]] = {}
     for path in (tmp_path / "out").glob("*.tfrecord*"):
@@ -379,7 +379,7 @@ def test_a_manifest_that_lost_shards_is_damage(dataset: Path, pages: Path, tmp_p
 
 
 @pytest.mark.parametrize("bad", ["no folder", "empty folder", "no zip", "a folder named as a zip", "twice in a zip"])
-def test_pages_that_are_no_pages_are_refused_before_any_work(bad: str, pages: Path, tmp_path: Path) -> None:
+def test_invalid_pages_are_refused_before_any_work(bad: str, pages: Path, tmp_path: Path) -> None:
     shutil.copy(pages / "train.csv", tmp_path / "train.csv")
     name = "x.zip" if "zip" in bad else "x"
     if bad in ("empty folder", "a folder named as a zip"):
@@ -414,7 +414,7 @@ def test_a_page_that_is_broken_in_the_archive_is_a_loss(method: int, tmp_path: P
 
 @pytest.mark.parametrize("change", ["gone", "longer", "over the bound"])
 @pytest.mark.parametrize("source", ["train_images", "pages.zip"])
-def test_a_page_that_changes_under_prepare_is_no_loss_but_one_line(source: str, change: str, tmp_path: Path) -> None:
+def test_a_page_that_changes_during_prepare_is_an_error_not_a_loss(source: str, change: str, tmp_path: Path) -> None:
     """The same happens if `--pages` names another folder on another host."""
     write_pages(tmp_path, {"a_1.jpg": page()}, {"a_1": boxes(10)})
     files = tmp_path / "train_images"

@@ -86,7 +86,7 @@ def test_a_killed_prepare_is_finished_by_the_next_which_makes_nothing_again(
     assert {name: (out / name).stat().st_ino for name in done} == done
 
 
-def test_two_prepares_of_one_folder_and_a_lost_worker_give_one_dataset_that_is_whole_whenever_it_is_seen(
+def test_two_prepares_and_a_killed_worker_never_show_an_incomplete_dataset(
     chaos: Chaos, source: Path, undisturbed: Path, ray_address: str, tmp_path: Path
 ) -> None:
     out = tmp_path / "dataset"
@@ -109,7 +109,7 @@ def test_two_prepares_of_one_folder_and_a_lost_worker_give_one_dataset_that_is_w
     assert hashes_of_dataset(out) == hashes_of_dataset(undisturbed)
 
 
-def test_ctrl_c_as_the_first_pages_come_ends_ray_datas_thread_before_ray_ends(
+def test_ctrl_c_at_the_first_pages_stops_ray_datas_thread_before_ray(
     ray_here: None, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Otherwise the thread would start another Ray, fail with a traceback, and leave the terminal without a cursor."""
@@ -128,7 +128,7 @@ def test_ctrl_c_as_the_first_pages_come_ends_ray_datas_thread_before_ray_ends(
     assert not any(map(of_ray_data, threading.enumerate()))
 
 
-def test_a_prepare_that_was_overtaken_takes_what_the_other_sealed(
+def test_a_prepare_that_finishes_second_accepts_the_sealed_folder(
     source: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "dataset"
@@ -144,7 +144,7 @@ def test_a_prepare_that_was_overtaken_takes_what_the_other_sealed(
     assert hashes_of_dataset(out) == hashes_of_dataset(undisturbed)
 
 
-def test_a_prepare_that_was_killed_goes_on_with_a_zip_of_the_same_pages(
+def test_a_killed_prepare_resumes_with_a_zip_of_the_same_pages(
     source: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the zip, the files have other names."""
@@ -307,7 +307,7 @@ def test_a_page_is_named_after_three_processes_that_died_at_it_and_each_attempt_
         deaths.new_attempt()
 
 
-def test_a_page_that_a_process_got_past_is_not_counted_but_deaths_elsewhere_take_nothing_back(deaths: Deaths) -> None:
+def test_finishing_a_page_resets_its_deaths_but_deaths_at_other_pages_do_not(deaths: Deaths) -> None:
     for page in (5, 5, 5, 7, 5, 5):  # the fourth process gets past page 5
         deaths.die_at(page)
     deaths.die_at(3)
@@ -316,7 +316,7 @@ def test_a_page_that_a_process_got_past_is_not_counted_but_deaths_elsewhere_take
         deaths.cut(0)
 
 
-def test_processes_that_are_killed_at_any_page_end_no_prepare_and_leave_no_note(deaths: Deaths) -> None:
+def test_one_death_at_each_page_does_not_fail_prepare_and_leaves_no_note(deaths: Deaths) -> None:
     shuffled = random.Random(1)
     for page in shuffled.sample(range(16), 16):
         deaths.die_at(page)

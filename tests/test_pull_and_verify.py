@@ -47,7 +47,7 @@ def edit_manifest(folder: UPath, **changes: object) -> None:
     write_bytes(folder / MANIFEST_FILE, json.dumps(content).encode())
 
 
-def test_the_latest_runs_come_whole_and_checked(models: UPath, tmp_path: Path) -> None:
+def test_pull_fetches_and_verifies_the_latest_runs(models: UPath, tmp_path: Path) -> None:
     to = place(tmp_path / "to")
     pulled = pull(models, to)
     assert [(one.name, one.run) for one in pulled] == [("baseline", "new"), ("other", "one")]
@@ -57,7 +57,7 @@ def test_the_latest_runs_come_whole_and_checked(models: UPath, tmp_path: Path) -
     assert resolve_model(to / "baseline") == to / "baseline" / "new"
 
 
-def test_a_named_run_comes_and_moves_no_pointer_back(models: UPath, tmp_path: Path) -> None:
+def test_pulling_an_older_run_does_not_change_the_latest(models: UPath, tmp_path: Path) -> None:
     to = place(tmp_path / "to")
     pull(models, to, ["baseline"])
     assert [one.run for one in pull(models, to, ["baseline/old"])] == ["old"]
@@ -66,7 +66,7 @@ def test_a_named_run_comes_and_moves_no_pointer_back(models: UPath, tmp_path: Pa
     assert latest.run == "new"
 
 
-def test_what_is_there_and_right_is_not_fetched_again(models: UPath, tmp_path: Path) -> None:
+def test_valid_files_are_not_downloaded_again(models: UPath, tmp_path: Path) -> None:
     to = place(tmp_path / "to")
     total = sum(len(data) for data in FILES.values())
     assert pull(models, to, ["other"])[0].new_bytes == total
@@ -75,7 +75,7 @@ def test_what_is_there_and_right_is_not_fetched_again(models: UPath, tmp_path: P
     assert pull(models, to, ["other"])[0].new_bytes == 2
 
 
-def test_an_interrupted_pull_goes_on_where_it_stopped(models: UPath, tmp_path: Path) -> None:
+def test_an_interrupted_pull_resumes_where_it_stopped(models: UPath, tmp_path: Path) -> None:
     to = tmp_path / "to"
     folder = to / "other" / "one"
     folder.mkdir(parents=True)
@@ -86,7 +86,7 @@ def test_an_interrupted_pull_goes_on_where_it_stopped(models: UPath, tmp_path: P
     assert not list(folder.glob(".*"))
 
 
-def test_a_part_of_something_else_is_fetched_anew(models: UPath, tmp_path: Path) -> None:
+def test_a_wrong_partial_file_is_downloaded_again(models: UPath, tmp_path: Path) -> None:
     folder = tmp_path / "to" / "other" / "one"
     folder.mkdir(parents=True)
     (folder / ".model.keras.part").write_bytes(b"something else")
@@ -94,7 +94,7 @@ def test_a_part_of_something_else_is_fetched_anew(models: UPath, tmp_path: Path)
     assert (folder / "model.keras").read_bytes() == FILES["model.keras"]
 
 
-def test_a_changed_file_is_named_and_nothing_stands_under_its_name(models: UPath, tmp_path: Path) -> None:
+def test_a_changed_file_is_named_and_not_written(models: UPath, tmp_path: Path) -> None:
     data = bytearray(FILES["model.keras"])
     data[1000] ^= 1
     write_bytes(models / "other" / "one" / "model.keras", bytes(data))
@@ -121,7 +121,7 @@ def test_a_missing_file_is_named(models: UPath, tmp_path: Path) -> None:
         pull(models, place(tmp_path / "to"), ["other"])
 
 
-def test_names_that_climb_out_are_refused(models: UPath, tmp_path: Path) -> None:
+def test_names_that_leave_the_folder_are_refused(models: UPath, tmp_path: Path) -> None:
     for name in ("../x", "..", "baseline/../../x", "/etc", "baseline/..", ""):
         with pytest.raises(OptionError):
             pull(models, place(tmp_path / "to"), [name])
@@ -146,14 +146,14 @@ def test_names_that_climb_out_are_refused(models: UPath, tmp_path: Path) -> None
         b'{"kind": "model", "files": 3}',
     ],
 )
-def test_a_manifest_that_is_none_is_damage_in_one_line(content: bytes, models: UPath, tmp_path: Path) -> None:
+def test_an_invalid_manifest_is_damage_in_one_line(content: bytes, models: UPath, tmp_path: Path) -> None:
     write_bytes(models / "other" / "one" / MANIFEST_FILE, content)
     with pytest.raises(DamageError) as caught:
         pull(models, place(tmp_path / "to"), ["other"])
     assert "\n" not in str(caught.value)
 
 
-def test_nothing_of_that_name_is_said_in_one_line(models: UPath, tmp_path: Path) -> None:
+def test_a_missing_model_or_run_is_an_error_in_one_line(models: UPath, tmp_path: Path) -> None:
     for wanted in ("nothing", "baseline/nothing"):
         with pytest.raises(KuzushijiError) as caught:
             pull(models, place(tmp_path / "to"), [wanted])

@@ -123,7 +123,7 @@ def test_a_fault_while_pages_are_read_ahead_loses_none(
     assert all(map(same, found, of_a_disk[: len(found)]))
 
 
-def test_what_fails_while_it_is_read_ahead_is_told_at_the_turn_of_its_page(
+def test_an_error_of_a_page_read_ahead_is_raised_when_that_page_is_cut(
     folder: UPath, pages: Path, of_a_disk: list[Cut]
 ) -> None:
     for path in (pages / "train_images").iterdir():
@@ -155,7 +155,7 @@ def test_a_damaged_page_in_an_archive_that_is_read_ahead_is_a_loss_and_its_neigh
 
 
 @pytest.mark.parametrize("expected", [[], ["a", "b"]])
-def test_of_an_archive_that_is_replaced_while_it_is_read_no_other_page_is_read(
+def test_an_archive_replaced_during_reading_is_an_error(
     folder: UPath, expected: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def write(byte: bytes) -> None:
@@ -223,9 +223,7 @@ def test_the_first_bytes_of_an_object_are_read_with_one_request_unless_it_is_lar
 
 
 @pytest.mark.parametrize("size", [1000, RANGE_BYTES + 1])
-def test_an_object_that_comes_changed_is_not_taken_whatever_its_size(
-    strict: StrictBucket, folder: UPath, size: int
-) -> None:
+def test_an_object_corrupted_in_transit_is_refused_at_any_size(strict: StrictBucket, folder: UPath, size: int) -> None:
     write_bytes(folder / "x", bytes(size))
     strict.faults.inject("flip")
     with pytest.raises(DamageError, match="must arrive as it is there"):

@@ -44,7 +44,7 @@ def test_a_crop_is_read_back_as_it_was_written(crop: dict[str, Any]) -> None:
 
 
 @given(CROPS, st.data())
-def test_of_what_is_no_crop_no_more_is_said_than_that(crop: dict[str, Any], data: st.DataObject) -> None:
+def test_invalid_records_raise_only_value_error(crop: dict[str, Any], data: st.DataObject) -> None:
     whole = encode_example(crop)
     at = data.draw(st.integers(0, len(whole) - 1))
     name = data.draw(st.sampled_from(sorted(crop)))

@@ -52,20 +52,20 @@ def of_real(real_dataset: Path) -> str:
     return dataset_report(place(real_dataset)).decode()
 
 
-def test_a_report_asks_for_nothing_beside_itself(of_real: str) -> None:
+def test_a_report_loads_no_other_file(of_real: str) -> None:
     addresses = Page(of_real).addresses
     assert {urlparse(address).scheme for address in addresses if not address.startswith("#")} == {"data"}
     assert set(re.findall(r"url\(\"?(data:|#|.)", of_real)) <= {"data:", "#"}
     assert "<script" not in of_real
 
 
-def test_what_stands_in_plots_is_text_and_no_formula(of_real: str, of_two: str) -> None:
+def test_plot_texts_are_not_parsed_as_formulas(of_real: str, of_two: str) -> None:
     drawn = re.findall(r"<!-- (.*?) -->", of_real + of_two)  # each text that was drawn as shapes
     assert {"1", "10", "100%", "accuracy"} <= set(drawn)
     assert not [text for text in drawn if "$" in text or "\\" in text]
 
 
-def test_a_dataset_is_told_as_its_manifest_has_it(of_real: str, real_dataset: Path) -> None:
+def test_a_dataset_report_has_the_numbers_of_the_manifest(of_real: str, real_dataset: Path) -> None:
     counts = read_manifest(place(real_dataset), DatasetManifest).counts
     text = Page(of_real).text
     for split, of_split in counts.items():
@@ -75,7 +75,7 @@ def test_a_dataset_is_told_as_its_manifest_has_it(of_real: str, real_dataset: Pa
     assert f"{classes} have a class of their own" in text
 
 
-def test_a_random_split_is_told_to_have_pages_and_books_on_both_sides(of_real: str, real_dataset: Path) -> None:
+def test_a_report_shows_the_leakage_of_a_random_split(of_real: str, real_dataset: Path) -> None:
     held = read_manifest(place(real_dataset), DatasetManifest).counts["test"]["examples"]
     assert f"test\n{held}\n1.0000\n{held}\n1.0000\n" in Page(of_real).text
 
@@ -104,7 +104,7 @@ def of_two(two: Path, few: Path) -> str:
     return model_report(place(two), place(few)).decode()
 
 
-def test_models_are_told_as_their_metrics_have_them_beside_the_study(of_two: str, trained: Path) -> None:
+def test_a_model_report_has_the_metrics_and_the_studys_figures(of_two: str, trained: Path) -> None:
     metrics = json.loads((trained / "metrics.json").read_text())
     text = Page(of_two).text
     accuracy, f1 = (f"{metrics['test'][key]:.4f}" for key in ("accuracy", "macro_f1"))
@@ -204,7 +204,7 @@ def test_a_browser_shows_all_of_a_report_and_has_no_complaint(
     assert seen.pictures >= 48
 
 
-def test_the_command_writes_the_report_where_it_is_asked_to_and_says_no_more(
+def test_the_command_writes_the_report_and_prints_only_its_path(
     dataset: Path, few: Path, two: Path, kuzushiji: Kuzushiji, tmp_path: Path
 ) -> None:
     asked = ["report", "--dataset", dataset, "--out", tmp_path / "out"]

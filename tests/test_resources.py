@@ -155,7 +155,7 @@ finally:
 """
 
 
-def test_what_a_cluster_cannot_hold_is_refused_at_once_or_said_until_a_limit_where_hosts_may_be_added(
+def test_a_cluster_without_room_refuses_at_once_or_with_an_autoscaler_at_the_start_limit(
     few: Path, pages: Path, tmp_path: Path
 ) -> None:
     of_prepare = ["prepare", "--pages", str(pages / "train_images"), "--labels", str(pages / "train.csv")]
@@ -197,7 +197,7 @@ for environment in json.loads(sys.argv[1]):
 """
 
 
-def test_a_ray_that_cannot_be_reached_or_started_is_one_line_with_the_mend(few: Path, tmp_path: Path) -> None:
+def test_an_unreachable_ray_is_one_line_that_names_the_fix(few: Path, tmp_path: Path) -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))  # nothing listens there
         nobody = f"127.0.0.1:{closed.getsockname()[1]}"
@@ -219,7 +219,7 @@ def test_a_ray_that_cannot_be_reached_or_started_is_one_line_with_the_mend(few: 
         assert re.search(text, line)
 
 
-def test_one_who_takes_connections_and_is_silent_is_no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_server_is_not_accepted_as_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cluster.ray_address.SECONDS_FOR_ANSWER", 0.5)
     with socket.create_server(("", 0)) as silent, pytest.raises(KuzushijiError, match="a Ray must answer.*Deadline"):
         check_address(f"127.0.0.1:{silent.getsockname()[1]}")
@@ -252,7 +252,7 @@ def test_gpus_that_a_training_does_not_use_are_reported(
     assert caplog.messages == ["Ray has 4 GPUs, and --gpus-per-worker is 0: training runs on CPUs"]
 
 
-def test_the_cause_is_that_of_the_worker_that_failed_by_itself() -> None:
+def test_the_cause_is_not_that_of_an_aborted_worker() -> None:
     from ray.train import WorkerGroupError
 
     aborted = RuntimeError("Collective ops is aborted by: the peer is gone")

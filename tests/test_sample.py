@@ -127,7 +127,7 @@ def test_ink_reaches_every_side_of_its_box() -> None:
         assert max(ink.shape) < 200
 
 
-def test_twelve_pages_are_three_books_or_more(tmp_path: Path) -> None:
+def test_four_pages_make_a_book(tmp_path: Path) -> None:
     for pages, books in ((1, 1), (4, 1), (12, 3), (40, 10)):
         ids = [page.image_id for page in layout.new_pages(pages, 42)]
         assert len(set(ids)) == pages
@@ -235,14 +235,14 @@ def test_a_character_that_no_font_has_is_drawn_alike_in_two_books_and_unlike_ano
     assert unlike < 0.4
 
 
-def test_characters_are_distorted_each_on_its_own() -> None:
+def test_each_character_is_distorted_independently() -> None:
     rng = np.random.default_rng(1)
     one, other = (draw_glyph(ord("事"), hand(1), rng, 100) for _ in range(2))
     assert one.shape != other.shape or not np.array_equal(one, other)
     assert likeness(one, other) > 0.4
 
 
-def test_frequencies_are_zipf_like_so_that_the_90_percent_rule_has_work_to_do(drawn_pages: Path) -> None:
+def test_character_frequencies_follow_zipf(drawn_pages: Path) -> None:
     assert len(inventory()) == len(set(inventory())) == 4212
     shares = np.diff(layout._cumulative(), prepend=0)
     assert shares[0] == pytest.approx(0.036, rel=0.1)

@@ -164,7 +164,7 @@ def test_a_palette_is_read_as_its_colours(transparent: bool) -> None:
     assert differs(decode_scan(data), expected) < 1
 
 
-def test_bits_are_black_and_white() -> None:
+def test_one_bit_images_are_read() -> None:
     image = picture().convert("1")
     for form in ("PNG", "TIFF", "BMP"):
         assert differs(decode_scan(saved(image, form)), image) == 0
@@ -186,7 +186,7 @@ def test_cmyk_is_read_with_adobe_s_marker_and_without_whichever_way_ink_counts()
     assert differs(decode_scan(saved(cmyk, "TIFF")), picture()) < 3
 
 
-def test_the_first_page_of_a_tiff_file_is_read_and_the_others_are_told_of() -> None:
+def test_the_first_page_of_a_tiff_is_read_with_a_warning() -> None:
     data = saved(picture(), "TIFF", save_all=True, append_images=[picture().rotate(180)])
     scan = decode_scan(data)
     assert differs(scan, picture()) < 1
@@ -230,7 +230,7 @@ def coded(image: Image.Image, gray: bool = False, **options: Any) -> bytes:
 
 @pytest.mark.parametrize("what", MENDS)
 @pytest.mark.parametrize("coding", CODINGS)
-def test_what_every_viewer_opens_is_mended_and_told(what: str, coding: str) -> None:
+def test_minor_faults_are_mended_with_a_warning(what: str, coding: str) -> None:
     data = coded(picture(), **CODINGS[coding])
     change, says = MENDS[what]
     scan = decode_scan(change(data))
@@ -463,7 +463,7 @@ def test_kinds_of_files_that_are_not_taken_are_bounded(tmp_path: Path) -> None:
     assert ignored["other files"] == 50
 
 
-def test_folders_without_end_are_one_line(tmp_path: Path) -> None:
+def test_cyclic_folder_links_are_an_error_in_one_line(tmp_path: Path) -> None:
     written(tmp_path, "a.jpg")
     (tmp_path / "loop").symlink_to(tmp_path)
     with pytest.raises(InputError, match="must have folders at most 32 deep. Received: loop/loop/"):
@@ -657,7 +657,7 @@ def test_the_real_pages_give_all_their_boxes_and_all_hold_ink(folder: str, share
     assert count_ink(list({cut.page_id: cut.page for cut in cuts if cut.page}.values())).without_ink == 0
 
 
-def test_each_case_of_files_that_people_hold_becomes_what_it_should(cases: Path) -> None:
+def test_each_sample_file_gives_the_expected_crops(cases: Path) -> None:
     expected: dict[tuple[int, ...], NDArray[np.uint8]] = {}
     for case in ("bytes_after_the_end", "cut_off_in_the_middle", *WHOLE):
         labels = read_labels(place(cases / case / "labels.csv"))
@@ -678,7 +678,7 @@ def test_each_case_of_files_that_people_hold_becomes_what_it_should(cases: Path)
             assert worst < 5, case
 
 
-def test_a_dataset_and_its_report_tell_what_became_of_scans(
+def test_a_dataset_and_its_report_list_warnings_and_crops_without_ink(
     ray_here: None, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from job.report.dataset import dataset_report

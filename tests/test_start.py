@@ -52,9 +52,7 @@ def write(folder: Path, architecture: str, margin: float = 0.0) -> Any:
 
 @pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize("architecture", ["resnet", "baseline", "fcn"])
-def test_classes_that_both_have_keep_what_was_learned_and_new_ones_begin_anew(
-    architecture: str, tmp_path: Path
-) -> None:
+def test_shared_classes_keep_their_weights_and_new_ones_start_fresh(architecture: str, tmp_path: Path) -> None:
     import keras
     import tensorflow as tf
 
@@ -89,7 +87,7 @@ def test_classes_that_both_have_keep_what_was_learned_and_new_ones_begin_anew(
 
 
 @pytest.mark.usefixtures("narrow")
-def test_what_a_training_cannot_begin_with_is_one_line(few: Path, kuzushiji: Kuzushiji, tmp_path: Path) -> None:
+def test_invalid_weights_are_errors_in_one_line(few: Path, kuzushiji: Kuzushiji, tmp_path: Path) -> None:
     write(tmp_path / "fcn" / "first", "fcn")
     write(tmp_path / "wide" / "first", "baseline", margin=0.25)
     (tmp_path / "empty").mkdir()
@@ -158,7 +156,7 @@ def mirrored(pages: Path, out: Path) -> None:
 
 
 @pytest.mark.long
-def test_a_model_that_goes_on_with_another_hand_beats_one_from_scratch_and_itself(
+def test_fine_tuning_on_another_hand_beats_training_from_scratch_and_the_model_as_it_was(
     kuzushiji: Kuzushiji, tmp_path: Path
 ) -> None:
     def run(*command: object) -> None:

@@ -10,7 +10,7 @@ import pytest
 from cluster.errors import KuzushijiError
 
 
-def test_balanced_classes_count_the_same_and_a_crop_1_on_average() -> None:
+def test_balanced_weights_sum_equally_per_class_and_average_1() -> None:
     from job.train.step import balanced_weights
 
     labels = np.array([0] * 6 + [2] * 3 + [3])
@@ -37,7 +37,7 @@ def linear_steps(classes: int, batch: int, **options: Any) -> Any:
 
 
 @pytest.mark.parametrize(("balanced", "smoothing"), [(False, 0.0), (True, 0.0), (False, 0.3), (True, 0.3)])
-def test_a_step_follows_the_weighted_and_smoothed_loss_and_tells_the_plain_one(
+def test_a_step_minimizes_the_weighted_smoothed_loss_and_reports_the_plain_one(
     balanced: bool, smoothing: float
 ) -> None:
     from job.train.step import balanced_weights
@@ -97,7 +97,7 @@ def test_the_learning_rate_rises_for_a_twentieth_of_the_steps_and_falls_to_0_and
 
 
 @pytest.mark.long
-def test_what_xla_compiles_computes_the_same() -> None:
+def test_xla_computes_the_same_step() -> None:
     """XLA is for trainings on one GPU; here it runs on the CPU. The dropout masks are the same, too."""
     import keras
     import tensorflow as tf
@@ -125,7 +125,7 @@ def test_what_xla_compiles_computes_the_same() -> None:
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)  # fails if the masks differ
 
 
-def test_among_equal_probabilities_the_first_classes_are_the_likelier() -> None:
+def test_ties_are_broken_by_class_order() -> None:
     import keras
 
     from job.model.inference import Inference

@@ -181,7 +181,7 @@ def test_a_read_only_disk_is_one_line(
     assert list(disk.folder.iterdir()) == []
 
 
-def test_where_an_evaluation_goes_is_looked_at_before_the_work(models: Path, few: Path, disk: Disk) -> None:
+def test_evaluate_checks_its_out_folder_before_the_work(models: Path, few: Path, disk: Disk) -> None:
     disk.become("ro")
     nowhere = place(disk.folder / "no model")
     with pytest.raises(KuzushijiError, match=f"{RULE}. Received: {disk.folder}"):
@@ -202,7 +202,7 @@ def test_a_file_where_a_folder_was_is_one_line_and_stays(
     assert out.read_text() == "mine"
 
 
-def test_a_command_of_its_own_on_a_full_disk_says_one_line(
+def test_a_separate_process_on_a_full_disk_prints_one_line(
     commands: dict[str, list[object]], kuzushiji: Kuzushiji, disk: Disk, dataset: Path, ray_address: str
 ) -> None:
     """In its own process, where Ray's workers and logs could print more lines."""
@@ -350,7 +350,7 @@ with staged(place(sys.argv[1]), ["test"]):
 """
 
 
-def test_a_process_that_is_killed_while_it_removes_a_staged_dataset_leaves_nothing_that_is_taken_for_it(
+def test_a_kill_during_removal_leaves_no_dataset_that_is_reused(
     few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """This happens to a worker that has failed: Ray ends its process a moment later."""
@@ -362,7 +362,7 @@ def test_a_process_that_is_killed_while_it_removes_a_staged_dataset_leaves_nothi
     assert [path.name for path in (tmp_path / "kuzushiji" / "staged").iterdir()] == ["lock"]
 
 
-def test_a_listing_holds_what_stands_while_other_files_come_and_go(tmp_path: Path) -> None:
+def test_a_listing_is_complete_while_other_files_come_and_go(tmp_path: Path) -> None:
     """A file that another process removes between its listing and its `stat` must not hide the other files."""
     write_bytes(place(tmp_path / "stands"), b"1")
     ends = threading.Event()
@@ -477,7 +477,7 @@ def test_a_pointer_to_a_run_that_is_gone_names_it(
     assert not (tmp_path / "to").exists()
 
 
-def test_a_dataset_folder_that_is_gone_in_the_middle_is_not_made_anew(pages: Path, tmp_path: Path) -> None:
+def test_a_task_does_not_recreate_a_removed_dataset_folder(pages: Path, tmp_path: Path) -> None:
     """The new folder would have only a part of the dataset, and every later `prepare` would refuse it."""
     with pytest.raises(DamageError, match=f"--dataset must stay .* Received: {tmp_path}/out, without its plan"):
         CutGroup(str(pages / "train_images"), str(tmp_path / "out"))(0)

@@ -144,7 +144,7 @@ def test_no_addition_of_16_racers_is_lost(strict: StrictBucket, bucket: storage.
     assert strict.read("demo", "sum") == b"16"
 
 
-def test_listings_are_whole_whatever_the_page(strict: StrictBucket, bucket: storage.Bucket, files: Any) -> None:
+def test_listings_are_complete_at_any_page_size(strict: StrictBucket, bucket: storage.Bucket, files: Any) -> None:
     names = sorted([f"{folder}/{number:02}" for folder in "abcdefghijkl" for number in (1, 2)] + ["é"])
     for name in reversed(names):
         strict.write("demo", name, name.encode())
@@ -243,7 +243,7 @@ def test_an_upload_whose_client_died_writes_nothing(strict: StrictBucket) -> Non
     assert [logged.status for logged in strict.requests] == [None, None]
 
 
-def test_a_cut_resumable_upload_goes_on_where_it_was(strict: StrictBucket, bucket: storage.Bucket) -> None:
+def test_a_cut_resumable_upload_resumes_where_it_stopped(strict: StrictBucket, bucket: storage.Bucket) -> None:
     strict.faults.inject("cut-upload", method="PUT")
     blob = bucket.blob("x", chunk_size=2**20)
     blob.upload_from_string(BIG)
@@ -252,7 +252,7 @@ def test_a_cut_resumable_upload_goes_on_where_it_was(strict: StrictBucket, bucke
 
 
 @MAY_BE_LARGE
-def test_a_cut_file_upload_goes_on_where_it_was(strict: StrictBucket, files: Any) -> None:
+def test_a_cut_file_upload_resumes_where_it_stopped(strict: StrictBucket, files: Any) -> None:
     strict.faults.inject("cut-upload", matching="upload_id")
     with files.open("demo/x", "wb", block_size=2**20) as file:
         file.write(BIG)
@@ -319,7 +319,7 @@ def test_bytes_and_names_stay_as_they_are(
     assert "a//b" in strict.names("demo")
 
 
-def test_every_place_tells_the_same_generation(strict: StrictBucket, bucket: storage.Bucket) -> None:
+def test_all_answers_report_the_same_generation(strict: StrictBucket, bucket: storage.Bucket) -> None:
     blob = bucket.blob("x")
     blob.upload_from_string("first")
     first = blob.generation

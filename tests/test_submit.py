@@ -324,7 +324,7 @@ def test_a_failed_job_fails_here_with_its_exit_code(head: Head, kuzushiji: Kuzus
     assert kuzushiji(*submit, "--", *wrong).code == 2
 
 
-def test_what_is_used_wrongly_is_told_before_any_job(head: Head, kuzushiji: Kuzushiji) -> None:
+def test_usage_errors_are_reported_before_a_job_starts(head: Head, kuzushiji: Kuzushiji) -> None:
     says = {
         "Missing option": ["--", "prepare", "--pages", "x"],
         "": ["--", "pull", "--models", "x", "--to", "y"],
@@ -364,7 +364,7 @@ def test_a_job_runs_the_code_of_a_checkout_where_it_is_asked_for_and_its_log_and
     assert "succeeded" in done.stderr
 
 
-def test_ctrl_c_leaves_the_job_running_and_says_how_to_go_on(head: Head, pages: Path, tmp_path: Path) -> None:
+def test_ctrl_c_leaves_the_job_running_and_says_how_to_follow_it(head: Head, pages: Path, tmp_path: Path) -> None:
     source = ["--pages", str(pages / "train_images"), "--labels", str(pages / "train.csv")]
     job = ["--", "prepare", *source, "--dataset", str(tmp_path / "crops")]
     with head.popen(*job) as here:
@@ -479,7 +479,7 @@ def test_a_log_that_is_cut_off_is_not_the_end_of_the_job(head: Head, waiting: li
     assert (here.returncode, "failed" in said) == (7, True)
 
 
-def test_whoever_reads_the_log_may_leave_and_the_job_goes_on(head: Head, going_on: str) -> None:
+def test_closing_the_log_does_not_stop_the_job(head: Head, going_on: str) -> None:
     with head.popen("--attach", going_on) as here:
         assert here.stdout is not None
         assert here.stderr is not None
@@ -508,9 +508,7 @@ def test_a_signal_ends_the_tunnel_too_and_the_job_goes_on(head: Head, cluster: C
         assert is_running(head, going_on)
 
 
-def test_no_proxy_is_asked_for_what_is_on_this_machine(
-    head: Head, cluster: Cluster, waiting: list[str], tmp_path: Path
-) -> None:
+def test_local_addresses_bypass_proxies(head: Head, cluster: Cluster, waiting: list[str], tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as proxy:
         proxy.setblocking(False)
         url = f"http://127.0.0.1:{proxy.getsockname()[1]}"
@@ -533,7 +531,7 @@ def test_a_cluster_file_with_faults_is_named_and_not_given_to_ray(cluster: Clust
     assert not cluster.tunnel.exists()
 
 
-def test_one_who_takes_connections_and_is_silent_is_no_head(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_server_is_not_accepted_as_a_head(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(submit, "SECONDS_FOR_ANSWER", 0.5)
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.setenv(name, "")

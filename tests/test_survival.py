@@ -120,7 +120,7 @@ def test_a_killed_driver_and_a_killed_worker_change_no_bit_and_leave_no_checkpoi
 
 
 @pytest.mark.long
-def test_a_silent_worker_changes_no_bit(
+def test_a_hanging_worker_does_not_change_the_result(
     trained: Path, few: Path, tmp_path: Path, workers_do: WorkersDo, caplog: pytest.LogCaptureFixture
 ) -> None:
     workers_do(lost_at({13: "silent"}, tmp_path / "happened"))
@@ -134,7 +134,7 @@ def test_a_silent_worker_changes_no_bit(
 
 
 @pytest.mark.long
-def test_a_run_whose_driver_was_killed_goes_on_within_the_epoch_with_another_number_of_workers(
+def test_a_run_whose_driver_was_killed_resumes_within_the_epoch_with_another_number_of_workers(
     trained: Path, few: Path, ray_address: str, tmp_path: Path, workers_do: WorkersDo, caplog: pytest.LogCaptureFixture
 ) -> None:
     kill_the_driver_within_epoch_1(few, tmp_path, ray_address)
@@ -149,7 +149,7 @@ def test_a_run_whose_driver_was_killed_goes_on_within_the_epoch_with_another_num
 
 
 @pytest.mark.long
-def test_a_run_of_partitions_goes_on_with_another_number_of_workers(
+def test_a_run_of_partitions_resumes_with_another_number_of_workers(
     dataset: Path, ray_address: str, tmp_path: Path, workers_do: WorkersDo, caplog: pytest.LogCaptureFixture
 ) -> None:
     kill_the_driver_within_epoch_1(dataset, tmp_path, ray_address, batch=128, partitions=4)
@@ -176,7 +176,7 @@ def test_a_run_of_an_earlier_release_is_resumed_with_what_later_options_are_by_d
         replace(run, config=config.model_copy(update={"augment": "standard"})).is_finished()
 
 
-def test_a_torn_list_of_checkpoints_is_said_and_the_run_begins_anew_but_not_understood_ones_stay(
+def test_an_incomplete_checkpoint_list_restarts_the_run_but_an_unknown_format_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import ray
@@ -221,7 +221,7 @@ def test_the_first_worker_whose_node_stays_saves_the_checkpoints(monkeypatch: py
     assert found == [(False, 0), (True, 1), (False, 1), (True, 2), (True, 0)]
 
 
-def test_why_workers_were_lost_is_told_once_however_often_ray_tells_it() -> None:
+def test_a_repeated_worker_failure_is_logged_once() -> None:
     import ray
 
     from job.train.display import Board, LogFailures
@@ -254,7 +254,7 @@ print("alive")
 """
 
 
-def test_a_step_that_takes_too_long_ends_its_process_and_a_limit_ends_with_the_training_that_it_watches(
+def test_a_step_over_the_limit_exits_the_process_unless_the_limit_is_stopped(
     tmp_path: Path,
 ) -> None:
     assert in_fresh_process(WATCHED, "stopped", cwd=tmp_path) == "alive\n"
@@ -336,7 +336,7 @@ finally:
 
 @pytest.mark.long
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_node_that_is_drained_is_left_with_a_checkpoint_of_just_then_whose_upload_outlasts_it_and_no_bit_changes(
+def test_a_drained_node_saves_a_checkpoint_and_the_result_is_unchanged(
     rank: int, trained: Path, few: Path, tmp_path: Path
 ) -> None:
     environment = os.environ | {

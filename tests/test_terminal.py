@@ -92,7 +92,7 @@ def _read(terminal: int, deadline: float) -> bytes:
         return b""
 
 
-def test_a_training_shows_in_a_line_where_it_stands_from_its_first_step_to_its_report(
+def test_a_training_shows_its_progress_in_one_line(
     few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_address: str
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", ray_address)
@@ -116,7 +116,7 @@ def test_a_training_shows_in_a_line_where_it_stands_from_its_first_step_to_its_r
     assert seen.cursor
 
 
-def test_what_is_shown_stands_before_another_thread_can_log(ray_here: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_is_drawn_before_another_thread_logs(ray_here: None, monkeypatch: pytest.MonkeyPatch) -> None:
     import job.train.display  # imports Ray, which must see the environment of `ray_here`
 
     written = io.StringIO()
@@ -130,7 +130,7 @@ def test_what_is_shown_stands_before_another_thread_can_log(ray_here: None, monk
         assert "baseline" in written.getvalue()
 
 
-def test_what_happens_before_the_actor_of_events_has_started_is_shown(
+def test_events_posted_before_the_actor_starts_are_shown(
     ray_here: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """On a busy machine, the actor takes longer to start than the driver waits for its answer."""

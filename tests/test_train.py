@@ -106,7 +106,7 @@ def test_any_number_of_workers_gives_the_same_losses(
         check_equal(losses_of(workers, MORE, dataset, tmp_path / str(workers), **changes), alone)
 
 
-def test_what_one_worker_finds_damaged_is_told_to_all(two_workers: Path) -> None:
+def test_damage_found_by_one_worker_is_reported_to_all(two_workers: Path) -> None:
     assert [(two_workers / "equal" / f"told-{rank}").read_text() for rank in range(2)] == ["a shard was changed"] * 2
 
 
@@ -150,7 +150,7 @@ def test_two_devices_of_one_worker_give_the_losses_of_one(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("shape", [(512,), (13,), (3, 5, 2)])
-def test_a_worker_draws_its_rows_alone_and_they_are_those_of_the_whole_batch(shape: tuple[int, ...]) -> None:
+def test_a_worker_draws_only_its_rows_and_they_match_the_whole_batch(shape: tuple[int, ...]) -> None:
     import tensorflow as tf
 
     from job.data.chance import BatchRows
@@ -298,7 +298,7 @@ def test_what_cannot_be_trained_is_refused_before_ray_train_starts(dataset: Path
 
 
 @pytest.mark.usefixtures("in_this_process")
-def test_a_loss_that_the_last_step_made_infinite_seals_nothing_is_not_raised_to_ray_train_and_debug_can_show_where(
+def test_an_infinite_loss_seals_nothing_and_is_not_retried(
     real_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("job.model.architectures.BASELINE_HEAD", (16, 8))
@@ -333,7 +333,7 @@ def test_the_losses_and_hits_of_a_long_epoch_are_all_counted(
 
 
 @pytest.mark.usefixtures("in_this_process")
-def test_the_slower_of_two_trainings_of_one_name_is_an_error_in_one_line_not_a_success_nor_tried_again(
+def test_the_slower_of_two_trainings_of_one_run_fails_in_one_line_without_retry(
     trained: Path, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from job.model import folder
@@ -354,7 +354,7 @@ def test_the_slower_of_two_trainings_of_one_name_is_an_error_in_one_line_not_a_s
 
 
 @pytest.mark.usefixtures("in_this_process")
-def test_a_dataset_that_a_worker_finds_damaged_is_one_line_and_not_raised_to_ray_train_which_would_try_it_again(
+def test_a_damaged_dataset_is_one_line_without_retry(
     few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def damaged(*arguments: Any) -> Any:
@@ -396,9 +396,7 @@ def test_initial_weights_do_not_depend_on_what_else_drew_random_numbers_while_cr
 
 
 @pytest.mark.usefixtures("in_this_process")
-def test_a_step_that_memory_cannot_hold_is_one_line_and_not_raised_to_ray_train_which_would_try_it_again(
-    few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_out_of_memory_is_one_line_without_retry(few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import tensorflow as tf
 
     def too_large(self: Any, images: Any, labels: Any, masks: Any) -> Any:
@@ -414,7 +412,7 @@ def test_a_step_that_memory_cannot_hold_is_one_line_and_not_raised_to_ray_train_
     assert "ResourceExhaustedError" in str(failure.value.__cause__)
 
 
-def test_bits_are_the_same_each_time_on_cpus_unless_asked_otherwise_and_on_gpus_if_asked() -> None:
+def test_deterministic_is_the_default_on_cpus_only() -> None:
     def deterministic(**options: Any) -> bool:
         return configs_of(["baseline"], None, None, **options)[0].deterministic
 
@@ -428,7 +426,7 @@ def test_bits_are_the_same_each_time_on_cpus_unless_asked_otherwise_and_on_gpus_
 
 @pytest.mark.usefixtures("in_this_process")
 @pytest.mark.parametrize(("epochs", "accuracy"), [(3, 0.1), pytest.param(12, 0.95, marks=pytest.mark.long)])
-def test_the_real_pages_are_learned_in_the_end_by_heart_though_they_are_less_than_a_batch(
+def test_a_training_fits_the_real_pages_though_they_are_less_than_a_batch(
     epochs: int,
     accuracy: float,
     real_dataset: Path,

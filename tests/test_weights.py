@@ -46,7 +46,7 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize("form", ["new", "old"])
-def test_a_file_that_is_handed_over_is_shared_by_its_hash_and_read_in_both_forms(
+def test_a_weights_file_is_stored_by_its_hash_and_read_in_both_formats(
     form: str, made: dict[str, Path], tmp_path: Path
 ) -> None:
     import keras
@@ -165,7 +165,7 @@ def test_imagenet_weights_are_fetched_once_checked_and_shared(
     assert "must reach" in fetch(nowhere, md5, damaged)
 
 
-def test_what_cannot_be_fetched_is_one_line_each_and_debug_shows_where(
+def test_a_failed_download_is_one_line_per_architecture(
     few: Path,
     kuzushiji: Kuzushiji,
     keras_home: Callable[[str], None],
@@ -188,7 +188,7 @@ def test_what_cannot_be_fetched_is_one_line_each_and_debug_shows_where(
 
 
 @pytest.mark.usefixtures("in_this_process")
-def test_one_architecture_that_fails_does_not_take_another_along(
+def test_a_failed_architecture_does_not_stop_the_others(
     few: Path,
     kuzushiji: Kuzushiji,
     caplog: pytest.LogCaptureFixture,
@@ -236,7 +236,7 @@ def test_one_architecture_that_fails_does_not_take_another_along(
 
 
 @pytest.mark.long
-def test_a_lost_worker_repeats_one_saved_epoch_at_most_and_frozen_layers_stay_as_they_were_handed_over(
+def test_a_lost_worker_repeats_at_most_one_saved_epoch_and_frozen_layers_keep_their_weights(
     few: Path,
     made: dict[str, Path],
     tmp_path: Path,
