@@ -1,1 +1,1 @@
-"""Where the work runs and where the bytes live. Imports neither `preprocessing` nor `job`."""
+"""Ray, storage and manifests. Imports neither `preprocessing` nor `job`."""

@@ -1,21 +1,21 @@
-"""Read ahead: several requests at once, whose answers are used in order."""
+"""Read ahead: run several requests at once, and use their answers in order."""
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 
-# The size of what it brings, in bytes, and the request itself.
+# The size of its answer in bytes, and the function that returns the answer.
 Request = tuple[int, Callable[[], bytes]]
 
 
 @contextmanager
 def ahead(requests: Iterable[Request], at_once: int, most_bytes: int) -> Iterator[Iterator[Future[bytes]]]:
-    """Yield the answers, in order. A request that failed raises when the result of its answer is asked for.
+    """Yield an iterator over the answers, in order. The `result()` of an answer raises what its request raised.
 
-    While an answer is used, the next ones are read: at most `at_once`, of at most `most_bytes` in all. What is larger
-    is read at its turn. When the block ends, requests that have not begun are dropped, and the others are not awaited:
-    each may take the client's two minutes.
+    While the caller uses an answer, the next ones are read: at most `at_once`, with at most `most_bytes` in all. A
+    request for more bytes starts when its turn comes. When the block ends, requests that have not started are dropped.
+    Running requests are not awaited, since each may take the client's two minutes.
     """
     with closing(_answers(requests, at_once, most_bytes)) as answers:
         yield answers
@@ -35,6 +35,6 @@ def _answers(requests: Iterable[Request], at_once: int, most_bytes: int) -> Gene
                 size, request = waiting.popleft()
                 ahead_bytes += size
                 coming.append((size, pool.submit(request)))
-            yield coming.popleft()[1]  # kept in no variable: its bytes are freed once they were used
+            yield coming.popleft()[1]  # no variable keeps it, so its bytes are freed after use
     finally:
         pool.shutdown(wait=False, cancel_futures=True)

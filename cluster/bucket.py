@@ -1,8 +1,8 @@
-"""Objects of Google Cloud Storage, through its own client, which does what fsspec can't.
+"""Objects in Google Cloud Storage, through Google's own client, which can do what fsspec can't.
 
 The client checks the CRC32C of each upload and of each whole download, reads several ranges of one generation at once,
 and writes an object only if nobody changed it in between. Its listings raise when a request fails.
-`explained` turns what still fails after the client's retries (two minutes at most) into one line.
+`explained` turns a failure that remains after the client's retries (two minutes at most) into one line.
 """
 
 import base64
@@ -44,7 +44,7 @@ class Bucket(Store):
     """
 
     def is_file(self, path: UPath) -> bool:
-        # Not gcsfs' `isfile`, which returns False for each failure.
+        # Not gcsfs' `isfile`, which returns False for every failure.
         with explaining():
             return bool(_blob(path).exists())
 
@@ -61,14 +61,14 @@ class Bucket(Store):
         return _list(folder)[1]
 
     def open_read(self, path: UPath) -> RangedFile:
-        # The stream is of one generation. No checksum is compared.
+        # The stream reads one generation. No checksum is compared.
         blob = _blob(path)
         with explaining():
             blob.reload()
         return RangedFile(partial(_range, blob), int(blob.size), RANGE_BYTES)
 
     def read_bytes(self, path: UPath) -> bytes:
-        # One request, so that the bytes are of one generation also while other processes replace the object.
+        # One request, so that the bytes are from one generation even if other processes replace the object.
         return _download(_blob(path))
 
     def read_chunks(self, path: UPath, begin: int, end: int) -> Iterator[bytes]:
@@ -83,13 +83,13 @@ class Bucket(Store):
             _check(checksum, blob, path)
 
     def read_at_most(self, path: UPath, most: int) -> bytes:
-        # One request for most objects: what is known of an object comes with its bytes.
+        # One request for most objects: the response has the object's generation and checksum, too.
         from google.api_core.exceptions import RequestRangeNotSatisfiable
 
         blob = _blob(path)
         try:
             data = _range(blob, 0, min(most, RANGE_BYTES))  # also sets `blob.generation` and `blob.crc32c`
-        except RequestRangeNotSatisfiable:  # of an empty object
+        except RequestRangeNotSatisfiable:  # an empty object
             return b""
         may_have_more = len(data) == RANGE_BYTES < most
         if may_have_more or blob.crc32c is None:
@@ -103,7 +103,7 @@ class Bucket(Store):
 
     @contextmanager
     def new_file(self, target: UPath, within: UPath | None) -> Iterator[Path]:
-        # `within` has no use here: an upload that does not end leaves no object.
+        # `within` is not needed: an interrupted upload leaves no object.
         from google.cloud.storage.retry import DEFAULT_RETRY
 
         with temporary_file(Path(tempfile.gettempdir())) as temporary:
@@ -115,17 +115,17 @@ class Bucket(Store):
         from google.api_core.exceptions import PreconditionFailed
         from google.cloud.storage.retry import DEFAULT_RETRY
 
-        while True:  # each turn but the last means that another process wrote the object
+        while True:  # repeated if another process wrote the object meanwhile
             blob = _blob(target)
             try:
                 old = _download(blob)  # also sets `blob.generation`
             except FileNotFoundError:
                 old = None
             new = update(old)
-            if new is None or new == old:  # equal: a retry of a write whose answer was lost
+            if new is None or new == old:  # equal: a retry of a write whose response was lost
                 return
             with suppress(PreconditionFailed), explaining():
-                # Generation 0 stands for an object that does not exist.
+                # Generation 0: write only if the object does not exist.
                 generation = blob.generation if old is not None else 0
                 blob.upload_from_string(new, checksum="crc32c", if_generation_match=generation, retry=DEFAULT_RETRY)
                 return
@@ -133,7 +133,7 @@ class Bucket(Store):
     def remove_file(self, path: UPath) -> None:
         from google.cloud.storage.retry import DEFAULT_RETRY
 
-        # Not found: another process removed the object, or the answer to a first attempt was lost.
+        # Not found: another process removed the object, or the response to a first attempt was lost.
         with suppress(FileNotFoundError), explaining():
             _blob(path).delete(retry=DEFAULT_RETRY)
 
@@ -146,7 +146,7 @@ class Bucket(Store):
         assert name, "never a whole bucket"
 
         def delete(blobs: list["Blob"]) -> None:
-            with suppress(ClientError), client().batch():  # what is refused is in the next listing
+            with suppress(ClientError), client().batch():  # what was refused is in the next listing
                 for blob in blobs:
                     blob.delete()
 
@@ -157,14 +157,14 @@ class Bucket(Store):
                     DEFAULT_RETRY(delete)(found[first : first + DELETED_AT_ONCE])
                 if not found:
                     return
-            # What is left, one by one: of what a batch could not do, the client tells the last alone, and no bucket.
+            # The rest, one by one: of the failures in a batch, the client reports only the last, without the bucket.
             for blob in list(client().list_blobs(_bucket(bucket), prefix=f"{name}/")):
                 with suppress(NotFound):  # as in `remove_file`
                     blob.delete(retry=DEFAULT_RETRY)
 
 
 def has_valid_name(path: UPath) -> bool:
-    """Whether the bucket's name in a path is one that Google Cloud Storage allows."""
+    """Return whether Google Cloud Storage allows the bucket's name in a path."""
     return _NAME.fullmatch(path.path.partition("/")[0]) is not None
 
 
@@ -189,7 +189,7 @@ def _bucket(name: str) -> "GoogleBucket":
 
 
 def _list(folder: UPath) -> tuple[dict[str, int], list[str]]:
-    """Name to size in bytes of the objects directly in a folder, and the sorted names of the folders in it."""
+    """Return name to size in bytes of the objects directly in a folder, and the sorted names of its sub-folders."""
     bucket, _, name = folder.path.rstrip("/").partition("/")
     prefix = f"{name}/" if name else ""
     with explaining():
@@ -200,7 +200,7 @@ def _list(folder: UPath) -> tuple[dict[str, int], list[str]]:
 
 
 def _download(blob: "Blob") -> bytes:
-    """The bytes of an object; sets `blob.generation`.
+    """Return the bytes of an object, and set `blob.generation`.
 
     Raises:
         FileNotFoundError: the object does not exist.
@@ -212,13 +212,13 @@ def _download(blob: "Blob") -> bytes:
 
 
 def _check(checksum: google_crc32c.Checksum, blob: "Blob", path: UPath) -> None:
-    """Raise DamageError if the CRC32C of all bytes that came is not the object's."""
+    """Raise DamageError if the CRC32C of the received bytes is not the object's."""
     if base64.b64encode(checksum.digest()).decode() != blob.crc32c:
         raise DamageError(f"{path} must arrive as it is there. Received: other bytes. Run the same command again")
 
 
 def _ranges(blob: "Blob", begin: int, end: int) -> Iterator[bytes]:
-    """Bytes `begin` to `end`, in order; at most `RANGES_AT_ONCE` ranges and one more are in memory."""
+    """Yield bytes `begin` to `end`, in order. At most `RANGES_AT_ONCE` + 1 ranges are in memory."""
     parts = ((start, min(start + RANGE_BYTES, end)) for start in range(begin, end, RANGE_BYTES))
     requests = [(stop - start, partial(_range, blob, start, stop)) for start, stop in parts]
     with ahead(requests, RANGES_AT_ONCE, sys.maxsize) as answers:
@@ -227,11 +227,11 @@ def _ranges(blob: "Blob", begin: int, end: int) -> Iterator[bytes]:
 
 
 def _range(blob: "Blob", begin: int, end: int) -> bytes:
-    """Bytes `begin` to `end`, fewer if the object is shorter.
+    """Return bytes `begin` to `end`, fewer if the object is shorter.
 
     `single_shot_download`: by default the client reads a response in chunks of 8 KiB, which makes many ranges at once
     slower than one (github.com/googleapis/python-storage/issues/1458).
-    `checksum`: None, since the CRC32C that the server sends is of the whole object.
+    `checksum`: None, since the CRC32C that the server sends is that of the whole object.
     """
     with explaining():
         content: bytes = blob.download_as_bytes(
@@ -242,7 +242,7 @@ def _range(blob: "Blob", begin: int, end: int) -> bytes:
 
 @contextmanager
 def explaining() -> Iterator[None]:
-    """Replace a failure of the client by what `explained` makes of it.
+    """Replace a failure of the client with the exception that `explained` returns for it.
 
     Raises:
         FileNotFoundError: the object does not exist, or was replaced while it was read.
@@ -267,8 +267,8 @@ def explaining() -> Iterator[None]:
 
 
 def explained(error: BaseException) -> KuzushijiError | None:
-    """A failure of Google's client or of gcsfs as one line that says what to run; None for other exceptions."""
-    if "google.auth" not in sys.modules:  # so neither of them ran in this process
+    """Return an exception of Google's client or of gcsfs as one line that says what to run; None for all others."""
+    if "google.auth" not in sys.modules:  # neither of them has run in this process
         return None
     from google.api_core.exceptions import GoogleAPICallError, RetryError
     from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError, TransportError
@@ -277,7 +277,7 @@ def explained(error: BaseException) -> KuzushijiError | None:
 
     cause = error.cause if isinstance(error, RetryError) and error.cause else error
     text = " ".join(str(cause).split())
-    text = re.sub(r'\{ ?"error": ?\{.*?"message": ?"(.*?)".*', r"\1", text).rstrip(".")  # of JSON, its message
+    text = re.sub(r'\{ ?"error": ?\{.*?"message": ?"(.*?)".*', r"\1", text).rstrip(".")  # of JSON, only the message
     code = cause.code if isinstance(cause, GoogleAPICallError) else getattr(cause, "code", None)
     if isinstance(cause, OSError) and text.startswith("Forbidden: "):  # gcsfs, for a 403
         code = 403
@@ -314,7 +314,7 @@ def explained(error: BaseException) -> KuzushijiError | None:
 
 
 def _refused(bucket: str, text: str) -> str:
-    """The line for a 403."""
+    """Return the message for a 403."""
     if "cannot be deleted" in text:  # retention policies and holds
         return (
             f"{bucket} must let objects be replaced and deleted. Received: {text[:400]}. Use a bucket without holds "
@@ -336,6 +336,6 @@ def _refused(bucket: str, text: str) -> str:
 
 
 def _bucket_in(text: str) -> str:
-    """The `gs://` address of the bucket in a failed request's URL."""
+    """Return the `gs://` address of the bucket that the text of a failure names, or `the bucket` if it names none."""
     found = re.search(r"\bb/([a-z0-9][a-z0-9._-]+)", text) or re.search(r"Forbidden: ([a-z0-9._-]+)", text)
     return f"gs://{found[1]}" if found else "the bucket"

@@ -1,6 +1,7 @@
-"""What the hosts of Ray can hold, and what an autoscaler adds.
+"""Check whether the hosts of Ray have room for the processes of a command, and wait for an autoscaler to add hosts.
 
-A request that can never be held is refused at once. One that waits for hosts says what it waits for, up to a limit.
+A request that can never be met is refused at once. While a request waits for hosts, the log says what it waits for, up
+to a time limit.
 """
 
 import logging
@@ -37,7 +38,7 @@ class Request:
         return f"{_count(self.processes, 'process', 'processes')} with {_count(self.cpus, 'CPU')}{gpus} each"
 
     def held_by(self, hosts: Iterable[Mapping[str, float]]) -> int:
-        """Return how many such processes fit on hosts with these resources; may be more than `processes`."""
+        """Return how many such processes fit on hosts with these resources, which may be more than `processes`."""
         return sum(
             int(min(host.get(kind, 0) // each for kind, each in (("CPU", self.cpus), ("GPU", self.gpus)) if each))
             for host in hosts
@@ -54,9 +55,9 @@ def hosts() -> list[Mapping[str, float]]:
 def has_autoscaler() -> bool:
     """Return whether the cluster was made by `ray up` (with the autoscaler v2, its default) or by KubeRay.
 
-    A cluster of KubeRay counts also if its autoscaler is off.
+    It also returns True for a KubeRay cluster whose autoscaler is off.
     """
-    # They give each host a type. Ray names the type of any other host after the host.
+    # Both give each host a type. For any other host, Ray makes up a type from the host's id.
     status = _status()
     nodes = [*status.active_nodes, *status.idle_nodes]
     return any(node.ray_node_type_name != f"node_{node.node_id}" for node in nodes)
@@ -80,21 +81,28 @@ def check_room(request: Request) -> None:
 
 
 class Wait:
-    """A wait for room: says every 30 s what it waits for."""
+    """A wait for room on the hosts: logs every 30 s what it waits for, and fails after a time limit."""
 
     def __init__(self, request: Request, limit: float, who: str = "") -> None:
-        """limit: seconds. who: name in the log, such as of an architecture."""
+        """Start the clocks.
+
+        Args:
+            request: the processes that wait.
+            limit: seconds until `check` fails.
+            who: name in the log, such as that of an architecture.
+        """
         self._request, self._limit, self._who = request, limit, f"{who}: " if who else ""
         self.restart()
 
     def restart(self) -> None:
-        """Start the clocks anew: what was waited for is there."""
+        """Restart the clocks. Call this when the processes have started."""
         self._began = self._said = self._limit_began = time.monotonic()
 
     def check(self, limited: bool = True) -> None:
-        """Log what is waited for, if it is time. Call it often.
+        """Log what is waited for, if the last line is 30 s old. Call this often.
 
-        limited: whether the time since the last call counts for the limit.
+        Args:
+            limited: whether the time limit applies; False restarts its clock.
 
         Raises:
             KuzushijiError: the limit has passed.
@@ -114,7 +122,7 @@ class Wait:
     def _state(self) -> str:
         try:
             status = _status()
-        except Exception as error:  # Ray has several; a wait must outlast them
+        except Exception as error:  # Ray raises several types; none may end the wait
             return f"{self._request} requested; the state of the cluster is unknown: {one_line(error)[:200]}"
         nodes = [*status.active_nodes, *status.idle_nodes]
         present = self._request.held_by(node.total_resources() for node in nodes)

@@ -1,7 +1,7 @@
 """Check a cluster file (`ray_cluster.yaml`) before `ray up`.
 
-Ray's own validation runs first: unknown keys, wrong types. The rules here are for what Ray accepts but what fails after
-machines were started, costs money, or is a security risk. Each rule states its reason.
+Ray's own validation runs first, and finds unknown keys and wrong types. The rules here are for faults that Ray accepts,
+but that cause a failure after machines were started, cost money, or are a security risk. Each rule states its reason.
 """
 
 import logging
@@ -150,7 +150,7 @@ def _node_faults(name: str, node: dict[str, Any]) -> Iterator[str]:
 
 
 def _location_faults(config: dict[str, Any]) -> Iterator[str]:
-    """All resources must be in the provider's region and zone: Google rejects a machine with parts elsewhere."""
+    """Check that all resources are in the provider's region and zone. Google rejects machines with parts elsewhere."""
     for where, text in _texts(config["available_node_types"]):
         for key, kind in (("region", "regions"), ("availability_zone", "zones")):
             for found in re.findall(rf"\b{kind}/([^/]+)/", text):
@@ -160,9 +160,9 @@ def _location_faults(config: dict[str, Any]) -> Iterator[str]:
 
 
 def _version_faults(config: dict[str, Any]) -> Iterator[str]:
-    """Versions of pinned packages must be those installed here: `ray==2.60.0`, `ray='2.60.0'`, `rayproject/ray:2.60.0`.
+    """Check that each pinned package is named, and only with the version that is installed here.
 
-    Each pinned package must be named at least once.
+    Versions are found in these forms: `ray==2.60.0`, `ray='2.60.0'`, `rayproject/ray:2.60.0`.
     """
     named = set()
     for where, text in _texts(config):

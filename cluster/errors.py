@@ -5,7 +5,7 @@ KuzushijiError      base class; the command line prints its message in one line 
 ├── InputError      labels, pages or a dataset can't be used as they are
 └── DamageError     a folder does not match its manifest
 
-Messages state the rule, then what was received, then the fix, and the page of docs/ that helps where there is one.
+Messages state the rule, then what was received, then the fix and, where there is one, the page of docs/ that helps.
 """
 
 from typing import TYPE_CHECKING
@@ -22,7 +22,7 @@ def one_line(error: BaseException) -> str:
     """Return the message of an exception as one line.
 
     Types other than KuzushijiError and OSError are unexpected: their message starts with the type's name and ends with
-    a hint to `--debug`.
+    a hint at `--debug`.
     """
     text = " ".join(str(error).split()) or type(error).__name__
     return text if isinstance(error, KuzushijiError | OSError) else f"{type(error).__name__}: {text} (see --debug)"

@@ -1,7 +1,7 @@
 """The client of Google Cloud Storage and its credentials, and the configuration of gcsfs.
 
-This package reads and writes a bucket with Google's own client. Only Ray Train needs a file system object of fsspec,
-which is gcsfs: `cluster.storage.arrow_filesystem`.
+This package reads and writes a bucket with Google's own client. Only Ray Train needs an fsspec file system, which is
+gcsfs: see `cluster.storage.arrow_filesystem`.
 """
 
 import logging
@@ -19,7 +19,7 @@ SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
 
 @cache
 def credentials() -> Any:
-    """Application default credentials; None if there are none, which is enough to read public buckets.
+    """Return the application default credentials. None: there are none, which is enough to read public buckets.
 
     Raises:
         KuzushijiError: the file that GOOGLE_APPLICATION_CREDENTIALS names can't be used.
@@ -44,7 +44,7 @@ def credentials() -> Any:
 
 @cache
 def client() -> "Client":
-    """The client of this process. It retries a request for at most two minutes.
+    """Return the client of this process. It retries a request for at most two minutes.
 
     Raises:
         KuzushijiError: as `credentials`.
@@ -56,9 +56,9 @@ def client() -> "Client":
 
 
 def paying_project() -> str | None:
-    """The project that pays for requests to buckets whose requesters pay.
+    """Return the project that pays for requests to buckets with "requester pays".
 
-    Google's own variable: its credentials send the project as the one whose quota is used.
+    The variable is Google's own: its credentials, too, send this project as the one whose quota is used.
     """
     return os.environ.get("GOOGLE_CLOUD_QUOTA_PROJECT") or None
 
@@ -67,7 +67,7 @@ def paying_project() -> str | None:
 def gcsfs_options() -> dict[str, Any]:
     """Configure gcsfs for this process, before its first import, and return its storage options.
 
-    The options select the credentials of `client`, and no cache of listings, since other processes write too.
+    The options select the credentials of `client`, and turn off the cache of listings, since other processes write too.
 
     Raises:
         KuzushijiError: as `credentials`.

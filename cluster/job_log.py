@@ -9,9 +9,9 @@ if TYPE_CHECKING:
 
 
 async def print_log(client: "JobSubmissionClient", job: str) -> bool:
-    """Print the log to its end. Return False if standard output was closed before, as by `| head`.
+    """Print a job's log until it ends. Return False if standard output was closed before, as by `| head`.
 
-    As `client.tail_job_logs`, which does not use the proxy of Ray's other requests.
+    This replaces `client.tail_job_logs`, which does not use the proxy of Ray's other requests.
 
     Raises:
         OSError: there is no connection.
@@ -24,7 +24,7 @@ async def print_log(client: "JobSubmissionClient", job: str) -> bool:
     proxy = prepend_scheme_if_needed(proxy, "http") if proxy else None
     try:
         async with aiohttp.ClientSession(headers=client._headers) as session:
-            # Not `async with`: its end waits for that of the server, which goes on sending.
+            # Not `async with`: on exit it waits for the server, which keeps sending, to close the connection.
             log_stream = await session.ws_connect(url, proxy=proxy)
             async for message in log_stream:
                 if message.type is aiohttp.WSMsgType.TEXT and not _print(message.data):

@@ -80,10 +80,10 @@ class Local(Store):
 
 @contextmanager
 def writing_in(folder: Path) -> Iterator[None]:
-    """Turn an OSError about `folder` into one line that names the folder.
+    """Turn an OSError about `folder` into a KuzushijiError that names the folder.
 
-    The OSError of a full or read-only disk names no path, so it counts as an error about `folder`. An OSError that
-    names other paths only, and any other OSError while `folder` exists, is re-raised unchanged.
+    The OSError of a full or read-only disk may name no path, so it counts as an error about `folder`. While `folder`
+    exists, an OSError that names only other paths, and any other OSError without a path, is re-raised unchanged.
 
     Raises:
         KuzushijiError: the folder is missing, full, read-only, or not a folder.
@@ -117,7 +117,7 @@ def check_writable(folder: Path) -> None:
 
 @contextmanager
 def temporary_file(folder: Path, create_folder: bool = True) -> Iterator[Path]:
-    """A new temporary path in `folder`; the file is removed when the block ends, unless the block moved it.
+    """Yield a new temporary path in `folder`. The file is removed when the block ends, unless the block moved it.
 
     Raises:
         KuzushijiError: as `writing_in`.
@@ -134,7 +134,7 @@ def temporary_file(folder: Path, create_folder: bool = True) -> Iterator[Path]:
 
 @contextmanager
 def _locked(folder: UPath) -> Iterator[None]:
-    """Hold the lock of a folder, which is created if it is missing. It excludes other threads and processes.
+    """Lock a folder against other threads and processes while the block runs. Create the folder if it is missing.
 
     Raises:
         KuzushijiError: the folder can't be created, or was removed while this process waited for the lock.
@@ -144,7 +144,7 @@ def _locked(folder: UPath) -> Iterator[None]:
         descriptor = os.open(folder.path, os.O_RDONLY)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-            # The lock is of the folder that was opened, which another process may have removed and created again.
+            # The lock is on the folder that was opened, which another process may have removed and created again.
             if not os.path.samestat(os.fstat(descriptor), os.stat(folder.path)):
                 raise FileNotFoundError(errno.ENOENT, "removed and created again by another process", folder.path)
             yield
@@ -153,7 +153,7 @@ def _locked(folder: UPath) -> Iterator[None]:
 
 
 def _sizes(found: Iterable["os.DirEntry[str]"]) -> Iterator[tuple[str, int]]:
-    """Name and size in bytes of each file."""
+    """Yield name and size in bytes of each file."""
     for entry in found:
         with suppress(FileNotFoundError):  # another process removed or moved the file after it was listed
             if entry.is_file():

@@ -1,7 +1,7 @@
-"""A lock that one process at a time holds, also a process of another machine.
+"""A lock that one process at a time can hold, also across machines.
 
-On this machine's disks it is a file lock, which ends with its process. Elsewhere it is a lease: a small file that the
-holder changes every few seconds. A lease that has not changed for a minute is taken over.
+On this machine's file systems it is a file lock, which is released when its process ends. Elsewhere it is a lease: a
+small file that the holder rewrites every 10 seconds. A lease that has not changed for a minute is taken over.
 """
 
 import fcntl
@@ -28,10 +28,13 @@ SECONDS_BETWEEN_LOOKS = 2.0
 
 @contextmanager
 def locked(path: UPath, what: str, lost: threading.Event) -> Iterator[None]:
-    """Hold the lock at `path` while the block runs. Its file is removed afterwards, unless the process is ended before.
+    """Hold the lock at `path` while the block runs. Its file is removed afterwards, unless the process is killed.
 
-    what: what the lock protects, for messages, such as `--run first`. lost: set when another process has taken over the
-    lease, as after the sleep of a laptop; the block must end soon.
+    Args:
+        path: file of the lock.
+        what: what the lock protects, for messages, such as `--run first`.
+        lost: set when another process has taken over the lease, for example after a laptop slept; the block must then
+            end soon.
 
     Raises:
         OptionError: another process holds the lock.
@@ -62,8 +65,8 @@ def _file_lock(path: Path, what: str) -> Iterator[None]:
 
 
 def _locked_descriptor(path: Path, what: str) -> int | None:
-    """Return the descriptor of the locked file, or None if its last holder has removed it meanwhile."""
-    # For writing: NFS locks exclusively only what is open for writing.
+    """Return the descriptor of the locked file, or None if its last holder removed it in the meantime."""
+    # Open for writing: NFS grants an exclusive lock only on such a descriptor.
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -96,16 +99,16 @@ def _lease(path: UPath, what: str, lost: threading.Event) -> Iterator[None]:
         try:
             if _is_of(_read(path), holder):
                 remove_file(path)
-        except Exception as error:  # of any file system; the work is done
+        except Exception as error:  # each file system raises its own types; the work is done
             log.warning("%s could not be removed, and is free in %g s: %s", path, SECONDS_UNTIL_LOST, one_line(error))
 
 
 def _take(path: UPath, holder: str, what: str) -> None:
-    """Write the lease, once there is none or the one that is there has not changed for a minute."""
+    """Write the lease, once there is none or the existing one has not changed for a minute."""
     seen, quiet = _read(path), 0.0
     if seen:
         log.info("%s may be in use: waiting up to %g s for a sign of its process", what, SECONDS_UNTIL_LOST)
-    # Seconds between looks alone: while the storage does not answer, the holder can't renew its lease either.
+    # Count only the seconds slept: while the storage does not answer, the holder can't renew its lease either.
     while (now := _read(path)) and now == seen and quiet < SECONDS_UNTIL_LOST:
         time.sleep(SECONDS_BETWEEN_LOOKS)
         quiet += SECONDS_BETWEEN_LOOKS
@@ -119,7 +122,7 @@ def _renew(path: UPath, holder: str, what: str, done: threading.Event, lost: thr
             now = _read(path)
             if _is_of(now, holder) and _change(path, now, holder):
                 continue
-        except Exception as error:  # of any file system: the lease is renewed as soon as it answers again
+        except Exception as error:  # each file system raises its own types: try again at the next renewal
             log.warning("%s: its lease could not be renewed: %s", what, one_line(error))
             continue
         lost.set()
@@ -127,13 +130,13 @@ def _renew(path: UPath, holder: str, what: str, done: threading.Event, lost: thr
 
 
 def _change(path: UPath, old: bytes | None, holder: str) -> bool:
-    """Write a new lease in the place of `old`. Return False if another process was faster."""
+    """Replace the lease `old` with a new one. Return False if another process changed it first."""
     new = f"{holder} {time.time()}\n".encode()
     taken = False
 
     def unless_changed(there: bytes | None) -> bytes | None:
         nonlocal taken
-        taken = there in (old, new)  # the new one: the answer to a first attempt was lost
+        taken = there in (old, new)  # `new`: the response to a first attempt was lost
         return new if taken else None
 
     change_bytes(path, unless_changed)

@@ -89,7 +89,7 @@ ManifestT = TypeVar("ManifestT", bound=Manifest)
 
 
 def write_listed(path: UPath, data: bytes, within: UPath | None = None) -> FileEntry:
-    """Write a file and return its manifest entry. within, Raises: as `cluster.storage.new_file`.
+    """Write a file and return its manifest entry. `within` and Raises: as `cluster.storage.new_file`.
 
     The entry describes `data`, not what is read back: if the storage corrupts the file, `verify` reports it.
     """
@@ -98,7 +98,7 @@ def write_listed(path: UPath, data: bytes, within: UPath | None = None) -> FileE
 
 
 def seal(folder: UPath, manifest: Manifest) -> None:
-    """Write the manifest, which makes the folder a finished one.
+    """Write the manifest, which marks the folder as finished.
 
     Raises:
         InputError: the manifest would exceed the limits for reading one.
@@ -118,7 +118,7 @@ def seal(folder: UPath, manifest: Manifest) -> None:
 
 
 def encoded(manifest: Manifest) -> bytes:
-    """Return the content of the file of a manifest.
+    """Return the content of a manifest's file.
 
     Raises:
         InputError: it would exceed the limits for reading one.
@@ -136,7 +136,7 @@ def encoded(manifest: Manifest) -> bytes:
 
 
 def _is_too_large(raw: bytes) -> bool:
-    # In JSON, one of these stands before each value but the outermost: a bound that needs no parsing.
+    # In JSON, one of these precedes each value but the outermost: an upper bound that needs no parsing.
     values = sum(raw.count(mark) for mark in (b"{", b"[", b","))
     return len(raw) > MAX_MANIFEST_BYTES or values > MAX_MANIFEST_VALUES
 
@@ -210,7 +210,9 @@ def complaint(error: ValidationError) -> str:
 def size_fault_of(entry: FileEntry, sizes: dict[str, int]) -> str | None:
     """Check that a listed file exists with the listed size, without reading it. Return the fault, or None.
 
-    sizes: name to bytes of the folder's files, as from `list_files`.
+    Args:
+        entry: the listed file.
+        sizes: name to bytes of the folder's files, as from `list_files`.
     """
     if entry.name not in sizes:
         return f"{entry.name} is missing"
@@ -220,7 +222,7 @@ def size_fault_of(entry: FileEntry, sizes: dict[str, int]) -> str | None:
 
 
 def fault_of(folder: UPath, entry: FileEntry, sizes: dict[str, int]) -> str | None:
-    """Check size and SHA-256 of a listed file. Return the fault, or None. sizes: as for `size_fault_of`."""
+    """Check size and SHA-256 of a listed file. Return the fault, or None. `sizes`: as for `size_fault_of`."""
     if fault := size_fault_of(entry, sizes):
         return fault
     if sha256_of(folder / entry.name) != entry.sha256:

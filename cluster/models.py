@@ -1,4 +1,4 @@
-"""The layout of a models place: `<models>/<architecture>/<run>/`, and `<models>/<architecture>/latest.json`.
+"""The layout of a folder of models: `<models>/<architecture>/<run>/`, and `<models>/<architecture>/latest.json`.
 
 `latest.json` points to the run that finished last.
 """
@@ -63,7 +63,7 @@ def _parse(path: UPath, content: bytes) -> Latest:
 def point_to_latest(folder: UPath, manifest: ModelManifest) -> None:
     """Point `latest.json` to a sealed run, unless it points to one that finished at the same time or later.
 
-    The update is atomic: runs that finish at the same moment leave the latest of them.
+    The update is atomic: if runs finish at the same moment, the file points to the latest of them.
 
     Raises:
         DamageError: the existing `latest.json` does not have the expected content.

@@ -23,10 +23,10 @@ def on_terminal() -> bool:
 
 @cache
 def terminal() -> "Console":
-    """The shared console for bars and log lines, so that they do not overwrite one another.
+    """Return the console that bars and log lines share, so that they do not overwrite one another.
 
-    It writes to a duplicate of standard error, which stays visible while standard error is redirected, as when
-    TensorFlow loads.
+    It writes to a duplicate of standard error, which stays visible while standard error is redirected, for example
+    while TensorFlow loads.
     """
     from rich.console import Console
 
@@ -36,7 +36,8 @@ def terminal() -> "Console":
 def log_to_stderr(debug: bool = False) -> None:
     """Send the package's log to standard error: above the bar on a terminal, with the time of day elsewhere.
 
-    debug: include debug messages, such as tracebacks of failures that do not end the command.
+    Args:
+        debug: include debug messages, such as tracebacks of failures that do not end the command.
     """
     handler: logging.Handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
@@ -61,7 +62,7 @@ def waiting(what: str) -> Iterator[None]:
     from rich.live import Live
     from rich.spinner import Spinner
 
-    # `Console.status` leaves the first drawing to its thread; a log line at that moment leaves a second spinner.
+    # Not `Console.status`, which first draws in its thread: a log line at that moment leaves a second spinner.
     with Live(
         Spinner("dots", what, style="status.spinner"), console=terminal(), refresh_per_second=12.5, transient=True
     ):

@@ -1,4 +1,4 @@
-"""Download trained models from a models place: verified, resumable, and sealed only when complete."""
+"""Download trained models: verify each file, resume interrupted downloads, and seal only complete folders."""
 
 import fcntl
 import hashlib
@@ -42,10 +42,12 @@ class Pulled:
 
 
 def pull(models: UPath, to: UPath, wanted: Sequence[str] = ()) -> list[Pulled]:
-    """Download models: `NAME` is the latest run of an architecture, `NAME/RUN` a certain run.
+    """Download models. Files that exist with the right content are not downloaded again.
 
-    wanted: empty for the latest run of each architecture. `to` becomes a models place of the same layout. Files that
-    exist with the right content are not downloaded again.
+    Args:
+        models: folder or bucket of the models.
+        to: folder to write, which gets the same layout.
+        wanted: `NAME` for the latest run of an architecture, or `NAME/RUN`. Empty: the latest run of each architecture.
 
     Raises:
         OptionError: a name is not `NAME` or `NAME/RUN`, or `to` is `models` itself.
@@ -131,7 +133,7 @@ def _fetch(source: UPath, target: Path, entry: FileEntry, advance: Callable[[int
                 f"only one pull at a time may write a folder. Received: {target}, which another pull is writing. "
                 "Wait for it to end"
             ) from error
-        # A second attempt from byte 0, in case the part was of another file.
+        # Try again from byte 0, in case the part belongs to another file.
         for begin in dict.fromkeys([min(out.tell(), entry.bytes), 0]):
             out.truncate(begin)
             out.seek(begin)

@@ -1,4 +1,4 @@
-"""A file elsewhere as a seekable stream, read by ranges."""
+"""A seekable stream over a remote file, which is read by ranges."""
 
 import errno
 import io
@@ -6,20 +6,20 @@ from collections.abc import Callable
 
 
 class RangedFile(io.BufferedIOBase):
-    """A stream over ranges of a file that does not change.
+    """A read-only stream over a file that does not change.
 
-    The bytes of one range are held. A read that they do not cover asks for the missing bytes, `least_bytes` or more at
-    once. `read_range` and `size` may be used from any thread, the rest from one.
+    It buffers the bytes of one range. A read beyond them requests the missing bytes, at least `least_bytes` at once.
+    `read_range` and `size` may be used from any thread, everything else from one thread only.
     """
 
     def __init__(self, read_range: Callable[[int, int], bytes], size: int, least_bytes: int) -> None:
-        """read_range: returns bytes `begin` to `end`, which are in the file."""
+        """Create a stream. `read_range(begin, end)` returns these bytes of the file; both offsets are within it."""
         self.read_range, self.size, self.least_bytes = read_range, size, least_bytes
         self._at = 0
         self.hold(0, b"")
 
     def hold(self, begin: int, data: bytes) -> None:
-        """Hold these bytes of the file from now on, and no others."""
+        """Replace the buffer with `data`, the bytes of the file from `begin` on."""
         self._begin, self._held = begin, memoryview(data)
 
     def readable(self) -> bool:
@@ -34,7 +34,7 @@ class RangedFile(io.BufferedIOBase):
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self.size}[whence]
         if start + offset < 0:
-            raise OSError(errno.EINVAL, f"negative seek position {start + offset}")  # as of a file on a disk
+            raise OSError(errno.EINVAL, f"negative seek position {start + offset}")  # like a file on a disk
         self._at = start + offset
         return self._at
 

@@ -1,4 +1,4 @@
-"""Whether a Ray answers at the address that RAY_ADDRESS names."""
+"""Check that a Ray cluster answers at RAY_ADDRESS."""
 
 import re
 
@@ -8,11 +8,11 @@ SECONDS_FOR_ANSWER = 10.0
 
 
 def check_address(address: str) -> None:
-    """Check that a Ray answers at RAY_ADDRESS. Without one, `ray.init` prints its own log for minutes.
+    """Check that a Ray cluster answers at RAY_ADDRESS. Without one, `ray.init` would print its own log for minutes.
 
     Raises:
-        OptionError: the address is not of a form that works here.
-        KuzushijiError: no Ray answers, or it rejects the token.
+        OptionError: the address has a form that does not work here.
+        KuzushijiError: no cluster answers, or it rejects the token.
     """
     import grpc
     from ray._private.gcs_utils import create_gcs_channel

@@ -1,6 +1,6 @@
 """Ray sessions, and tasks mapped with Ray Data.
 
-A session connects to the cluster that RAY_ADDRESS names. Without it, a local Ray starts, and ends with the command.
+A session connects to the cluster that RAY_ADDRESS names. If it is unset, a local Ray starts, and ends with the command.
 """
 
 import logging
@@ -43,8 +43,8 @@ class Session:
     """A connection to Ray."""
 
     shuts_down: bool
-    """Whether it ends with the block. Set it to False while threads wait for Ray: a shutdown would then end this
-    process before it can print why. Ray ends with the process."""
+    """Whether Ray is shut down when the block ends. Set this to False while threads wait for Ray: a shutdown would then
+    end this process before it can print its error. Ray then ends with the process."""
 
 
 @contextmanager
@@ -52,12 +52,13 @@ def ray_session(request: Request = Request()) -> Iterator[Session]:  # noqa: B00
     """Connect to Ray while the block runs. An existing connection of this process is used and left open.
 
     Args:
-        request: what must run at the same time. A local Ray declares its CPUs, up to 8 times those of this machine.
+        request: processes that must run at the same time. A local Ray declares CPUs for all of them, up to 8 times
+            those of this machine.
 
     Raises:
-        OptionError: a local Ray can't have so many CPUs; or neither it nor a cluster without an autoscaler has room
-            for the request, which would wait forever.
-        KuzushijiError: a local Ray did not start in time, or has no folder to write in; or no Ray is at RAY_ADDRESS.
+        OptionError: a local Ray can't declare so many CPUs; or the request would wait forever, since the hosts have no
+            room for it and there is no autoscaler.
+        KuzushijiError: a local Ray did not start in time, or can't use its folder; or no Ray answers at RAY_ADDRESS.
     """
     with waiting("Ray starts ..."):
         session = Session(_start(request.processes * request.cpus))
@@ -119,8 +120,9 @@ def _start(at_least_cpus: int) -> bool:
 
 
 def usable_cpus() -> int:
-    """Return how many CPUs this process can use: at most those of its affinity (`taskset`) and of its container's quota
-    (`docker run --cpus`, with cgroup v2), at least 1.
+    """Return how many CPUs this process can use, at least 1.
+
+    The limits are its affinity (`taskset`) and its container's quota (`docker run --cpus`, with cgroup v2).
     """
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
@@ -131,13 +133,13 @@ def usable_cpus() -> int:
 
 
 def _set_environment() -> None:
-    """Set the environment of a local Ray. Ray reads it at import, so this is called before."""
+    """Set environment variables of Ray and TensorFlow. Call this before the import of Ray, which reads them."""
     # No usage statistics unless the user asks for them.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     if not uses_cluster() and "ray" not in sys.modules:
-        # Ray requires a token by default, but stores it in a file that other users can read (mode 0644): use a token
-        # of this process instead.
+        # Ray requires a token by default, but stores it in a file that other users can read (mode 0644). Use a token of
+        # this process instead.
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         if "RAY_AUTH_TOKEN_PATH" not in os.environ:
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
@@ -155,27 +157,27 @@ def map_tasks(
     gpus: int = 0,
     start_limit: float = START_LIMIT,
 ) -> list[ReportT]:
-    """Run `work` on the number of each task with Ray Data and show the progress.
+    """Run `work` for each task with Ray Data, and show the progress.
+
+    On a terminal, Ray Data draws its own progress bar, which counts tasks and shows the use of CPUs.
 
     Args:
         tasks: number of tasks, at least one.
-        work: called with the number of a task, from 0, in another process, where it is unpickled.
+        work: called with the number of a task, from 0, in another process, which unpickles `work`.
         report: the pydantic model that `work` returns.
         what: text of the progress display, such as "pages cut".
         unit: what `sizes` counts, such as "pages".
         sizes: number of units in each task.
-        begin: called before the first task, once there is room for it.
-        gpus: number of actors with one GPU each; 0: tasks, one on each CPU.
-        start_limit: seconds after which a cluster must have a host for the tasks.
-
-    On a terminal, Ray Data draws its own progress bar, which counts tasks and shows the use of CPUs.
+        begin: called once, before the first task starts, when there is room for that task.
+        gpus: number of actors with one GPU each; 0: tasks with one CPU each.
+        start_limit: seconds within which a cluster must have a host for a task.
 
     Returns:
         The reports, in the order of the tasks.
 
     Raises:
         OptionError: Ray has no room, see `ray_session`.
-        KuzushijiError: no host came in time.
+        KuzushijiError: no host was ready in time.
         Exception: whatever `work` raised. An OSError becomes a KuzushijiError.
     """
     reports: dict[int, ReportT] = {}
@@ -202,10 +204,10 @@ def map_tasks(
 
 
 def _wait_for_first_host(request: Request, limit: float) -> None:
-    """Wait until a cluster has a host for one of the processes: Ray Data would wait for it without a word.
+    """Wait until a cluster has a host for one of the processes. Ray Data would wait for it without a log line.
 
     Raises:
-        KuzushijiError: none came in time.
+        KuzushijiError: no host was ready in time.
     """
     if not uses_cluster() or request.held_by(hosts()):
         return
@@ -218,8 +220,8 @@ def _wait_for_first_host(request: Request, limit: float) -> None:
         while not ray.wait([first], timeout=1)[0]:
             wait.check()
     except BaseException:
-        # Not once it has ended: a cancellation that meets the end of its task ends this process
-        # (the race of github.com/ray-project/ray/pull/54738, in `CompletePendingTask`).
+        # Only here, not after the task has ended: a cancellation at the moment when its task ends would end this
+        # process (the race of github.com/ray-project/ray/pull/54738, in `CompletePendingTask`).
         ray.cancel(first)
         raise
 
@@ -228,7 +230,7 @@ def _mapped(tasks: int, work: Callable[[int], ReportT], show_bar: bool, gpus: in
     """Return a dataset with one row per task: its `index` and its `report` as JSON."""
     import ray.data
 
-    # Ray Data warns when its bars are off. Its import sets the level, so this comes after.
+    # Ray Data warns when its bars are off. Its import sets the log level, so set it after that.
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = context.enable_rich_progress_bars = show_bar
@@ -250,7 +252,7 @@ def _mapped(tasks: int, work: Callable[[int], ReportT], show_bar: bool, gpus: in
 
 
 class _Call:
-    """`work` as Ray Data calls it: from a row to a row. Also the actor of a GPU."""
+    """Wraps `work` for Ray Data, which calls it with a row and gets a row. Also the class of the actors with GPUs."""
 
     def __init__(self, work: Callable[[int], "BaseModel"]) -> None:
         self.work = work
@@ -258,12 +260,12 @@ class _Call:
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         try:
             return {"index": row["index"], "report": self.work(int(row["index"])).model_dump_json()}
-        except OSError as error:  # Ray Data would replace the file name by a text of its own
+        except OSError as error:  # Ray Data would replace the file name with a text of its own
             raise explained(error) or KuzushijiError(one_line(error)) from error
 
 
 def is_collateral(failure: BaseException) -> bool:
-    """Return whether a worker failed because another one did: TensorFlow aborts its collectives."""
+    """Return whether a worker failed only because another one did: TensorFlow then aborts its collectives."""
     return "Collective ops is aborted" in str(failure)
 
 
@@ -276,7 +278,7 @@ def cause_of(error: BaseException) -> BaseException:
     while isinstance(cause, RayError | TrainingFailedError):
         inner = getattr(cause, "cause", None) or cause.__cause__
         if inner is None:
-            # Of several workers: one that failed by itself. When one dies, the collectives of the others abort.
+            # Of several workers, take one that failed by itself. When one dies, the collectives of the others abort.
             failures = getattr(cause, "worker_failures", None) or {}
             inner = min(failures.values(), key=is_collateral, default=None)
         if inner is None:

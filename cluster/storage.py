@@ -40,7 +40,7 @@ _STORES = {"": _LOCAL, "file": _LOCAL, "local": _LOCAL, "gs": _BUCKET, "gcs": _B
 
 
 def _store(path: UPath) -> Store:
-    """The only place that asks for the protocol of a path."""
+    """Return the store of a path. Only this function chooses by protocol."""
     return _STORES.get(path.protocol, _FSSPEC)
 
 
@@ -48,11 +48,11 @@ def _store(path: UPath) -> Store:
 
 
 def place(text: str | os.PathLike[str]) -> UPath:
-    """A path or address as a UPath. A local path becomes absolute, since workers run in other folders.
+    """Return a path or address as a UPath. A local path becomes absolute, since workers run in other folders.
 
     Raises:
-        OptionError: the text is empty, of a protocol that fsspec does not know or can't import, or names no valid
-            bucket.
+        OptionError: the text is empty, has a protocol that fsspec does not know or can't import, or has an invalid
+            bucket name.
         KuzushijiError: the file that GOOGLE_APPLICATION_CREDENTIALS names can't be used.
     """
     if not str(text):
@@ -76,7 +76,7 @@ def place(text: str | os.PathLike[str]) -> UPath:
 
 
 def reachable_place(text: str | os.PathLike[str]) -> UPath:
-    """As `place`, after one request to the bucket, if the address is of one.
+    """Return `place(text)`. If it is in a bucket, first check with one request that the bucket can be listed.
 
     Raises:
         OptionError: as `place`.
@@ -89,17 +89,17 @@ def reachable_place(text: str | os.PathLike[str]) -> UPath:
 
 
 def is_local(path: UPath) -> bool:
-    """Whether a path is on this machine: its bytes come over no network that the project knows of."""
+    """Return whether a path is on a file system of this machine, which may be a network mount."""
     return _store(path) is _LOCAL
 
 
 def is_inside(path: UPath, folder: UPath) -> bool:
-    """Whether a path is a folder, or below it."""
+    """Return whether a path is the folder itself or below it."""
     return f"{path}/".startswith(f"{str(folder).rstrip('/')}/")
 
 
 def local_path(text: str, option: str) -> Path:
-    """The path on this machine that a command line option names.
+    """Return the local path that a command line option names.
 
     Raises:
         OptionError: `text` is an address.
@@ -111,10 +111,10 @@ def local_path(text: str, option: str) -> Path:
 
 
 def plain_name(name: str, what: str) -> str:
-    """`name` itself, if it is safe as the name of a file or folder: joined to a folder, it can't leave the folder.
+    """Return `name` if it is safe as the name of a file or folder: joined to a folder, it can't leave the folder.
 
     Raises:
-        InputError: the name holds a separator or another character than ASCII letters, digits, `.`, `_` and `-`, or
+        InputError: the name is empty, contains a character other than ASCII letters, digits, `.`, `_` and `-`, or
             starts with `.` or `-`.
     """
     if not isinstance(name, str) or not _PLAIN_NAME.fullmatch(name):
@@ -125,9 +125,9 @@ def plain_name(name: str, what: str) -> str:
 
 
 def arrow_filesystem(path: UPath) -> Any:
-    """The pyarrow file system of a path, for Ray Train's `storage_filesystem`; None for a path on this machine.
+    """Return the pyarrow file system of a path, for Ray Train's `storage_filesystem`; None for a local path.
 
-    The only place that uses gcsfs: Ray Train can't use Google's client.
+    Only this function uses gcsfs, since Ray Train can't use Google's client.
     """
     if is_local(path):
         return None
@@ -140,7 +140,7 @@ def arrow_filesystem(path: UPath) -> Any:
 
 
 def writing_in(folder: UPath | Path) -> AbstractContextManager[None]:
-    """Turn an OSError about a local folder into one line that names it; of any other folder, do nothing.
+    """Turn an OSError about a local folder into a KuzushijiError that names it. For any other folder, do nothing.
 
     Raises:
         KuzushijiError: the folder is missing, full, read-only, or not a folder.
@@ -150,7 +150,9 @@ def writing_in(folder: UPath | Path) -> AbstractContextManager[None]:
 
 
 def check_writable(folder: UPath) -> None:
-    """Create a local folder if it is missing and write in it, before long work; of any other folder, do nothing.
+    """Create a local folder if it is missing, and check that it is writable. For any other folder, do nothing.
+
+    Call this before long work.
 
     Raises:
         KuzushijiError: the folder is full, read-only, or not a folder.
@@ -160,11 +162,15 @@ def check_writable(folder: UPath) -> None:
 
 
 def new_file(target: UPath, within: UPath | None = None) -> AbstractContextManager[Path]:
-    """A context manager with a local path to write. When the block ends, the file there becomes `target` in one step;
-    when the block raises, the file is removed.
+    """Return a context manager that yields a temporary local path to write.
 
-    within: the folder of the local path, on the same disk as a local `target`. It is not created: once another process
-    has removed the folder, nothing that was begun in it becomes a file. None: the folder of `target`, which is created.
+    When the block ends, the file there becomes `target` in one step; if the block raises, the file is removed.
+
+    Args:
+        target: the file to create or replace.
+        within: for a local `target`, folder of the temporary path, on the same disk. It is not created: if another
+            process removes it, a file that was begun in it never becomes `target`. None: the folder of `target`, which
+            is created.
 
     Raises:
         KuzushijiError: the folder is full, read-only or missing, or the upload failed.
@@ -173,7 +179,7 @@ def new_file(target: UPath, within: UPath | None = None) -> AbstractContextManag
 
 
 def write_bytes(target: UPath, data: bytes, within: UPath | None = None) -> None:
-    """Write a small file. Readers get the old bytes or the new ones, never a part. within, Raises: as `new_file`."""
+    """Write a small file. Readers get the old or the new bytes, never a part. `within` and Raises: as `new_file`."""
     with new_file(target, within) as temporary:
         temporary.write_bytes(data)
 
@@ -182,8 +188,8 @@ def change_bytes(target: UPath, update: Callable[[bytes | None], bytes | None]) 
     """Atomic read-modify-write of a small file.
 
     `update(old)` gets the bytes, or None if the file does not exist, and returns the new bytes, or None to leave the
-    file as it is. In a bucket, `update` is called again if another process wrote the file in between. On file systems
-    other than local ones and buckets, there is no protection from other processes.
+    file as it is. In a bucket, `update` is called again if another process wrote the file in between. File systems
+    other than local ones and buckets give no protection from other processes.
 
     Raises:
         KuzushijiError: the folder is full, read-only, or removed in between; or the request failed.
@@ -197,7 +203,7 @@ def remove_file(path: UPath) -> None:
 
 
 def remove_folder(folder: UPath) -> None:
-    """Remove a folder and everything in it, if it exists. In a local folder, what can't be removed stays."""
+    """Remove a folder and everything in it, if it exists. Local files that can't be removed are left."""
     _store(folder).remove_folder(folder)
 
 
@@ -212,7 +218,7 @@ def remove_temporaries(folder: UPath) -> None:
 
 
 def is_file(path: UPath) -> bool:
-    """Whether a file exists.
+    """Return whether a file exists.
 
     Raises:
         KuzushijiError: the bucket does not answer, or refuses the request.
@@ -221,26 +227,27 @@ def is_file(path: UPath) -> bool:
 
 
 def size_of(path: UPath) -> int:
-    """The size of a file in bytes. Raises: FileNotFoundError without a file; KuzushijiError as `is_file`."""
+    """Return the size of a file in bytes. Raises: FileNotFoundError if there is none; KuzushijiError as `is_file`."""
     return _store(path).size_of(path)
 
 
 def list_files(folder: UPath) -> dict[str, int]:
-    """Name to size in bytes of the files directly in a folder; empty without a folder. Raises: as `is_file`."""
+    """Return name to size in bytes of the files directly in a folder; empty if it is missing. Raises: as `is_file`."""
     return _store(folder).list_files(folder)
 
 
 def list_folders(folder: UPath) -> list[str]:
-    """Sorted names of the folders directly in a folder; empty without a folder. Raises: as `is_file`."""
+    """Return the sorted names of the folders directly in a folder; empty if it is missing. Raises: as `is_file`."""
     return _store(folder).list_folders(folder)
 
 
 def list_tree(folder: UPath) -> list[tuple[str, int]]:
-    """Path below a folder and size in bytes of each file in it and its sub-folders, with `/` between folders. Folders
-    whose names start with `.` are left out.
+    """Return path and size in bytes of each file in a folder and its sub-folders.
+
+    Paths are relative to the folder, with `/` between folders. Folders whose names start with `.` are skipped.
 
     Raises:
-        InputError: folders are nested too deep, as by a symbolic link to a folder that holds it.
+        InputError: folders are nested too deep, for example by a symbolic link to a folder above it.
         KuzushijiError: as `is_file`.
     """
     found: list[tuple[str, int]] = []
@@ -256,8 +263,10 @@ def list_tree(folder: UPath) -> list[tuple[str, int]]:
 
 
 def open_read(path: UPath) -> BinaryIO | RangedFile:
-    """Open a file for reads with `seek`. In a bucket it is a `RangedFile`, which stays on the generation of now; no
-    checksum is compared, and reads raise as this function does.
+    """Open a file for reading and seeking.
+
+    In a bucket, the result is a `RangedFile`, which reads the generation that is current when the file is opened. It
+    compares no checksum, and its reads raise as this function does.
 
     Raises:
         FileNotFoundError: the file does not exist, or, in a bucket, was replaced since it was opened.
@@ -267,20 +276,20 @@ def open_read(path: UPath) -> BinaryIO | RangedFile:
 
 
 def read_chunks(path: UPath, begin: int, end: int) -> Iterator[bytes]:
-    """Bytes `begin` to `end` of a file, in chunks and in order; fewer bytes if the file is shorter.
+    """Yield bytes `begin` to `end` of a file, in chunks and in order; fewer bytes if the file is shorter.
 
-    In a bucket, the bytes are of one generation, and several requests run at once.
+    In a bucket, the bytes are from one generation, and several requests run at once.
 
     Raises:
-        FileNotFoundError: the file does not exist, or, in a bucket, was replaced in between.
-        DamageError: the range is all of an object in a bucket, and the CRC32C of the bytes is not the object's.
+        FileNotFoundError: the file does not exist, or, in a bucket, was replaced while it was read.
+        DamageError: the range covers a whole object of a bucket, and the CRC32C of the bytes is not the object's.
         KuzushijiError: as `is_file`.
     """
     return _store(path).read_chunks(path, begin, end)
 
 
 def read_at_most(path: UPath, most: int) -> bytes:
-    """All bytes of a file, or its first `most` bytes if it has more. From a bucket, up to 8 MiB come with one request.
+    """Return the bytes of a file, or the first `most` if it has more. In a bucket, up to 8 MiB take one request.
 
     Raises:
         FileNotFoundError, KuzushijiError: as `read_chunks`.
@@ -290,7 +299,7 @@ def read_at_most(path: UPath, most: int) -> bytes:
 
 
 def read_bytes(path: UPath) -> bytes:
-    """All bytes of a small file, as they were at one moment.
+    """Return the bytes of a small file, all from one version of it.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -309,7 +318,7 @@ def fetch(path: UPath, target: Path) -> None:
 
 @contextmanager
 def local_file(path: UPath, scratch: Path) -> Iterator[Path]:
-    """The file itself, if it is on this machine; else a copy in the folder `scratch`, removed when the block ends.
+    """Yield the path of a local file itself, or of a copy in the folder `scratch`, removed when the block ends.
 
     Raises: as `read_chunks`.
     """
@@ -325,12 +334,14 @@ def local_file(path: UPath, scratch: Path) -> Iterator[Path]:
 
 
 def sha256_of(path: UPath) -> str:
-    """The SHA-256 of a file as hex digits. Raises: as `read_chunks`."""
+    """Return the SHA-256 of a file as hex digits. Raises: as `read_chunks`."""
     return _hex_digest(path, hashlib.sha256())
 
 
 def md5_of(path: UPath) -> str:
-    """The MD5 of a file as hex digits, for publishers that give no other hash: it shows damage, but no manipulation.
+    """Return the MD5 of a file as hex digits, for publishers that give no other hash.
+
+    An MD5 detects damage, but not manipulation.
 
     Raises: as `read_chunks`.
     """

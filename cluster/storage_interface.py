@@ -48,7 +48,7 @@ class Store(ABC):
     def new_file(self, target: UPath, within: UPath | None) -> AbstractContextManager[Path]: ...
 
     def change_bytes(self, target: UPath, update: Callable[[bytes | None], bytes | None]) -> None:
-        # Atomic only if no other process writes the file meanwhile: `Local` takes a lock, `Bucket` overrides it.
+        # Atomic only if no other process writes the file meanwhile. `Local` takes a lock, `Bucket` overrides this.
         new = update(self.read_bytes(target) if self.is_file(target) else None)
         if new is not None:
             with self.new_file(target, None) as temporary:

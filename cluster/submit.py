@@ -1,7 +1,7 @@
 """Run a command as a Ray job on a cluster: open an ssh tunnel to the head, submit the job, print its log.
 
-The same with Ray's command line: `ray dashboard ray_cluster.yaml` in one terminal, `ray job submit -- kuzushiji train
-...` in another.
+Ray's command line does the same in two terminals: `ray dashboard ray_cluster.yaml` in one, `ray job submit -- kuzushiji
+train ...` in the other.
 """
 
 import asyncio
@@ -36,7 +36,7 @@ SECONDS_FOR_TUNNEL = 60.0
 SECONDS_FOR_ANSWER = 10.0
 # If the job still runs this long after its log ended, the connection for the log was lost.
 SECONDS_TO_END = 5
-# Of the head's dashboard, which listens on 127.0.0.1 only.
+# Port of the head's dashboard, which listens on 127.0.0.1 only.
 DASHBOARD_PORT = 8265
 
 
@@ -51,13 +51,13 @@ class Head:
 
     @property
     def option(self) -> str:
-        """The option of `kuzushiji submit` that names this head."""
+        """The options of `kuzushiji submit` that name this head."""
         insecure = ["--insecure"] if self.insecure else []
         place = ["--address", self.address] if self.address else ["--cluster", str(self.cluster_file)]
         return shlex.join([*place, *insecure])
 
     def follow_and_stop_hint(self, job: str) -> str:
-        """The commands that follow or stop a job which this process does not follow any more."""
+        """Return the commands that follow or stop a job that this process no longer follows."""
         if self.address:
             stop = ["ray", "job", "stop", "--address", self.address, job]
         else:
@@ -72,7 +72,7 @@ def connected(head: Head) -> Iterator["JobSubmissionClient"]:
     Raises:
         OptionError: the token would travel to another machine without encryption.
         InputError: the cluster file has faults.
-        KuzushijiError: the cluster is not up, the head does not answer, or it rejects the token (then or in the block).
+        KuzushijiError: the cluster is not up, the head does not answer, or it rejects the token (now or in the block).
     """
     if head.address and not head.insecure:
         _check_encrypted(head.address)
@@ -161,7 +161,7 @@ def _exit_on_signals() -> Iterator[None]:
 @contextmanager
 def _tunnel(cluster_file: Path) -> Iterator[str]:
     """Open an ssh tunnel to the head's dashboard, and yield its local address."""
-    # Checked first: `ray dashboard` may create the cluster's account and key, even the project, as `ray up` does.
+    # Check this first: `ray dashboard` may create the cluster's account and key, even the project, as `ray up` does.
     if faults := faults_of_cluster_file(cluster_file):
         raise InputError(f"{faults[0]}. Run {_quoted('kuzushiji', 'verify', cluster_file)}. See docs/google-cloud.md")
     with socket.socket() as unused:
@@ -215,7 +215,11 @@ def _wait_for(tunnel: "subprocess.Popen[str]", port: int, cluster_file: Path) ->
 def submit_job(client: "JobSubmissionClient", arguments: Sequence[str], working_dir: Path | None, head: Head) -> str:
     """Submit `kuzushiji ARGUMENTS` as a job and return its id.
 
-    working_dir: a checkout whose code the job runs instead of the image's. Files that git ignores are not uploaded.
+    Args:
+        client: the connection to the head.
+        arguments: the command, such as `train`, and its options.
+        working_dir: a checkout whose code the job runs instead of the image's. Files that git ignores are not uploaded.
+        head: named in messages.
 
     Raises:
         KuzushijiError: the head did not accept the job, or it is not known whether it did.
@@ -237,7 +241,7 @@ def submit_job(client: "JobSubmissionClient", arguments: Sequence[str], working_
 
 
 def _check_taken(client: "JobSubmissionClient", job: str, head: Head, error: Exception) -> None:
-    """Ask the head whether it has a job whose submission failed with `error`: the answer alone may have been lost.
+    """Check whether the head has a job whose submission failed with `error`: only the response may have been lost.
 
     Raises:
         KuzushijiError: the head does not have the job, or does not answer.
@@ -286,7 +290,7 @@ def follow(client: "JobSubmissionClient", job: str, head: Head) -> int:
 
 
 def _wait_for_end(client: "JobSubmissionClient", job: str, continues: str) -> Any:
-    """Wait for the end of a job and return its details. A log can end before: proxies may drop its connection."""
+    """Wait for the end of a job and return its details. Its log may end earlier: proxies may drop the connection."""
     details, waited = client.get_job_info(job), 0
     while not details.status.is_terminal():
         if waited == SECONDS_TO_END:
