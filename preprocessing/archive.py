@@ -1,7 +1,7 @@
-"""Zip archives, as Kaggle provides its pages: the names in them, and members read within bounds.
+"""Zip archives, as Kaggle provides its pages: list their members, and read members within limits.
 
-An archive on a bucket is read by ranges. Where it is known which members come next, their ranges are read ahead, those
-of neighbours in one request.
+An archive in a bucket is read by ranges. If it is known which members come next, their ranges are read ahead, those of
+neighbours in one request.
 """
 
 import errno
@@ -31,12 +31,12 @@ UNREADABLE = (*BROKEN, ValueError, OSError)
 STEP_BYTES = {zipfile.ZIP_STORED: CHUNK_BYTES, zipfile.ZIP_DEFLATED: CHUNK_BYTES}
 SMALL_STEP_BYTES = 32
 UNREAD = "page can't be read from the archive"
-UTF8_FLAG = 0x800  # of a member of an archive whose name is UTF-8
-# The end of an archive, where its directory is: of up to ten thousand members, all of it.
+UTF8_FLAG = 0x800  # flag of a member whose name is UTF-8
+# Length of the end of an archive that is read first. It contains the whole directory of up to ten thousand members.
 TAIL_BYTES = 1 << 20
-# Before the bytes of a member: 30 bytes, its name, and its extra fields, which may be longer than in the directory.
+# Room before a member's bytes: 30 bytes, its name, and its extra fields, which may be longer than in the directory.
 LOCAL_HEADER_BYTES = 1 << 12
-STRETCH_BYTES = 4 << 20  # the most that is read with one request, except of a larger member
+STRETCH_BYTES = 4 << 20  # most bytes of one request, unless a single member is larger
 REQUESTS_AT_ONCE = 4
 AHEAD_BYTES = 32 << 20
 
@@ -58,8 +58,8 @@ def member_reader(
 
     Args:
         place: the archive.
-        option: to name in error messages.
-        expected: the members that will be read, in this order, each once; empty: they are not known.
+        option: the option that error messages name.
+        expected: the members that will be read, each once and in this order; empty: not known.
 
     The function raises PageFault if the member can't be read, and FileNotFoundError if there is none of this name.
     """
@@ -80,16 +80,20 @@ def member_reader(
 
 
 def list_members(place: UPath, option: str = "--pages") -> list[tuple[str, int]]:
-    r"""Return name and uncompressed size in bytes of each file in an archive. option: to name in error messages.
+    r"""Return name and uncompressed size in bytes of each file in an archive.
 
-    Names that are not marked as UTF-8 are read by `decode_name`, and `\` in names is `/`.
+    Names that are not marked as UTF-8 are decoded by `decode_name`, and `\` in names becomes `/`.
+
+    Args:
+        place: the archive.
+        option: the option that error messages name.
     """
     with _open(place, option) as (archive, _):
         return [(info.filename, info.file_size) for info in archive.infolist() if not info.is_dir()]
 
 
 def decode_name(name: bytes) -> str | None:
-    """Return the name of a file as text: of UTF-8 or of CP932, which Japanese Windows writes; None if it is neither."""
+    """Decode a file name from UTF-8 or from CP932, which Japanese Windows writes. Return None if it is neither."""
     for encoding in ("utf-8", "cp932"):
         try:
             return name.decode(encoding)
@@ -99,13 +103,13 @@ def decode_name(name: bytes) -> str | None:
 
 
 def _rename_members(archive: zipfile.ZipFile) -> None:
-    """Give the members of an archive the names that were meant, for `infolist` and `getinfo`."""
+    """Correct the names of an archive's members, for `infolist` and `getinfo`."""
     for info in archive.infolist():
         name = info.filename
-        # Without the flag, zipfile decodes as CP437, which keeps every byte. A name in an extra field is right already.
+        # Without the flag, zipfile decodes as CP437, which keeps every byte. A name in an extra field is already right.
         if not info.flag_bits & UTF8_FLAG and not name.isascii() and name == info.orig_filename:
             name = decode_name(name.encode("cp437")) or name
-        name = name.replace("\\", "/")  # only now: the second byte of 表 in CP932 is a backslash
+        name = name.replace("\\", "/")  # only after decoding: the second byte of 表 in CP932 is a backslash
         if name != info.filename:
             info.filename = name
             archive.NameToInfo[name] = info
@@ -115,7 +119,7 @@ def _rename_members(archive: zipfile.ZipFile) -> None:
 def _reader(
     archive: zipfile.ZipFile, stream: BinaryIO | RangedFile, expected: Sequence[str]
 ) -> Iterator[Callable[[str], bytes]]:
-    """Yield `_read` of an archive. On a bucket, the stream holds the bytes of expected members before they are read."""
+    """Yield a function that reads a member. In a bucket, expected members are read ahead into the stream."""
     if not isinstance(stream, RangedFile) or not expected:
         yield partial(_read, archive)
         return
@@ -140,9 +144,9 @@ def _reader(
 
 
 def _stretches(archive: zipfile.ZipFile, names: Iterable[str], size: int) -> list[_Stretch]:
-    """Return the parts of an archive of `size` bytes that have these members, in this order.
+    """Return the parts of an archive of `size` bytes that contain these members, in this order.
 
-    A part that ends too early, or a member without one, costs a further request.
+    If a part ends too early, or a member is in no part, reading the member takes another request.
     """
     stretches: list[_Stretch] = []
     for name in names:
@@ -180,7 +184,7 @@ def _read(archive: zipfile.ZipFile, name: str) -> bytes:
 
 @contextmanager
 def _broken_archive_as(error_type: Callable[[str], Exception], message: str) -> Iterator[None]:
-    """Convert what zipfile raises for broken archives to `error_type`. Errors of disk and bucket pass through."""
+    """Convert exceptions of zipfile for broken archives to `error_type`. Errors of disk and bucket pass through."""
     try:
         yield
     except FileNotFoundError:

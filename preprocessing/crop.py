@@ -1,7 +1,7 @@
 """Cut 80 x 80 crops from a page. `prepare` and `predict` both use these functions, so their crops are equal.
 
-A crop is the box in grayscale, with a margin if one was asked for, scaled with its aspect ratio so that the longer side
-has 80 pixels, and centred on a black square.
+A crop is the box in grayscale, with a margin if requested. It is scaled so that its longer side has 80 pixels, keeps
+its aspect ratio, and is centred on a black square.
 """
 
 from collections.abc import Sequence
@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from preprocessing.records import SIDE
 
-# Limits of a page file. A page that exceeds them is rejected from its header, so that no memory is allocated for it.
-# Kaggle's scans have 9 megapixels.
+# Limits of a page file. A page that exceeds them is rejected before memory for its pixels is allocated. Kaggle's scans
+# have 9 megapixels.
 MAX_PAGE_BYTES = 100_000_000
 MAX_PAGE_PIXELS = 100_000_000
 # A JPEG whose pixels are all in one sequential scan is decoded row by row; see `jpeg.py`.
@@ -111,7 +111,7 @@ def has_ink(square: NDArray[np.uint8], box: Sequence[int]) -> bool:
 
 
 def _scaled(width: int, height: int) -> tuple[int, int]:
-    """Return width and height of a box in its crop."""
+    """Return width and height of a box after scaling to its crop."""
     # Integer division as in the study. With floats, a side of 77 pixels would scale to 79 instead of 80.
     longer = max(width, height)
     return max(1, width * SIDE // longer), max(1, height * SIDE // longer)

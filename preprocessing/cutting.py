@@ -18,7 +18,7 @@ from preprocessing.pages import ReadPage, page_reader
 from preprocessing.scan import Scan, decode_scan
 from preprocessing.tries import END
 
-MAX_STRETCH = 1.02  # of a box by --rescale: sizes in labels are rounded
+MAX_STRETCH = 1.02  # largest change of a box's aspect ratio by --rescale: sizes in labels are rounded
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class Cut:
     fault: str = ""
     """Reason why there is no crop; empty if there is one."""
     page: PageResult | None = None
-    """What the page is like; None if it was not decoded. Complete after the last box of the page."""
+    """Results of the page; None if it was not decoded. Complete after the last box of the page."""
     placed: list[int] = field(default_factory=list)
-    """The box on the upright scan: another one than `box` if it was scaled. Empty if the box was lost."""
+    """The box on the upright scan, which differs from `box` if it was scaled. Empty if the box was lost."""
 
 
 def cut_boxes(
@@ -46,8 +46,9 @@ def cut_boxes(
     begin: Callable[[str], None] = lambda _: None,
     keep: Callable[[str, Scan], None] = lambda *_: None,
 ) -> Iterator[Cut]:
-    """Yield one `Cut` for each box of a group, in the order of `group.boxes`. Each page with boxes is read once, from a
-    bucket while the pages before it are cut.
+    """Yield one `Cut` for each box of a group, in the order of `group.boxes`.
+
+    Each page with boxes is read once. From a bucket, pages are read ahead while earlier ones are cut.
 
     Args:
         group: the pages and boxes.
@@ -56,8 +57,8 @@ def cut_boxes(
         keep: called with the id and the scan of each page that was decoded, before its boxes are cut.
 
     Raises:
-        InputError: a page file was removed or changed after the pages were listed, or boxes were made for another size
-            of a page and are not to be scaled to it.
+        InputError: a page file was removed or changed after the pages were listed; or boxes were made for a scan of
+            another shape, or of another size without `group.rescale`.
     """
     cv2.setNumThreads(1)  # Ray runs one task per core
     start, boxes = 0, group.boxes
@@ -72,7 +73,7 @@ def cut_boxes(
                 cutter = _Cutter(page, scan, group)
                 keep(page.id, scan)
             for box in boxes[start : start + page.boxes].tolist():
-                if box == list(WHOLE_FILE):  # of a file that can't be read, no size is known
+                if box == list(WHOLE_FILE):  # the size of a file that can't be read is unknown
                     box = [0, 0, 0, 0] if isinstance(scan, PageFault) else [0, 0, *scan.image.shape[::-1]]
                 yield cutter.cut(box) if cutter else Cut(page.id, box, None, fault=str(scan))
             start += page.boxes
@@ -102,16 +103,19 @@ class _Cutter:
         with_margin = clip_box(widened(placed, self.margin), self.image.shape)
         square = crop(self.image, with_margin)
         self.result["crops"] += 1
-        # A margin holds ink of the neighbours, also where the boxes miss all characters.
+        # Check the box without its margin, which has ink of neighbours even if the boxes miss all characters.
         own = square if with_margin == clipped_box else crop(self.image, clipped_box)
         self.result["without_ink"] += not has_ink(own, clipped_box)
         return Cut(self.result["page"], box, square, list(clipped_box) != placed, page=self.result, placed=placed)
 
 
 def scaled(box: Sequence[int], across: float, down: float) -> list[int]:
-    """Scale a box. Near edges move down and far edges up, to whole pixels; a box of no area stays one.
+    """Scale a box. Left and top edges are rounded down, right and bottom edges up. A box without area stays so.
 
-    box: x, y, width, height.
+    Args:
+        box: x, y, width, height.
+        across: factor of x and width.
+        down: factor of y and height.
     """
     x, y, width, height = box
     left, top = math.floor(x * across), math.floor(y * down)
@@ -127,7 +131,7 @@ def _scale_of(page: Page, width: int, height: int, rescale: bool) -> tuple[float
     """Return the factors from the boxes of a page to its scan; None if the boxes were made for this size.
 
     Raises:
-        InputError: the boxes were made for another size, which is not of the same shape or not to be scaled.
+        InputError: the boxes were made for a scan of another shape, or of another size without `rescale`.
     """
     if page.made_for in ((0, 0), (width, height)):
         return None

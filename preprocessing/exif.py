@@ -14,9 +14,10 @@ TURNED = (5, 6, 7, 8)  # orientations that swap width and height
 
 
 def orientation_of(exif: bytes) -> int:
-    """Return the orientation, 1 to 8, that EXIF metadata give, or 1 if they give none.
+    """Return the orientation, 1 to 8, in EXIF metadata, or 1 if there is no valid one.
 
-    exif: from the TIFF header on.
+    Args:
+        exif: the metadata from the TIFF header on.
     """
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(exif[:4])
     if order is None:
@@ -34,7 +35,7 @@ def orientation_of(exif: bytes) -> int:
 
 
 def upright(image: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
-    """Turn an image, (height, width) or (height, width, 3), as its EXIF orientation demands. It may be overwritten."""
+    """Turn an image, (height, width) or (height, width, 3), upright by its EXIF orientation. It may be overwritten."""
     if orientation in TURNED:
         image = cv2.transpose(image)
     flip = {2: 1, 3: -1, 4: 0, 6: 1, 7: -1, 8: 0}.get(orientation)

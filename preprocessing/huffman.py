@@ -1,7 +1,7 @@
 """Follow the codes of a sequential JPEG scan to find where its picture ends. Nothing is decoded to pixels.
 
-The format: ITU-T T.81, annexes B (segments) and F (sequential coding). Offsets are of the data of a scan, in which the
-byte 0xFF is written as 0xFF 0x00.
+The format: ITU-T T.81, annexes B (segments) and F (sequential coding). Offsets are those in the data of a scan, in
+which the byte 0xFF is written as 0xFF 0x00.
 """
 
 import re
@@ -10,18 +10,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Some 2 s for each megabyte. Only the codes behind the last restart marker are followed.
+# This takes about 2 s per megabyte. Only the codes after the last restart marker are followed.
 MAX_FOLLOWED_BYTES = 20_000_000
 MAX_EXTRANEOUS_BYTES = 65_536
 MAX_BLOCKS_PER_MCU = 10
-SKIP = 8  # in an entry of a table: bits 0 to 7 are how many bits to go on, bits 8 and up how many coefficients
-END_OF_BLOCK = 128  # coefficients to go on: more than a block has
+SKIP = 8  # in an entry of a table: bits 0 to 7 are the bits to advance, bits 8 and up the coefficients to advance
+END_OF_BLOCK = 128  # coefficients to advance: more than a block has
 
 _RESTART = re.compile(rb"\xff+[\xd0-\xd7]")
 
 
 class Component(NamedTuple):
-    """A component of a frame: its name, and its blocks across and down in a unit of the scan."""
+    """A component of a frame: its id, and its number of blocks across and down in a unit (MCU) of the scan."""
 
     id: int
     across: int
@@ -29,7 +29,7 @@ class Component(NamedTuple):
 
 
 class Frame(NamedTuple):
-    """What the start of a frame says."""
+    """The content of a start-of-frame segment."""
 
     height: int
     width: int
@@ -37,7 +37,7 @@ class Frame(NamedTuple):
 
 
 class Scan(NamedTuple):
-    """What the start of a scan says."""
+    """The content of a start-of-scan segment."""
 
     components: dict[int, int]
     """Component to its tables: DC in the upper four bits, AC in the lower ones."""
@@ -49,14 +49,14 @@ class Scan(NamedTuple):
 
 
 def frame_of(content: bytes) -> Frame:
-    """Parse the content of a start of frame, which may be cut off."""
+    """Parse the content of a start-of-frame segment, which may be cut off."""
     parts = [content[i : i + 3] for i in range(6, len(content) - 2, 3)]
     components = [Component(part[0], part[1] >> 4, part[1] & 15) for part in parts]
     return Frame(int.from_bytes(content[1:3]), int.from_bytes(content[3:5]), components)
 
 
 def scan_of(content: bytes) -> Scan:
-    """Parse the content of a start of scan. One that is cut off has no components."""
+    """Parse the content of a start-of-scan segment. If it is cut off, the result has no components."""
     count = content[0] if content else 0
     names, tables, rest = content[1 : 1 + 2 * count : 2], content[2 : 2 + 2 * count : 2], content[1 + 2 * count :]
     if len(rest) < 3:
@@ -73,12 +73,12 @@ def tables_of(content: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 def end_of_picture(data: bytes, frame: Frame, scan: Scan, tables: Mapping[int, bytes], interval: int) -> int | None:
-    """Return the offset behind the last block, or None if the bytes behind it may be of the picture.
+    """Return the offset after the last block, or None if the bytes after it may be part of the picture.
 
     Args:
-        data: of the scan, up to the next marker that is no restart marker.
-        frame: its frame, sequential.
-        scan: its parameters.
+        data: data of the scan, up to the next marker that is not a restart marker.
+        frame: frame of the scan, which must be sequential.
+        scan: parameters of the scan.
         tables: number (0x10 for AC) to definition, see `tables_of`.
         interval: units between restart markers; 0: there are none.
     """
@@ -102,8 +102,9 @@ def end_of_picture(data: bytes, frame: Frame, scan: Scan, tables: Mapping[int, b
 
 
 def _units(frame: Frame, scan: Scan, tables: Mapping[int, bytes]) -> tuple[int, list[tuple[memoryview, memoryview]]]:
-    """Return the number of units (MCUs) of a scan that holds all components, and the DC and AC table of each block of
-    a unit. Both are empty if the scan is of another kind.
+    """Return the number of units (MCUs) of a scan, and the DC and AC table of each block of a unit.
+
+    Return (0, []) if the scan lacks a component or a table, or if a unit has no blocks or too many.
     """
     components = frame.components
     if not components or [c.id for c in components] != list(scan.components):
@@ -122,7 +123,7 @@ def _units(frame: Frame, scan: Scan, tables: Mapping[int, bytes]) -> tuple[int, 
 
 
 def _lookup(definition: bytes, is_ac: bool) -> memoryview:
-    """Return a table of 65,536 entries, by the next 16 bits: how far a code and its value go; 0 if there is none."""
+    """Return a table of 65,536 entries, one per value of the next 16 bits: see `SKIP`; 0 if they begin with no code."""
     table = np.zeros(1 << 16, np.uint32)
     code, values = 0, iter(definition[16:])
     for length, count in enumerate(definition[:16], 1):
@@ -142,16 +143,16 @@ def _lookup(definition: bytes, is_ac: bool) -> memoryview:
 
 
 class _Bits:
-    """The bits of a scan, without stuffed zeros."""
+    """The bits of a scan, without stuffed zero bytes."""
 
     def __init__(self, coded: bytes) -> None:
         padded = np.frombuffer(coded + bytes(4), np.uint8).astype(np.uint32)
-        self.windows = (padded[:-2] << 16 | padded[1:-1] << 8 | padded[2:]).data  # 24 bits from each byte on
+        self.windows = (padded[:-2] << 16 | padded[1:-1] << 8 | padded[2:]).data  # the 24 bits from each byte on
         self.length = 8 * len(coded)
         self.last = coded[-1]
 
     def follow(self, blocks: "Sequence[tuple[memoryview, memoryview]]", at: int, units: int) -> int | None:
-        """Return the position behind so many units, or None if the codes are not those of a picture."""
+        """Return the position after `units` units, or None if the codes are not those of a picture."""
         windows = self.windows
         try:
             for _ in range(units):
@@ -162,12 +163,12 @@ class _Bits:
         return at if at <= self.length else None
 
     def is_padded(self, at: int) -> bool:
-        """Return whether the byte in which a picture would end is filled with ones, as the format demands."""
+        """Return whether the last byte of a picture that ends at `at` is padded with ones, as the format demands."""
         rest = -at % 8
         return rest == 0 or self.windows[at >> 3] >> 16 & (1 << rest) - 1 == (1 << rest) - 1
 
     def continues(self, blocks: "Sequence[tuple[memoryview, memoryview]]", at: int) -> bool:
-        """Return whether the codes go on up to the end as those of a picture do."""
+        """Return whether codes of a picture continue from `at` to the end of the data."""
         try:
             while at < self.length:
                 for dc, ac in blocks:
@@ -180,8 +181,11 @@ class _Bits:
 
 
 def _after_block(windows: memoryview, dc: memoryview, ac: memoryview, at: int) -> int:
-    """Return the position behind a block. Raises: ValueError for a code or number of coefficients that no block has;
-    IndexError at the end of the bits.
+    """Return the position after a block.
+
+    Raises:
+        ValueError: a code or a number of coefficients that no block has.
+        IndexError: the bits end within the block.
     """
     entry = dc[windows[at >> 3] >> 8 - (at & 7) & 0xFFFF]
     coefficient = 1

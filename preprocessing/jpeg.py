@@ -1,4 +1,4 @@
-"""Decode JPEG files, strictly and within limits that their headers show.
+"""Decode JPEG files strictly, within limits that are checked in their headers.
 
 A file that libjpeg complains about is mended where that hides no damage (see `mend.py`), and decoded strictly again.
 
@@ -26,7 +26,7 @@ FRAMES = (*range(0xC0, 0xC4), *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xC
 # Markers of segments that may precede the scan: tables, restart interval, application data, comments.
 BEFORE_SCAN = (0xC4, 0xCC, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE)
 WITHOUT_SEGMENT = (0x01, *range(0xD0, 0xD8))
-MAX_SEGMENTS = 10_000  # of a header; the rest is not looked at
+MAX_SEGMENTS = 10_000  # of a header; further ones are not read
 MAX_MENDS = 4
 CMYK_ROWS = 256  # to convert at once
 AMBIGUOUS_CMYK = "CMYK without Adobe's marker, which would say whether 0 is no ink: read so that the page is light"
@@ -36,7 +36,7 @@ _FILL = re.compile(b"\xff+")
 
 @dataclass(frozen=True)
 class JpegHeader:
-    """What the segments before the first scan say. Fields that they do not say are 0 or False."""
+    """Content of the segments before the first scan. Fields that they do not state have these defaults."""
 
     width: int = 0
     """Pixels, before the page is turned upright."""
@@ -47,11 +47,11 @@ class JpegHeader:
     orientation: int = UPRIGHT
     """EXIF orientation, 1 to 8."""
     adobe: bool = False
-    """Whether Adobe's marker is there."""
+    """Whether there is an Adobe marker."""
 
 
 def read_header(data: bytes) -> JpegHeader:
-    """Read the segments before the first scan. What follows a malformed segment is not read."""
+    """Read the segments before the first scan. Segments after a malformed one are not read."""
     offset, orientation, adobe = 2, 0, False
     width = height = components = 0
     sequential = one_scan = False
@@ -118,21 +118,21 @@ def _decoded(data: bytes) -> tuple[NDArray[np.uint8], JpegHeader]:
         raise PageFault(f"page of {scans} scans is over {MAX_PAGE_SCANS} scans")
     if space == "CMYK" and not header.adobe:
         return cv2.cvtColor(_ambiguous_cmyk(data), cv2.COLOR_RGB2GRAY), header
-    # With `fastdct`, crops differ from those of the exact transform by 0.3 grey levels, and by 0.7 for pages saved
-    # with a quality of 95 or higher.
+    # With `fastdct`, crops differ from those of the exact transform by 0.3 grey levels, and by 0.7 for pages saved with
+    # a quality of 95 or higher.
     return simplejpeg.decode_jpeg(data, colorspace="GRAY", fastdct=True, strict=True)[:, :, 0], header
 
 
 def _ambiguous_cmyk(data: bytes) -> NDArray[np.uint8]:
-    """Decode CMYK whose values may be of ink or of light, to RGB.
+    """Decode CMYK whose values may mean ink or light, to RGB.
 
-    Viewers disagree on which it is; paper is lighter than ink.
+    Viewers disagree on the meaning. The one that makes the page light is chosen, since paper is lighter than ink.
     """
     light: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, colorspace="CMYK", strict=True)
     if np.median(light[::8, ::8, 3].astype(np.uint16) * light[::8, ::8, 1] // 255) < 128:
         light = ~light
     page = np.empty((*light.shape[:2], 3), np.uint8)
-    for start in range(0, len(light), CMYK_ROWS):  # the products take two bytes a value
+    for start in range(0, len(light), CMYK_ROWS):  # the products take two bytes per value
         rows = light[start : start + CMYK_ROWS].astype(np.uint16)
         page[start : start + CMYK_ROWS] = rows[..., :3] * rows[..., 3:] // 255
     return page

@@ -1,14 +1,16 @@
-"""Mend JPEG files that every viewer opens and libjpeg complains about, without hiding damage.
+"""Mend JPEG files that every viewer opens but libjpeg complains about, without hiding damage.
 
-A mend changes bytes that are not of the picture; the caller decodes the result strictly again. Three complaints are
-mended. What might be a part of the picture is not dropped, so that a damaged file stays a loss:
+A mend changes only bytes that are not part of the picture, and the caller decodes the result strictly again. Bytes that
+might be part of the picture are not dropped, so that a damaged file stays a loss. Three messages of libjpeg lead to
+these mends:
 
-- Bytes between the segments of the header are dropped, unless they are a segment whose marker was destroyed.
-- Bytes between the end of the picture and the end marker are dropped if the picture's codes can be followed up to its
-  last block, are padded there as the format demands, and the bytes do not continue them (see `huffman.py`).
-- A missing end marker is added. In a file of several scans, the last ones must be there. That the data of a scan are
-  cut off shows only in the second decoding.
-- The parameters of a sequential scan, which have one legal value, are set right.
+- Extraneous bytes between the segments of the header are dropped, unless they may be a segment whose marker was
+  destroyed.
+- Extraneous bytes between the end of the picture and the end marker are dropped if the picture's codes can be followed
+  to its last block, are padded there as the format demands, and do not continue in these bytes (see `huffman.py`).
+- A missing end marker is added. A file with several scans must have its last ones. If the data of a scan are cut off,
+  only the second decoding shows it.
+- Invalid parameters of a sequential scan are set to their only legal value.
 """
 
 import re
@@ -45,15 +47,17 @@ class _Segment(NamedTuple):
     begin: int
     """Offset of the marker, with its fill bytes."""
     content: int
-    """Offset behind the length."""
+    """Offset of the content, after the length."""
     end: int
-    """Offset behind the segment, and behind the data of a scan."""
+    """Offset after the segment; for a scan, after its data."""
 
 
 def mend(data: bytes, complaint: str) -> Mend | None:
     """Mend what libjpeg complained about. Return None if that may be damage.
 
-    complaint: the message.
+    Args:
+        data: the file.
+        complaint: libjpeg's message.
     """
     if "Premature end of JPEG file" in complaint:
         return _with_end(data)
@@ -65,7 +69,7 @@ def mend(data: bytes, complaint: str) -> Mend | None:
 
 
 def _segments(data: bytes) -> Iterator[_Segment]:
-    """Yield the segments behind the start marker, up to the first that is malformed, and without the end marker."""
+    """Yield the segments after the start marker, up to the first malformed one; the end marker is not yielded."""
     offset = 2
     for _ in range(MAX_SEGMENTS):
         if not (found := _MARKER.search(data, offset)):
@@ -107,7 +111,7 @@ def _with_right_parameters(data: bytes) -> Mend | None:
 
 
 def _without_extraneous(data: bytes, at_end: bool) -> Mend | None:
-    """Drop the bytes before markers of the header; if there are none and `at_end`, those before the end marker."""
+    """Drop extraneous bytes in the header or, if there are none and `at_end`, those before the end marker."""
     kept, dropped = [data[:2]], 0
     for segment in _segments(data):
         garbage = data[segment.garbage : segment.begin]
@@ -124,7 +128,7 @@ def _without_extraneous(data: bytes, at_end: bool) -> Mend | None:
 
 
 def _is_lost_segment(garbage: bytes) -> bool:
-    """Return whether bytes look like a segment, or its rest, rather than nothing: what they said would be missed."""
+    """Return whether bytes look like a segment or the rest of one, whose content would be missed."""
     return b"Exif" in garbage or int.from_bytes(garbage[2:4]) == len(garbage) - 2
 
 

@@ -18,15 +18,15 @@ from preprocessing.crop import MAX_PAGE_BYTES, PageFault
 from preprocessing.matching import Files, Matcher
 from preprocessing.scan import SUFFIXES, scan_size
 
-# Folders whose files are no pages: CODH's single characters, which its archives hold beside the pages, and the
+# Folders whose files are not pages: CODH's single characters, which its archives have next to the pages, and the
 # attributes that macOS adds to an archive.
 OTHER_FOLDERS = ("characters", "__MACOSX")
 MAX_KINDS, MAX_SUFFIX_CHARS = 100, 16
 OTHERS, HIDDEN = "other files", "hidden files"
-# What is read ahead from a bucket: files at once, and their bytes in all.
+# Files that are read ahead from a bucket at once, and their bytes in all.
 READS_AT_ONCE = 4
 AHEAD_BYTES = 32 << 20
-HEADER_BYTES = 1 << 16  # of a page, in which its size is stated nearly always
+HEADER_BYTES = 1 << 16  # first bytes of a page, which nearly always state its size
 
 
 ReadPage = Callable[[str], bytes]
@@ -40,7 +40,7 @@ class Listing:
     scans: dict[str, int]
     """Path below the folder, or name in the archive, to size in bytes; sorted."""
     ignored: dict[str, int]
-    """Kind of file that is no scan (`.db`, `characters/`) to number of such files."""
+    """Number of files that are not scans, by kind (`.db`, `characters/`)."""
     where: str
     """The folder or archive, for error messages."""
 
@@ -50,7 +50,7 @@ class Listing:
 
 
 def list_pages(pages: UPath) -> Listing:
-    """List the scans in a folder and its sub-folders, or in an archive. The suffix of a file decides, in any case.
+    """List the scans in a folder and its sub-folders, or in an archive. Scans are recognized by suffix, in any case.
 
     Raises:
         InputError: the folder or archive does not exist, the archive is broken, or there are no scans.
@@ -84,7 +84,7 @@ def list_pages(pages: UPath) -> Listing:
 
 
 def count_kinds(kinds: Iterable[str]) -> dict[str, int]:
-    """Count files by their kind, of at most `MAX_KINDS`."""
+    """Count files by kind. Once there are `MAX_KINDS` kinds, further ones count as `OTHERS`."""
     counts: Counter[str] = Counter()
     for kind in kinds:
         counts[kind if kind in counts or len(counts) < MAX_KINDS else OTHERS] += 1
@@ -97,25 +97,25 @@ def ignored_line(ignored: Mapping[str, int]) -> str:
 
 
 def _ignored_as(name: str) -> str:
-    """Return the kind of a file that is not read, or nothing for a scan."""
+    """Return the kind of a file that is not a scan; empty for a scan."""
     *folders, base = name.split("/")
     for folder in OTHER_FOLDERS:
         if folder in folders:
             return f"{folder}/"
-    if base.startswith("."):  # macOS writes `._page.jpg` beside `page.jpg`
+    if base.startswith("."):  # macOS writes `._page.jpg` next to `page.jpg`
         return HIDDEN
     kind = kind_of(base)
     return "" if kind in SUFFIXES else kind
 
 
 def kind_of(name: str) -> str:
-    """Return the kind of a file: its suffix, in small letters."""
+    """Return the kind of a file: its suffix in lower case, or `OTHERS`."""
     suffix = os.path.splitext(name)[1].lower()
     return suffix if suffix.isprintable() and 1 < len(suffix) <= MAX_SUFFIX_CHARS else OTHERS
 
 
 def fingerprint(labels_sha256: str, files: Files) -> str:
-    """Return a hex digest of the input: the labels' SHA-256, and the ids and sizes of the pages, which are not read."""
+    """Return a hex digest of the labels' SHA-256, and of the ids and file sizes of the pages, which are not read."""
     digest = hashlib.sha256(labels_sha256.encode())
     for page_id, (_, size) in sorted(files.items()):
         digest.update(f"\n{page_id} {size}".encode(errors="surrogateescape"))
@@ -128,9 +128,9 @@ def page_reader(pages: UPath, option: str = "--pages", expected: Sequence[tuple[
 
     Args:
         pages: the folder or archive.
-        option: to name in error messages.
-        expected: names and sizes in bytes of the files that will be read, in this order, each once: while one is used,
-            the next ones are read if the folder or archive is not on this machine. Empty: they are not known.
+        option: the option that error messages name.
+        expected: names and sizes in bytes of the files that will be read, each once and in this order; empty: not
+            known. While one is used, the next ones are read if the folder or archive is not on this machine.
 
     The function raises PageFault if the page can't be read from the archive, and FileNotFoundError if the file no
     longer exists.
@@ -154,10 +154,13 @@ def page_reader(pages: UPath, option: str = "--pages", expected: Sequence[tuple[
 
 @contextmanager
 def size_reader(pages: UPath, listed: Callable[[], Listing]) -> Iterator[Callable[[str], tuple[int, int] | None]]:
-    """Yield a function that takes a page id and returns the page's width and height in pixels, from its header alone;
-    None for a page without a file or with one that can't be read.
+    """Yield a function that takes a page id and returns the page's width and height in pixels, from its header alone.
 
-    listed: returns the listing of `pages`; called when the first size is asked for.
+    The function returns None for a page without a file or with one that can't be read.
+
+    Args:
+        pages: the folder or archive.
+        listed: returns the listing of `pages`; called when the first size is requested.
     """
     with ExitStack() as stack:
         read = cache(lambda: stack.enter_context(page_reader(pages)))
@@ -168,7 +171,7 @@ def size_reader(pages: UPath, listed: Callable[[], Listing]) -> Iterator[Callabl
             if path is None:
                 return None
             name = matcher().paths[path]
-            # After a long preface, such as a thumbnail, the header comes later.
+            # The size comes later after long metadata, such as a thumbnail.
             for most in (MAX_PAGE_BYTES,) if is_archive(pages) else (HEADER_BYTES, MAX_PAGE_BYTES):
                 try:
                     return scan_size(read()(name) if most == MAX_PAGE_BYTES else read_at_most(pages / name, most))
@@ -180,5 +183,5 @@ def size_reader(pages: UPath, listed: Callable[[], Listing]) -> Iterator[Callabl
 
 
 def is_archive(pages: UPath) -> bool:
-    """Whether a place is a zip archive, by its suffix in any case."""
+    """Return whether `pages` is a zip archive: it has this suffix, in any case, and is not a local folder."""
     return pages.suffix.lower() == ".zip" and not (is_local(pages) and os.path.isdir(pages.path))

@@ -37,9 +37,9 @@ FORMATS: dict[bytes, type[ImageFile.ImageFile]] = {
 PHOTOMETRIC, TILE_WIDTH, TILE_LENGTH = 262, 322, 323  # tags of TIFF
 WHITE_IS_ZERO = 0  # a photometric interpretation
 ANIMATED = 2  # a flag of WebP
-MAX_CHUNKS = 10_000  # of a file
+MAX_CHUNKS = 10_000  # per file
 MAX_MESSAGE_CHARS = 200
-ROWS = 256  # to scale at once
+ROWS = 256  # scaled at once
 FIRST_OF_SEVERAL = "first of several pages of a TIFF file"
 
 
@@ -57,7 +57,7 @@ class Raster:
 
 
 def is_raster(data: bytes) -> bool:
-    """Return whether a file begins as one of the formats of this module."""
+    """Return whether a file starts like one of the formats of this module."""
     return _is_webp(data) or data.startswith(tuple(FORMATS))
 
 
@@ -77,7 +77,7 @@ def open_raster(data: bytes) -> Raster:
 
 
 def decode_raster(data: bytes) -> tuple[NDArray[np.uint8], int, list[str]]:
-    """Decode a file to grayscale, not yet turned upright unless its `Raster` is of TIFF, which Pillow turns.
+    """Decode a file to grayscale, not yet turned upright, except for TIFF, which Pillow turns upright.
 
     Returns, Raises: as `jpeg.decode_jpeg`.
     """
@@ -96,7 +96,7 @@ def is_turned(data: bytes) -> bool:
 
 @contextmanager
 def _faults() -> Iterator[None]:
-    """Turn whatever a decoder raises for a malformed file into a PageFault, and keep it from warnings and logs."""
+    """Turn exceptions of a decoder, except MemoryError, into a PageFault, and suppress its warnings and log lines."""
     log = logging.getLogger("PIL")
     silence, propagate = logging.NullHandler(), log.propagate
     log.addHandler(silence)
@@ -135,15 +135,15 @@ def _open(data: bytes) -> Raster:
 
 
 def _chunk(data: bytes, offset: int, name: bytes, form: str, checksum: int = 0, padding: int = 1) -> bytes:
-    """Return the content of the first chunk of a name, or nothing.
+    """Return the content of the first chunk with this name; empty if there is none.
 
     Args:
         data: the file.
-        offset: of the first chunk.
+        offset: where the first chunk begins.
         name: four bytes.
-        form: of the head of a chunk, its length and name.
-        checksum: number of bytes behind a chunk.
-        padding: a chunk begins at a multiple of so many bytes.
+        form: `struct` format of the head of a chunk, which has its length and name.
+        checksum: number of bytes of the checksum after a chunk.
+        padding: chunks begin at multiples of this number of bytes.
     """
     for _ in range(MAX_CHUNKS):
         head = data[offset : offset + 8]
@@ -171,7 +171,7 @@ def _decode(image: ImageFile.ImageFile) -> tuple[NDArray[np.uint8], list[str]]:
 
 
 def _scaled(values: NDArray[np.integer[Any]], white_is_zero: bool) -> tuple[NDArray[np.uint8], str]:
-    """Scale gray of 8 to 16 bits to 8 bits, by the fewest bits that hold all values. Return it, and what was done."""
+    """Scale gray of 8 to 16 bits, the fewest that hold all values, to 8 bits. Return it and a warning about this."""
     low, high = int(values.min()), int(values.max())
     bits = max(8, high.bit_length())
     if low < 0 or bits > 16:
@@ -180,13 +180,13 @@ def _scaled(values: NDArray[np.integer[Any]], white_is_zero: bool) -> tuple[NDAr
     if white_is_zero:
         table = table[::-1]
     page = np.empty(values.shape, np.uint8)
-    for start in range(0, len(values), ROWS):  # the index of a pixel takes 8 bytes
+    for start in range(0, len(values), ROWS):  # an index takes 8 bytes per pixel
         page[start : start + ROWS] = table[values[start : start + ROWS]]
     return page, f"gray of 16 bits: 0 to {(1 << bits) - 1} was scaled to 0 to 255"
 
 
 def _over_white(image: Image.Image) -> Image.Image:
-    """Convert an image to grayscale. What is transparent becomes white."""
+    """Convert an image to grayscale, over a white background if it is transparent."""
     if image.mode in ("F", "HSV"):
         raise ValueError(f"pixels of type {image.mode}")
     if image.mode == "LAB":

@@ -4,7 +4,7 @@ Importing TensorFlow takes 5 s and 700 MB per process. Features of a record:
 
     image      6,400 bytes: uint8, 80 x 80, row-major
     label      int64: class index, the line number in label.labels.txt, from 0
-    unicode    bytes: the code point of the box, `U+306F`, also if the label is `rare`
+    unicode    bytes: the code point of the box, `U+306F`, even if the label is `rare`
     image_id   bytes: the id of the page
     box        4 x int64: x, y, width, height as in the labels
 

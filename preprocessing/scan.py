@@ -1,4 +1,4 @@
-"""Decode a page scan of any format that is read, and turn it upright."""
+"""Decode a page scan of any supported format, and turn it upright."""
 
 from dataclasses import dataclass
 
@@ -23,14 +23,14 @@ class Scan:
     orientation: int
     """EXIF orientation of the file, 1 to 8; 1: it was stored upright."""
     warnings: list[str]
-    """What was mended, or is not as in other scans."""
+    """What was mended, or is unusual."""
 
 
 def decode_scan(data: bytes) -> Scan:
     """Decode a page to grayscale, upright. The format is recognized by the content, not by the file's suffix.
 
     Raises:
-        PageFault: the file is of no format that is read, truncated, corrupt, or exceeds a limit.
+        PageFault: the format is not supported, or the file is truncated, corrupt, or exceeds a limit.
     """
     decode = decode_jpeg if _checked(data).startswith(START) else decode_raster
     image, orientation, warnings = decode(data)
@@ -41,7 +41,7 @@ def scan_size(data: bytes) -> tuple[int, int]:
     """Return width and height of a page in pixels, upright, from its header alone.
 
     Raises:
-        PageFault: the header is of no format that is read, malformed, or exceeds a limit.
+        PageFault: the format is not supported, or the header is malformed or exceeds a limit.
     """
     if not data.startswith(START):
         raster = open_raster(_checked(data))
@@ -51,7 +51,7 @@ def scan_size(data: bytes) -> tuple[int, int]:
     if not width or not height:
         try:
             height, width, _, _ = simplejpeg.decode_jpeg_header(data, strict=False)
-        except (ValueError, KeyError) as error:  # KeyError: simplejpeg, of a header that is cut off
+        except (ValueError, KeyError) as error:  # KeyError: simplejpeg, for a header that is cut off
             raise PageFault(f"page can't be decoded: {error}") from error
     return (height, width) if header.orientation in TURNED else (width, height)
 
