@@ -195,7 +195,7 @@ def _list(folder: UPath) -> tuple[dict[str, int], list[str]]:
     with explaining():
         listing = client().list_blobs(_bucket(bucket), prefix=prefix, delimiter="/")
         files = {blob.name.removeprefix(prefix): int(blob.size) for blob in listing}
-    files.pop("", None)  # an object that stands for the folder itself
+    files.pop("", None)  # an object that represents the folder itself
     return files, sorted(found.removeprefix(prefix).rstrip("/") for found in listing.prefixes)
 
 

@@ -83,7 +83,7 @@ def resolve_model(place: UPath) -> UPath:
     """Return `place` if it is a sealed folder, else the folder of the latest run of the architecture at `place`.
 
     Raises:
-        InputError: the place holds neither a manifest nor `latest.json`.
+        InputError: `place` contains neither a manifest nor `latest.json`.
         DamageError: `latest.json` does not have the expected content.
     """
     if is_sealed(place):

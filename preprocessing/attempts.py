@@ -1,4 +1,4 @@
-"""What earlier attempts of `prepare` left in a dataset folder: taken over, made again, or refused."""
+"""Check what earlier attempts of `prepare` left in a dataset folder: keep it, repair it, or refuse the folder."""
 
 from typing import Any
 
@@ -50,7 +50,7 @@ def sealed_manifest(dataset: UPath, plan: Plan) -> tuple[DatasetManifest, list[s
 def _identity_of(manifest: DatasetManifest, plan: Plan) -> dict[str, Any]:
     """Return options, input and versions that the dataset was made with, under the keys of `Plan.identity`.
 
-    A package that an earlier release did not record had no part in its shards: its version counts as equal.
+    A package that an earlier release did not record did not affect its shards, so its version counts as equal.
     """
     versions = plan.identity["versions"] | manifest.versions
     return manifest.config | {"input": manifest.fingerprint, "versions": versions, "book_rule": manifest.book_rule}

@@ -1,11 +1,11 @@
 """The book of each page. A book is a title: its volumes, which look alike, are one book.
 
-The first of these that names it counts:
+The first of these that names the book of a page counts:
 
 1. `--books FILE`;
 2. the label file, if its form names books;
-3. the folder of the book, if the pages are in folders: the uppermost one that is not common to all pages, and that
-   does not have one of the names of `NO_BOOKS`;
+3. the folder of the book, if the pages are in folders: the uppermost one that not all pages share, and whose name is
+   not in `NO_BOOKS`;
 4. the ASCII letters at the beginning of the page's id: `hnsd` for `hnsd001-003`;
 5. the part of the id before the first `_` or `-`: `100241706` for `100241706_00004_2`.
 """
@@ -31,7 +31,7 @@ from preprocessing.archive import decode_name
 from preprocessing.config import BooksFile, TrainOnlyFile
 from preprocessing.labels.table import Labels
 
-# Folders that hold the pages of one or all books.
+# Names of folders that do not name a book: they hold the pages of one book or of all.
 NO_BOOKS = frozenset({"images", "train_images"})
 HEADERS: dict[tuple[str, ...], Literal["page", "prefix"]] = {("page", "book"): "page", ("prefix", "book"): "prefix"}
 _LETTERS = re.compile("[A-Za-z]+")
@@ -41,18 +41,18 @@ log = logging.getLogger("kuzushiji")
 
 
 def book_of(page_id: str, folders: Sequence[str] = (), stated: str | None = None) -> str:
-    """Return the book of a page, without `--books`.
+    """Return the book of a page that `--books` does not name.
 
     Args:
         page_id: the id of the page, which may have folders before a `/`.
-        folders: the folders of its file, without those that are common to all pages or no books.
+        folders: the folders of its file, without those that all pages share and those in `NO_BOOKS`.
         stated: the book that the label file states.
     """
     if stated:
         return _normal(stated)
     if folders:
         folder = os.fsencode(folders[0])
-        # With escapes, where it is of neither encoding: different folders stay different books.
+        # With escapes if it has neither encoding, so that different folders stay different books.
         return _normal(decode_name(folder) or folder.decode(errors="backslashreplace"))
     name = _normal(page_id.rpartition("/")[2])
     letters = _LETTERS.match(name)
@@ -69,7 +69,7 @@ def books_of_pages(labels: Labels, files: Mapping[str, tuple[str, int]], named: 
 
     Args:
         labels: P pages.
-        files: page id to file name and size in bytes, see `list_pages`.
+        files: page id to file name and size in bytes, see `Listing.files_of`.
         named: the file of `--books`.
 
     Raises:
@@ -96,14 +96,14 @@ def _common(paths: Collection[list[str]]) -> int:
 
 
 def _normal(text: str) -> str:
-    """Return the composed form (NFC): macOS writes the names of files decomposed."""
+    """Return text in the composed form (NFC), since macOS writes file names decomposed."""
     return unicodedata.normalize("NFC", text)
 
 
 def _given_books(labels: Labels, files: Mapping[str, tuple[str, int]], named: BooksFile) -> dict[str, str]:
     """Return page id to book for the pages that `--books` names. The longest prefix counts.
 
-    Lines that name no page are reported: they may be of other pages of the books, or mistyped.
+    Lines that name no page are logged: they may be for other pages of the books, or mistyped.
     """
     lengths = sorted({len(prefix) for prefix in named.books}, reverse=True)
     given, used = {}, set()
@@ -126,7 +126,7 @@ def _given_books(labels: Labels, files: Mapping[str, tuple[str, int]], named: Bo
 def pages_for_training(
     labels: Labels, files: Mapping[str, tuple[str, int]], books: Sequence[str], named: TrainOnlyFile
 ) -> NDArray[np.bool_]:
-    """Return which of the P pages of a label file are for training alone, (P,) bool.
+    """Return which of the P pages of a label file are for training only, (P,) bool.
 
     Args:
         labels: P pages.

@@ -1,4 +1,4 @@
-"""The card of a dataset folder, its `README.md`, with the head that hubs read."""
+"""The card of a dataset folder, its `README.md`, with the YAML front matter that hubs read."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,21 +10,23 @@ from preprocessing.dataset import DESCRIPTION, VOLUMES
 from preprocessing.records import SIDE
 
 TAGS = ["kuzushiji", "japanese", "ocr", "historical-documents"]
-# Hugging Face's classes of sizes (huggingface.co/docs/hub/datasets-cards), by their upper limit.
+# Hugging Face's size categories (huggingface.co/docs/hub/datasets-cards), by their upper limit.
 SIZES = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M", 10_000_000: "1M<n<10M"}
 
 
 def front_matter(license_id: str | None, fields: Mapping[str, Any]) -> str:
-    """Return the YAML head of a card, as Hugging Face's hub reads it (huggingface.co/docs/hub/model-cards).
+    """Return the YAML front matter of a card, as Hugging Face's hub reads it (huggingface.co/docs/hub/model-cards).
 
-    license_id: as `PrepareConfig.license`; None becomes the hub's `unknown`.
+    Args:
+        license_id: as `PrepareConfig.license`; None becomes the hub's `unknown`.
+        fields: further fields.
     """
     head = {"license": license_id or "unknown", "language": ["ja"], "tags": TAGS, **fields}
     return f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n"
 
 
 def license_line(license_id: str | None) -> str:
-    """Return a line of a list on the licence of a model. license_id: of the dataset, as `PrepareConfig.license`."""
+    """Return a Markdown list item on the licence of a model's training data, its `PrepareConfig.license`."""
     if license_id:
         return f"- Licence of the pages that it was trained on: {license_id}."
     return (
@@ -34,9 +36,11 @@ def license_line(license_id: str | None) -> str:
 
 
 def split_rule(config: Mapping[str, Any], book_rule: str) -> str:
-    """Return what a dataset was split by, as one sentence.
+    """Return a description of how a dataset was split.
 
-    config, book_rule: as in `DatasetManifest`, also one of an earlier release.
+    Args:
+        config: as in `DatasetManifest`, also that of an earlier release.
+        book_rule: as `config`.
     """
     by = {
         "random": "by box: crops of one page and book are in several splits (leakage), which inflates accuracy",
@@ -84,7 +88,7 @@ def dataset_card(
         losses: number of lost boxes.
         clipped: number of clipped boxes.
         book_rule: as in `DatasetManifest`.
-        warnings: sentences about the set.
+        warnings: sentences about the dataset.
     """
     rows = "\n".join(
         f"| {split} | {c['examples']:,} | {c['pages']:,} | {c['books']:,} |" for split, c in counts.items()

@@ -69,16 +69,16 @@ class DatasetManifest(Manifest):
     counts: Annotated[dict[str, Annotated[dict[str, Count], FailFast()]], FailFast()]
     """Per split, the numbers of planned `boxes`, written `examples`, and the `pages` and `books` of these boxes."""
     losses: Losses
-    """The first `parquet.LISTED_LOSSES`."""
+    """The first `parquet.LISTED_LOSSES` losses."""
     more_losses: Count = 0
     """Number of further losses, which are in `losses.parquet`."""
     clipped: ClippedBoxes
     unlabelled: Annotated[list[str], FailFast()]
     """Ids of pages that have a file and no row in the labels."""
     ignored: Ignored = Field(default_factory=dict)
-    """Kind of file among the pages that is not read (`.db`, `characters/`) to number of such files."""
+    """Number of files among the pages that are not read, by kind (`.db`, `characters/`)."""
     warnings: PageWarnings = Field(default_factory=list)
-    """The first `page_results.LISTED_WARNINGS`, of scans and of labels; `pages.parquet` has all of scans."""
+    """The first `page_results.LISTED_WARNINGS` warnings about labels and scans; `pages.parquet` has all about scans."""
     more_warnings: Count = 0
     """Number of further warnings."""
     ink: InkCount = InkCount()
@@ -89,7 +89,7 @@ class DatasetManifest(Manifest):
     fingerprint: str
     """Hex digest of the labels' bytes and of the ids and sizes of the pages, see `preprocessing.pages.fingerprint`."""
     book_rule: str = VOLUMES
-    """`VOLUMES`, or that books are titles, with a hex digest of each page's book."""
+    """`VOLUMES`; or `titles, ` and a hex digest of the books of all pages."""
 
     @property
     def lost(self) -> int:
@@ -107,7 +107,7 @@ class DatasetManifest(Manifest):
 
     @property
     def margin(self) -> float:
-        """The margin round boxes, as `PrepareConfig.margin`."""
+        """The margin around boxes, as `PrepareConfig.margin`."""
         return float(self.config.get("margin", 0.0))  # datasets of earlier releases have none
 
     @property
@@ -141,7 +141,7 @@ class DatasetManifest(Manifest):
 
 
 def is_margin(value: object) -> bool:
-    """Return whether a value of a JSON file is a margin, as `PrepareConfig.margin`."""
+    """Return whether a value from a JSON file is a valid `PrepareConfig.margin`."""
     return type(value) in (int, float) and 0 <= value <= 1  # type: ignore[operator]  # a number by its type
 
 
@@ -150,7 +150,7 @@ def shard_name(split: str, index: int, count: int) -> str:
 
 
 def dataset_files(class_names: Sequence[str], shards: Mapping[str, Sequence[Shard]], card: str) -> dict[str, str]:
-    """Return file name to text for every file of a dataset folder except shards and manifest."""
+    """Return file name to text for the text files of a dataset folder, except the manifest."""
     return {
         "dataset_info.json": _json(_dataset_info(shards)),
         "features.json": _json(_features(len(class_names))),

@@ -1,16 +1,16 @@
-"""Groups of pages, each the work of one task of `prepare` or `predict`, and how a task gets its group.
+"""Groups of pages: the input of each task of `prepare` or `predict`.
 
-The command holds the labels as arrays, and makes a group when it writes it. A task is handed the number of its group,
-and reads its rows from Parquet files that each attempt of the command writes before its first task begins:
+The command keeps the labels as arrays, and makes a group when it writes it. A task gets the number of its group, and
+reads the rows of the group from Parquet files. Each attempt of the command writes these files before its first task:
 
-*-groups-00000.parquet ...  a row group of each group, a row a page, `GROUPS_PER_FILE` groups in a file
+*-groups-00000.parquet ...  one row group per group, one row per page, `GROUPS_PER_FILE` groups per file
     page                    id
     file                    name in the folder or archive of the pages, as bytes; empty if the page has no file
     file_bytes              see `Page`
-    width, height           in pixels, that the boxes were made for; 0 if the labels do not say it
+    width, height           size in pixels that the boxes were made for; 0 if the labels do not state it
     boxes                   list of x, y, width, height of one box after the other
-    code_points             list: of each box
-    labels, splits          lists: of each box, as in `Group`; empty for `predict`
+    code_points             list, one per box
+    labels, splits          lists, one per box, as in `Group`; empty for `predict`
 """
 
 import io
@@ -35,7 +35,7 @@ from preprocessing.crop import MAX_PAGE_BYTES
 from preprocessing.dataset import shard_name
 from preprocessing.labels.table import Labels
 
-# A task reads the whole file, some 1.5 MB: one request, whose checksum is compared. The scans of a group have 60 MB.
+# A task reads the whole file, about 1.5 MB: one request, whose checksum is compared. A group's scans have 60 MB.
 GROUPS_PER_FILE = 16
 
 _SCHEMA = pa.schema(
@@ -64,7 +64,7 @@ class Page(NamedTuple):
     boxes: int
     """Number of boxes."""
     made_for: tuple[int, int]
-    """Width and height in pixels that the boxes were made for; (0, 0) if the labels do not say it."""
+    """Width and height in pixels that the boxes were made for; (0, 0) if the labels do not state them."""
 
 
 @dataclass
@@ -92,13 +92,13 @@ class Group:
 
     @property
     def page_ids(self) -> list[str]:
-        """P ids."""
+        """The ids of the P pages."""
         return [page.id for page in self.pages]
 
 
 @dataclass(frozen=True)
 class Groups:
-    """All pages, sorted by id, in G groups, each of which is made when it is asked for. N boxes."""
+    """All pages, sorted by id, in G groups, each of which is made when it is accessed. N boxes."""
 
     labels: Labels
     files: Mapping[str, tuple[str, int]]
@@ -123,7 +123,7 @@ class Groups:
 
     @property
     def sizes(self) -> list[int]:
-        """G numbers of pages."""
+        """The number of pages of each of the G groups."""
         return [last - first for first, last in itertools.pairwise(self.bounds)]
 
     def __getitem__(self, number: int) -> Group:
@@ -166,10 +166,10 @@ def group_pages(
 
 
 def plan_shards(groups: Groups, classes: NDArray[np.int32], splits: NDArray[np.int8]) -> Groups:
-    """Return the groups with what `prepare` needs.
+    """Return the groups with the classes, splits and shard names that `prepare` needs.
 
     Args:
-        groups: of N boxes.
+        groups: groups with N boxes.
         classes: (N,), class index of each box.
         splits: (N,), index into `SPLITS` of each box.
     """
@@ -199,16 +199,16 @@ def _bounds(labels: Labels, groups: int) -> Sequence[int]:
 def write_groups(groups: Groups, folder: UPath, prefix: str, within: UPath | None = None) -> None:
     """Write the files of an attempt.
 
-    Each attempt has its own: those of another one may have other names of the same pages, or be damaged.
+    Each attempt has its own files: those of another one may have other file names for the same pages, or be damaged.
 
     Args:
-        groups: at least one.
-        folder: where `read_group` finds them.
-        prefix: of the names of the files, another one for each attempt.
+        groups: at least one group.
+        folder: folder from which `read_group` reads.
+        prefix: prefix of the file names, which differs between attempts.
         within: as in `new_file`.
 
     Raises:
-        KuzushijiError: the folder is full, read-only or gone.
+        KuzushijiError: the folder is full, read-only or missing.
     """
     with progress("groups planned", len(groups), "groups") as advance:
         for first in range(0, len(groups), GROUPS_PER_FILE):
@@ -230,11 +230,11 @@ def write_groups(groups: Groups, folder: UPath, prefix: str, within: UPath | Non
 def written_groups(
     groups: Groups, folder: UPath, prefix: str, within: UPath | None = None
 ) -> Iterator[Callable[[], None]]:
-    """Yield a function that writes the groups as `write_groups`. Their files are removed when the block ends."""
+    """Yield a function that calls `write_groups` with these arguments. The files are removed when the block ends."""
     try:
         yield lambda: write_groups(groups, folder, prefix, within)
     finally:
-        with suppress(Exception):  # the folder may be what failed
+        with suppress(Exception):  # the folder itself may have failed
             for name in list_files(folder):
                 if name.startswith(f"{prefix}-"):
                     remove_file(folder / name)
@@ -271,14 +271,14 @@ def read_group(folder: UPath, prefix: str, number: int) -> Group:
     Raises:
         FileNotFoundError: this machine sees no such file in the folder.
         DamageError: the file is damaged.
-        KuzushijiError: it can't be read.
+        KuzushijiError: the file can't be read.
     """
     path = _file_of(folder, prefix, number)
     data = io.BytesIO(read_bytes(path))
     try:
         with pq.ParquetFile(data, page_checksum_verification=True) as file:
             rows = file.read_row_group(number % GROUPS_PER_FILE, use_threads=False)
-    except (pa.ArrowException, OSError) as error:  # OSError: a checksum
+    except (pa.ArrowException, OSError) as error:  # OSError: a wrong checksum
         raise DamageError(
             f"{path} must be as it was written. Received: {' '.join(str(error).split())}. Run the same command again"
         ) from error

@@ -1,4 +1,4 @@
-"""Count crops without ink: where boxes were made for another size of a scan nothing fails, but crops show paper."""
+"""Count crops without ink. If boxes were made for another size of a scan, nothing fails, but crops show paper."""
 
 from collections.abc import Sequence
 from typing import Annotated
@@ -9,9 +9,9 @@ from typing_extensions import TypedDict  # pydantic needs this one below Python 
 from cluster.manifest import Count
 from preprocessing.page_results import PageResult
 
-# Of the crops of a page, or of all, see `crop.LEAST_CONTRAST`. On the real pages that were measured, the share was 0.
+# Share of a page's crops, or of all, see `crop.LEAST_CONTRAST`. On the real pages that were measured, it was 0.
 MOST_WITHOUT_INK = 0.05
-FEWEST_WITHOUT_INK = 2  # a single crop is no sign
+FEWEST_WITHOUT_INK = 2  # a single crop is not enough
 LISTED_PAGES = 1000  # in a manifest
 SHOWN_PAGES = 10  # in the log
 
@@ -30,7 +30,7 @@ class InkCount(BaseModel):
     crops: Count = 0
     without_ink: Count = 0
     pages: Count = 0
-    """Number of pages with too many."""
+    """Number of pages with too many such crops."""
     listed: Annotated[list[PageInk], FailFast()] = Field(default_factory=list)
     """The first of these pages."""
 
@@ -50,7 +50,7 @@ def count_ink(pages: Sequence[PageResult]) -> InkCount:
 
 
 def ink_line(count: InkCount) -> list[str]:
-    """Return a line for all pages together, if too many crops hold no ink."""
+    """Return a line about the crops of all pages together, or no line if not too many are without ink."""
     if not _are_too_many(count.without_ink, count.crops):
         return []
     return [_line(f"the {count.crops:,} crops", count.without_ink, count.crops)]

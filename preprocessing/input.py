@@ -23,7 +23,7 @@ class Input(NamedTuple):
     labels: Labels
     files: Files
     ignored: dict[str, int]
-    """Kind of file that is no scan to number of such files, see `pages.Listing`."""
+    """Number of files that are not scans, by kind, see `pages.Listing`."""
 
 
 def read_input(
@@ -34,16 +34,16 @@ def read_input(
     rescale: bool = False,
     canvases: UPath | None = None,
 ) -> Input:
-    """Read the labels and list the pages. Logs how many files are no scans.
+    """Read the labels and list the pages. Log how many files are not scans.
 
     Args:
         pages: folder or archive of the pages.
         label_places: label files, see `read_labels`; None: `pages` has crops, see `read_crops`.
         option, bare, canvases: see `read_labels`.
-        rescale: whether the labels must say the sizes of pages.
+        rescale: whether the labels must state the sizes of pages.
 
     Raises:
-        OptionError: the labels say no sizes, or `canvases` is given with labels of another form.
+        OptionError: the labels state no sizes, or `canvases` is given with labels of another form.
         InputError: labels or pages can't be used.
     """
     if label_places is None:
@@ -61,10 +61,10 @@ def read_input(
 
 
 def check_sizes_are_stated(labels: Labels) -> None:
-    """Check that `--rescale` has something to scale by, and count the pages of which it has nothing in the log.
+    """Check that the labels state page sizes, which `--rescale` needs, and log how many pages have none.
 
     Raises:
-        OptionError: the labels do not say for which sizes of the pages their boxes were made.
+        OptionError: the labels state no size for which boxes were made.
     """
     if not labels.page_sizes:
         raise OptionError(

@@ -1,7 +1,7 @@
 """Find the file of each page that the labels name.
 
-An id of the labels is the path of a file below `--pages`, without its suffix, or the name of the file alone where it
-occurs once. Both are compared in Unicode's form NFC: macOS writes file names in another form.
+An id in the labels is the path of a file below `--pages` without its suffix, or only the file name where it is unique.
+Both are compared in Unicode form NFC, since macOS writes file names in another form.
 """
 
 import os
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from cluster.errors import InputError
 
 # Page id to the name of its file in the folder or archive and the size in bytes. Pages that the labels do not name have
-# the path of their file as id, without its suffix and without a folder that all files are in.
+# the path of their file as id, without its suffix and without the folders that all files share.
 Files = dict[str, tuple[str, int]]
 
 
@@ -27,7 +27,7 @@ class Matcher:
             pages: the folder or archive, for error messages.
 
         Raises:
-            InputError: two files have the same path but for their suffixes.
+            InputError: two files have paths that differ only in their suffixes.
         """
         self.listing, self.pages = listing, pages
         self.paths = _paths(listing, pages)
@@ -40,7 +40,8 @@ class Matcher:
     def path_of(self, page_id: str) -> str | None:
         """Return the path of the file of a page, without its suffix, in NFC; None if there is none.
 
-        page_id: in NFC.
+        Args:
+            page_id: the id, in NFC.
 
         Raises:
             InputError: several files have this name.
@@ -61,7 +62,8 @@ class Matcher:
     def match(self, page_ids: Iterable[str]) -> Files:
         """Return the file of each page that has one, and the other files under ids of their own.
 
-        page_ids: of the labels, in NFC.
+        Args:
+            page_ids: the ids in the labels, in NFC.
 
         Raises:
             InputError: an id has several files, or two ids have the same file.
@@ -83,7 +85,7 @@ class Matcher:
 
 
 def _paths(listing: Mapping[str, int], pages: str) -> dict[str, str]:
-    """Return path without suffix, in NFC, to the path as it is listed."""
+    """Return a mapping of path without suffix, in NFC, to the listed path."""
     paths: dict[str, str] = {}
     for name in sorted(listing):
         path = unicodedata.normalize("NFC", os.path.splitext(name)[0])

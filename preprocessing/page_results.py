@@ -1,4 +1,4 @@
-"""What is told of pages that were read: in reports of groups, `pages.parquet` and manifests."""
+"""Results of pages that were read, for reports of groups, `pages.parquet` and manifests."""
 
 from collections.abc import Sequence
 from typing import Annotated
@@ -10,11 +10,11 @@ from cluster.manifest import Count
 
 
 class PageResult(TypedDict):
-    """What was found on a page that was decoded."""
+    """The result of a page that was decoded."""
 
     page: str
     width: int
-    """Pixels, as the boxes count them."""
+    """Pixels of the upright page, to which boxes refer."""
     height: int
     orientation: int
     """EXIF orientation of the file, 1 to 8, that was applied."""
@@ -23,11 +23,11 @@ class PageResult(TypedDict):
     without_ink: int
     """Number of these crops without the contrast of writing, see `crop.LEAST_CONTRAST`."""
     warnings: list[str]
-    """What was mended in the file, or is not as in other scans."""
+    """What was mended in the file, or is unusual about it."""
 
 
 class PageWarning(TypedDict):
-    """Something about a page that was read nevertheless."""
+    """A warning about a page, which was read nevertheless."""
 
     page: str
     what: str
@@ -40,6 +40,6 @@ Ignored = Annotated[dict[str, Count], FailFast()]
 
 
 def listed_warnings(pages: Sequence[PageResult], labels: Sequence[tuple[str, str]] = ()) -> list[PageWarning]:
-    """Return the warnings of all pages. labels: those of `Labels.warnings`."""
+    """Return the warnings about all pages: first `labels`, which are `Labels.warnings`, then those of scans."""
     of_labels: list[PageWarning] = [{"page": page_id, "what": what} for page_id, what in labels]
     return of_labels + [{"page": page["page"], "what": what} for page in pages for what in page["warnings"]]

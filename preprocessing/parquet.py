@@ -5,12 +5,12 @@ pages.parquet    a row per page of the labels, sorted by id
     book           see `preprocessing.books`
     splits         list of `train`, `validation` and `test`: those that the boxes of the page are in
     boxes          number of boxes
-    width, height  in pixels, as the boxes count them; this and the following are none if the page was not decoded
+    width, height  pixels of the upright page; these and the following are null if the page was not decoded
     orientation    EXIF orientation of the file, 1 to 8, that was applied
     crops          number of boxes that were cut
     without_ink    number of these crops without the contrast of writing, see `preprocessing.crop.LEAST_CONTRAST`
-    warnings       list of what was mended in the file, or is not as in other scans
-losses.parquet   the losses beyond the first `LISTED_LOSSES`, which the manifest lists; only if there are more
+    warnings       list of what was mended in the file, or is unusual about it
+losses.parquet   the losses beyond the first `LISTED_LOSSES`, which the manifest lists; written only if there are more
     page, x, y, width, height, unicode, what
 """
 
@@ -35,7 +35,7 @@ PAGES_TABLE = "pages.parquet"
 LOSSES_TABLE = "losses.parquet"
 RESULTS = ("width", "height", "orientation", "crops", "without_ink", "warnings")  # columns of `PageResult`
 LISTED_LOSSES = 10_000  # in the manifest
-# Tables of others are refused beyond these limits. A million pages have some 20 MB.
+# Tables beyond these limits are refused. A million pages have about 20 MB.
 MAX_TABLE_BYTES = 1 << 28
 MAX_ROWS = 10_000_000
 
@@ -72,7 +72,7 @@ def pages_table(
         labels: P pages, N boxes.
         books: the book of each page.
         splits: (N,), index into `SPLITS` of each box.
-        results: of the pages that were decoded, by id.
+        results: results of the pages that were decoded, by id.
     """
     is_in = np.stack([labels.pages_with(splits == split) for split in range(len(SPLITS))], axis=1)
     columns = {
@@ -97,7 +97,7 @@ def losses_table(losses: Sequence[Loss]) -> bytes:
 
 
 def _bytes_of(table: pa.Table) -> bytes:
-    """Return the same bytes each time: what the format leaves open is chosen here, not by defaults."""
+    """Return a table as Parquet, always with the same bytes: options are set here, not left to their defaults."""
     out = io.BytesIO()
     pq.write_table(table, out, version="2.6", compression="zstd", compression_level=3, row_group_size=1 << 20)
     return out.getvalue()
@@ -113,13 +113,13 @@ def books_of_table(path: UPath) -> dict[str, str]:
 
 
 def results_of_table(path: UPath) -> list[PageResult]:
-    """Return the results of the pages that were decoded from a `pages.parquet`. Raises as `books_of_table`."""
+    """Return from a `pages.parquet` the results of the pages that were decoded. Raises: as `books_of_table`."""
     results: list[Any] = _rows(path, _PAGES, ["page", *RESULTS])
     return [result for result in results if result["width"] is not None]
 
 
 def losses_of_table(path: UPath) -> list[Loss]:
-    """Return the losses of a `losses.parquet`. Raises as `books_of_table`."""
+    """Return the losses of a `losses.parquet`. Raises: as `books_of_table`."""
     return [
         {
             "box": [row["x"], row["y"], row["width"], row["height"]],

@@ -48,14 +48,14 @@ class Plan:
     unlabelled: list[str]
     """Ids of pages that have a file and no row in the labels."""
     ignored: dict[str, int]
-    """Kind of file that is not read to number of such files, see `pages.Listing`."""
+    """Number of files that are not read, by kind, see `pages.Listing`."""
     losses: list[Loss]
-    """Boxes that are lost whatever the scans show, see `known_losses`."""
+    """Boxes that are lost whatever the scans contain, see `known_losses`."""
     identity: dict[str, Any]
     """Options, input fingerprint and package versions, as JSON. Equal identities give equal bytes.
 
-    The fingerprint has the ids and sizes of the pages, not their content: a page that is replaced by another one of
-    the same size is not noticed.
+    The fingerprint has the ids and file sizes of the pages, not their content: it does not change if a page is replaced
+    with another one of the same size.
     """
 
 
@@ -88,7 +88,7 @@ def make_plan(
     versions = {"python": platform.python_version()} | {package: version(package) for package in VERSIONED}
     identity |= {"input": fingerprint(labels.sha256, files), "versions": versions}
     book_rule = f"titles, {books_digest(labels.page_ids, books)}"
-    if config.split == "book" or config.train_only:  # else it has no part in the bytes of the shards
+    if config.split == "book" or config.train_only:  # otherwise it does not affect the bytes of the shards
         identity |= {"book_rule": book_rule}
     unlabelled = sorted(os.fsencode(page).decode(errors="replace") for page in set(files) - set(labels.page_ids))
     lost = known_losses(labels, files)
@@ -107,9 +107,11 @@ def _splits(
 
 
 def known_losses(labels: Labels, files: Mapping[str, tuple[str, int]]) -> list[Loss]:
-    """Return the boxes that are lost whatever the scans show: on pages without a file, or of no area.
+    """Return the boxes that are lost whatever the scans contain: those on pages without a file, and those without area.
 
-    files: as in `Groups`.
+    Args:
+        labels: the pages and their boxes.
+        files: as in `Groups`.
     """
     has_no_file = np.repeat([page_id not in files for page_id in labels.page_ids], labels.boxes_per_page)
     lost = np.flatnonzero(has_no_file | (labels.boxes[:, 2] <= 0) | (labels.boxes[:, 3] <= 0))

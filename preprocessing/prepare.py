@@ -48,11 +48,11 @@ def prepare(
         The manifest, and whether anything was written (False: the dataset was already complete and valid).
 
     Raises:
-        OptionError: a split would be empty, or the folder holds other files or another dataset.
+        OptionError: a split would be empty, or the folder contains other files or another dataset.
         InputError: labels or pages can't be used; more than `max_bad_fraction` of the boxes are lost; or the manifest
-            would be too large. What the plan shows of these is raised before a page is read.
+            would be too large. If the plan shows this already, the error is raised before a page is read.
         DamageError: the manifest or plan in the folder is damaged, or the workers do not share the folder.
-        KuzushijiError: the folder is full, read-only or gone, or a page can't be read.
+        KuzushijiError: the folder is full, read-only or missing, or a page can't be read.
     """
     if config.val_fraction + config.test_fraction >= 1:
         total = config.val_fraction + config.test_fraction
@@ -103,7 +103,7 @@ def _make(plan: Plan, pages: UPath, dataset: UPath, config: PrepareConfig, start
 
 
 def _check_losses(losses: Sequence[Loss], lost: int, plan: Plan, config: PrepareConfig, dataset: UPath) -> None:
-    """Raise InputError if `lost` boxes are too many. losses: the first of them."""
+    """Raise InputError if `lost` boxes are too many. `losses` has the first of them."""
     boxes = len(plan.labels.boxes)
     if lost > config.max_bad_fraction * boxes:
         raise InputError(
@@ -152,7 +152,7 @@ def _finish(plan: Plan, dataset: UPath, config: PrepareConfig, reports: Sequence
 
 
 def _known_manifest(plan: Plan, config: PrepareConfig) -> DatasetManifest:
-    """Return what is known of the manifest before a page is read. The final one is larger."""
+    """Return the manifest with what is known before a page is read. The final one is larger."""
     names = {split: [names[i] for names in plan.groups.shard_names] for i, split in enumerate(SPLITS)}
     shards = {
         split: [Shard(name=name, bytes=0, sha256="0" * 64, examples=0) for name in split_names if name]

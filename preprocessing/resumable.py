@@ -1,11 +1,11 @@
-"""A folder that `prepare` or `predict` makes group by group, and that the same command finishes after it was killed.
+"""A folder that `prepare` or `predict` writes group by group, and that the same command finishes after a kill.
 
-Until the folder is sealed, a hidden folder in it holds:
+Until the folder is sealed, a hidden folder in it contains:
 
-plan.json             the identity of the job: all that the bytes depend on; another job is refused
+plan.json             the identity of the job: everything that the bytes depend on; another job is refused
 group-00000.json ...  the report of each finished group, with the files that it wrote; the next attempt skips the group
 
-The files of `groups.py`, temporary files, and the notes of `tries.py` are there too. Tasks do not create the hidden
+The files of `groups.py`, temporary files, and the notes of `tries.py` are there, too. Tasks do not create the hidden
 folder, so that a task that outlives its command adds nothing to a sealed folder.
 """
 
@@ -56,7 +56,7 @@ ReportT = TypeVar("ReportT", bound=Report)
 
 @dataclass(frozen=True)
 class Resumable:
-    """A folder that is made group by group."""
+    """A folder that is written group by group."""
 
     folder: UPath
     hidden: str
@@ -64,7 +64,7 @@ class Resumable:
     option: str
     """The option that names the folder, for error messages."""
     new_options: Mapping[str, Any] = field(default_factory=dict)
-    """Keys of the identity that earlier releases did not record, and their values then."""
+    """Keys of the identity that earlier releases did not record, with the values that those releases used."""
 
     @property
     def progress(self) -> UPath:
@@ -86,18 +86,18 @@ class Resumable:
         """Return the manifest if the folder is complete and valid. Otherwise prepare the folder for (more) work.
 
         Args:
-            identity: as JSON. Equal identities give equal bytes.
+            identity: identity of the job, as JSON. Equal identities give equal bytes.
             sealed: returns the manifest of the sealed folder and the faults of its files, one line each; raises if the
                 folder belongs to another job.
             repair: called with the manifest of a folder with faults. Refuses versions that may give other bytes, and
-                writes the reports of groups, where the manifest says enough.
+                recreates the reports of groups where the manifest has what they need.
 
         Raises:
             OptionError: the folder is neither empty nor of the same job.
             DamageError: the plan is damaged.
         """
         # In this order: a concurrent attempt writes its plan first and removes it after it has written the manifest.
-        # Folders of the file system itself, such as `lost+found` and `.snapshot`, are no other files.
+        # Folders of the file system itself, such as `lost+found` and `.snapshot`, do not count.
         folders = [name for name in list_folders(self.folder) if not name.startswith(".") and name != "lost+found"]
         others = [*list_files(self.folder), *folders]
         has_plan = is_file(self.plan)
@@ -153,7 +153,7 @@ class Resumable:
     def remove_traces(self) -> None:
         """Remove what attempts leave in a sealed folder: the hidden folder, and temporary files of killed attempts.
 
-        Nothing is removed of a folder that another attempt has just begun to make again.
+        Do nothing if another attempt has just begun to repair the folder, which is then no longer sealed.
         """
         if not is_sealed(self.folder):
             return
@@ -167,12 +167,13 @@ class Resumable:
         return self.progress / f"group-{group:05d}.json"
 
     def finished_report(self, group: int, form: type[ReportT]) -> ReportT | None:
-        """Return the report of a group if it is readable and all its files exist with the right size and SHA-256,
-        otherwise None: the group is worked on again.
+        """Return the report of a group, or None if the work on the group must be repeated.
+
+        None: the report is missing or malformed, or one of its files is missing or has another size or SHA-256.
         """
         try:
             report = form.model_validate_json(read_bytes(self.report_path(group)))
-            for entry in report.entries:  # without a listing of the folder, which has the files of all groups
+            for entry in report.entries:  # no listing of the folder: it has the files of all groups
                 path = self.folder / entry.name
                 if size_of(path) != entry.bytes or sha256_of(path) != entry.sha256:
                     return None
@@ -191,17 +192,17 @@ class Resumable:
         """Return the report of a group. Do its work and write the report, unless an earlier attempt has done so.
 
         Args:
-            number: of the group.
+            number: number of the group.
             attempt: identifies the attempt of the command, see `Tries` and `write_groups`.
-            form: of the report.
-            work: called with the group, and with what notes the step that is worked on, see `Tries.begin`.
-            is_whole: whether what the group wrote elsewhere is there.
+            form: class of the report.
+            work: called with the group and with `Tries.begin`, to which it passes the step that it begins.
+            is_whole: called with the report of an earlier attempt; returns whether this command can use it.
 
         Raises:
             DamageError: the folder has no plan: it was removed, or this worker sees another folder. Or the file of the
                 group is damaged.
-            InputError: a page ended too many processes.
-            KuzushijiError: the folder is full, read-only or gone.
+            InputError: too many processes died at the same page.
+            KuzushijiError: the folder is full, read-only or missing.
         """
         if not is_file(self.plan):  # in a bucket, writing would recreate the folder
             raise self._without("its plan")

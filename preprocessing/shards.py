@@ -26,12 +26,12 @@ from preprocessing.resumable import Report, Resumable
 
 
 def resumable(dataset: UPath) -> Resumable:
-    """Return what `prepare` does with a dataset folder until it is sealed."""
+    """Return the `Resumable` of a dataset folder."""
     return Resumable(dataset, ".prepare", "--dataset", {"margin": 0.0, "license": None})
 
 
 class GroupReport(Report):
-    """Result of a group: the shards that were written, the boxes that were lost or clipped, what its pages are like."""
+    """Result of a group: the shards that were written, the boxes that were lost or clipped, and results of pages."""
 
     shards: dict[str, Shard]
     """Split to shard; no entry for a split without a box in the group."""
@@ -49,8 +49,8 @@ class GroupReport(Report):
 def write_reports(dataset: UPath, groups: Groups, manifest: DatasetManifest) -> None:
     """Recreate the reports of all groups from a manifest, so that only groups with damaged shards are cut again.
 
-    Without the tables of pages and losses (datasets of earlier releases have none) nothing is written: all groups are
-    cut again.
+    If a table of pages or losses is missing or damaged, nothing is written, so all groups are cut again. Datasets of
+    earlier releases have no tables.
     """
     entries, files = {entry.name: entry for entry in manifest.files}, list_files(dataset)
     tables = [PAGES_TABLE, *([LOSSES_TABLE] if manifest.more_losses else [])]
@@ -77,9 +77,9 @@ class CutGroup:
     """The Ray task of `prepare`: write the shards of a group, unless an earlier attempt has done so."""
 
     pages: str
-    """Place of the pages, as text."""
+    """Path or address of the pages."""
     dataset: str
-    """Place of the dataset folder, as text."""
+    """Path or address of the dataset folder."""
     attempt: str = field(default_factory=lambda: uuid.uuid4().hex)
     """Identifies the attempt of the command, see `Tries` and `write_groups`."""
 
@@ -88,8 +88,8 @@ class CutGroup:
 
         Raises:
             DamageError, KuzushijiError: as `Resumable.report_of`.
-            InputError: a page file was removed or changed after the pages were listed, or a page ended too many
-                processes.
+            InputError: a page file was removed or changed after the pages were listed, or too many processes died at
+                the same page.
             OSError: pages can't be read.
         """
         return resumable(place(self.dataset)).report_of(number, self.attempt, GroupReport, self._cut)

@@ -1,8 +1,8 @@
-"""Assign each box to training, validation or test. Labels, options and seed alone decide.
+"""Assign each box to training, validation or test. The result depends only on labels, options and random seed.
 
 The unit of the split is a box (`random`, as in the study), a page, or a book. A split by box puts boxes of the same
 page, writer and book into several splits: this leakage inflates accuracy. A split by book measures accuracy on books
-that the model has not seen. With folds, each page or book is in the test of one fold.
+that the model has not seen. With folds, each page or book is in the test split of one fold.
 """
 
 import heapq
@@ -38,17 +38,17 @@ def split_of_boxes(
 ) -> NDArray[np.int8]:
     """Return the split of each box, (N,) int8 indices into `SPLITS`.
 
-    Test and validation get `floor(F * fraction)` of the F boxes that are not for training alone, or as close to that as
+    Test and validation get `floor(F * fraction)` of the F boxes that are not for training only, or as close to that as
     whole units allow; test is filled first.
 
     Args:
         labels: P pages, N boxes.
         by: `random`, `page` or `book`.
-        seed: of the order in which units are chosen.
+        seed: random seed of the order in which units are chosen.
         val_fraction: fraction of the boxes for validation.
         test_fraction: fraction of the boxes for the test.
-        books: P, the book of each page; None: that of its id.
-        train_only: (P,), which pages are for training alone; None: none.
+        books: P, the book of each page; None: derived from its id.
+        train_only: (P,), which pages are for training only; None: none.
 
     Raises:
         OptionError: a split would be empty, or there are too few books.
@@ -89,15 +89,14 @@ def folds_of_boxes(
     books: Sequence[str] | None = None,
     train_only: NDArray[np.bool_] | None = None,
 ) -> NDArray[np.int8]:
-    """Return the split of each box where one of several folds is the test, and the next one validation.
+    """Return the split of each box if one of several folds is the test split, and the next one validation.
 
-    The folds do not depend on `fold`, so that each unit is in the test of one of them.
+    The folds do not depend on `fold`, so each unit that is not for training only is in the test split of one fold. The
+    other arguments and the returned array are as in `split_of_boxes`.
 
     Args:
         folds: number of folds, at least 3.
-        fold: the one that is the test, from 0.
-
-    The others, and the array that is returned, are as in `split_of_boxes`.
+        fold: the fold that is the test split, from 0.
 
     Raises:
         OptionError: there are fewer pages or books than folds.
@@ -138,24 +137,24 @@ def _split_of_single_boxes(
 
 @dataclass(frozen=True)
 class Units:
-    """What a split keeps whole: U pages or books."""
+    """The units that a split keeps whole: U pages or books."""
 
     names: list[str]
     """U, sorted."""
     of_page: NDArray[np.int64]
     """(P,): the unit of each page."""
     sizes: NDArray[np.int64]
-    """(U,): number of boxes of each unit; 0 for units that are for training alone."""
+    """(U,): number of boxes of each unit; 0 for units that are for training only."""
     alone: NDArray[np.bool_]
-    """(U,): which are for training alone."""
+    """(U,): which units are for training only."""
     beside: str
     """Addition to the words `books with boxes` in an error message."""
 
     @classmethod
     def of(cls, labels: Labels, by: str, books: Sequence[str] | None, train_only: NDArray[np.bool_] | None) -> "Units":
-        """Return the units of a label file. A page that is for training alone takes its book along.
+        """Return the units of a label file. The arguments are as in `split_of_boxes`.
 
-        The arguments are as in `split_of_boxes`.
+        With `by="book"`, a page that is for training only makes its whole book so.
         """
         units = labels.page_ids if by == "page" else _books(labels, books)
         names, of_page = np.unique(units, return_inverse=True)
@@ -169,8 +168,9 @@ class Units:
         return cls(names.tolist(), of_page, np.where(is_for_training, 0, sizes), is_for_training, beside)
 
     def in_seeded_order(self, rng: np.random.Generator) -> list[int]:
-        """Return the indices of the units that may be for validation or test. Those that are for training alone do not
-        change their order.
+        """Return the indices of the units that may be for validation or test, in an order that depends on the seed.
+
+        Units that are for training only do not change this order.
         """
         others = np.flatnonzero(~self.alone)
         with_boxes = np.flatnonzero(self.sizes[others])
@@ -194,10 +194,10 @@ def _check_number_of_books(units: Units, least: int) -> None:
 
 
 def _deal(units: Units, folds: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    """Return the fold of each of U units, (U,), from 0; -1 for units that are for training alone or have no boxes.
+    """Return the fold of each of U units, (U,), from 0; -1 for units that are for training only or have no boxes.
 
-    The largest units come first, each into the fold with the fewest boxes, so that the sums of two folds differ by at
-    most the size of one unit. The seed decides the order of units of similar size (of the same power of two).
+    The largest units are dealt first, each to the fold with the fewest boxes, so that the sums of two folds differ by
+    at most the size of one unit. The seed decides the order of units of similar size (of the same power of two).
     """
     order = sorted(units.in_seeded_order(rng), key=lambda unit: -int(units.sizes[unit]).bit_length())
     by_boxes = [(0, int(place), fold) for fold, place in enumerate(rng.permutation(folds))]
@@ -226,7 +226,7 @@ def _fill(sizes: list[int], wanted: int, leave: int) -> set[int]:
             chosen.add(i)
             wanted -= sizes[i]
     # reachable[k][s]: bit b is set if some of the first k units add up to b, and s of the k units are not chosen. The
-    # last s, `leave`, stands for `leave` or more.
+    # last s, `leave`, means `leave` or more.
     reachable: list[list[int]] = [[1] + [0] * leave]
     for size in sizes[first_exact:]:
         previous = reachable[-1]

@@ -1,9 +1,9 @@
-"""Bound how many processes a page may end: by its need of memory, or by a crash of the decoder.
+"""Limit how many processes may die at the same page, because it needs too much memory or crashes the decoder.
 
-Ray Data runs a task whose process died again, without limit: `max_retries`, `max_restarts` and `max_task_retries` are
--1. A limit there would count lost machines too, and could not name the page. So each group has a note next to its
-results. The first process that works on a group writes the note once. A process that finds one knows that another
-process died in this group, and from then on the note says which page is worked on.
+If a process dies, Ray Data runs its task again, without limit: `max_retries`, `max_restarts` and `max_task_retries` are
+-1. A limit there would also count lost machines, and could not name the page. So each group has a note next to its
+results. The first process that works on a group writes the note once. A process that finds a note knows that another
+process died in this group, and from then on records in the note which page it works on.
 """
 
 from typing import Self
@@ -16,8 +16,8 @@ from cluster.storage import TEMPORARY_PREFIX, read_bytes, remove_file, write_byt
 from preprocessing.groups import Group
 
 MOST_DEATHS = 3
-# Steps of a group that are no pages: before the first one, after the last one is cut, and the tables of `predict`. Each
-# comes once: the step after it erases how many processes died at it.
+# Steps of a group other than pages: before the first page, after the last one is cut, and the tables of `predict`. Each
+# occurs once, and the next step removes its count of deaths.
 START, END, TABLES = "(start)", "(end)", "(tables)"
 
 
@@ -25,7 +25,7 @@ class _Note(BaseModel):
     """What the next process must know if this one dies."""
 
     at: str | None = None
-    """The step that is worked on: the id of a page or its picture, or one of the above; None: not written down."""
+    """The current step: the id of a page, the name of its picture, or one of the steps above; None: not recorded."""
     deaths: dict[str, int] = {}
     """Step to number of processes that died at it. A step that a process finished has no entry."""
 
@@ -33,7 +33,7 @@ class _Note(BaseModel):
 class Tries:
     """Counts the processes that died while they worked on a group, in one attempt of the command.
 
-    As a context manager it removes the note when the block ends or raises: neither is the death of a process.
+    As a context manager, it removes the note when the block ends or raises, since then the process did not die.
     """
 
     def __init__(self, group: Group, folder: UPath, attempt: str) -> None:
@@ -41,8 +41,8 @@ class Tries:
 
         Args:
             group: the group that this process works on.
-            folder: folder of the note, where it counts as a temporary file.
-            attempt: identifies the attempt; the notes of others do not count.
+            folder: folder of the note, which has the name of a temporary file.
+            attempt: identifies the attempt; notes of other attempts are ignored.
 
         Raises:
             InputError: `MOST_DEATHS` processes died before the first page.
@@ -65,9 +65,10 @@ class Tries:
         self.begin(START)
 
     def begin(self, step: str) -> None:
-        """Note the step that is worked on from now on, and that the one before it is done.
+        """Record that the step before is finished and that `step` begins.
 
-        step: the id of a page or its picture, or one that is no page.
+        Args:
+            step: the id of a page, the name of its picture, or `START`, `END` or `TABLES`.
 
         Raises:
             InputError: `MOST_DEATHS` processes died at this step, and none finished it.
@@ -92,7 +93,7 @@ class Tries:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None or issubclass(kind, Exception | KeyboardInterrupt):  # the latter cancels a task of Ray
+        if kind is None or issubclass(kind, Exception | KeyboardInterrupt):  # the latter: Ray cancels the task
             remove_file(self.path)
 
     def _write(self) -> None:
