@@ -1,8 +1,9 @@
-"""Batch norm over all replicas with one transfer a layer, where Keras makes three.
+"""Batch norm over all replicas, with one transfer per layer instead of the three of Keras.
 
-`keras.layers.BatchNormalization(synchronized=True)` sums values, squares and counts over the replicas one after the
-other (`_compute_moments_sync` in keras/src/backend/tensorflow/nn.py). Here they go together: for a small net on two
-workers, transfers are much of the time of a step (`resnet`, 64 crops per step: 100 crops/s before, 117 after).
+`keras.layers.BatchNormalization(synchronized=True)` sums values, squares and counts over the replicas in three separate
+transfers (`_compute_moments_sync` in keras/src/backend/tensorflow/nn.py). Here one transfer sums all three: for a small
+net on two workers, transfers take much of the time of a step (`resnet`, 64 crops per step: 100 crops/s before, 117
+after).
 """
 
 from typing import Any
@@ -15,9 +16,9 @@ class SharedBatchNorm(keras.layers.BatchNormalization):  # type: ignore[misc]  #
     """Replaces `keras.layers.BatchNormalization` in training. The channels are the last axis."""
 
     def _moments(self, inputs: Any, mask: Any) -> tuple[Any, Any]:
-        """Return mean and variance of each channel, over the crops of all replicas, in the type of `inputs`."""
+        """Return the mean and variance of each channel over the crops of all replicas, in the dtype of `inputs`."""
         context = tf.distribute.get_replica_context()
-        if not self.synchronized or context is None or context.num_replicas_in_sync == 1:  # to the last digit as Keras
+        if not self.synchronized or context is None or context.num_replicas_in_sync == 1:  # exactly as Keras
             mean, variance = super()._moments(inputs, mask)
             return mean, variance
         x = tf.cast(inputs, tf.float32)

@@ -12,11 +12,12 @@ log = logging.getLogger("kuzushiji")
 
 
 def fit_to_dataset(manifest: DatasetManifest, config: TrainConfig) -> TrainConfig:
-    """Return the config with a global batch size of at most the number of training crops. Logs what it changes.
+    """Return the config with a global batch size of at most the number of training crops. Log what changes.
 
     Raises:
         InputError: a split has no crops.
-        OptionError: more replicas than crops in a batch, or partitions that do not divide the batch or are too many.
+        OptionError: a batch has fewer crops than there are replicas, the number of partitions does not divide the batch
+            size, or there are too many partitions.
     """
     crops_by_split = {split: sum(shard.examples for shard in manifest.shards_of(split)) for split in SPLITS}
     if not all(crops_by_split.values()):
@@ -41,7 +42,11 @@ def fit_to_dataset(manifest: DatasetManifest, config: TrainConfig) -> TrainConfi
 
 
 def _batch_size(manifest: DatasetManifest, config: TrainConfig, crops: int) -> int:
-    """Return the global batch size: at most so many crops as there are, in equal parts of each partition."""
+    """Return the global batch size, lowered if there are fewer crops. Each partition gives an equal part of a batch.
+
+    Raises:
+        OptionError: the number of partitions does not divide the batch size, or a partition has no training crops.
+    """
     wanted, parts = config.global_batch_size, config.partitions
     if wanted % parts:
         raise OptionError(f"--partitions must divide --global-batch-size. Received: {parts} and {wanted}")

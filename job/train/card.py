@@ -1,4 +1,4 @@
-"""The model card, `README.md` of a model folder, with the head that hubs read."""
+"""The model card, `README.md` of a model folder, with the metadata header for model hubs."""
 
 import math
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from preprocessing.card import front_matter, license_line
 from preprocessing.config import SPLITS
 from preprocessing.dataset import DatasetManifest
 
-TEMPERATURES = (0.25, 4.0)  # that are tried, see `temperature.SCALES`
+TEMPERATURES = (0.25, 4.0)  # limits of the fit, see `temperature.SCALES`
 
 
 def model_card(config: Mapping[str, Any], metrics: Mapping[str, Any], run: str, dataset: DatasetManifest) -> str:

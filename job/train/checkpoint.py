@@ -51,12 +51,12 @@ class State:
         return self.step == 0 and self.epoch == self.best_epoch
 
     def is_finished(self, epochs: int, patience: int | None) -> bool:
-        """Whether all epochs are done, or `patience` epochs have passed without a better validation accuracy."""
+        """Return whether all epochs are done, or `patience` epochs have passed without a better validation accuracy."""
         since_best = self.epoch - self.best_epoch
         return self.epoch >= epochs or (patience is not None and since_best >= patience)
 
     def end_epoch(self, row: EpochRow) -> bool:
-        """Add a finished epoch to the history. Returns whether it is the best epoch so far."""
+        """Add a finished epoch to the history. Return whether it is the best epoch so far."""
         self.epoch = row.epoch
         self.step, self.totals, self.sums, self.seconds, self.waited = 0, [0.0, 0.0], [], 0.0, 0.0
         self.history.append(row)
@@ -66,7 +66,7 @@ class State:
         return improved
 
     def sums_of(self, rank: int, workers: int) -> list[float]:
-        """The sums a worker resumes with; an equal share of the total if the number of workers has changed."""
+        """Return the sums that a worker resumes with: an equal share of the total if the number of workers changed."""
         if len(self.sums) == workers:
             return self.sums[rank]
         return [sum(column) / workers for column in zip(*self.sums, strict=True)] or [0.0, 0.0]
@@ -80,10 +80,10 @@ def changing_variables(model: keras.Model) -> list[Any]:
 def write_checkpoint(folder: Path, state: State, variables: Sequence[Any], best: Sequence[NDArray[Any]]) -> None:
     """Write a checkpoint into an existing folder.
 
-    variables: the model's changing variables, then the optimizer's. best: values of the model's changing variables at
-    the best epoch; not written if they are the current values.
+    variables: the changing variables of the model, followed by those of the optimizer. best: values of the model's
+    changing variables at the best epoch; not written if they are the current values.
     """
-    # Variables are passed as they are: NumPy copies them out of TensorFlow one at a time.
+    # Variables are passed without a copy: NumPy copies them out of TensorFlow one at a time.
     arrays = {f"variable_{i}": variable for i, variable in enumerate(variables)}
     if not state.is_best:
         arrays |= {f"best_{i}": weights for i, weights in enumerate(best)}
@@ -92,7 +92,7 @@ def write_checkpoint(folder: Path, state: State, variables: Sequence[Any], best:
 
 
 def read_checkpoint(folder: Path, variables: Sequence[Any]) -> tuple[State, list[NDArray[Any]]]:
-    """Assign the variables. Returns the state and the best weights, which are empty if they are the current ones."""
+    """Assign the variables. Return the state and the best weights, which are empty if they are the current ones."""
     content = json.loads((folder / STATE_FILE).read_text())
     content["history"] = [EpochRow(**row) for row in content["history"]]
     state = State(**content)
@@ -104,7 +104,7 @@ def read_checkpoint(folder: Path, variables: Sequence[Any]) -> tuple[State, list
 
 
 def restore_checkpoint(variables: Sequence[Any]) -> tuple[State, list[NDArray[Any]]] | None:
-    """Read the run's last checkpoint as `read_checkpoint` does. Returns None if Ray Train has none."""
+    """Read the run's last checkpoint, as `read_checkpoint` does. Return None if Ray Train has none."""
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
         return None
@@ -125,14 +125,14 @@ def upload_checkpoint(
     ray.train.report(
         row,
         checkpoint=ray.train.Checkpoint.from_directory(folder),
-        # Training continues during the upload. Ray removes the folder afterwards; if it can't, the folder goes with
-        # `scratch`.
+        # Training continues during the upload. Ray removes the folder afterwards; if it can't, the folder is removed
+        # together with `scratch`.
         checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
     )
 
 
 def wait_for_upload() -> list[Any]:
-    """Wait until the last checkpoint is uploaded, on any rank. Returns all kept checkpoints.
+    """Wait until the last checkpoint is uploaded, whichever rank saved it. Return all kept checkpoints.
 
     Uploads run one at a time: Ray would queue any number of them, and a lost worker would lose the whole queue.
     """
@@ -141,7 +141,7 @@ def wait_for_upload() -> list[Any]:
 
 
 def remove_unknown(folder: UPath) -> None:
-    """Remove checkpoints that Ray Train does not keep.
+    """Remove checkpoints that are not in Ray Train's list.
 
     These are incomplete uploads of a lost worker, and checkpoints that a lost controller did not remove. Only folders
     with Ray Train's own naming (`checkpoint_...`) are removed.

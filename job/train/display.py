@@ -1,6 +1,6 @@
-"""What is seen of trainings while they run: workers post events to a small actor, the driver shows them.
+"""Progress of running trainings: workers post events to a small actor, and the driver displays them.
 
-Posting never waits and never fails: losing an event must not stop a training.
+Posting never waits and never fails, because losing an event must not stop a training.
 """
 
 import logging
@@ -57,7 +57,7 @@ class Activity:
 
 @dataclass(frozen=True)
 class StepDone:
-    """Where a training is: step `step` of `steps` in epoch `epoch` of `epochs`, all from 1."""
+    """Progress of a training: step `step` of `steps` in epoch `epoch` of `epochs`. All are counted from 1."""
 
     architecture: str
     epoch: int
@@ -65,7 +65,7 @@ class StepDone:
     step: int
     steps: int
     loss: float
-    """Mean over the epoch so far, of the crops of worker 0."""
+    """Mean over the epoch so far: of all workers up to the last change of `State.totals`, and of worker 0 after it."""
     accuracy: float
     """Likewise."""
     crops_per_s: float
@@ -81,7 +81,7 @@ Event = LogLine | RunState | Activity | StepDone
 
 
 class Board:
-    """The actor: events in the order in which they arrive, failures that end a run, what workers give each other."""
+    """The actor. It collects events in order of arrival, failures that end a run, and data that workers exchange."""
 
     def __init__(self) -> None:
         self._events: list[Event] = []
@@ -93,12 +93,12 @@ class Board:
         self._events.append(event)
 
     def take(self) -> list[Event]:
-        """The events since the last call."""
+        """Return the events since the last call."""
         events, self._events = self._events, []
         return events
 
     def set_workers(self, architecture: str, running: bool) -> None:
-        """The workers of a run have started, or are about to start or ended."""
+        """Record whether the workers of a run are running. They are not if they have ended, or are about to start."""
         (self._with_workers.add if running else self._with_workers.discard)(architecture)
 
     def with_workers(self) -> set[str]:
@@ -114,16 +114,19 @@ class Board:
         return self._failures.get(attempt)
 
     def add_part(self, attempt: str, rank: int, part: list[Any]) -> None:
-        """Keep a reference to what a worker gives. part: it alone, in a list, so that Ray does not fetch the object."""
+        """Keep a reference to a worker's part.
+
+        part: a list with the reference as its only element, so that Ray does not fetch the object.
+        """
         self._parts[attempt][rank] = part[0]
 
     def parts_of(self, attempt: str) -> list[Any]:
-        """Return the references of all workers of an attempt, in the order of their ranks, and forget them."""
+        """Return the references of all workers of an attempt, in the order of their ranks, and remove them."""
         return [part for _, part in sorted(self._parts.pop(attempt).items())]
 
 
 class Reporter:
-    """Posts the events of one worker. What concerns all workers alike is posted by worker 0 only."""
+    """Posts the events of one worker. Events that concern all workers are posted by worker 0 only."""
 
     def __init__(self, board: Any, architecture: str, rank: int) -> None:
         """board: handle of the actor."""
@@ -131,7 +134,7 @@ class Reporter:
         self._last = time.monotonic()
 
     def log_from_any(self, text: str) -> Any:
-        """Log a line from whichever worker this is. Returns the Ray task."""
+        """Log a line, whatever the rank of this worker. Return the Ray task."""
         return self._board.post.remote(LogLine(self._architecture, text))
 
     def log(self, text: str) -> None:
@@ -139,7 +142,7 @@ class Reporter:
             self.log_from_any(text)
 
     def is_due(self) -> bool:
-        """Whether it is time to show the progress again."""
+        """Return whether it is time to show the progress again. Always False for ranks above 0."""
         now = time.monotonic()
         if self._rank > 0 or now - self._last < SECONDS_BETWEEN_POSTS:
             return False
@@ -164,20 +167,20 @@ class Reporter:
         yield advance
 
     def show_step(self, epoch: int, epochs: int, step: int, steps: int, **numbers: float) -> None:
-        """numbers: `loss`, `accuracy` and `crops_per_s` of `StepDone`."""
+        """Show the progress of steps. numbers: `loss`, `accuracy` and `crops_per_s` of `StepDone`."""
         if self._rank == 0:
             self._board.post.remote(StepDone(self._architecture, epoch, epochs, step, steps, **numbers))
 
 
 class StartUp:
-    """Times what a worker does before its first step."""
+    """Measures the time of each part of a worker's start, up to its first step."""
 
     def __init__(self) -> None:
         self._began = self._last = time.perf_counter()
         self._parts: list[str] = []
 
     def ends(self, part: str) -> None:
-        """A part ends now; the next begins."""
+        """Record the end of a part. The next part begins."""
         now = time.perf_counter()
         self._parts.append(f"{part} {now - self._last:.1f}")
         self._last = now
@@ -196,13 +199,13 @@ class LogFailures(UserCallback):  # type: ignore[misc]  # Ray has no types
         rank, error = min(worker_exceptions.items(), key=lambda item: (is_collateral(item[1]), item[0]))
         cause = one_line(cause_of(error))[:300]
         text = f"worker {rank} failed; while restarts are left, all workers restart from the last checkpoint: {cause}"
-        if text != self._last:  # Ray repeats the failure of a host that is drained and gone, until its deadline
+        if text != self._last:  # Ray repeats the failure of a drained host that is gone until the host's deadline
             self._last = text
             self._board.post.remote(LogLine(self._architecture, text))
 
 
 class TellStarts(ControllerCallback):  # type: ignore[misc]  # Ray has no types
-    """Tells the board that workers are about to start, for the first time or again."""
+    """Reports to the board that workers are about to start or restart."""
 
     def __init__(self, board: Any, architecture: str) -> None:
         self._board, self._architecture = board, architecture
@@ -213,13 +216,13 @@ class TellStarts(ControllerCallback):  # type: ignore[misc]  # Ray has no types
 
 @contextmanager
 def watched(architectures: Sequence[str]) -> Iterator[Any]:
-    """Start the actor. What workers post to it is shown until the block ends."""
-    # On the host of the driver: if the host of the actor were lost, so would be all later events.
+    """Start the actor. Display the events that workers post to it until the block ends."""
+    # On the driver's host: if the actor's host were lost, all later events would be lost, too.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     board: Any = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
     done = threading.Event()
-    # Drawn before another thread logs: while rich draws a bar for the first time, a line of another thread leaves a
-    # second copy of the bar on the screen.
+    # Draw the bar before another thread logs: if a log line arrives while rich draws a bar for the first time, a second
+    # copy of the bar stays on the screen.
     with _Table(architectures) if on_terminal() else _LogLines() as lines:
         thread = threading.Thread(target=_show, args=(board, lines, done), daemon=True)
         thread.start()
@@ -240,7 +243,7 @@ def _show(board: Any, lines: "_LogLines | _Table", done: threading.Event) -> Non
         try:
             events = ray.get(asked, timeout=SECONDS_UNTIL_LATE)
             asked = None
-        except ray.exceptions.GetTimeoutError:  # Ray is slow; the answer is waited for again, since it has the events
+        except ray.exceptions.GetTimeoutError:  # Ray is slow: keep the request, because its answer has the events
             events = []
         except ray.exceptions.RayError:
             return
@@ -254,7 +257,7 @@ def _show(board: Any, lines: "_LogLines | _Table", done: threading.Event) -> Non
                     lines.activity(event)
                 case StepDone():
                     lines.step(event)
-        if last and not (late and asked is None):  # a late answer lacks what came after its question
+        if last and not (late and asked is None):  # a late answer lacks the events posted after its request
             return
 
 
@@ -284,7 +287,7 @@ class _LogLines:
 class _Table:
     """For terminals: one row per architecture, with a bar over all steps of its training.
 
-    Drawn after each event: of events that arrive together, the screen would show only the last.
+    The table is drawn after each event. Otherwise, only the last of several simultaneous events would be visible.
     """
 
     def __init__(self, architectures: Sequence[str]) -> None:
@@ -293,7 +296,7 @@ class _Table:
 
         whole = Column(no_wrap=True)
         text, state = (TextColumn(f"{{task.{of}}}", table_column=whole) for of in ("description", "fields[state]"))
-        # The bar gets what the others leave of the width: they take some 80 characters, and the name.
+        # The bar gets the width that the other columns leave. They take about 80 characters, and the name.
         columns = (text, BarColumn(bar_width=None), TimeRemainingColumn(table_column=whole), state)
         self._bars = Progress(*columns, console=terminal(), transient=True, expand=True)
         self._rows = {name: self._bars.add_task(name, total=None, start=False, state="waits") for name in architectures}

@@ -35,7 +35,7 @@ log = logging.getLogger("kuzushiji")
 
 SECONDS_BETWEEN_CHECKS = 1.0
 SECONDS_FOR_BOARD = 10.0
-# Runs that may wait for hosts of an autoscaler at the same time. Each has four processes on the head.
+# The most runs that wait for hosts of an autoscaler at the same time. Each has four processes on the head node.
 MOST_AT_ONCE = 16
 
 
@@ -47,7 +47,7 @@ class Outcome:
     folder: UPath
     """The model folder; sealed if there is no error."""
     trained: bool
-    """False if the run was finished before, or failed."""
+    """False if the run was already finished, or failed."""
     metrics: dict[str, Any]
     """Content of `metrics.json`; empty if there is an error."""
     error: Exception | None = None
@@ -59,7 +59,7 @@ def new_run_name() -> str:
 
 
 def default_cpus_per_worker(workers: int) -> int:
-    """Return an equal share of the CPUs of this process, or 1 on a cluster: the CPUs of its hosts are unknown here."""
+    """Return an equal share of this process's CPUs. On a cluster, return 1: the CPUs of its hosts are unknown here."""
     return 1 if uses_cluster() else max(1, usable_cpus() // workers)
 
 
@@ -71,16 +71,22 @@ def train(
     weights: Weights | None = None,
     start_limit: float = START_LIMIT,
 ) -> list[Outcome]:
-    """Train, evaluate and seal `<models>/<architecture>/<run>/` for each config. An unfinished run is resumed.
+    """Train, evaluate and seal `<models>/<architecture>/<run>/` for each config. Resume unfinished runs.
 
-    run: name of the runs. weights: the file or model that `TrainConfig.weights` names by its hash. The configs need the
-    same workers, CPUs and GPUs. start_limit: seconds that workers may wait for hosts of a cluster while no run has
-    workers. Returns the outcomes in the order of the configs, with the failures in them; with one config alone, its
-    failure is raised.
+    Args:
+        dataset: the dataset folder.
+        models: the folder of all models.
+        configs: one per architecture. All need the same workers, CPUs and GPUs.
+        run: name of the runs.
+        weights: the file or model that `TrainConfig.weights` names by its hash.
+        start_limit: seconds that workers may wait for hosts of a cluster while no run has workers.
+
+    Returns:
+        The outcomes in the order of the configs, including failures. The failure of a single config is raised instead.
 
     Raises:
-        OptionError: more replicas than crops in a batch, a run was started with other options or is trained by another
-            process, or Ray has no room; nothing is started.
+        OptionError: a batch has fewer crops than there are replicas, a run was started with other options or is trained
+            by another process, or Ray has no room. Nothing is started.
         InputError, DamageError: the dataset can't be used, or does not match its manifest.
         Exception: the failure of the only config.
     """
@@ -123,7 +129,7 @@ def train(
 def _train_all(
     ready: Mapping[Run, Weights | None], began: float, start_limit: float, alone: bool
 ) -> dict[Run, Outcome]:
-    """Train the runs with Ray. The arguments are those of `_run_concurrently` and `_failed`."""
+    """Train the runs with Ray. For the arguments, see `_run_concurrently` and `_failed`."""
     outcomes: dict[Run, Outcome] = {}
     configs = [run.config for run in ready]
     _log_determinism(configs[0])
@@ -182,10 +188,13 @@ def _failed(run: Run, error: Exception, alone: bool) -> Outcome:
 def _run_concurrently(
     ready: Mapping[Run, Weights | None], began: float, start_limit: float, session: Session
 ) -> Iterator[tuple[Run, Exception | None]]:
-    """Start each run as soon as the cluster has room for it. Yields each run when it ends, with its failure or None.
+    """Start each run as soon as the cluster has room for it. Yield each run when it ends, with its failure or None.
 
-    ready: the runs and their pretrained weights. began: `time.monotonic()` at the start of the command. start_limit:
-    seconds, as in `train`. session: left open if runs are given up.
+    Args:
+        ready: the runs and their pretrained weights.
+        began: `time.monotonic()` at the start of the command.
+        start_limit: seconds, as in `train`.
+        session: the Ray session. It is not shut down if runs are given up.
     """
     from job.train.display import RunState, watched
 
@@ -199,7 +208,7 @@ def _run_concurrently(
             error: Exception | None = None
             try:
                 run.fit(ready[run], board)
-            except BaseException as raised:  # of any kind: the loop below waits for an entry in the queue
+            except BaseException as raised:  # any exception: the loop below waits for an entry in the queue
                 error = raised if isinstance(raised, Exception) else RuntimeError(repr(raised))
             ended.put((run, error))
 
@@ -280,7 +289,7 @@ def _check_run_name(run: str) -> None:
 
 
 def _check_dataset(dataset: UPath) -> DatasetManifest:
-    """Return the manifest. All files of a local dataset are hashed first: a restart of workers would not fix them."""
+    """Return the manifest. Hash all files of a local dataset first: restarting workers would not repair them."""
     manifest = read_manifest(dataset, DatasetManifest)
     faults = verify(dataset, [DatasetManifest])[1] if is_local(dataset) else []
     if faults:

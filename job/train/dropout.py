@@ -41,9 +41,9 @@ class SharedDropout(keras.layers.Layer):  # type: ignore[misc]  # Keras has no t
         self.features = input_shape[1:]
 
     def mask(self, rows: BatchRows, count: Any) -> Any:
-        """Return a (count, *features) bool mask: True for the values to keep. rows: the replica's; count: their number.
+        """Return a (count, *features) bool mask: True for values to keep. rows: the replica's. count: their number.
 
-        Call it outside functions that XLA compiles, as `BatchRows.uniform`.
+        Call it outside functions that XLA compiles, like `BatchRows.uniform`.
         """
         return rows.own_uniform(self.seed, self.features, count) >= self.rate
 

@@ -1,6 +1,6 @@
-"""Evaluation within a training: all workers predict a split together, each crop once.
+"""Evaluation during a training: all workers predict a split together, each crop once.
 
-A worker has the crops of the partitions that it holds. What it finds of its rows goes to all workers.
+Each worker predicts crops of the partitions that it holds. The results are shared with all workers.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,7 +21,7 @@ from job.train.watchdog import StepLimit
 
 
 class Predicted(NamedTuple):
-    """What was predicted of the N crops of a split, in the order of `Partitions`."""
+    """Predictions of the N crops of a split, in the order of `Partitions`."""
 
     predictions: NDArray[np.float32]
     """(N, 4), as `inference.predictions_of`."""
@@ -35,7 +35,7 @@ class Predicted(NamedTuple):
 
 @dataclass
 class Evaluation:
-    """One worker's part of it. All workers call its methods together."""
+    """One worker's part of an evaluation. All workers call its methods together."""
 
     steps: Steps
     dataset: StagedDataset
@@ -46,7 +46,7 @@ class Evaluation:
     def predict(self, split: str) -> Predicted:
         """Return the predictions of a split, on every worker."""
         crops = self.dataset.splits[split]
-        found = np.zeros((self.partitions.crops(split), 5), np.float32)  # the last one: the label
+        found = np.zeros((self.partitions.crops(split), 5), np.float32)  # the last column is the label
         most = self.steps.predict_rows
         for rows_of_workers in self._steps_of(split, "evaluates"):
             rows, own = rows_of_workers[self.partitions.rank], self.partitions.rank * most
@@ -60,7 +60,7 @@ class Evaluation:
         return Predicted(found[:, :4], found[:, 4].astype(np.int64))
 
     def best_scale(self) -> float:
-        """Return the scale of logits, 1 / temperature, that fits the validation split."""
+        """Return the scale of logits, 1 / temperature, that fits the validation split best."""
         crops = self.dataset.splits["validation"]
         losses = np.zeros((1, len(SCALES)))
         for rows_of_workers in self._steps_of("validation", "fits the temperature to"):
@@ -69,18 +69,19 @@ class Evaluation:
         return best_scale(losses[0])
 
     def own_misclassified(self, split: str, predicted: Predicted) -> pd.DataFrame:
-        """Return the table of the misclassified crops that are this worker's own, see `metrics.misclassified`. Only
-        workers that hold a crop know its page and box.
+        """Return the table of this worker's own misclassified crops, see `metrics.misclassified`.
+
+        Only workers that hold a crop know its page and box.
         """
         own = self.partitions.own_rows(split)
         crops = self.dataset.splits[split][self.partitions.local(split, own)]
         return misclassified(predicted.predictions[own], crops, self.dataset.class_names)
 
     def examples_of_classes(self) -> NDArray[np.int64]:
-        """Return (K,) numbers of training crops of each class."""
+        """Return the number of training crops of each class, (K,)."""
         own = self.partitions.local("train", self.partitions.own_rows("train"))
         labels, classes = self.dataset.splits["train"].labels[own], len(self.dataset.class_names)
-        # In float32 exact up to 16 million crops of a class.
+        # Float32 is exact up to 16 million crops of a class.
         own_counts = np.bincount(labels, minlength=classes).astype(np.float32)
         self.step_limit.begin()
         counts = self.steps.sum_over_workers(own_counts[None])[0]
@@ -88,7 +89,7 @@ class Evaluation:
         return np.asarray(counts, np.int64)
 
     def _steps_of(self, split: str, doing: str) -> Iterator[tuple[slice, ...]]:
-        """Yield the rows of each worker in each step. doing: for the progress, before the split."""
+        """Yield the rows of each worker in each step. doing: the words before the split's name in the progress."""
         crops, done = self.partitions.crops(split), 0
         # All workers take each step together, so that none waits long in the collective.
         for rows_of_workers in self.partitions.evaluated(split, self.steps.predict_rows):

@@ -15,13 +15,13 @@ from job.config import TrainConfig
 
 # Large gradients are reduced one by one, as soon as they are ready; the many small ones of `resnet` share a transfer.
 PACK_BYTES = 1 << 20
-WARM_UP_PARTS = 20  # the learning rate rises in the first of so many parts of the steps
+WARM_UP_PARTS = 20  # the learning rate rises during the first 1/20 of all steps
 
 
 def make_optimizer(config: TrainConfig, variables: list[Any], steps: int) -> "FusedAdam":
-    """Return the built optimizer of a training of so many steps. Call it within `strategy.scope()`.
+    """Return the built optimizer for a training of `steps` steps. Call it within `strategy.scope()`.
 
-    Weight decay is that of AdamW (arxiv.org/abs/1711.05101), of kernels only, not of biases and norms.
+    Weight decay is that of AdamW (arxiv.org/abs/1711.05101). It applies to kernels, not to biases and norms.
     """
     rate: Any = config.learning_rate
     if config.schedule == "cosine":
@@ -49,7 +49,7 @@ class FusedAdam(keras.optimizers.Adam):  # type: ignore[misc]  # Keras has no ty
     """
 
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
-        """Update with TensorFlow's fused kernel. Keras computes the same formula in a dozen operations, each a copy."""
+        """Update with TensorFlow's fused kernel. Keras uses a dozen operations for this formula, each with a copy."""
         index = self._get_variable_index(variable)
         step = tf.cast(self.iterations + 1, tf.float32)
         tf.raw_ops.ResourceApplyAdam(
@@ -66,7 +66,7 @@ class FusedAdam(keras.optimizers.Adam):  # type: ignore[misc]  # Keras has no ty
         )
 
     def _all_reduce_sum_gradients(self, grads_and_vars: Any) -> list[Any]:
-        """Reduce gradients in small packs. Keras' own method packs all into one transfer, which waits for the last."""
+        """Reduce gradients in small packs. Keras puts all into one transfer, which waits for the last gradient."""
         gradients, variables = zip(*grads_and_vars, strict=True)
         reduced = tf.distribute.get_replica_context().all_reduce(
             tf.distribute.ReduceOp.SUM,

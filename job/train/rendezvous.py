@@ -1,8 +1,8 @@
-"""What the workers of a training tell each other: their addresses, a failure of one that ends all, and parts of tables.
+"""What the workers of a training exchange: their addresses, a failure that ends all of them, and parts of tables.
 
-`Rendezvous` is a Ray Train backend that tells the TensorFlow processes each other's addresses.
+`Rendezvous` is a Ray Train backend that gives each TensorFlow process the addresses of all of them.
 
-`ray.train.tensorflow` does the same, but it imports TensorFlow in the driver and in Ray Train's controller too, before
+`ray.train.tensorflow` does the same, but also imports TensorFlow in the driver and in Ray Train's controller, before
 any worker starts. That costs 5 seconds and 700 MB in each of them.
 """
 
@@ -55,9 +55,9 @@ def _set_addresses(addresses: list[str], rank: int) -> None:
 
 
 def shared_failure(board: Any, architecture: str, own: Failure | None) -> Failure | None:
-    """Return the failure of one worker on all workers; None if no worker has one. All workers call it together.
+    """Return the same failure on all workers: the first one reported, or None if no worker has one.
 
-    board: handle of the actor `display.Board`. own: the failure of this worker, or None.
+    All workers call it together. board: handle of the actor `display.Board`. own: the failure of this worker, or None.
     """
     attempt = _attempt(architecture)
     try:
@@ -71,8 +71,9 @@ def shared_failure(board: Any, architecture: str, own: Failure | None) -> Failur
 
 
 def gathered(board: Any, architecture: str, own: T) -> list[T]:
-    """Return what each worker gives, in the order of their ranks, on worker 0; an empty list on the others. All workers
-    call it together, once in an attempt.
+    """Return what each worker passes as `own`, in the order of their ranks, on worker 0; an empty list on the others.
+
+    All workers call it together, once per attempt.
 
     Raises:
         RayActorError: the board is lost.
@@ -81,10 +82,10 @@ def gathered(board: Any, architecture: str, own: T) -> list[T]:
     ray.get(board.add_part.remote(attempt, rank, [ray.put(own)]))
     barrier()
     parts: list[T] = ray.get(ray.get(board.parts_of.remote(attempt))) if rank == 0 else []
-    barrier()  # what a worker gives is lost with its process
+    barrier()  # Ray frees a worker's object when its process ends
     return parts
 
 
 def _attempt(architecture: str) -> str:
-    """Identify the attempt to train a run. Each restart has new addresses."""
+    """Return a key of this attempt to train a run. Each restart has new addresses."""
     return f"{architecture} {json.loads(os.environ.get('TF_CONFIG', '{}')).get('cluster')}"

@@ -1,4 +1,4 @@
-"""The result of a finished training: the texts of its model folder (metrics, tables, card), and its report."""
+"""The result of a finished training: the text files of its model folder (metrics, tables, card), and its report."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -34,10 +34,10 @@ class EpochRow:
     step: int
     """Finished steps since the start of the training."""
     loss: float
-    """Mean cross-entropy over the training crops, each computed before the update of its step."""
+    """Mean cross-entropy over the training crops. That of a crop is computed before the update of its step."""
     accuracy: float
     val_loss: float
-    """Before the temperature, see `temperature.py`."""
+    """Without the temperature, see `temperature.py`."""
     val_accuracy: float
     learning_rate: float
     seconds: float
@@ -58,9 +58,9 @@ def write_result(
     temperature: float,
     log: Callable[[str], object],
 ) -> None:
-    """Write and seal the model folder, then write its report next to it. Other parameters: as `folder_texts`.
+    """Write and seal the model folder, then write its report next to it. For other parameters, see `folder_texts`.
 
-    A report that can't be written is logged; it does not fail the training.
+    If the report can't be written, this is logged; the training does not fail.
     """
     target = place(job.folder)
     texts = folder_texts(
@@ -68,7 +68,7 @@ def write_result(
     )
     write_model(target, model, texts, dataset.manifest.sha256)
     report = report_file(target)
-    data = dataset if job.config.partitions == 1 else None  # only a part of the crops is staged here
+    data = dataset if job.config.partitions == 1 else None  # only a part of the crops is staged on this worker
     if write_side_file(report, lambda: _report_of(target, texts, model, dataset.manifest.sha256, data), log):
         log(f"report: {report}")
 
@@ -76,7 +76,7 @@ def write_result(
 def _report_of(
     folder: UPath, texts: dict[str, str], model: "keras.Model", dataset_sha256: str, data: StagedDataset | None
 ) -> bytes:
-    from job.report.models import run_report  # imports the plotting library, which must not delay the first step
+    from job.report.models import run_report  # imports the plotting library: not before the first step
 
     return run_report(folder, texts, model, dataset_sha256, data)
 
@@ -92,10 +92,10 @@ def folder_texts(
     best_epoch: int,
     temperature: float,
 ) -> dict[str, str]:
-    """Return the text files of a model folder: name to content. The manifest and the model are not among them.
+    """Return the text files of a model folder, name to content, except for the manifest.
 
-    predictions: of each split. misclassified: of the test split, as `metrics.misclassified`. temperature: which the
-    weights already have.
+    predictions: for each split. misclassified: of the test split, as `metrics.misclassified` returns it. temperature:
+    already applied to the weights.
     """
     names, test = dataset.class_names, predictions["test"]
     recorded = config.model_dump() | {"margin": dataset.manifest.margin, "license": dataset.manifest.license}

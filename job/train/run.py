@@ -37,8 +37,8 @@ log = logging.getLogger("kuzushiji")
 
 RUNS_FOLDER = ".runs"
 # Seconds after the deadline of a drained node in which a worker on another node may finish the upload of a checkpoint.
-# `relax_collectives_on_preemption` stays off: a check for drained nodes would no longer wait for all workers, and a
-# worker that comes late would never leave it (Ray 2.60, `SynchronizationActor.set_required_ranks`).
+# `relax_collectives_on_preemption` stays off: with it, a check for drained nodes would not wait for all workers, and a
+# worker that is late would hang in it (Ray 2.60, `SynchronizationActor.set_required_ranks`).
 UPLOAD_GRACE_SECONDS = 60
 
 
@@ -50,13 +50,13 @@ class TrainJob:
     weights: Weights | None
     """The pretrained weights; None: random initialization."""
     dataset: str
-    """Place of the dataset folder."""
+    """Path or URL of the dataset folder."""
     folder: str
-    """Place of the model folder to write."""
+    """Path or URL of the model folder to write."""
     checkpoints: str
-    """Place of the folder with all checkpoints of the run."""
+    """Path or URL of the folder with all checkpoints of the run."""
     curves: str
-    """Place of the folder with the curves for TensorBoard."""
+    """Path or URL of the folder with the curves for TensorBoard."""
     run: str
     """Name of the run."""
     board: Any
@@ -65,12 +65,12 @@ class TrainJob:
 
 @dataclass(frozen=True)
 class Failure:
-    """A failure that all workers share and a restart would not fix. (Ray Train retries exceptions.)"""
+    """A failure that ends all workers, because a restart would not fix it. (Ray Train would retry an exception.)"""
 
     message: str
     """One line for the user."""
     traceback: str
-    """For --debug."""
+    """Shown with --debug."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Run:
     dataset_manifest_sha256: str
     models: UPath
     lost: threading.Event = field(default_factory=threading.Event, compare=False)
-    """Set when another process has taken over the run, which this one must not go on to train."""
+    """Set when another process has taken over the run. This process must not continue to train it."""
 
     @property
     def folder(self) -> UPath:
@@ -106,8 +106,9 @@ class Run:
         return self.models / RUNS_FOLDER / f"{self._train_name}.json"
 
     def alone(self) -> AbstractContextManager[None]:
-        """A context manager that keeps other processes from training the run. Ray Train removes the checkpoints that it
-        does not know.
+        """Return a context manager that keeps other processes from training the run.
+
+        A second process would remove the checkpoints of the first, see `checkpoint.remove_unknown`.
 
         Raises:
             OptionError: another process trains the run.
@@ -119,7 +120,7 @@ class Run:
 
         Raises:
             OptionError: the run was started with other options.
-            DamageError: the options that it was started with can't be read.
+            DamageError: the file with these options can't be read.
         """
         finished = finished_config(self.folder)
         if finished is not None:
@@ -141,7 +142,8 @@ class Run:
 
     def _check_same_options(self, earlier: dict[str, Any]) -> None:
         now = self._options()
-        # A run of an earlier release was trained without the options that came later, which their defaults are.
+        # An option that is missing was added after the release that started the run. The run used what is now its
+        # default.
         fields = TrainConfig.model_fields.items()
         earlier = {name: field.default for name, field in fields if not field.is_required()} | earlier
         differing = [key for key in now if key not in MAY_DIFFER and earlier.get(key) != now[key]]
@@ -157,7 +159,7 @@ class Run:
     def fit(self, weights: Weights | None, board: Any) -> None:
         """Train with Ray Train: one process per worker, spread over the hosts.
 
-        If a worker fails, all workers restart from the last checkpoint. Call it in `alone`. weights: pretrained
+        If a worker fails, all workers restart from the last checkpoint. Call it within `alone`. weights: the pretrained
         weights; None: random initialization. board: handle of the actor `display.Board`.
 
         Raises:
@@ -171,8 +173,8 @@ class Run:
         from job.train.rendezvous import Rendezvous
 
         self._drop_torn_list()
-        # Before Ray Train: with rights to objects alone, gcsfs takes an empty bucket for a missing one, and tries to
-        # create it (github.com/fsspec/gcsfs/issues/699).
+        # Before Ray Train: with permissions for objects only, gcsfs takes an empty bucket for a missing one, and tries
+        # to create it (github.com/fsspec/gcsfs/issues/699).
         write_bytes(self._options_file, (json.dumps(self._options(), indent=2) + "\n").encode())
         config, storage = self.config, self.models / RUNS_FOLDER
         job = TrainJob(
@@ -199,7 +201,7 @@ class Run:
                 name=self._train_name,
                 storage_path=storage.path,
                 storage_filesystem=arrow_filesystem(storage),
-                # Two: a restart may use the checkpoint before the last one.
+                # Two: a restart may use the second-last checkpoint.
                 checkpoint_config=CheckpointConfig(num_to_keep=2),
                 failure_config=FailureConfig(max_failures=config.max_failures, preemption_grace_s=UPLOAD_GRACE_SECONDS),
                 callbacks=[LogFailures(board, config.architecture), TellStarts(board, config.architecture)],
@@ -215,13 +217,13 @@ class Run:
         self._tidy()
 
     def _drop_torn_list(self) -> None:
-        """Remove all checkpoints if Ray Train's list of them is torn, so that the run restarts with the same result.
+        """Remove all checkpoints if Ray Train's list of them can't be used. The run then restarts with the same result.
 
         Ray Train writes the list in place: a process that is killed meanwhile leaves a part of it, and Ray Train would
-        fail on it each time.
+        fail on it each time. A list that names missing checkpoints can't be used either.
 
         Raises:
-            DamageError: the list is whole, but not one of this version of Ray. Nothing is removed.
+            DamageError: the list is complete, but was not written by this version of Ray. Nothing is removed.
         """
         snapshot = self._checkpoints / "checkpoint_manager_snapshot.json"
         if not is_file(snapshot):
@@ -253,7 +255,7 @@ class Run:
             ) from error
 
     def tidy(self) -> None:
-        """Do what a finished run that was killed left undone, unless another process is about to do it."""
+        """Complete the cleanup of a finished run that was killed, unless another process holds the run's lock."""
         if is_file(self._options_file):
             with suppress(OptionError), self.alone():
                 self._tidy()
@@ -262,7 +264,7 @@ class Run:
 
     def _tidy(self) -> None:
         """Remove the checkpoints and the options of a finished run. Checkpoints are larger than the model."""
-        # `latest.json`, too: the run may have been killed between sealing the folder and pointing to it.
+        # `latest.json`, too: the run may have been killed between sealing the folder and updating `latest.json`.
         point_to_latest(self.folder, read_manifest(self.folder, ModelManifest))
         remove_temporaries(self.folder)
         remove_folder(self._checkpoints)
@@ -270,9 +272,9 @@ class Run:
 
 
 def _work(config: dict[str, TrainJob]) -> Failure | None:
-    """The function that Ray Train runs on each worker. Its imports are local: the driver does not load TensorFlow."""
+    """Do the work of one Ray Train worker. Imports are local, so that the driver does not load TensorFlow."""
     job = config["job"]
-    if is_sealed(place(job.folder)):  # a worker failed after the folder was sealed, and all were restarted
+    if is_sealed(place(job.folder)):  # a worker failed after the folder was sealed, so all were restarted
         return None
     choose_backend()
     from job.train.display import LogLine, StartUp

@@ -1,4 +1,4 @@
-"""What a worker stages before it trains, in a thread, while TensorFlow loads in another."""
+"""Stage the crops of a worker in a thread, while TensorFlow loads in the main thread."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,15 +18,17 @@ from preprocessing.dataset import DatasetManifest
 
 
 class StagingEndedError(Exception):
-    """Staging ended early, because the worker does."""
+    """Staging was stopped because the worker ends."""
 
 
 @contextmanager
 def staging_ahead(job: TrainJob) -> Iterator[Callable[[], tuple[Partitions, StagedDataset]]]:
-    """Stage the partitions that this worker holds in a thread, while the block runs.
+    """Stage the partitions that this worker holds, in a thread, while the block runs.
 
-    Yields a function that waits for them, and raises as `staged_partitions`. When the block ends, staging ends at once,
-    or with the shard that it is at, and what was staged is given up.
+    When the block ends, staging stops, at the latest after its current shard, and the staged dataset is released.
+
+    Yields:
+        A function that waits for the staged dataset. It raises the exceptions of `staged_partitions`.
     """
     end = Event()
     with ExitStack() as stack, ThreadPoolExecutor(1, "staging") as thread:
@@ -39,7 +41,7 @@ def staging_ahead(job: TrainJob) -> Iterator[Callable[[], tuple[Partitions, Stag
 
 @contextmanager
 def staged_partitions(job: TrainJob, end: Event | None = None) -> Iterator[tuple[Partitions, StagedDataset]]:
-    """Stage the partitions that this worker holds. end: ends the staging once it is set.
+    """Stage the partitions that this worker holds. end: stops the staging once it is set.
 
     Raises:
         InputError, OptionError, DamageError, KuzushijiError: as `staged_shards`.
@@ -51,7 +53,7 @@ def staged_partitions(job: TrainJob, end: Event | None = None) -> Iterator[tuple
     partitions = Partitions.of(
         manifest, config.partitions, config.global_batch_size, config.seed, rank=rank, workers=workers
     )
-    # Shown by the workers of the first host: which of them stages what they share is up to chance.
+    # All workers of the first host show progress: any of them may be the one that stages what they share.
     reporter = Reporter(job.board, config.architecture, context.get_node_rank())
     shards = {split: partitions.held_shards(split) for split in SPLITS}
 

@@ -1,6 +1,6 @@
-"""What a training computes: the training step, predictions, and batch norm statistics, on one or many devices.
+"""The computations of a training: training step, predictions, and batch norm statistics, on one or many devices.
 
-A custom loop, since `keras.Model.fit` fails under MultiWorkerMirroredStrategy with Keras 3
+A custom loop, because `keras.Model.fit` fails under MultiWorkerMirroredStrategy with Keras 3
 (github.com/keras-team/keras/issues/20585). A worker passes its rows of the global batch to `strategy.run` as one plain
 tensor, and each of its replicas takes a slice. Legend: B global batch size, n rows of this worker, K classes.
 """
@@ -60,7 +60,7 @@ def training_form(model: keras.Model, seed: int, dropout: bool, synchronized: bo
 
 
 def out_of_memory_message(error: Exception) -> str:
-    """Return one line that names the allocation that failed, from TensorFlow's long message."""
+    """Return one line that names the failed allocation, from TensorFlow's long message."""
     text = " ".join(str(error).split())
     found = re.search(r"(OOM when|Out of memory while)[^\[]*(\[[^\[\]]+\])?", text)
     received = found[0].strip() if found else text[:200]
@@ -85,11 +85,11 @@ class Steps:
         label_smoothing: float = 0.0,
         augment_seed: int | None = None,
     ) -> None:
-        """The model and the built optimizer must be created within `strategy.scope()`.
+        """Set up the functions. The model and the built optimizer must be created within `strategy.scope()`.
 
-        class_weights: (K,) weight of a crop of each class in the loss to minimize; None: 1. xla: compile the
-        computation of a replica with XLA; for a single replica only. label_smoothing: share of the label that is spread
-        evenly over all classes. augment_seed: seed of the training's augmentation; None: crops as they are.
+        class_weights: (K,) weight of a crop of each class in the minimized loss; None: 1. xla: compile a replica's
+        computation with XLA; for a single replica only. label_smoothing: share of the label that is spread evenly over
+        all classes. augment_seed: random seed of the augmentation; None: no augmentation.
         """
         self.strategy, self.model, self.optimizer = strategy, model, optimizer
         self.global_batch_size, self.class_weights, self.xla = global_batch_size, class_weights, xla
@@ -110,9 +110,11 @@ class Steps:
     def _train(self, images: Any, labels: Any, first_row: Any) -> Any:
         """Train one step on this worker's n rows, which begin at `first_row` of the global batch.
 
-        images: (n, 80, 80, 1) uint8. labels: (n,) int64. Returns (2,) float32 sums over the rows, computed before the
-        update: cross-entropy without class weights and label smoothing (to compare with other splits), and correct
-        predictions.
+        images: (n, 80, 80, 1) uint8. labels: (n,) int64.
+
+        Returns:
+            (2,) float32 sums over the rows, computed before the update: cross-entropy without class weights and label
+            smoothing (comparable with other splits), and correct predictions.
         """
 
         def replica() -> Any:
@@ -128,7 +130,7 @@ class Steps:
         return tf.add_n(self.strategy.experimental_local_results(self.strategy.run(replica)))
 
     def _train_replica(self, images: Any, labels: Any, masks: Any) -> Any:
-        """Train one step on a replica's rows. Returns the sums of `_train` over these rows."""
+        """Train one step on a replica's rows. Return the sums of `_train` over these rows."""
         with dropout_masks(masks), tf.GradientTape() as tape:
             probabilities = self.model(images, training=True)
             losses = keras.losses.sparse_categorical_crossentropy(labels, probabilities)
@@ -146,7 +148,7 @@ class Steps:
         return tf.stack([tf.reduce_sum(losses), tf.reduce_sum(tf.cast(correct, tf.float32))])
 
     def predict(self, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Return (n, 4) float32 predictions of this worker's crops, as `inference.predictions_of`."""
+        """Return the predictions of this worker's crops, (n, 4) float32, as `inference.predictions_of` does."""
         parts = [np.empty((0, 4), np.float32)]
         for first in range(0, len(labels), self.predict_rows):
             rows = slice(first, first + self.predict_rows)
@@ -164,7 +166,7 @@ class Steps:
         return predictions_of(self.model, images, labels)
 
     def losses(self, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Return `temperature.losses_of` this worker's crops, (1, 65) float32."""
+        """Return `temperature.losses_of` for this worker's crops, (1, 65) float32."""
         if not len(labels):
             return np.zeros((1, len(SCALES)), np.float32)
         sums: NDArray[np.float32] = self._losses_step(images, labels).numpy()
@@ -185,7 +187,7 @@ class Steps:
     def _sum(self, values: Any) -> Any:
         def replica() -> Any:
             context = tf.distribute.get_replica_context()
-            is_first = tf.cast(context.replica_id_in_sync_group % self.local_replicas == 0, tf.float32)  # of its worker
+            is_first = tf.cast(context.replica_id_in_sync_group % self.local_replicas == 0, tf.float32)  # on its worker
             return context.all_reduce(tf.distribute.ReduceOp.SUM, values * is_first)
 
         return self.strategy.experimental_local_results(self.strategy.run(replica))[0]
@@ -215,9 +217,9 @@ class Steps:
             variable.assign((total / count).astype(np.float32))
 
     def _trace_statistics(self, norms: list[Any]) -> Callable[[Any], Any]:
-        """Return a forward pass that assigns the statistics of the batch to the layers.
+        """Return a forward pass that assigns the statistics of its batch to the layers.
 
-        With momentum 0 the moving averages are those of the last batch. Keras reads the momentum at tracing time.
+        With momentum 0, the moving averages are those of the last batch. Keras reads the momentum when it traces.
         """
 
         def forward(crops: Any) -> None:

@@ -1,4 +1,4 @@
-"""Devices, threads, seeds, precision, determinism: all that the bits of a training depend on besides its data."""
+"""Devices, threads, seeds, precision, determinism: all that determines the bits of a training, apart from its data."""
 
 import os
 import re
@@ -32,7 +32,7 @@ def fault_of_gpus(wanted: int) -> str | None:
 
 
 def _why_no_gpus() -> str:
-    """Ask TensorFlow in a new process: it says why on standard error alone, and once in a process."""
+    """Return TensorFlow's reason, from a new process: it writes it to standard error only, and once per process."""
     try:
         done = subprocess.run(  # noqa: S603 - our own script
             [sys.executable, "-c", FIND_GPUS],

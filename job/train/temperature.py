@@ -1,7 +1,7 @@
-"""How sure a classifier is: one temperature, fitted on the validation split and folded into the last layer.
+"""Calibration: one temperature, fitted on the validation split and folded into the weights of the last layer.
 
-A network is surer of its predictions than it is right, on what it was not trained on. With its logits divided by one
-number, the temperature, its probabilities hold, and its predictions stay the same (arxiv.org/abs/1706.04599).
+A network is overconfident on data that it was not trained on. Dividing its logits by one number, the temperature,
+calibrates its probabilities and keeps its predictions (arxiv.org/abs/1706.04599).
 """
 
 from typing import Any
@@ -11,15 +11,15 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-SCALES = np.geomspace(1 / 4, 4, 65)  # of logits, that are tried
+SCALES = np.geomspace(1 / 4, 4, 65)  # of logits, to choose from
 
 
 def losses_of(model: keras.Model, images: Any, labels: Any) -> Any:
-    """Return the sums of the cross-entropy for each of `SCALES`, (65,) float32, inside a `tf.function`.
+    """Return the sum of the cross-entropy for each of `SCALES`, (65,) float32. Call it inside a `tf.function`.
 
     images: N x 80 x 80 x 1 uint8. labels: (N,) int64.
     """
-    # Scaled logarithms of probabilities have the softmax of scaled logits.
+    # Scaled log probabilities have the same softmax as scaled logits.
     logarithms = tf.math.log(tf.maximum(model(images, training=False), np.finfo(np.float32).tiny))
     of_labels = tf.gather(logarithms, labels, axis=1, batch_dims=1)
     losses = (tf.reduce_logsumexp(scale * logarithms, axis=1) - scale * of_labels for scale in SCALES.tolist())
@@ -27,7 +27,7 @@ def losses_of(model: keras.Model, images: Any, labels: Any) -> Any:
 
 
 def best_scale(losses: NDArray[np.float64]) -> float:
-    """Return the scale of logits of the least cross-entropy: a parabola's minimum. losses: (65,)."""
+    """Return the scale of logits with the least cross-entropy, interpolated by a parabola. losses: (65,)."""
     least = int(losses.argmin())
     if least in (0, len(SCALES) - 1):
         return float(SCALES[least])
@@ -38,8 +38,9 @@ def best_scale(losses: NDArray[np.float64]) -> float:
 
 
 def scale_logits(model: keras.Model, scale: float) -> None:
-    """Multiply what the softmax gets, in the last layer that has weights: a dense layer, or the batch norm of `fcn`, of
-    which ReLU and maximum keep a positive factor.
+    """Multiply the logits by `scale`, through the last layer that has trainable weights.
+
+    It is a dense layer, or the batch norm of `fcn`: the ReLU and the maximum after it preserve a positive factor.
     """
     last = [layer for layer in model.layers if layer.trainable_variables][-1]
     for variable in last.trainable_variables:

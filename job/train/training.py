@@ -1,8 +1,8 @@
 """One worker's part of a training: epochs, checkpoints, evaluation, and the model folder. Reads top to bottom.
 
-Data: crops N x 80 x 80 x 1 uint8, labels N int64. B is the global batch size, W the number of workers. Which crops are
-in global batch s of epoch e is a function of seed, e and the number of partitions (`partitions.py`); each worker takes
-its share of the rows, and holds the partitions that these are from.
+Data: crops N x 80 x 80 x 1 uint8, labels N int64. B is the global batch size, W the number of workers. The crops of
+global batch s in epoch e are a function of seed, e and the number of partitions (`partitions.py`). Each worker takes
+its share of the rows, and holds the partitions of these rows.
 """
 
 import math
@@ -51,10 +51,10 @@ from preprocessing.config import SPLITS
 # crops, at most STATISTICS_BATCHES global batches.
 STATISTICS_CROPS = 1024
 STATISTICS_BATCHES = 30
-# The float32 sums of an epoch are added to float64 totals after so many crops. Float32 alone would give an accuracy of
-# .987 where .950 is right, for a worker with 2**28 crops in steps of 32.
+# The float32 sums of an epoch are added to float64 totals after this many crops. With float32 only, a worker with 2**28
+# crops in steps of 32 would report an accuracy of 0.987 instead of 0.950.
 SUM_CROPS = 2**20
-SECONDS_FOR_CURVES = 30  # a finished training waits at most so long until its last curves are written
+SECONDS_FOR_CURVES = 30  # the longest wait of a finished training for its last curves
 
 
 class Training:
@@ -69,14 +69,16 @@ class Training:
         start_up: StartUp,
         plain: keras.Model,
     ) -> None:
-        """dataset: has the shards of `partitions` that this worker holds. start_up: timer, logged after the first step.
-        plain: the model with its initial weights, built outside the strategy: the same seed then gives the same weights
-        under every strategy.
+        """Build the model, the optimizer and the steps.
+
+        dataset: the staged shards of the partitions that this worker holds. start_up: timer, logged after the first
+        step. plain: the model with its initial weights, built outside the strategy, so that the same seed gives the
+        same weights under every strategy.
         """
         context = ray.train.get_context()
         self.rank, self.workers = context.get_world_rank(), context.get_world_size()
         self.job, self.config, self.partitions, self.dataset = job, job.config, partitions, dataset
-        self.start_up: StartUp | None = start_up  # None after it was logged
+        self.start_up: StartUp | None = start_up  # None once it is logged
         config = job.config
         self.plain_config = plain.get_config()
         on_one_gpu = strategy.num_replicas_in_sync == 1 and bool(tf.config.list_logical_devices("GPU"))
@@ -98,7 +100,7 @@ class Training:
         self.state = State()
         self.changing = changing_variables(self.model)
         self.best_weights: list[NDArray[Any]] = []
-        self.temperature = 1.0  # of the weights
+        self.temperature = 1.0  # already applied to the weights
         self.curves_thread: Thread | None = None
         self.reporter = Reporter(job.board, config.architecture, self.rank)
         self.step_limit = StepLimit(config.step_limit, self.reporter.log_from_any)
@@ -112,7 +114,7 @@ class Training:
     def resume(self, checkpoints: UPath) -> None:
         """Resume from the run's last checkpoint. Without one, keep the initial weights.
 
-        checkpoints: folder of all checkpoints of the run. Those that Ray Train does not keep are removed.
+        checkpoints: the folder of all checkpoints of the run. Those that are not in Ray Train's list are removed.
         """
         if self.rank == 0:
             remove_unknown(checkpoints)
@@ -121,7 +123,7 @@ class Training:
             return
         self.state, best = restored
         self.best_weights = self._weights() if self.state.is_best else best
-        self._write_curves()  # the run may have failed between the checkpoint and the curves
+        self._write_curves()  # the run may have failed after the checkpoint and before the curves
         within = f" and {self.state.step} steps of the next" if self.state.step else ""
         self.reporter.log(f"resumes after epoch {self.state.epoch}{within}")
 
@@ -129,7 +131,7 @@ class Training:
         return [variable.numpy() for variable in self.changing]
 
     def _report(self, row: dict[str, Any]) -> None:
-        """Report to Ray Train; all ranks call it together. Only one saves: the weights are the same on all ranks."""
+        """Report to Ray Train. All ranks call it together. Only one saves, since all have the same weights."""
         self.step_limit.end()
         if self.rank != self.preemption.saver:
             ray.train.report(row)
@@ -143,7 +145,7 @@ class Training:
         return self.state.is_finished(self.config.epochs, self.config.patience)
 
     def run_epoch(self) -> None:
-        """Train on the global batches of an epoch that are left, validate, keep the best weights, save a checkpoint.
+        """Train the remaining global batches of an epoch, validate, keep the best weights, and save a checkpoint.
 
         Raises:
             KuzushijiError: the training loss or the validation loss is not finite.
@@ -157,7 +159,7 @@ class Training:
         batches = min(steps, STATISTICS_BATCHES, max(steps // 4, -(-STATISTICS_CROPS // size)))
         self.steps.estimate_statistics(self._first_batches(crops, order, batches))
         validation = self.evaluation.predict("validation").metrics(self.dataset.class_names)
-        # Training losses are computed before each update: the effect of the last one shows in the validation only.
+        # Training losses are computed before each update: only the validation shows the effect of the last one.
         if not math.isfinite(loss + validation.loss):
             raise KuzushijiError(
                 f"the loss must stay finite. Received: {loss} in training, {validation.loss} in validation, epoch "
@@ -178,7 +180,7 @@ class Training:
         self._end_epoch(row)
 
     def _train(self, crops: Crops, order: NDArray[np.int64], steps: int) -> NDArray[np.float32]:
-        """Train the steps of an epoch that are left. Returns (2,) sums of this worker, to be added to `totals`."""
+        """Train the remaining steps of an epoch. Return the sums of this worker that are not in `totals` yet, (2,)."""
         state, size = self.state, self.config.global_batch_size
         sums: Any = tf.constant(state.sums_of(self.rank, self.workers))
         began = time.perf_counter() - state.seconds
@@ -206,14 +208,14 @@ class Training:
             if preempted or (due and step + 1 < steps):
                 self._save_within_epoch(sums)
             if preempted:
-                wait_for_upload()  # on all ranks: a step that fails with the lost host would end the upload
+                wait_for_upload()  # on all ranks: if the next step failed with the lost host, the upload would end
         self.step_limit.begin()
-        last_sums: NDArray[np.float32] = sums.numpy()  # waits for the steps in the queue of a GPU
+        last_sums: NDArray[np.float32] = sums.numpy()  # waits for the steps in a GPU's queue
         state.seconds = time.perf_counter() - began
         return last_sums
 
     def _add_to_totals(self, sums: NDArray[np.float32]) -> None:
-        """Add the sums of all workers to the totals. All workers call it after the same step. sums: (2,)."""
+        """Add the sums of all workers to the totals. All workers call it after the same step. sums: its own, (2,)."""
         self.state.totals = (self.state.totals + self.steps.sum_over_workers(sums[None])[0].astype(np.float64)).tolist()
 
     def _log_start_up(self, start_up: StartUp, sums: Any) -> None:
@@ -223,7 +225,7 @@ class Training:
         self.start_up = None
 
     def _save_within_epoch(self, sums: Any) -> None:
-        """sums: (2,) of this worker, not in `totals` yet."""
+        """Save a checkpoint. sums: this worker's sums that are not in `totals` yet, (2,)."""
         own_row = np.arange(self.workers)[:, None] == self.rank
         self.state.sums = self.steps.sum_over_workers(own_row * sums.numpy()).tolist()
         self._report({"epoch": self.state.epoch, "step": self.state.step})
@@ -252,7 +254,7 @@ class Training:
     ) -> tuple[int, NDArray[np.uint8], NDArray[np.int64]]:
         """Return this worker's first row in global batch `step`, and its n crops and labels: (n, 80, 80, 1), (n,).
 
-        order: of `Partitions.batches`.
+        order: as `Partitions.batches` returns it.
         """
         first, _ = share(self.config.global_batch_size, self.rank, self.workers)
         return first, crops.images[order[step]], crops.labels[order[step]]
@@ -260,7 +262,7 @@ class Training:
     # --- result
 
     def predict_best(self) -> dict[str, Predicted]:
-        """Return the predictions of every split with the weights of the best epoch, and a temperature.
+        """Return the predictions of every split, with the weights of the best epoch and a temperature fitted to them.
 
         Raises:
             KuzushijiError: the probabilities are not finite.
@@ -277,12 +279,13 @@ class Training:
         return predictions
 
     def write(self, predictions: dict[str, Predicted]) -> None:
-        """Write and seal the model folder, on rank 0. predictions: of `predict_best`, whose weights the model has.
+        """Write and seal the model folder, on rank 0. Call it after `predict_best`, which returns `predictions`.
 
         Raises:
             DamageError: another training of the same name was faster.
         """
-        # Before sealing, since a failed upload restarts the workers. On all ranks, since any may be the one that saves.
+        # Before sealing, because a failed upload restarts the workers. On all ranks, because any may be the one that
+        # saved.
         wait_for_upload()
         own = self.evaluation.own_misclassified("test", predictions["test"])
         # With one partition, all crops are worker 0's own.

@@ -1,4 +1,4 @@
-"""What a worker watches while it trains: steps that hang, and nodes that are being drained."""
+"""The watchdogs of a training worker: for steps that hang, and for nodes that are being drained."""
 
 import contextlib
 import os
@@ -22,14 +22,14 @@ class StepLimit:
     """
 
     def __init__(self, seconds: float, post: Callable[[str], Any]) -> None:
-        """post: posts a log line for the user. Returns a Ray task."""
+        """Start watching. seconds: limit of a step. post: posts a log line for the user and returns a Ray task."""
         self._seconds, self._post = seconds, post
         self._began: float | None = None
         self._stopped = threading.Event()
         threading.Thread(target=self._watch, daemon=True).start()
 
     def begin(self) -> None:
-        """Start the clock for a step; the previous step has ended."""
+        """Start the clock for a step. This also ends the previous step."""
         self._began = time.monotonic()
 
     def end(self) -> None:
@@ -58,8 +58,8 @@ class Preemption:
 
     A check is a barrier, so all ranks check after the same steps. Rank 0 sets the number of steps until the next check.
 
-    `saver` is the rank that saves checkpoints: the first one whose node stays, 0 if none does. It is the same on all
-    ranks.
+    `saver` is the rank that saves checkpoints: the first rank whose node is not being drained, or 0 if all are. It is
+    the same on all ranks.
     """
 
     def __init__(self) -> None:

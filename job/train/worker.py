@@ -1,4 +1,4 @@
-"""What each Ray Train worker does, from the start of its process to the sealed model folder."""
+"""The work of a Ray Train worker once TensorFlow is loaded, up to the sealed model folder."""
 
 import traceback
 from collections.abc import Callable
@@ -24,9 +24,9 @@ from job.train.training import Training
 def train_worker(
     job: TrainJob, start_up: StartUp, staged: Callable[[], tuple[Partitions, StagedDataset]]
 ) -> Failure | None:
-    """Train, evaluate, and write the model folder. staged: waits for what is staged, as of `staging_ahead`.
+    """Train, evaluate, and write the model folder. staged: the function that `staging_ahead` yields.
 
-    Returns None, or a failure that all workers share and a restart would not fix. Ray Train restarts all workers after
+    Return None, or a failure that all workers share and a restart would not fix. Ray Train restarts all workers after
     any exception that is raised here.
     """
     configure_tensorflow(job.config)
@@ -37,12 +37,13 @@ def train_worker(
         try:
             partitions, dataset = staged()
             start_up.ends("connecting and staging")
-            # Again: Keras draws the seeds of initial weights from Python's `random`, and retried requests draw from it.
+            # Set the seed again: Keras draws the seeds of initial weights from Python's `random`, and so do retried
+            # requests.
             keras.utils.set_random_seed(job.config.seed)
             model = initial_model(job.config, job.weights, dataset.class_names)
         except (DamageError, InputError, OptionError) as error:
             own = Failure(str(error), traceback.format_exc())
-        # Of any worker: the others would wait for it in the first collective.
+        # If any worker has a failure, all return it: otherwise they would wait for that worker in the first collective.
         failure = shared_failure(job.board, job.config.architecture, own)
         if failure or not partitions or not dataset or not model:
             return failure
