@@ -1,1 +1,1 @@
-"""How fast it is, in ratios: `make bench`. Each module measures one part, `__main__` prints the table and the JSON."""
+"""Speed, in ratios: `make bench`. Each module measures one part; `__main__` prints the table and the JSON."""

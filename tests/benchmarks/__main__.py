@@ -1,7 +1,7 @@
 """Measure everything on this machine: `docs/bench.md`, and as the last line one JSON object of the ratios.
 
-make bench                      # some 20 minutes on 2 cores
-make bench BENCH=--quick        # whether it runs at all; its numbers mean nothing
+make bench                      # about 20 minutes on 2 cores
+make bench BENCH=--quick        # only whether it runs; its numbers mean nothing
 """
 
 import argparse
@@ -32,16 +32,16 @@ class Amount:
     """How much is measured."""
 
     pairs: int = 5
-    rounds: int = 8  # of the real pages on one core
+    rounds: int = 8  # over the real pages, on one core
     copies: int = 240  # of the real pages, cut by Ray Data
-    late: int = 19  # copies of the real pages, read from a bucket: a group of prepare has some 57 pages
+    late: int = 19  # copies of the real pages, read from a bucket: a group of `prepare` has about 57 pages
     read: int = 60  # of the real pages, read by `predict`
     steps: int = 1  # each takes 7 s
     batch: int = 512
-    scale: float = 1.0  # of drawn pages and of the model that is pulled
-    drawn: int = 4  # pages of Kaggle's layouts; each is cut in so many copies:
+    scale: float = 1.0  # of drawn pages, and of the pulled model
+    drawn: int = 4  # pages in Kaggle's layouts; each is cut in this many copies:
     growth: tuple[int, ...] = (1, 3, 30, 90, 300)
-    trainings: tuple[tuple[int, int], ...] = ((1, 9), (3, 3))  # in how many copies, epochs
+    trainings: tuple[tuple[int, int], ...] = ((1, 9), (3, 3))  # copies of the drawn pages, epochs
     train_batch: int = 256
 
 
@@ -61,7 +61,7 @@ QUICK = Amount(
 
 
 def ratios(folder: Path, amount: Amount, rates: dict[str, float]) -> Iterator[Ratio]:
-    """One after the other; `rates` gets what the planning table is computed from."""
+    """Yield each ratio when it is measured. rates: gets the rates for the planning table."""
     pairs = amount.pairs
     source = pages.source_in(folder)
     one_core, fastest = pages.measure_one_core(source.pages(), pairs, amount.rounds)
@@ -94,7 +94,7 @@ def ratios(folder: Path, amount: Amount, rates: dict[str, float]) -> Iterator[Ra
 
 
 def grow(folder: Path, amount: Amount, rates: dict[str, float], plot: Path | None) -> dict[str, float]:
-    """What prepare and train cost as their work grows, as ratios; `rates` as above."""
+    """Return the costs of `prepare` and `train` as their work grows, as ratios. rates: as in `ratios`."""
     layouts = pages.REAL / "layouts.csv"
     sample(folder, amount.drawn, scale=amount.scale, layouts=layouts if layouts.is_file() else None)
     source = pages.Source(folder / "train_images", folder / "train.csv")
@@ -143,7 +143,7 @@ def line(ratio: Ratio) -> str:
 
 
 def page(found: Sequence[Ratio], rates: planning.Rates, growing: Mapping[str, float]) -> str:
-    """Markdown of all that was measured."""
+    """Return all that was measured, in Markdown."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return "\n".join(
         [

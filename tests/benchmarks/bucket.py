@@ -8,14 +8,15 @@ from multiprocessing.connection import Connection
 
 BUCKET = "demo"
 Delay = Callable[[float], int]
-"""Lets each answer of the bucket begin so many seconds later; returns how many it has given so far."""
+"""Delays all following answers of the bucket by some seconds. Returns how many requests it has had so far."""
 
 
 @contextmanager
 def bucket() -> Iterator[Delay]:
-    """Run a strict bucket in a process of its own, so that it takes no time of ours.
+    """Run a strict bucket in a process of its own, so that it takes no time of this one.
 
-    This process's environment names it from then on, and Google's client is made once: one bucket in a process.
+    This process's environment names it from then on. Google's client is created once, so a process can use one bucket
+    only.
     """
     spawn = get_context("spawn")
     here, there = spawn.Pipe()

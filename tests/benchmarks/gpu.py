@@ -1,10 +1,10 @@
 """One GPU: crops/s of a training against `keras.Model.fit`, a step's time by kernel, losses against those of CPUs.
 
-python -m benchmarks.gpu rates DATASET                     # some 30 s a line on an H100
-python -m benchmarks.gpu losses DATASET [--against FILE]   # prints lines of JSON: FILE for a call on another machine
+python -m benchmarks.gpu rates DATASET                     # about 30 s per line on an H100
+python -m benchmarks.gpu losses DATASET [--against FILE]   # prints JSON lines: FILE for a call on another machine
 
-`PYTHONPATH=tests`; DATASET is a folder that `prepare` wrote. Each line comes from a process of its own, for determinism
-and precision are settings of a process, and as soon as it is known. Without a GPU it runs on the CPU.
+`PYTHONPATH=tests`; DATASET is a folder that `prepare` wrote. Each line is measured in a process of its own, because
+determinism and precision are settings of a process, and is printed at once. Without a GPU it runs on the CPU.
 """
 
 import argparse
@@ -35,7 +35,7 @@ class Bench:
     """The training step of a `train` worker, in this process."""
 
     def __init__(self, dataset: str, architecture: Any, precision: Any, size: int, mode: str) -> None:
-        """mode: one of `MODES`; `fit` leaves every setting at TensorFlow's default."""
+        """Build the step. mode: one of `MODES`; `fit` leaves all settings at TensorFlow's defaults."""
         import keras
         import tensorflow as tf
 
@@ -76,7 +76,7 @@ class Bench:
         self.steps = Steps(make_strategy(1), 1, model, optimizer, size, xla=xla)
 
     def batches(self, steps: int) -> Iterator[tuple[Any, Any]]:
-        """Gathered as `Training.rows_of` does, with replacement: the dataset may be small."""
+        """Yield batches, gathered as `Training.rows_of` does, but with replacement: the dataset may be small."""
         size = self.config.global_batch_size
         order = np.random.default_rng(0).integers(0, len(self.labels), steps * size)
         for step in range(steps):
@@ -86,14 +86,14 @@ class Bench:
     def train(self, steps: int) -> None:
         for images, labels in self.batches(steps):
             sums = self.steps.train(images, labels, 0)
-        sums.numpy()  # waits for what the GPU has in its queue
+        sums.numpy()  # waits for the steps in the GPU's queue
 
     def losses(self, steps: int) -> list[float]:
         return [float(self.steps.train(*batch, 0)[0]) / len(batch[1]) for batch in self.batches(steps)]
 
 
 def rate(bench: Bench, mode: str, steps: int, repeats: int) -> str:
-    """A line: crops/s, the first round, which compiles, left out."""
+    """Return a line with crops/s, without the first round, which compiles."""
     seconds: list[float] = []
     if mode == "fit":
         import keras
@@ -123,7 +123,7 @@ def timed(work: Callable[[], None]) -> float:
 
 
 def kernels(bench: Bench) -> Iterator[str]:
-    """What a GPU did in a step, longest first; nothing where there is none."""
+    """Yield the kernels that a GPU ran in a step, longest first. Without a GPU, yield nothing."""
     import tensorflow as tf
     from tensorflow.tsl.profiler.protobuf import xplane_pb2
 

@@ -1,4 +1,4 @@
-"""How time and memory grow with the work: the command line as people start it, watched from outside."""
+"""How time and memory grow with the work. The command line runs as for a user, and is observed from outside."""
 
 import os
 import re
@@ -24,15 +24,15 @@ SECONDS_BETWEEN_LOOKS = 0.05
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one call of the command."""
+    """Cost of one run of the command."""
 
     seconds: float
     peaks: list[float]
-    """Bytes: of the largest worker of the kind that was watched, in each epoch, and after the last."""
+    """Peak of the largest watched worker in each epoch, and after the last one, in bytes."""
     driver_peak: float
-    """Bytes: of the command itself."""
+    """Peak of the command's own process, in bytes."""
     said: list[str]
-    """Its standard error."""
+    """Lines of standard error."""
 
     @property
     def peak(self) -> float:
@@ -40,7 +40,7 @@ class Cost:
 
 
 def watched(kind: str, status: str, *arguments: str | Path) -> Cost:
-    """Run the command. status: the line of /proc/PID/status that counts for the workers."""
+    """Run the command. kind: start of the workers' titles. status: line of /proc/PID/status to read for the workers."""
     begin = time.perf_counter()
     process = subprocess.Popen(
         [KUZUSHIJI, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, bufsize=1
@@ -81,14 +81,14 @@ def _status(pid: int, name: str) -> float:
 
 
 def of_prepare(source: Source, times: int, folder: Path) -> tuple[int, Cost]:
-    """Of so many copies of the pages: their number, and what they cost. The dataset is `folder/dataset-<times>`."""
+    """Prepare `times` copies of the pages into `folder/dataset-<times>`. Return the number of pages, and the cost."""
     many = source.repeated(times, folder / f"times-{times}")
     places = ["--pages", many.images, "--labels", many.labels, "--dataset", folder / f"dataset-{times}"]
     return len(os.listdir(many.images)), watched(CUTTER, "VmHWM", "prepare", *places)
 
 
 def of_train(dataset: Path, epochs: int, batch: int, folder: Path) -> Cost:
-    """The workers' memory beyond what is mapped from files."""
+    """Train. Return the cost; the peaks are the workers' memory without mapped files."""
     models = folder / "models"
     how = ["--architecture", "baseline", "--workers", "2", "--epochs", str(epochs), "--global-batch-size", str(batch)]
     cost = watched(TRAINER, "RssAnon", "train", "--dataset", dataset, "--models", models, *how)

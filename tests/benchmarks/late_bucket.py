@@ -1,8 +1,8 @@
-"""Pages cut from a bucket that answers late, against the same bucket without the delay:
+"""Cutting of pages from a bucket with latency, against the same bucket without it:
 
     PYTHONPATH=tests python -m benchmarks.late_bucket
 
-One process cuts a group of pages, as a task of `prepare` does; the bucket is another process.
+One process cuts a group of pages, as a task of `prepare` does. The bucket runs in another process.
 """
 
 import argparse
@@ -27,7 +27,7 @@ KINDS = ("folder", "archive", "archive in another order")
 def measure(
     source: Source, times: int, pairs: int, folder: Path, delay: Delay, kinds: Sequence[str] = KINDS
 ) -> Iterator[Ratio]:
-    """`late_..._vs_prompt` of each kind. times: copies of the source's pages in the group."""
+    """Yield `late_..._vs_prompt` of each kind. times: copies of the source's pages in the group."""
     many = source.repeated(times, folder / "late")
     for kind in kinds:
         yield _compare(kind, many, pairs, folder, delay)

@@ -1,4 +1,4 @@
-"""From pages to crops: one core against the study's way and against decoding alone, then all cores with Ray Data."""
+"""From pages to crops: one core against the study's code and against decoding only, then all cores with Ray Data."""
 
 import io
 import os
@@ -38,7 +38,7 @@ class Page:
 
 @dataclass(frozen=True)
 class Source:
-    """A few pages of full size, with their labels."""
+    """A few full-size pages, with their labels."""
 
     images: Path
     labels: Path
@@ -53,7 +53,7 @@ class Source:
         ]
 
     def repeated(self, times: int, folder: Path) -> "Source":
-        """The same pages under other names, as links: no disk is filled."""
+        """Return the same pages under other names, as hard links, so that they take no space on the disk."""
         source = Source(folder / "images", folder / "labels.csv")
         source.images.mkdir(parents=True)
         rows = pd.read_csv(self.labels, dtype=str)
@@ -67,17 +67,17 @@ class Source:
 
 
 def source_in(folder: Path) -> Source:
-    """The real pages where they are, else drawn ones of the same size."""
+    """Return the real pages if they are there, otherwise drawn pages of the same size."""
     if not REAL.is_dir():
         sample(folder / "drawn", num_pages=3)
         return Source(folder / "drawn" / "train_images", folder / "drawn" / "train.csv")
-    # Copied, since they may be on another disk, which takes no links from here.
+    # Copied, because they may be on another disk, to which hard links are not possible.
     shutil.copytree(REAL / "pages", folder / "images")
     return Source(folder / "images", REAL / "train.csv")
 
 
 def cut(page: Page) -> list[np.ndarray]:
-    """Our way, as a task of prepare does it."""
+    """Cut the boxes of a page with our code, as a task of `prepare` does."""
     gray = decode_scan(page.data).image
     return [crop(gray, clip_box(box, gray.shape)) for box in page.boxes]
 
@@ -102,7 +102,7 @@ DECODERS: dict[str, Callable[[Page], object]] = {
 
 
 def on_one_core(work: Callable[[Page], object], pages: Sequence[Page], rounds: int) -> float:
-    """Pages a second of CPU time."""
+    """Return pages per second of CPU time."""
     begin = time.process_time()
     for _ in range(rounds):
         for page in pages:
@@ -111,7 +111,7 @@ def on_one_core(work: Callable[[Page], object], pages: Sequence[Page], rounds: i
 
 
 def grey_levels(pages: Sequence[Page]) -> tuple[float, float]:
-    """How far our crops are from the study's: mean absolute difference over all of them, and of the worst."""
+    """Return the mean absolute difference of our crops from the study's: over all crops, and of the worst crop."""
     differences = [
         np.abs(ours.astype(int) - theirs).mean()
         for page in pages
@@ -121,7 +121,7 @@ def grey_levels(pages: Sequence[Page]) -> tuple[float, float]:
 
 
 def measure_one_core(pages: Sequence[Page], pairs: int, rounds: int) -> tuple[list[Ratio], str]:
-    """`crop_vs_study`, `crop_vs_decode`, and the fastest decoder."""
+    """Measure `crop_vs_study` and `crop_vs_decode`. Return them, and the name of the fastest decoder."""
     one_core = partial(on_one_core, pages=pages, rounds=rounds)
     tried = [{name: one_core(decode) for name, decode in DECODERS.items()} for _ in range(3)]
     fastest = max(DECODERS, key=lambda name: sorted(rates[name] for rates in tried)[1])
@@ -136,9 +136,9 @@ def measure_one_core(pages: Sequence[Page], pairs: int, rounds: int) -> tuple[li
 
 
 def measure_all_cores(source: Source, times: int, pairs: int, rounds: int, folder: Path) -> tuple[Ratio, Path]:
-    """`prepare_vs_crop`, in the Ray that this process is connected to; and the dataset.
+    """Measure `prepare_vs_crop` in the Ray that this process is connected to. Return it, and the dataset.
 
-    After start-up: a third as many pages are cut too, and what that took is taken off.
+    Start-up does not count: the time to cut a third of the pages is subtracted.
     """
     pages, dataset, cores = source.pages(), folder / "dataset", os.cpu_count() or 1
     few, many = source.repeated(times // 3, folder / "few"), source.repeated(times, folder / "many")
@@ -153,14 +153,14 @@ def measure_all_cores(source: Source, times: int, pairs: int, rounds: int, folde
         return (times - times // 3) * len(pages) / (-seconds(few) + seconds(many))
 
     def limit() -> float:
-        # For seconds, like the whole: the speed of a core that others share comes and goes.
+        # This takes seconds, like `whole`: the speed of a shared core varies.
         return cores * on_one_core(cut, pages, 8 * rounds)
 
     return compare("prepare_vs_crop", 0.8, "pages/s", whole, limit, pairs), dataset
 
 
 def bytes_of_a_crop(dataset: Path) -> float:
-    """In a dataset folder, by all that is in it."""
+    """Return the bytes per crop of a dataset folder, including all its files."""
     crops = read_manifest(place(dataset), DatasetManifest).counts
     total = sum(path.stat().st_size for path in dataset.iterdir())
     return total / sum(of_split["examples"] for of_split in crops.values())

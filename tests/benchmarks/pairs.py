@@ -1,16 +1,16 @@
-"""Two ways of doing the same, measured in turns, so that what else the machine does meets both."""
+"""Two ways to do the same work, measured alternately, so that other load on the machine affects both."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 
 Rate = Callable[[], float]
-"""Does the work once; units of it a second."""
+"""Does the work once; returns its rate in units per second."""
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """Of one key of the JSON: what our way does against what the other does."""
+    """One key of the JSON: the rates of our way and of the other."""
 
     key: str
     at_least: float
@@ -25,7 +25,7 @@ class Ratio:
 
 
 def compare(key: str, at_least: float, unit: str, ours: Rate, theirs: Rate, pairs: int) -> Ratio:
-    """Alternate, after each was done once without being counted."""
+    """Measure both alternately, after one run of each that does not count."""
     ours()
     theirs()
     rates = [(ours(), theirs()) for _ in range(pairs)]

@@ -1,7 +1,7 @@
-"""What planning costs the command: `PYTHONPATH=tests python -m benchmarks.plan --pages 100000`.
+"""The cost of planning: `PYTHONPATH=tests python -m benchmarks.plan --pages 100000`.
 
-Labels of so many pages are made of real layouts, repeated under new ids, in files of 5,000 pages; the scans are empty
-files, since none is read.
+The labels are real layouts, repeated under new page ids, in files of 5,000 pages. The scans are empty files, because
+none is read.
 """
 
 import argparse
@@ -62,7 +62,7 @@ def measure(folder: Path) -> None:
 
 
 def peak() -> float:
-    """The largest resident size of this process so far, in bytes."""
+    """Return the largest resident size of this process so far, in bytes."""
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 

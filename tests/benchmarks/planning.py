@@ -1,4 +1,4 @@
-"""What the measured rates mean for more pages than fit on this machine: a plot and a table."""
+"""What the measured rates mean for more pages than this machine can hold: a plot and a table."""
 
 import os
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ TRAIN_SHARE = 0.7
 
 @dataclass(frozen=True)
 class Rates:
-    """On one core; bytes as they lie on disk."""
+    """Rates of one core, and sizes on disk."""
 
     page_seconds: float
     step_crops_per_s: float
@@ -22,13 +22,13 @@ class Rates:
 
 
 def page_seconds(costs: list[tuple[int, Cost]]) -> float:
-    """Of one core, by what the largest run took longer than the smallest: without the start."""
+    """Return core-seconds per page, without start-up: from the difference of the largest and the smallest run."""
     (few, first), *_, (many, last) = costs
     return (os.cpu_count() or 1) * (last.seconds - first.seconds) / (many - few)
 
 
 def table(rates: Rates) -> str:
-    """Markdown."""
+    """Return the table, in Markdown."""
     lines = [
         "| pages | crops | `prepare`, core-hours | `train`, core-hours an epoch | scans, GB | dataset, GB |",
         "|---|---|---|---|---|---|",
@@ -48,7 +48,7 @@ def _short(number: float) -> str:
 
 
 def plot(costs: list[tuple[int, Cost]], path: Path) -> None:
-    """Time and memory of `prepare` over the number of pages, with the line through the first and the last time."""
+    """Plot time and memory of `prepare` over the number of pages, with a line through the first and the last time."""
     from matplotlib.figure import Figure
 
     pages = [count for count, _ in costs]

@@ -1,4 +1,4 @@
-"""New pages read with a model: `predict` on all cores, against decoding, cutting and the model in as many processes."""
+"""Reading of pages: `predict` on all cores, against decoding, cutting and the model in as many processes."""
 
 import os
 import shutil
@@ -19,13 +19,13 @@ from cluster.storage import place
 from job.predict.predict import predict
 from job.predict.readings import BATCH, TOP
 
-CLASSES = 514  # of Kaggle's pages at the default coverage
+CLASSES = 514  # those of Kaggle's pages with the default coverage
 
 
 def measure(source: Source, times: int, pairs: int, folder: Path) -> Ratio:
-    """`predict_vs_parts`, in the Ray that this process is connected to.
+    """Measure `predict_vs_parts` in the Ray that this process is connected to.
 
-    After start-up: a third as many pages are read too, and what that took is taken off.
+    Start-up does not count: the time to read a third of the pages is subtracted.
     """
     cores, model = os.cpu_count() or 1, write_any_model(folder / "models")
     few, many = source.repeated(times // 3, folder / "few-read"), source.repeated(times, folder / "many-read")
@@ -45,7 +45,7 @@ def measure(source: Source, times: int, pairs: int, folder: Path) -> Ratio:
 
 
 def write_any_model(models: Path) -> Path:
-    """A `resnet` of random weights: what it computes takes the time of a trained one. Returns its folder."""
+    """Write a `resnet` with random weights, which takes as much time as a trained one. Return its folder."""
     process = get_context("spawn").Process(target=_write, args=(models / "resnet" / "bench",))
     process.start()
     process.join()
@@ -67,7 +67,7 @@ def _write(folder: Path) -> None:
 
 @contextmanager
 def parts(model: Path, pages: Sequence[Page], processes: int, rounds: int) -> Iterator[Rate]:
-    """Processes of one thread that decode and cut pages and ask the model, and nothing else; pages a second of all."""
+    """Start one-thread processes that only decode and cut pages and run the model. Yield their total pages/s."""
     spawn = get_context("spawn")
     pipes = [spawn.Pipe() for _ in range(processes)]
     children = [spawn.Process(target=_serve, args=(there, model, pages), daemon=True) for _, there in pipes]

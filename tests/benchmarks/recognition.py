@@ -1,7 +1,7 @@
 """How well each recipe reads books, hands and crops that it was not trained on: `make recognition`.
 
-A part is one training and its test. Parts that have rows in docs/recognition/ are done and are skipped, so that the
-command can be stopped and called again. At the end docs/recognition/tables.md is computed from the rows.
+A part is one training and its test. Parts that already have rows in docs/recognition/ are skipped, so you can stop the
+command and run it again. At the end, docs/recognition/tables.md is computed from the rows.
 """
 
 import argparse
@@ -31,7 +31,7 @@ class Recipe:
     options: str
     learning_rate: str
     slower: str | None
-    """Learning rate with which it goes on with real pages after drawn ones. None: it learns both at once."""
+    """Learning rate for the real pages, after a training on drawn pages. None: one training on both."""
 
     @property
     def architecture(self) -> str:
@@ -47,19 +47,19 @@ RECIPES = {
         "5e-4",
     ),
 }
-BOTH = 2  # epochs of all crops of `books`, some 104,000; who goes on sees as many, after one epoch of the drawn pages
-ALONE = 8  # epochs of the other studies
+BOTH = 2  # epochs over drawn and real crops, about 104,000 in all; recipes with two trainings see as many
+ALONE = 8  # epochs in the other studies
 SHOWN = {
     "accuracy": "accuracy", "without_rare": "without rare", "top5": "top 5", "macro_f1": "macro F1", "ece": "ECE",
     "at_99": "at 99 %",
 }  # fmt: skip
-STUDIED = ["baseline, the study's", "resnet, ours"]  # the two that matter
-SEEDS = (42, 43, 44)  # the first of all recipes, the others of the two that matter
+STUDIED = ["baseline, the study's", "resnet, ours"]  # the two main recipes
+SEEDS = (42, 43, 44)  # the first for all recipes, the others for the two main ones
 CHOSEN_ON = 3  # the fold (book 200021763) on which recipes were chosen
 
 
 def parts() -> Iterator[Part]:
-    """In the order in which they are worth most: `baseline` by our recipe is last of a seed."""
+    """Yield all parts, the most important ones first: for a seed, `baseline` with our recipe is last."""
     for seed in SEEDS:
         studies = [("books", fold) for fold in range(FOLDS) if fold != CHOSEN_ON]
         studies += [("hands", 0), ("random", 0)] if seed == SEEDS[0] else []
@@ -93,11 +93,11 @@ def measure(part: Part, data: Data, models: Path) -> None:
         "crops_per_s": history["crops_per_s"].median(),
         "seconds": history["seconds"].iloc[-1],
     }
-    add(ROWS / "runs.csv", part, [told | numbers])  # last: it says that the part is done
+    add(ROWS / "runs.csv", part, [told | numbers])  # last, because it marks the part as done
 
 
 class Trainings:
-    """One training, or one that begins with the model of another."""
+    """One training, or two, of which the second starts from the model of the first."""
 
     def __init__(self, models: Path, recipe: Recipe, seed: int) -> None:
         self.models, self.recipe, self.seed = models, recipe, seed
@@ -116,8 +116,9 @@ class Trainings:
         self._histories.append(pd.read_json(folder / name / "history.jsonl", lines=True))
 
     def history(self) -> pd.DataFrame:
-        """A row an epoch: seconds since the first one began, crops seen until then, validation accuracy, of drawn pages
-        while it is trained on them alone.
+        """Return one row per epoch: seconds and crops since the start of the first one, and validation accuracy.
+
+        The validation accuracy of a training on drawn pages only is that on drawn pages.
         """
         rows = pd.concat(self._histories, ignore_index=True)
         seen = (rows["crops_per_s"] * rows["seconds"]).round().cumsum().astype(int)
@@ -126,14 +127,14 @@ class Trainings:
 
 
 def processor() -> str:
-    """The processor's name, where Linux tells it."""
+    """Return the processor's name from /proc/cpuinfo, or else the machine's architecture."""
     told = Path("/proc/cpuinfo")
     names = re.search(r"model name\s*: (.*)", told.read_text()) if told.exists() else None
     return names[1] if names else platform.machine()
 
 
 def tested(folder: Path, dataset: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The numbers of a model on the test split, and the crops and errors of each page."""
+    """Return the metrics of a model on the test split, and the numbers of all and of correct crops of each page."""
     from cluster.storage import place
     from job.data.staging import staged
     from job.metrics import metrics, per_class
@@ -164,7 +165,7 @@ def tested(folder: Path, dataset: Path) -> tuple[dict[str, Any], list[dict[str, 
 
 
 def add(file: Path, part: Part, rows: Sequence[dict[str, Any]]) -> None:
-    """Add rows of a part, in the place of those that it has from before."""
+    """Add the rows of a part. They replace its earlier rows."""
     file.parent.mkdir(parents=True, exist_ok=True)
     texts = [{key: f"{v:.5g}" if isinstance(v, float) else str(v) for key, v in row.items()} for row in rows]
     new = pd.DataFrame([{key: str(value) for key, value in vars(part).items()} | row for row in texts])
@@ -178,7 +179,7 @@ def add(file: Path, part: Part, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def tables() -> str:
-    """The tables of all rows, in Markdown."""
+    """Return the tables of all rows, in Markdown."""
     runs, pages, epochs = (pd.read_csv(ROWS / f"{name}.csv") for name in ("runs", "pages", "epochs"))
     texts = []
     for study in dict.fromkeys(runs["study"]):
@@ -200,13 +201,14 @@ def tables() -> str:
 
 
 def _has_both(rows: pd.DataFrame) -> bool:
-    """Whether the two recipes that matter have rows: without, means would be of other folds."""
+    """Return whether both main recipes have rows. Otherwise, their means would be over different folds."""
     return {*STUDIED} <= {*rows["recipe"]}
 
 
 def error_ratio(pages: pd.DataFrame, recipe: str, rounds: int = 2000) -> str:
-    """Errors of a recipe over those of `baseline` by the study's, on the same folds and seeds, with the 95 % interval
-    of a bootstrap over the pages of each book.
+    """Return the errors of a recipe divided by those of `baseline` with the study's, with the 95 % interval.
+
+    Both are on the same folds and seeds. The interval is that of a bootstrap over the pages of each book.
     """
     keys = ["fold", "seed", "book", "page"]
     pages = pages.assign(errors=pages["crops"] - pages["correct"])
@@ -224,8 +226,10 @@ def error_ratio(pages: pd.DataFrame, recipe: str, rounds: int = 2000) -> str:
 
 
 def time_ratio(epochs: pd.DataFrame, recipe: str) -> str:
-    """Seconds of training after which a recipe's validation accuracy is the best one of `baseline` by the study's, over
-    the seconds that this one took: the median over folds and seeds.
+    """Return the time that a recipe takes to be as accurate as `baseline` with the study's, divided by its time.
+
+    It is the time until the recipe's validation accuracy reaches the best one of that `baseline`: seconds of training,
+    the median over folds and seeds.
     """
     trainings = dict(iter(epochs.groupby(["recipe", "fold", "seed"])))
     ratios = []
@@ -234,7 +238,7 @@ def time_ratio(epochs: pd.DataFrame, recipe: str) -> str:
         if name != recipe or theirs is None:
             continue
         if RECIPES[recipe].slower and (rows["study"] == "books").all():
-            rows = rows[rows["epoch"] > 1]  # the first is of drawn pages, as is its validation
+            rows = rows[rows["epoch"] > 1]  # the first one is on drawn pages, and so is its validation
         best = theirs.loc[theirs["val_accuracy"].idxmax()]
         enough = rows[rows["val_accuracy"] >= best["val_accuracy"]]
         ratios.append(enough["seconds"].iloc[0] / best["seconds"] if len(enough) else np.inf)

@@ -16,14 +16,15 @@ from preprocessing.books import book_of
 
 PAGES_OF_A_FONT = 20
 DRAWN_PAGES = 240
-FOLDS = 7  # of the real pages, each a book
+FOLDS = 7  # of the real pages, one per book
 
 
 @dataclass(frozen=True)
 class Part:
     study: str
-    """`books`: real pages of books that it was not trained on. `hands`: drawn pages of other fonts.
-    `random`: drawn pages, crops at random."""
+    """`books`: tested on real pages of books that it was not trained on. `hands`: on drawn pages of other fonts.
+    `random`: on random crops of drawn pages.
+    """
     fold: int
     recipe: str
     seed: int
@@ -34,7 +35,7 @@ class Part:
 
 
 class Data:
-    """The datasets of all parts, in a folder. They are made when they are needed, and then kept."""
+    """The datasets of all parts, in a folder. Each is created when it is needed first."""
 
     def __init__(self, folder: Path, real: Path, fonts: Path) -> None:
         """real: folder of real pages, with `train.csv`, `real/train.csv`, `layouts.csv` and `class_counts.csv`."""
@@ -42,7 +43,7 @@ class Data:
         folder.mkdir(parents=True, exist_ok=True)
 
     def of(self, part: Part) -> Path:
-        """All that a part is trained on, and its test."""
+        """Return the dataset with everything that a part is trained on, and its test."""
         if part.study == "books":
             pages = self._books()
             split = [*self._fold(FOLDS, part.fold), "--train-only", pages / "train-only.txt"]
@@ -52,12 +53,12 @@ class Data:
         return self._dataset(part.folder, pages, sorted(file.stem for file in pages.glob("drawn-*.csv")), split)
 
     def drawn(self) -> Path:
-        """The drawn pages of `books` alone."""
+        """Return the dataset with only the drawn pages of `books`."""
         few = ["--split", "page", "--val-fraction", 0.02, "--test-fraction", 0.02]
         return self._dataset("drawn", self._books(), ["drawn"], few)
 
     def real_of(self, part: Part) -> Path:
-        """The real pages of a part of `books`; the test is that of `of`."""
+        """Return the dataset with only the real pages of a part of `books`. Its test is that of `of`."""
         return self._dataset(f"real-{part.fold}", self._books(), ["real", "kuzushiji"], self._fold(FOLDS, part.fold))
 
     def _fold(self, folds: int, fold: int) -> list[object]:
@@ -74,7 +75,7 @@ class Data:
         return dataset
 
     def _books(self) -> Path:
-        """The real pages, and drawn ones in the layouts of other books, for training alone."""
+        """Return a folder of the real pages, and of drawn pages in the layouts of other books (for training only)."""
         pages = self.folder / "books"
         if not pages.exists():
             new = self._new(pages)
@@ -88,7 +89,7 @@ class Data:
         return pages
 
     def _hands(self) -> Path:
-        """Drawn pages; a book is a font."""
+        """Return a folder of drawn pages. Each font is a book."""
         pages = self.folder / "hands"
         if not pages.exists():
             new, books, layouts = self._new(pages), [], self._layouts()
@@ -109,7 +110,7 @@ class Data:
         return new
 
     def _layouts(self) -> list[tuple[str, str]]:
-        """Id and labels of pages of books that are not among the real ones, in a random order."""
+        """Return page ids and labels from books that are not among the real pages, in random order."""
         rows = pd.read_csv(self.real / "layouts.csv", dtype=str).dropna()
         real = {
             book_of(page.stem) for folder in (self.real, self.real / "real") for page in (folder / "pages").iterdir()
@@ -128,7 +129,7 @@ class Data:
 
 
 def crops_of(dataset: Path) -> int:
-    """The number of crops to train on."""
+    """Return the number of training crops."""
     return int(json.loads((dataset / "manifest.json").read_text())["counts"]["train"]["examples"])
 
 

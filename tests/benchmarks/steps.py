@@ -15,12 +15,12 @@ from job.config import TrainConfig
 from job.model.load_tensorflow import without_chatter
 
 Ask = Callable[[str, int], float]
-"""Name of a measure, and how much of it; a rate."""
+"""Takes the name of a measure and an amount; returns a rate."""
 
 
 @contextmanager
 def process(dataset: Path, config: TrainConfig) -> Iterator[Ask]:
-    """A process of its own, with TensorFlow: what it is asked for, it measures."""
+    """Start a process with TensorFlow. Yield a function that asks it to measure something."""
     spawn = get_context("spawn")
     here, there = spawn.Pipe()
     child = spawn.Process(target=_serve, args=(there, dataset, config), daemon=True)
@@ -91,7 +91,7 @@ def _serve(there: Connection, dataset: Path, config: TrainConfig) -> None:
 
 
 class Measures:
-    """Each method does `amount` batches; crops a second."""
+    """Each method runs `amount` batches, and returns crops per second."""
 
     steps: Any
     inference: Any
@@ -106,7 +106,7 @@ class Measures:
         self.order = self.permutation()
 
     def _batches(self, amount: int) -> Iterator[tuple[Any, Any]]:
-        """As `Training.rows_of` gathers them for one worker of one."""
+        """Yield batches, gathered as `Training.rows_of` does for a single worker."""
         for step in range(amount):
             rows = self.order[step * self.size : (step + 1) * self.size]
             yield self.crops.images[rows], self.crops.labels[rows]
@@ -141,7 +141,7 @@ class Measures:
         import keras
 
         class Clock(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has no types
-            """From the first batch to the last: what `fit` does before is left out."""
+            """Measures from the first batch to the last, without what `fit` does before."""
 
             def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
                 self.begin = time.perf_counter() if batch == 0 else self.begin

@@ -10,12 +10,12 @@ import numpy as np
 from benchmarks.bucket import BUCKET
 from benchmarks.pairs import Ratio, compare
 
-# About those of a `baseline`.
+# About the sizes of a `baseline`.
 FILES = {"model.keras": 152_000_000, "per_class.csv": 30_000, "misclassified.csv": 300_000, "history.jsonl": 2_000}
 
 
 def measure(folder: Path, pairs: int, scale: float) -> Ratio:
-    """While there is a bucket. scale: of the files' sizes."""
+    """Measure `pull_vs_copy`; `bucket()` must be running. scale: factor of the files' sizes."""
     from google.auth.credentials import AnonymousCredentials
     from google.cloud.storage import Client
 

@@ -1,4 +1,4 @@
-"""The same loop in Ray Train: one worker against the bare loop, two workers of one thread against one of two."""
+"""The same loop in Ray Train: one worker against the plain loop, two workers of one thread against one of two."""
 
 import asyncio
 import threading
@@ -15,7 +15,7 @@ from job.config import TrainConfig
 
 
 class Gate:
-    """Where the workers of a run wait until they are asked for steps."""
+    """An actor at which the workers of a run wait until they are asked for steps."""
 
     def __init__(self, workers: int) -> None:
         self._asked: list[asyncio.Queue[int]] = [asyncio.Queue() for _ in range(workers)]
@@ -34,7 +34,7 @@ class Gate:
 
 
 def _serve(given: dict[str, Any]) -> None:
-    """What `job.train.worker.train_worker` does, but for how many steps it is asked to do."""
+    """Do what `job.train.worker.train_worker` does, but only the steps that are asked for."""
     import time
 
     import ray.train
@@ -63,7 +63,7 @@ def _serve(given: dict[str, Any]) -> None:
 
 @contextmanager
 def ray_train(dataset: Path, folder: Path, config: TrainConfig) -> Iterator[Callable[[int], float]]:
-    """Workers of Ray Train that wait for work: give a number of steps, get crops a second."""
+    """Start Ray Train workers that wait for requests. Yield a function: number of steps to crops per second."""
     from ray.train import RunConfig, ScalingConfig
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
@@ -92,7 +92,7 @@ def ray_train(dataset: Path, folder: Path, config: TrainConfig) -> Iterator[Call
 
 
 def measure(dataset: Path, folder: Path, config: TrainConfig, bare: Ask, pairs: int, steps: int) -> list[Ratio]:
-    """`ray_vs_loop` and `two_vs_one`; `config` is of one worker with all cores."""
+    """Measure `ray_vs_loop` and `two_vs_one`. config: that of one worker with all cores."""
     ratios = []
     of_two = config.model_copy(update={"workers": 2, "cpus_per_worker": max(1, config.cpus_per_worker // 2)})
     for key, at_least, of in (("ray_vs_loop", 0.98, config), ("two_vs_one", 0.85, of_two)):
