@@ -1,4 +1,4 @@
-"""`python -m fake_cloud`, in tests/: a cloud to play with, until Ctrl-C."""
+"""`python -m fake_cloud`, in tests/: run a cloud to try things out, until Ctrl-C."""
 
 import signal
 import sys

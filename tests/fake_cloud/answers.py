@@ -1,4 +1,4 @@
-"""How Google says no."""
+"""Google's error answers."""
 
 from typing import Any
 

@@ -4,7 +4,7 @@
         bucket.create("demo")
         subprocess.run([...], env=os.environ | bucket.environment)
 
-What it enforces is in `bucket_objects` and `bucket_uploads`, what it knows of the JSON API in `bucket_routes`.
+Its rules are in `bucket_objects` and `bucket_uploads`, the supported part of the JSON API is in `bucket_routes`.
 """
 
 import contextlib
@@ -59,7 +59,7 @@ def _refusal(kind: str, method: str, path: str) -> RefusedError:
 
 @dataclass(frozen=True)
 class Logged:
-    """A request that came. `status` is None where the connection was closed without an answer."""
+    """A request. `status` is None if the connection was closed without an answer."""
 
     method: str
     path: str  # with the query
@@ -91,33 +91,33 @@ class _Server(ThreadingHTTPServer):
         super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Say nothing of clients that hung up."""
+        """Ignore clients that hung up."""
         if not isinstance(sys.exception(), OSError):
             super().handle_error(request, client_address)
 
     def stop(self) -> None:
-        """End all: also the answers that are on their way."""
+        """Stop the server and all connections, also those with unfinished answers."""
         self.stopping.set()
         self.shutdown()
         with self._open_lock:
             for connection in self._open:
-                with contextlib.suppress(OSError):  # the other side was first
+                with contextlib.suppress(OSError):  # the client has closed it
                     connection.shutdown(socket.SHUT_RDWR)
         self.server_close()
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """One connection: reads requests, meets faults, writes answers."""
+    """One connection: reads requests, applies faults, writes answers."""
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     server: _Server
 
     def log_message(self, format: str, *args: object) -> None:
-        """Say nothing: the log is `StrictBucket.requests`."""
+        """Log nothing: the log is `StrictBucket.requests`."""
 
     def _body(self, broken: bool) -> tuple[bytes, bool]:
-        """The request's body, and whether that is all of it. `broken`: only half of it, or its first chunk."""
+        """Return the request's body, and whether it is complete. broken: read only half of it, or its first chunk."""
         if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
             length = int(self.headers.get("Content-Length") or 0)
             body = self.rfile.read(length // 2 if broken else length)
@@ -156,7 +156,7 @@ class _Handler(BaseHTTPRequestHandler):
             try:
                 answer = self.server.routes.answer(request)
             except Exception as error:
-                # Our mistake. Not 500, which clients would ask for again for minutes.
+                # A bug of the strict bucket. Not 500, on which clients would retry for minutes.
                 traceback.print_exc()
                 answer = RefusedError(400, "internalError", f"The strict bucket broke: {error!r}").response()
             download = "X-Goog-Hash" in answer.headers
@@ -203,7 +203,7 @@ for _method in ("GET", "POST", "PUT", "PATCH", "DELETE"):
 
 
 class StrictBucket:
-    """A server of buckets that are as strict as Google's; all is gone at the end."""
+    """A server with buckets that are as strict as Google's. All content is lost at the end."""
 
     def __init__(self, *, page_size: int = 1000) -> None:
         self._page_size = page_size
@@ -238,32 +238,32 @@ class StrictBucket:
             self._emulator.__exit__(kind, error, trace)
 
     def delay(self, seconds: float) -> None:
-        """Let each answer from now on begin so much later, as over a longer way. Answers do not wait for others."""
+        """Delay the start of each following answer, like a longer distance. Answers do not wait for each other."""
         self._server.latency = seconds
 
     @property
     def environment(self) -> dict[str, str]:
-        """What google-cloud-storage and gcsfs need to use this bucket, without credentials and without delay."""
+        """The environment with which google-cloud-storage and gcsfs use this bucket: no credentials, no delay."""
         return {
             "STORAGE_EMULATOR_HOST": self.url,
-            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # or gcsfs asks a gRPC service of Google for a minute
+            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # otherwise gcsfs tries a gRPC service of Google for a minute
             "FSSPEC_GS_TOKEN": "anon",  # read when fsspec is imported
-            "NO_GCE_CHECK": "true",  # read at once: gcsfs does not wait for a metadata server before it goes without
+            "NO_GCE_CHECK": "true",  # read on use; without it, gcsfs first waits for a metadata server
         }
 
     def create(self, bucket: str) -> None:
-        """Make a bucket."""
+        """Create a bucket."""
         self._objects.create_bucket(bucket)
 
     def read(self, bucket: str, name: str) -> bytes | None:
-        """An object's bytes, past all faults; None if there is no such object."""
+        """Return an object's bytes, bypassing all faults; None if there is no such object."""
         with self._objects.lock:
             return self._objects.data(bucket, name) if self._objects.version(bucket, name).generation else None
 
     def write(self, bucket: str, name: str, data: bytes) -> None:
-        """A new generation of an object, past all faults."""
+        """Write a new generation of an object, bypassing all faults."""
         self._objects.put(bucket, name, data, {"contentType": "application/octet-stream"}, {})
 
     def names(self, bucket: str) -> list[str]:
-        """The names of a bucket's objects, in the order of listings."""
+        """Return the names of a bucket's objects, in the order of listings."""
         return self._objects.names(bucket)

@@ -1,7 +1,7 @@
-"""gcp-storage-emulator in a process of its own, in memory, and what the strict bucket asks of it.
+"""gcp-storage-emulator, in memory and in a process of its own, and the requests that the strict bucket makes to it.
 
-It ignores preconditions, paging and generations, loses bytes of multipart uploads that end in line breaks, and keeps
-`a//b` and `a/b` in one place. So it stores bytes and metadata here, under quoted names, and the rest is ours.
+The emulator ignores preconditions, paging and generations, loses bytes of multipart uploads that end in line breaks,
+and stores `a//b` and `a/b` in one place. So it only stores bytes and metadata, under quoted names. The rest is ours.
 """
 
 import http.client
@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, Self
 from urllib.parse import quote, unquote, urlsplit
 
-# It ends with its standard input, so that it never outlives the tests, however they end.
+# The process ends with its standard input, so that it never outlives the tests, however they end.
 _PROGRAM = """
 import os, sys, threading
 from gcp_storage_emulator.__main__ import main
@@ -35,7 +35,7 @@ def _key(name: str) -> str:
 
 
 class Emulator:
-    """The running emulator. It serves one request at a time: let only one thread ask it."""
+    """The running emulator. It serves one request at a time: only one thread may use it."""
 
     def __init__(self) -> None:
         self._port = 0
@@ -72,7 +72,7 @@ class Emulator:
     def _stop(self) -> None:
         assert self._process is not None
         assert self._process.stdin is not None
-        self._process.kill()  # all it has is in memory
+        self._process.kill()  # all its data is in memory
         self._process.wait()
         self._process.stdin.close()
 
@@ -92,7 +92,7 @@ class Emulator:
 
     def create_bucket(self, bucket: str) -> None:
         self._ask("POST", "/storage/v1/b", json.dumps({"name": bucket}).encode())
-        # It would keep every deleted object for a week.
+        # Otherwise the emulator would keep every deleted object for a week.
         hard = {"softDeletePolicy": {"retentionDurationSeconds": "0"}}
         self._ask("PATCH", f"/storage/v1/b/{bucket}", json.dumps(hard).encode())
 
@@ -103,9 +103,13 @@ class Emulator:
         return f"/storage/v1/b/{bucket}/o/{quote(_key(name), safe='')}"
 
     def put(self, bucket: str, name: str, data: bytes, metadata: dict[str, Any]) -> dict[str, Any]:
-        """Store an object; returns what is known of it. Raises RuntimeError if declared checksums are wrong."""
+        """Store an object. Return its resource.
+
+        Raises:
+            RuntimeError: a declared checksum is wrong.
+        """
         self._last = "", "", b""
-        # Resumable: of its three ways the only one that keeps all bytes, whatever the content type.
+        # Resumable: the only one of its three ways that keeps all bytes, whatever the content type.
         start = f"/upload/storage/v1/b/{bucket}/o?uploadType=resumable&name={quote(_key(name), safe='')}"
         headers, _ = self._ask("POST", start, json.dumps(metadata).encode())
         session = urlsplit(headers["Location"])
@@ -116,7 +120,11 @@ class Emulator:
         return dict(json.loads(self._ask("GET", self._target(bucket, name))[1]))
 
     def data(self, bucket: str, name: str) -> bytes:
-        """Remembered until the next write: who reads in ranges asks for each, and the emulator answers with all."""
+        """Return the bytes of an object.
+
+        They are kept until the next write: clients that read in ranges send one request for each, and the emulator
+        always returns the whole object.
+        """
         if self._last[:2] != (bucket, name):
             self._last = bucket, name, self._ask("GET", self._target(bucket, name) + "?alt=media")[1]
         return self._last[2]
@@ -129,6 +137,6 @@ class Emulator:
         self._ask("DELETE", self._target(bucket, name))
 
     def resources(self, bucket: str) -> dict[str, dict[str, Any]]:
-        """All objects of a bucket by name."""
+        """Return all objects of a bucket by name."""
         listing = json.loads(self._ask("GET", f"/storage/v1/b/{bucket}/o")[1])
         return {unquote(item["name"]): item for item in listing["items"]}

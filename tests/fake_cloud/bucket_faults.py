@@ -1,4 +1,4 @@
-"""Faults that a test asks the strict bucket for: each is met by the next request that fits it, and is then gone."""
+"""Faults of the strict bucket, requested by tests. Each is applied to the next matching request, then removed."""
 
 import re
 import threading
@@ -9,9 +9,9 @@ from urllib.parse import unquote
 REFUSALS = ("429", "503", "401", "403", "retained", "unpaid", "abroad")  # instead of an answer
 UPLOAD_FAULTS = ("cut-upload",)  # for requests with a body
 ANSWER_FAULTS = ("cut", "slow", "hold")  # for answers with a body
-DOWNLOAD_FAULTS = ("flip",)  # for the bytes of objects: flipped JSON would test a parser, not a checksum
+DOWNLOAD_FAULTS = ("flip",)  # for the bytes of objects: a flip in JSON would test a parser, not a checksum
 KINDS = REFUSALS + UPLOAD_FAULTS + ANSWER_FAULTS + DOWNLOAD_FAULTS
-# About objects: google-cloud-storage asks for buckets from a thread of its own, when no test expects it.
+# Requests about objects. google-cloud-storage requests buckets in a thread of its own, at times that no test expects.
 _OBJECTS = r"/b/[^/?]+/o(/|\?|$)|^/batch/"
 
 
@@ -25,12 +25,12 @@ class _Fault:
     def fits(self, kinds: Collection[str], method: str, target: str) -> bool:
         if self.kind not in kinds or self.method not in (None, method):
             return False
-        # Both spellings, so that a test may say "models/latest.json" where the address has %2F.
+        # Both spellings, so that a test can write "models/latest.json" for an address with %2F.
         return any(map(self.matching.search, (target, unquote(target))))
 
 
 class Faults:
-    """What is still to go wrong. Safe to use from any thread."""
+    """The faults that are left. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -38,15 +38,21 @@ class Faults:
         self.cleared = threading.Event()
 
     def inject(self, kind: str, times: int = 1, method: str | None = None, matching: str | None = None) -> None:
-        """Let the next `times` requests that fit meet a fault.
+        """Apply a fault to each of the next `times` requests that match.
 
-        `kind` is a status ("429", "503", "401", "403": nothing is done), "retained" (403, of a retention policy),
-        "unpaid" (400, of a bucket whose requesters pay), "abroad" (403, of an organization's policy), "cut" (all is
-        done, but the connection closes in the middle of the answer's body), "slow" (the answer's body comes in pieces),
-        "hold" (its second half comes when the faults are cleared), "flip" (one byte of a download is changed) or
-        "cut-upload" (the connection closes after half of the request's body; of a resumable upload that half is kept,
-        as Google does). `matching` is a regular expression over path and query; without one every request about objects
-        fits. Raises ValueError for an unknown kind.
+        Args:
+            kind: a status ("429", "503", "401", "403": nothing is done), "retained" (403, of a retention policy),
+                "unpaid" (400, of a bucket with requester pays), "abroad" (403, of an organization's policy), "cut" (the
+                request is processed, but the connection closes in the middle of the answer's body), "slow" (the
+                answer's body comes in pieces), "hold" (its second half comes when the faults are cleared), "flip" (one
+                bit of a download is changed) or "cut-upload" (the connection closes after half of the request's body;
+                of a resumable upload that half is kept, as Google does).
+            times: number of requests.
+            method: HTTP method; None: any.
+            matching: a regular expression over path and query. None: all requests about objects.
+
+        Raises:
+            ValueError: the kind is unknown.
         """
         if kind not in KINDS:
             raise ValueError(f"no fault of kind {kind!r}: there are {', '.join(KINDS)}")
@@ -55,7 +61,7 @@ class Faults:
             self._faults.append(_Fault(kind, times, method, re.compile(matching or _OBJECTS)))
 
     def take(self, kinds: Collection[str], method: str, target: str) -> str | None:
-        """The kind of the oldest fault of `kinds` that this request meets; it counts as met."""
+        """Return the kind of the oldest fault of `kinds` that matches this request, or None. The fault is used up."""
         with self._lock:
             for fault in self._faults:
                 if fault.times > 0 and fault.fits(kinds, method, target):
@@ -64,12 +70,12 @@ class Faults:
         return None
 
     def clear(self) -> None:
-        """Nothing goes wrong any more."""
+        """Remove all faults."""
         with self._lock:
             self._faults.clear()
             self.cleared.set()
 
     def left(self) -> int:
-        """How many faults were not met yet."""
+        """Return how many faults have not been applied yet."""
         with self._lock:
             return sum(fault.times for fault in self._faults)

@@ -1,4 +1,4 @@
-"""The rules that Google keeps about objects and the emulator does not: generations, preconditions, names, listings."""
+"""Google's rules about objects that the emulator ignores: generations, preconditions, names, listings."""
 
 import base64
 import json
@@ -16,7 +16,7 @@ Query = Mapping[str, str]
 
 @dataclass
 class Response:
-    """An answer, before it has a connection to go to."""
+    """An HTTP response."""
 
     status: int = 200
     body: bytes = b""
@@ -24,19 +24,19 @@ class Response:
 
     @classmethod
     def of(cls, content: Resource, status: int = 200) -> "Response":
-        """The answer with JSON in it."""
+        """Return a response with JSON content."""
         return cls(status, json.dumps(content).encode(), {"Content-Type": "application/json; charset=UTF-8"})
 
 
 class RefusedError(Exception):
-    """A request that gets an error in Google's JSON form."""
+    """A request is answered with an error, in Google's JSON form."""
 
     def __init__(self, status: int, reason: str, message: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(f"{status} {message}")
         self.status, self.reason, self.message, self.headers = status, reason, message, dict(headers or {})
 
     def response(self) -> Response:
-        if self.status == 304:  # has no body
+        if self.status == 304:  # without a body
             return Response(304)
         error = {"message": self.message, "domain": "global", "reason": self.reason}
         answer = Response.of({"error": {"code": self.status, "message": self.message, "errors": [error]}}, self.status)
@@ -45,14 +45,18 @@ class RefusedError(Exception):
 
 
 class Version(NamedTuple):
-    """Which state of an object is there. Both numbers are 0 where there is none."""
+    """The version of an object. Both numbers are 0 if there is no object."""
 
     generation: int
     metageneration: int
 
 
 def number(query: Query, name: str) -> int | None:
-    """A whole number from the query; None if it is not there. Raises RefusedError if it is something else."""
+    """Return an integer parameter of the query, or None if it is missing.
+
+    Raises:
+        RefusedError: it is not an integer.
+    """
     if name not in query:
         return None
     try:
@@ -62,7 +66,13 @@ def number(query: Query, name: str) -> int | None:
 
 
 def check(version: Version, query: Query, prefix: str = "if", unchanged: int = 412) -> None:
-    """Hold `ifGenerationMatch` and its kin against a version; `unchanged` is the status if a NotMatch fails."""
+    """Check `ifGenerationMatch` and similar preconditions against a version.
+
+    unchanged: the status if a NotMatch precondition fails.
+
+    Raises:
+        RefusedError: a precondition fails.
+    """
     for kind, current in (("Generation", version.generation), ("Metageneration", version.metageneration)):
         wanted, unwanted = number(query, f"{prefix}{kind}Match"), number(query, f"{prefix}{kind}NotMatch")
         if wanted is not None and wanted != current:
@@ -74,10 +84,10 @@ def check(version: Version, query: Query, prefix: str = "if", unchanged: int = 4
 
 
 class Objects:
-    """The objects of all buckets: bytes and metadata lie in the emulator, versions here.
+    """The objects of all buckets. The emulator stores bytes and metadata; versions are stored here.
 
-    Whoever checks a version and then acts on it holds `lock` from one to the other. It is one lock for all objects: the
-    emulator serves one request at a time anyway.
+    Hold `lock` from the check of a version until the action that depends on it. There is one lock for all objects,
+    because the emulator serves one request at a time anyway.
     """
 
     def __init__(self, emulator: Emulator) -> None:
@@ -101,7 +111,11 @@ class Objects:
             return sorted(self._versions)
 
     def names(self, bucket: str) -> list[str]:
-        """In the order of code points, which is that of UTF-8 bytes. Raises RefusedError if there is no such bucket."""
+        """Return the names of objects in the order of code points, which is that of UTF-8 bytes.
+
+        Raises:
+            RefusedError: there is no such bucket.
+        """
         with self.lock:
             if bucket not in self._versions:
                 raise RefusedError(404, "notFound", "The specified bucket does not exist.")
@@ -114,7 +128,12 @@ class Objects:
             return self._versions[bucket].get(name, Version(0, 0))
 
     def existing(self, bucket: str, name: str, query: Query, unchanged: int = 412) -> Version:
-        """The version of an object that is there, is of the wanted generation and meets the preconditions."""
+        """Return the version of an object.
+
+        Raises:
+            RefusedError: the object does not exist, has another generation than the query asks for, or does not meet
+                the preconditions.
+        """
         version = self.version(bucket, name)
         if not version.generation or number(query, "generation") not in (None, version.generation):
             raise RefusedError(404, "notFound", f"No such object: {bucket}/{name}")
@@ -128,7 +147,7 @@ class Objects:
         with self.lock:
             check(self.version(bucket, name), query)
             self._emulator.put(bucket, name, data, metadata)
-            # Microseconds, as Google's are; never twice the same.
+            # Microseconds, like Google's. Each value is used once.
             self._last_generation = max(time.time_ns() // 1000, self._last_generation + 1)
             self._versions[bucket][name] = Version(self._last_generation, 1)
             return self.resource(bucket, name)
@@ -159,14 +178,14 @@ class Objects:
             return self._stamped(bucket, name, self._emulator.resource(bucket, name))
 
     def resources(self, bucket: str) -> dict[str, Resource]:
-        """All objects of a bucket by name, in the order of listings."""
+        """Return all objects of a bucket by name, in the order of listings."""
         with self.lock:
             names = self.names(bucket)
             stored = self._emulator.resources(bucket)
             return {name: self._stamped(bucket, name, stored[name]) for name in names}
 
     def _stamped(self, bucket: str, name: str, resource: Resource) -> Resource:
-        """What the emulator knows, with name and version as Google gives them."""
+        """Return the emulator's resource with Google's form of name and version."""
         generation, metageneration = self._versions[bucket][name]
         etag = base64.b64encode(f"{generation}/{metageneration}".encode()).decode()
         ours = {
@@ -181,12 +200,12 @@ class Objects:
 
 
 def page(resources: Mapping[str, Resource], query: Query, page_size: int) -> Resource:
-    """One page of a listing, as `objects.list` gives it."""
+    """Return one page of a listing, in the form of `objects.list`."""
     for name in ("matchGlob", "softDeleted", "versions", "includeTrailingDelimiter"):
         if query.get(name, "false") != "false":
             raise RefusedError(400, "notImplemented", f"The strict bucket does not list by {name}.")
     prefix, delimiter = query.get("prefix", ""), query.get("delimiter", "")
-    entries: dict[str, Resource | None] = {}  # None: a prefix that stands for all that begins with it
+    entries: dict[str, Resource | None] = {}  # None: a prefix, in place of all names that begin with it
     for name, resource in resources.items():
         if not name.startswith(prefix) or name < query.get("startOffset", ""):
             continue

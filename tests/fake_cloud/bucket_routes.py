@@ -1,4 +1,4 @@
-"""Which request of Google's JSON API does what in the strict bucket."""
+"""The requests of Google's JSON API that the strict bucket supports."""
 
 import http
 import json
@@ -18,10 +18,10 @@ _BATCH_MOST = 100
 
 @dataclass(frozen=True)
 class Request:
-    """A request, read whole, or as far as it came."""
+    """A request, with its body as far as it was received."""
 
     method: str
-    target: str  # path and query, as they were sent
+    target: str  # path and query, as sent
     headers: Message
     body: bytes
     base: str = ""  # scheme and host as the client knows them
@@ -42,12 +42,12 @@ Handler = Callable[..., Response]
 
 
 class Routes:
-    """Answers requests. Safe to call from any thread."""
+    """Answers requests. Thread-safe."""
 
     def __init__(
         self, objects: Objects, page_size: int, refusal: Callable[[str, str], RefusedError | None] = lambda *_: None
     ) -> None:
-        """refusal: of a call in a batch, by its method and address: what it is answered instead."""
+        """Set up the routes. refusal: from method and address of a call in a batch, its error answer, or None."""
         self._objects, self._refusal = objects, refusal
         self._uploads = Uploads(objects)
         self._page_size = page_size
@@ -64,13 +64,13 @@ class Routes:
         self._table = [(re.compile(pattern), handlers) for pattern, handlers in table]
 
     def answer(self, request: Request) -> Response:
-        """The answer to a request, errors included."""
+        """Return the answer to a request. Refusals become error answers."""
         path = urlsplit(request.target).path
         try:
             for pattern, handlers in self._table:
                 if (match := pattern.fullmatch(path)) and request.method in handlers:
                     return handlers[request.method](request, *map(unquote, match.groups()))
-            # Not 501, which gcsfs would ask for again and again.
+            # Not 501, on which gcsfs would retry again and again.
             raise RefusedError(400, "notImplemented", f"The strict bucket knows no {request.method} {path}")
         except RefusedError as refused:
             return refused.response()
@@ -85,7 +85,7 @@ class Routes:
         return Response.of(listing)
 
     def _link(self, request: Request, resource: Resource) -> Resource:
-        """The resource with addresses that the client can use."""
+        """Set the addresses of a resource to ones that the client can use. Return the resource."""
         path = f"/storage/v1/b/{quote(resource['bucket'], safe='')}/o/{quote(resource['name'], safe='')}"
         resource["selfLink"] = request.base + path
         resource["mediaLink"] = f"{request.base}/download{path}?generation={resource['generation']}&alt=media"
@@ -174,12 +174,12 @@ class Routes:
 
 
 def reason(status: int) -> str:
-    """The words after a status; some that Google uses are in no standard."""
+    """Return the reason phrase of a status. Some that Google uses are in no standard."""
     return {308: "Resume Incomplete", 499: "Client Closed Request"}.get(status) or http.HTTPStatus(status).phrase
 
 
 def _media(data: bytes, resource: Resource, wanted: str) -> Response:
-    """A download, of the `Range` that was wanted; hashes are those of the whole object."""
+    """Return a download of the requested `Range`. The hashes are those of the whole object."""
     headers = {
         "Content-Type": resource.get("contentType", "application/octet-stream"),
         "ETag": resource["etag"],

@@ -1,4 +1,4 @@
-"""Uploads in the three ways of the JSON API (media, multipart, resumable), with declared checksums held to."""
+"""Uploads in the three ways of the JSON API (media, multipart, resumable). Declared checksums are verified."""
 
 import base64
 import hashlib
@@ -14,17 +14,17 @@ import google_crc32c
 
 from fake_cloud.bucket_objects import Objects, Query, RefusedError, Resource, Response, check
 
-_KEPT = 256 * 1024  # Google keeps whole pieces of this size of an upload that is not done
+_KEPT = 256 * 1024  # of an unfinished upload, Google keeps multiples of this size
 _WAYS = ("media", "multipart", "resumable")
 
 
 def _split_multipart(content_type: str, body: bytes) -> tuple[Resource, str, bytes]:
-    """Metadata, content type and bytes of a `multipart/related` body. Not by `email`, which changes line breaks."""
+    """Return metadata, content type and bytes of a `multipart/related` body. `email` would change line breaks."""
     if not (match := re.search(r'boundary="?([^";]+)"?', content_type)):
         raise RefusedError(400, "badContent", "Missing multipart boundary.")
     boundary = b"--" + match[1].encode()
     opening, start = body.find(boundary), body.find(b"\n") + 1
-    # gcsfs ends lines with LF alone, and only the line break before the closing boundary is not the object's.
+    # gcsfs ends lines with LF only. Only the line break before the closing boundary does not belong to the object.
     newline = b"\r\n" if body[:start].endswith(b"\r\n") else b"\n"
     middle = body.find(newline + boundary + newline, start)
     end = body.find(newline + boundary + b"--", middle + 1)
@@ -37,7 +37,11 @@ def _split_multipart(content_type: str, body: bytes) -> tuple[Resource, str, byt
 
 
 def check_hashes(data: bytes, metadata: Resource, headers: Mapping[str, str]) -> None:
-    """Refuse data that is not what its sender declared, in metadata or in `X-Goog-Hash`."""
+    """Check data against the hashes declared in the metadata or in `X-Goog-Hash`.
+
+    Raises:
+        RefusedError: a hash differs.
+    """
     md5 = hashlib.md5(data, usedforsecurity=False).digest()
     right = {"crc32c": google_crc32c.Checksum(data).digest(), "md5": md5}
     declared = [("crc32c", metadata.get("crc32c")), ("md5", metadata.get("md5Hash"))]
@@ -54,21 +58,21 @@ class _Session:
     bucket: str
     name: str
     metadata: Resource
-    query: Query  # of the start, whose preconditions count at the end again
+    query: Query  # of the first request: its preconditions are checked again at the end
     received: bytearray = field(default_factory=bytearray)
     lock: threading.Lock = field(default_factory=threading.Lock)
     done: Resource | None = None
 
 
 class Uploads:
-    """Takes uploads, and remembers those that go on."""
+    """Accepts uploads, and remembers the resumable ones."""
 
     def __init__(self, objects: Objects) -> None:
         self._objects = objects
         self._sessions: dict[str, _Session] = {}
 
     def begin(self, bucket: str, query: Query, headers: Mapping[str, str], body: bytes) -> Resource | str:
-        """What was written; for a resumable upload the path and query of its session."""
+        """Write an object and return its resource. For a resumable upload, return its session's path and query."""
         way = query.get("uploadType")
         if way not in _WAYS:
             raise RefusedError(400, "invalid", f"uploadType is none of {', '.join(_WAYS)}: {way}")
@@ -105,7 +109,7 @@ class Uploads:
         return Response(499)
 
     def resume(self, query: Query, headers: Mapping[str, str], body: bytes, whole: bool = True) -> Response:
-        """Take the next bytes of a resumable upload, or say how many there are. `whole`: none was lost on the way."""
+        """Accept the next bytes of a resumable upload, or return how many there are. whole: False if some are lost."""
         session = self._session(query)
         with session.lock:
             if session.done is None:
@@ -118,7 +122,7 @@ class Uploads:
             return Response.of(session.done)
 
     def _receive(self, session: _Session, headers: Mapping[str, str], body: bytes, whole: bool) -> int | None:
-        """Append the bytes that are new. Returns how many there will be in all, if that was said."""
+        """Append the new bytes. Return the total size of the upload, or None if it was not declared."""
         spec = headers.get("Content-Range")
         if spec is None:
             session.received[:] = body
@@ -133,7 +137,7 @@ class Uploads:
                     f"the upload offset is {start} byte(s), which exceeds already uploaded size of {have} byte(s)."
                 )
                 raise RefusedError(400, "invalid", f"Invalid request. According to the Content-Range header, {message}")
-            session.received += body[have - start :]  # what it already has, Google ignores
+            session.received += body[have - start :]  # Google ignores bytes that it already has
         return None if match[3] == "*" else int(match[3])
 
     def _finish(self, query: Query, session: _Session, headers: Mapping[str, str]) -> Resource:

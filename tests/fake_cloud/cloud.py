@@ -1,4 +1,4 @@
-"""A Google Cloud of one machine: `with FakeCloud() as cloud:`, and unmodified Ray brings clusters up in it."""
+"""A Google Cloud on one machine: `with FakeCloud() as cloud:`. Unmodified Ray starts clusters in it."""
 
 import contextlib
 from collections.abc import Sequence
@@ -15,20 +15,20 @@ from fake_cloud.plan import Plan
 from fake_cloud.room import GATEWAY, METADATA_ADDRESS, Room, why_none
 
 AUTHORITIES = "/etc/ssl/certs/ca-certificates.crt"
-CREDENTIALS = "/root/.config/gcloud/application_default_credentials.json"  # where Google's libraries look for them
+CREDENTIALS = "/root/.config/gcloud/application_default_credentials.json"  # where Google's libraries look for it
 ENVIRONMENT = {
-    # The libraries bring authorities of their own; these make each of them trust the fake's too.
+    # The libraries have certificate authorities of their own. These variables make each of them trust the fake's, too.
     **dict.fromkeys(("CURL_CA_BUNDLE", "HTTPLIB2_CA_CERTS", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE"), AUTHORITIES),
-    "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # else gcsfs asks over gRPC first, which the fake does not speak
+    "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # otherwise gcsfs first uses gRPC, which the fake does not support
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 
 
 class FakeCloud:
-    """Hosts, Google's endpoints and a bucket. When it is left, or this process ends in whatever way, all is gone.
+    """Hosts, Google's endpoints and a bucket. All end with the block, and with this process, however it ends.
 
-    laptop: a host beside the cluster, as a user's machine. Its application default credentials are the project owner's.
-    bucket: what lies behind storage.googleapis.com, with its faults.
+    laptop: a host outside the cluster, as a user's machine. Its application default credentials are the project
+    owner's. bucket: the bucket behind storage.googleapis.com, with its faults.
     """
 
     laptop: Host
@@ -41,7 +41,7 @@ class FakeCloud:
 
     @staticmethod
     def cannot_run() -> str | None:
-        """Why it cannot run here, in one line, or None."""
+        """Return why the cloud cannot run here, in one line, or None."""
         why = why_none()
         return f"the fake cloud cannot run here: {why}" if why else None
 
@@ -69,19 +69,19 @@ class FakeCloud:
         self._stack.close()
 
     def account(self, name: str) -> str:
-        """The address of a service account of the project."""
+        """Return the address of a service account of the project."""
         return f"{name}@{self.project}.iam.gserviceaccount.com"
 
     def add_account(self, email: str, *roles: str) -> None:
-        """Makes a service account, with roles in the whole project: those of `identity.RIGHTS`."""
+        """Create a service account with roles in the whole project: keys of `identity.RIGHTS`."""
         self._identity.add_account(email, *roles)
 
     def grant(self, email: str, bucket: str) -> None:
-        """Lets the account read and write the objects of one bucket."""
+        """Allow an account to read and write the objects of one bucket."""
         self._identity.grant(email, "objects", bucket)
 
     def grant_use(self, email: str, other: str) -> None:
-        """Lets the account give another one to instances that it makes (serviceAccountUser on that one alone)."""
+        """Allow an account to assign another one to instances that it creates (serviceAccountUser on that one only)."""
         self._identity.grant(email, "use accounts", other)
 
     def instances(self) -> list[Instance]:
@@ -91,20 +91,20 @@ class FakeCloud:
         return self._machines.instances[name]
 
     def delete(self, name: str) -> None:
-        """The machine is gone at once, behind Ray's back; nothing runs on it before."""
+        """Remove a machine at once, without Ray's knowledge. Nothing runs on it before."""
         self._machines.lose(name)
 
     def preempt(self, name: str) -> None:
-        """Google takes a spot machine back: metadata say so, its shutdown script runs, at most 30 s, and it is gone."""
+        """Preempt a spot machine: the metadata say so, its shutdown script runs for at most 30 s, and it is gone."""
         self._machines.preempt(name)
 
     @property
     def requests(self) -> list[Asked]:
-        """What the endpoints were asked, in the order of their answers."""
+        """The requests to the endpoints, in the order of their answers."""
         return list(self._google.requests)
 
     def _plan(self, name: str, keys: dict[str, list[str]]) -> Plan:
-        """An instance."""
+        """Return the plan of an instance."""
         names = [f"{GATEWAY} {' '.join(NAMES)}", f"{METADATA_ADDRESS} metadata.google.internal metadata"]
         return Plan(name, keys, names, ENVIRONMENT, {AUTHORITIES: (self._authorities(), 0o644)})
 

@@ -14,14 +14,14 @@ from fake_cloud.identity import Caller, Identity
 from fake_cloud.instance_rules import check_instance, check_labels
 from fake_cloud.machines import Instance, Machines
 
-SECONDS_OF_OPERATIONS = 1.0  # at least: Ray's installer has a race that operations without any meet
+SECONDS_OF_OPERATIONS = 1.0  # at least: operations that end at once trigger a race in Ray's installer
 ROOT = "https://www.googleapis.com/compute/v1/projects"
 
 log = logging.getLogger("fake_cloud")
 
 
 class Compute:
-    """The API over the machines of one project."""
+    """The API for the machines of one project."""
 
     def __init__(self, machines: Machines, identity: Identity) -> None:
         self.machines, self.identity, self.project = machines, identity, identity.project
@@ -30,14 +30,18 @@ class Compute:
         self._lock = threading.RLock()
 
     def close(self) -> None:
-        """Returns when no operation runs any more; the room should be gone by then, so that they fail at once."""
+        """Wait until no operation runs any more. Close the room before, so that they fail at once."""
         for thread in self._running:
             thread.join()
 
     def answer(
         self, method: str, path: str, query: dict[str, str], body: dict[str, Any], caller: Caller
     ) -> dict[str, Any]:
-        """Google's answer, or Refusal. `path` begins after /compute/v1."""
+        """Return Google's answer. path: the part after /compute/v1.
+
+        Raises:
+            Refusal: Google would refuse the request, or the fake does not support it.
+        """
         found = re.fullmatch(r"/projects/([^/]+)(/.*)?", path)
         if not found or query.keys() - {"alt", "filter", "prettyPrint"}:
             raise not_implemented(f"{method} {path} {query}")
@@ -52,7 +56,7 @@ class Compute:
         raise not_implemented(f"{method} {path}")
 
     def _operate(self, target: str, work: Callable[[], object] = lambda: None) -> dict[str, Any]:
-        """Does the work in the background; the returned operation, when asked for again, says how it went."""
+        """Do the work in the background. Return the operation; a later request for it reports the result."""
         name = f"operation-{secrets.token_hex(8)}"
         operation = {"kind": "compute#operation", "name": name, "status": "RUNNING", "targetLink": target}
         self._operations[name] = operation
@@ -61,7 +65,7 @@ class Compute:
             begin = time.monotonic()
             try:
                 work()
-            except Exception as error:  # whatever it is, who waits for the operation must hear of it
+            except Exception as error:  # any exception: the caller that waits for the operation must learn of it
                 if not self.machines.closing.is_set():
                     log.warning("%s on %s: %s", name, target, error)
                 operation["error"] = {"errors": [{"code": "INTERNAL_ERROR", "message": str(error)}]}
@@ -159,7 +163,11 @@ class Compute:
 
 
 def fits(resource: dict[str, Any], wanted: str) -> bool:
-    """Whether an instance is one that the filter of a list wants. Knows what Ray writes; refuses all else."""
+    """Return whether an instance matches the filter of a list request. Only the filters that Ray writes are supported.
+
+    Raises:
+        Refusal: another filter.
+    """
     equal = re.findall(r"\(labels\.([-\w]+) = ([-\w]+)\)", wanted)
     missing = re.findall(r"\(NOT labels\.([-\w]+):\*\)", wanted)
     status = re.findall(r"\(status = ([A-Z]+)\)", wanted)

@@ -1,4 +1,4 @@
-"""Google's addresses, inside the room of the hosts: HTTPS for the APIs and the storage, HTTP for the metadata."""
+"""Google's addresses inside the hosts' network: HTTPS for the APIs and the storage, HTTP for the metadata."""
 
 import contextlib
 import http.client
@@ -33,7 +33,7 @@ log = logging.getLogger("fake_cloud")
 
 @dataclass(frozen=True)
 class Asked:
-    """A request that came: from which machine, with whose token, and what was answered (None: cut off)."""
+    """A request: the machine that sent it, the account of its token, and the status of the answer (None: cut off)."""
 
     machine: str
     account: str | None
@@ -44,7 +44,7 @@ class Asked:
 
 
 class Google:
-    """The endpoints, as threads of this process whose sockets are in the room: they end with it, whatever happens."""
+    """The endpoints: threads of this process, with sockets in the hosts' network, so that they end with the process."""
 
     def __init__(self, compute: Compute, identity: Identity, storage: str, buckets: set[str]) -> None:
         self.compute, self.identity, self.buckets = compute, identity, buckets
@@ -52,7 +52,7 @@ class Google:
         self.storage = urlsplit(storage).netloc
         self.authority = trustme.CA()
         self.requests: list[Asked] = []
-        self.names: dict[str, str] = {}  # names by address, of those that are no instances
+        self.names: dict[str, str] = {}  # name by address, for hosts that are not instances
 
     def __enter__(self) -> Self:
         certificate = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -75,7 +75,11 @@ class Google:
         return instance.name if instance else self.names.get(address, address)
 
     def api(self, handler: "_Handler", path: str, query: dict[str, str], raw: bytes) -> dict[str, Any]:
-        """What Google's APIs answer, or Refusal."""
+        """Return the answer of Google's APIs.
+
+        Raises:
+            Refusal: Google would refuse the request, or the fake does not support it.
+        """
         host, method = handler.asked_host, handler.command
         if host == "oauth2.googleapis.com" and (method, path) == ("POST", "/token"):
             return self.identity.exchange(raw)
@@ -96,9 +100,13 @@ class Google:
         raise not_implemented(f"{method} {host}{path}")
 
     def admit_to_storage(self, handler: "_Handler", path: str, batch: bytes) -> None:
-        """Raises Refusal unless the caller may do so with every bucket that the request is on.
+        """Check that the caller may access each bucket of the request.
 
-        Who may use the objects of a bucket may list them, but not ask for the bucket itself (storage.buckets.get).
+        An account with access to the objects of a bucket may list them, but not get the bucket itself
+        (storage.buckets.get).
+
+        Raises:
+            Refusal: it may not.
         """
         caller = self.identity.caller(handler.headers["Authorization"], "storage")
         handler.account = caller.email
@@ -109,14 +117,14 @@ class Google:
             if not found:
                 raise not_implemented(f"{handler.command} storage {one}")
             bucket, right = unquote(found[1]), "objects" if found[2] else "buckets"
-            # A bucket that is not there is looked for by anybody, in vain.
+            # For a bucket that does not exist, no permission is needed: the storage answers that there is none.
             if bucket in self.buckets and not self.identity.may(caller.email, right, bucket):
                 message = f"{caller.email} does not have storage.{right} access to the Google Cloud Storage bucket"
                 raise forbidden(f"{message} {bucket}. Permission denied on resource (or it may not exist).")
 
 
 class _Server(ThreadingHTTPServer):
-    """Knows its connections: those that clients keep open end with it."""
+    """Tracks its connections, so that those that clients keep open end with it."""
 
     daemon_threads = True
     request_queue_size = 256
@@ -125,7 +133,7 @@ class _Server(ThreadingHTTPServer):
         super().__init__(address, _Handler)
         self.google, self.tls = google, certificate is not None
         self._open: set[socket.socket] = set()
-        if certificate:  # the handshake is for the connection's own thread, so that a slow one holds up nobody
+        if certificate:  # the connection's own thread does the handshake, so that a slow one delays no other
             self.socket = certificate.wrap_socket(self.socket, server_side=True, do_handshake_on_connect=False)
 
     def process_request(self, request: Any, client_address: Any) -> None:
@@ -137,14 +145,14 @@ class _Server(ThreadingHTTPServer):
         super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        if not isinstance(sys.exception(), OSError):  # no word on who hung up
+        if not isinstance(sys.exception(), OSError):  # nothing about clients that hung up
             log.exception("an error of the fake cloud itself")
 
     def stop(self) -> None:
         self.shutdown()
         self.server_close()
         for connection in list(self._open):
-            with contextlib.suppress(OSError):  # the other side was first
+            with contextlib.suppress(OSError):  # the client has closed it
                 connection.shutdown(socket.SHUT_RDWR)
 
 
@@ -152,7 +160,7 @@ class _Handler(BaseHTTPRequestHandler):
     """One connection."""
 
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # header and body are two writes
+    disable_nagle_algorithm = True  # headers and body are written separately
     server: _Server
 
     def log_message(self, format: str, *arguments: Any) -> None:
@@ -167,7 +175,7 @@ class _Handler(BaseHTTPRequestHandler):
         status: int | None = None
         try:
             if "Transfer-Encoding" in self.headers:
-                self.close_connection = True  # its body is still to come
+                self.close_connection = True  # the body has not been read
                 raise not_implemented("bodies in chunks")
             if not self.server.tls:
                 status = self.answer_metadata(path, query)
@@ -196,7 +204,7 @@ class _Handler(BaseHTTPRequestHandler):
         return status
 
     def body(self) -> Iterator[bytes]:
-        """The request's body in pieces."""
+        """Yield the request's body in pieces."""
         left = int(self.headers.get("Content-Length") or 0)
         while left and (piece := self.rfile.read(min(left, PIECE))):
             left -= len(piece)
@@ -210,13 +218,13 @@ class _Handler(BaseHTTPRequestHandler):
         return self.send(200, text, kind, Metadata_Flavor="Google")
 
     def answer_storage(self, path: str) -> int | None:
-        """Hands the request on to the strict bucket and its answer back, piece by piece, faults and all."""
+        """Forward the request to the strict bucket and its answer to the client, piece by piece, including faults."""
         batch = b"".join(self.body()) if path.startswith("/batch/") else b""
         try:
             self.server.google.admit_to_storage(self, path, batch)
         except Refusal:
             for _ in () if batch else self.body():
-                pass  # a client that still sends would not hear the answer
+                pass  # a client that is still sending would not receive the answer
             raise
         upstream = http.client.HTTPConnection(self.server.google.storage, timeout=SECONDS_FOR_STORAGE)
         with contextlib.closing(upstream):
@@ -224,7 +232,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self._hand_on(upstream, batch)
                 answer = upstream.getresponse()
             except (OSError, http.client.HTTPException):
-                self.close_connection = True  # cut there, so cut here
+                self.close_connection = True  # the bucket cut the connection
                 return None
             return self._hand_back(answer)
 
@@ -248,5 +256,5 @@ class _Handler(BaseHTTPRequestHandler):
         while left and (piece := answer.read1(PIECE)):
             left -= len(piece)
             self.wfile.write(piece)
-        self.close_connection |= left > 0  # cut there, so cut here
+        self.close_connection |= left > 0  # the bucket cut the connection
         return None if left else answer.status

@@ -1,4 +1,4 @@
-"""Hosts: each with processes, a network, a host name and files of its own, and an sshd, like a machine."""
+"""Hosts: like a machine, each has its own processes, network, host name and files, and an sshd."""
 
 import contextlib
 import subprocess
@@ -18,7 +18,11 @@ BOOT = str(Path(__file__).with_name("boot.sh"))
 
 
 class Host:
-    """A machine in the room, booted: its sshd answers. Raises OSError, with what its console shows, if not."""
+    """A machine in the room. It has booted, and its sshd answers.
+
+    Raises:
+        OSError: it does not boot, or its sshd does not answer. A failed boot has the console's output.
+    """
 
     def __init__(self, room: Room, plan: Plan, address: str) -> None:
         self.name, self.address = plan.name, address
@@ -26,7 +30,8 @@ class Host:
         self._card = "card" + address.removeprefix("10.128.").replace(".", "-")
         self._process = self._start()
         try:
-            # nsenter, unshare, and the machine's own first process; `pid` is as it is seen from here.
+            # The processes are nsenter, unshare, and the machine's own first one. `pid` is its number outside its
+            # namespace.
             self.pid = psutil.Process(self._process.pid).children()[0].children()[0].pid
             self._connect()
         except BaseException:
@@ -66,23 +71,23 @@ class Host:
         return self._process.poll() is None
 
     def end(self) -> None:
-        """Takes the machine away. Others hear nothing more of it, as when a real one is gone: its card goes first."""
-        with contextlib.suppress(subprocess.CalledProcessError):  # gone by itself, or with the room
+        """Remove the machine. Its network card goes first: others hear no more of it, like of a lost real machine."""
+        with contextlib.suppress(subprocess.CalledProcessError):  # already gone, alone or with the room
             self._room.ip(f"link delete {self._card}")
         self._kill()
 
     def _kill(self) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             for unshare in psutil.Process(self._process.pid).children() if self.alive else ():
-                unshare.kill()  # and what is below it
+                unshare.kill()  # and with it, all processes below it
         self._process.wait()
 
     def popen(
         self, command: str | Sequence[str], *, user: str = "root", env: Mapping[str, str] | None = None, **streams: Any
     ) -> subprocess.Popen[Any]:
-        """Starts a command (a string: of bash) in the user's home. It is killed when the returned process is.
+        """Start a command in the user's home (a string: with bash). It is killed when the returned process is.
 
-        env: in addition to the host's own. streams: as of subprocess; pipes for what is not said.
+        env: in addition to the host's own. streams: as for subprocess; pipes by default.
         """
         home = "/root" if user == "root" else f"/home/{user}"
         login = {"HOME": home, "USER": user, "LOGNAME": user, "SHELL": "/bin/bash"}
@@ -105,7 +110,12 @@ class Host:
         env: Mapping[str, str] | None = None,
         check: bool = True,
     ) -> subprocess.CompletedProcess[str]:
-        """What a command printed and how it exited. After `timeout` seconds it is killed, with TimeoutExpired."""
+        """Run a command. Return its output and exit code.
+
+        Raises:
+            TimeoutExpired: the command was killed after `timeout` seconds.
+            CalledProcessError: it failed, and `check` is set.
+        """
         with self.popen(command, user=user, env=env) as process:
             try:
                 out, err = process.communicate(timeout=timeout)
@@ -119,7 +129,11 @@ class Host:
         return subprocess.CompletedProcess(command, process.returncode, out, err)
 
     def write(self, path: str, data: str | bytes, mode: int = 0o600) -> None:
-        """Writes a file of root's, and the folders above it. Raises OSError."""
+        """Write a file owned by root, and create the folders above it.
+
+        Raises:
+            OSError: the file can't be written.
+        """
         command = ["install", "-D", f"--mode={mode:o}", "/dev/stdin", path]
         with self.popen(command, stdin=subprocess.PIPE, text=False) as process:
             error = process.communicate(data.encode() if isinstance(data, str) else data)[1]

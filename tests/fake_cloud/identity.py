@@ -1,4 +1,4 @@
-"""Who may do what: the fake's service accounts, tokens and roles, with Google's endpoints for them."""
+"""Access control: the fake's service accounts, tokens and roles, with Google's endpoints for them."""
 
 import json
 import re
@@ -23,7 +23,7 @@ SCOPES = {
     "storage": {ALL, SCOPE + "devstorage.full_control", SCOPE + "devstorage.read_write"},
     "project": {ALL},
 }
-# What roles allow, as coarse as the fake needs it. A role that is not here allows nothing.
+# What each role allows, in coarse rights that suffice for the fake. Any other role allows nothing.
 RIGHTS = {
     "roles/owner": {"instances", "accounts", "use accounts", "policy", "buckets", "objects"},
     "roles/compute.admin": {"instances"},
@@ -35,14 +35,14 @@ RIGHTS = {
 
 @dataclass(frozen=True)
 class Caller:
-    """Whose token a request carries, and what the token is good for."""
+    """The account of a request's token, and the token's scopes."""
 
     email: str
     scopes: frozenset[str]
 
 
 class Identity:
-    """The accounts of one project, what they may, and the tokens that speak for them."""
+    """The accounts of one project, their rights, and their tokens."""
 
     def __init__(self, project: str) -> None:
         self.project = project
@@ -54,7 +54,11 @@ class Identity:
         self._granted: set[tuple[str, str, str]] = set()  # account, "objects" or "use accounts", bucket or account
 
     def add_account(self, email: str, *roles: str) -> None:
-        """A service account, with roles in the whole project. Raises KeyError for a role that is not in RIGHTS."""
+        """Create a service account with roles in the whole project.
+
+        Raises:
+            KeyError: a role is not in RIGHTS.
+        """
         with self._lock:
             resource = f"projects/{self.project}/serviceAccounts/{email}"
             self._accounts[email] = {"name": resource, "projectId": self.project, "email": email}
@@ -63,14 +67,14 @@ class Identity:
                 self._policy["bindings"].append({"role": role, "members": [f"serviceAccount:{email}"]})
 
     def grant(self, email: str, right: str, resource: str) -> None:
-        """right: "objects" in a bucket, or "use accounts" of one account."""
+        """Grant a right. right: "objects" of a bucket, or "use accounts" for one account."""
         self._granted.add((email, right, resource))
 
     def knows(self, email: str) -> bool:
         return email in self._accounts
 
     def key(self, email: str) -> str:
-        """A new key of the account, as the JSON file that users download."""
+        """Create a key of the account. Return it as the JSON file that users download."""
         private = rsa.generate_private_key(public_exponent=65537, key_size=2048)
         plain = serialization.NoEncryption()
         pem = private.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, plain)
@@ -89,7 +93,7 @@ class Identity:
         return {"access_token": token, "expires_in": 3600, "token_type": "Bearer"}
 
     def exchange(self, body: bytes) -> dict[str, Any]:
-        """The token endpoint: a token for a statement that an account's key has signed."""
+        """Exchange a statement signed with an account's key for a token (the token endpoint)."""
         form = parse_qs(body.decode())
         try:
             keys = {key_id: public for key_id, (_, public) in self._keys.items()}
@@ -99,7 +103,11 @@ class Identity:
         return self.token(claims["iss"], claims.get("scope", "").split())
 
     def caller(self, authorization: str | None, service: str) -> Caller:
-        """Whose token it is. Raises Refusal for no token, an unknown one, or one that is not for the service."""
+        """Return the caller that a token belongs to.
+
+        Raises:
+            Refusal: the token is missing or unknown, or lacks the scopes for the service.
+        """
         kind, _, token = (authorization or "").partition(" ")
         if kind != "Bearer":
             raise Refusal(401, "Request is missing required authentication credential.", "required")
@@ -111,7 +119,7 @@ class Identity:
         return caller
 
     def may(self, email: str, right: str, resource: str | None = None) -> bool:
-        """Whether by a role in the project, or by a grant on the one resource."""
+        """Return whether an account has a right, by a role in the project or by a grant for the resource."""
         return (email, right, resource) in self._granted or any(right in RIGHTS.get(r, ()) for r in self._roles(email))
 
     def _roles(self, email: str) -> set[str]:
@@ -124,7 +132,7 @@ class Identity:
             raise forbidden("The caller does not have permission")
 
     def projects(self, method: str, path: str, body: dict[str, Any], caller: Caller) -> dict[str, Any]:
-        """The resource manager. As at Google, a project that is not there looks like one that is somebody else's."""
+        """Answer as the resource manager. As with Google, a missing project looks like one of somebody else."""
         if (method, path) == ("POST", "/v1/projects"):
             raise forbidden("Service accounts cannot create projects without a parent.")
         found = re.fullmatch(r"/v1/projects/([^/:]+)(:\w+)?", path)
@@ -153,7 +161,7 @@ class Identity:
             return self._policy
 
     def service_accounts(self, method: str, path: str, body: dict[str, Any], caller: Caller) -> dict[str, Any]:
-        """IAM's service accounts: reading one, creating one."""
+        """Answer as IAM's API of service accounts: get one, create one."""
         found = re.fullmatch(r"/v1/projects/([^/]+)/serviceAccounts(?:/([^/]+))?", path)
         if not found or (method, bool(found[2])) not in (("GET", True), ("POST", False)):
             raise not_implemented(f"{method} {path}")

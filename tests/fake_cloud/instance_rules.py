@@ -1,4 +1,4 @@
-"""What Google refuses in a request for an instance: against its own published schema, then by rules beyond that."""
+"""Checks of a request for an instance, as Google makes them: against its published schema, then by further rules."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from fake_cloud.answers import Refusal
 NAME = r"[a-z](?:[-a-z0-9]{0,61}[a-z0-9])?"
 MACHINE_TYPE = r"[a-z]\d+[a-z]?-(?:(?:standard|highmem|highcpu|highgpu|megagpu|ultragpu)-\d+g?|micro|small|medium)"
 MACHINE_TYPE += r"|(?:[a-z]\d[a-z]?-)?custom-\d+-\d+"
-# Which machines a GPU can be put into.
+# The machine family that each GPU can be attached to.
 ACCELERATORS = {
     "nvidia-tesla-t4": "n1",
     "nvidia-l4": "g2",
@@ -35,9 +35,13 @@ def _wrong(at: str, value: object, why: str) -> Refusal:
 
 
 def check_schema(value: Any, schema: dict[str, Any], at: str) -> None:
-    """Raises Refusal where the value is not of Google's schema: a name, a type, a word that is none of a list's."""
+    """Check a value against Google's schema: its names, types and enumerated words.
+
+    Raises:
+        Refusal: the value does not match.
+    """
     if "$ref" in schema:
-        # A list is taken where one message is due, as Google does: Ray's documents write `scheduling` so.
+        # A list is accepted in place of a single message, as Google does: Ray's docs write `scheduling` as a list.
         for one in value if isinstance(value, list) else [value]:
             check_schema(one, _schemas()[schema["$ref"]], at)
     elif schema["type"] == "object":
@@ -58,7 +62,11 @@ def check_schema(value: Any, schema: dict[str, Any], at: str) -> None:
 
 
 def check_labels(labels: dict[str, str]) -> None:
-    """Raises Refusal for keys or values that are no labels."""
+    """Check the keys and values of labels.
+
+    Raises:
+        Refusal: one of them is not allowed.
+    """
     allowed = "lowercase letters, numeric characters, underscores and dashes. The {} can be at most 63 characters long."
     for key, value in labels.items():
         if not re.fullmatch(r"[a-z][-_a-z0-9]{0,62}", key):
@@ -70,13 +78,17 @@ def check_labels(labels: dict[str, str]) -> None:
 
 
 def scheduling_of(instance: dict[str, Any]) -> dict[str, Any]:
-    """`scheduling`, also where it was given as a list."""
+    """Return `scheduling`, also if it was given as a list."""
     given = instance.get("scheduling") or {}
     return {name: value for one in (given if isinstance(given, list) else [given]) for name, value in one.items()}
 
 
 def check_instance(instance: dict[str, Any], zone: str) -> None:
-    """Raises Refusal, in Google's words, for the first thing that Google would not take."""
+    """Check a request for an instance.
+
+    Raises:
+        Refusal: Google would not accept it. In Google's words, for the first fault.
+    """
     check_schema(instance, {"$ref": "Instance"}, "resource")
     if not re.fullmatch(NAME, instance.get("name", "")):
         raise _wrong("resource.name", instance.get("name", ""), f"Must be a match of regex '{NAME}'")
@@ -93,7 +105,7 @@ def check_instance(instance: dict[str, Any], zone: str) -> None:
 
 
 def _check_reference(at: str, given: str, zone: str, kind: str, name: str) -> None:
-    """A thing of the zone, as part of an address: Google does not take its bare name."""
+    """Check a reference to a resource of the zone. It is part of a URL: Google does not accept a bare name."""
     found = re.fullmatch(rf"(?:.*/)?zones/([^/]+)/{kind}/([^/]+)", given)
     if not found:
         raise _wrong(at, given, "The URL is malformed.")

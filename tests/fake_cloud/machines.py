@@ -1,4 +1,4 @@
-"""The machines of the cloud: how they boot, and the ways in which they end."""
+"""The machines of the cloud: how they boot, and how they end."""
 
 import logging
 import secrets
@@ -17,19 +17,19 @@ SECONDS_OF_SHUTDOWN = 30.0
 
 log = logging.getLogger("fake_cloud")
 
-Dress = Callable[[str, dict[str, list[str]]], Plan]  # from a name and the SSH keys of each user
+Dress = Callable[[str, dict[str, list[str]]], Plan]  # a host's plan, from its name and the SSH keys of each user
 
 
 @dataclass
 class Instance:
-    """A machine as Google tells of it (`resource`), and the host that it runs on."""
+    """A machine: its description in Google's API (`resource`), and the host that it runs on."""
 
     resource: dict[str, Any]
     zone: str
     host: Host | None = None
     preempted: bool = False
-    shutdown_output: str | None = None  # of its shutdown script, once that ran
-    lock: threading.RLock = field(default_factory=threading.RLock, repr=False)  # held while it boots or ends
+    shutdown_output: str | None = None  # of its shutdown script, once it has run
+    lock: threading.RLock = field(default_factory=threading.RLock, repr=False)  # held while the machine boots or ends
 
     @property
     def name(self) -> str:
@@ -45,7 +45,7 @@ class Instance:
 
     @property
     def account(self) -> dict[str, Any] | None:
-        """`email` and `scopes` of its service account."""
+        """`email` and `scopes` of its service account, or None."""
         return next(iter(self.resource.get("serviceAccounts", [])), None)
 
     @property
@@ -54,7 +54,7 @@ class Instance:
 
     @property
     def node_type(self) -> str | None:
-        """The name in Ray's YAML."""
+        """The name of its node type in Ray's YAML, or None."""
         return self.resource.get("labels", {}).get("ray-user-node-type")
 
     def attribute(self, key: str) -> str | None:
@@ -63,7 +63,7 @@ class Instance:
 
 
 class Machines:
-    """All instances, and what is common to them."""
+    """All instances, and what they share."""
 
     def __init__(self, room: Room, dress: Dress) -> None:
         self.room, self._dress = room, dress
@@ -75,7 +75,11 @@ class Machines:
         return next((one for one in list(self.instances.values()) if one.ip == address), None)
 
     def boot(self, instance: Instance) -> None:
-        """Returns when its sshd answers. Raises OSError when it does not."""
+        """Boot an instance, and return when its sshd answers. Do nothing if it was deleted meanwhile.
+
+        Raises:
+            OSError: the instance does not boot, or its sshd does not answer.
+        """
         keys: dict[str, list[str]] = {}
         project_keys = [item["value"] for item in self.metadata["items"] if item["key"] == "ssh-keys"]
         for line in "\n".join([*project_keys, instance.attribute("ssh-keys") or ""]).splitlines():
@@ -84,13 +88,13 @@ class Machines:
                 keys.setdefault(user, []).append(key)
         with instance.lock:
             if self.instances.get(instance.name) is not instance:
-                return  # deleted before it began
+                return  # deleted before it booted
             instance.resource["status"] = "STAGING"
             instance.host = Host(self.room, self._dress(instance.name, keys), instance.ip)
             instance.resource["status"] = "RUNNING"
 
     def end(self, instance: Instance) -> None:
-        """Deletes a machine as Google does: its shutdown script runs first, but not for long."""
+        """Delete a machine as Google does: its shutdown script runs first, with a time limit."""
         instance.resource["status"] = "STOPPING"
         with instance.lock:
             script = instance.attribute("shutdown-script")
@@ -109,17 +113,25 @@ class Machines:
         except subprocess.TimeoutExpired as error:
             return (error.stdout or b"").decode() + f"\nkilled after {SECONDS_OF_SHUTDOWN:.0f} s\n"
         except subprocess.CalledProcessError as error:
-            return f"did not run: {error}"  # the machine is on its way out
+            return f"did not run: {error}"  # the machine is being deleted anyway
 
     def lose(self, name: str) -> None:
-        """The machine is gone, at once and without a word to anybody. Raises KeyError for an unknown name."""
+        """Remove a machine at once, without any notification.
+
+        Raises:
+            KeyError: there is no machine of this name.
+        """
         instance = self.instances.pop(name)
         with instance.lock:
             if instance.host:
                 instance.host.end()
 
     def preempt(self, name: str) -> None:
-        """Google takes a spot machine back. Returns when it is gone; raises ValueError if it would only be stopped."""
+        """Preempt a spot machine, and return when it is gone.
+
+        Raises:
+            ValueError: Google would not delete this machine when it preempts it.
+        """
         instance = self.instances[name]
         scheduling = scheduling_of(instance.resource)
         if (scheduling.get("provisioningModel"), scheduling.get("instanceTerminationAction")) != ("SPOT", "DELETE"):

@@ -1,4 +1,4 @@
-"""The metadata server: what a machine can ask about itself, and where it gets the tokens of its own account."""
+"""The metadata server: a machine asks it about itself, and gets the tokens of its own account from it."""
 
 import json
 from typing import Any
@@ -15,7 +15,7 @@ def _not_found(path: str) -> Refusal:
 
 
 def _tree(instance: Instance, project: str) -> dict[str, Any]:
-    """What there is to ask, of all that Google has: as folders and texts."""
+    """Return the supported part of Google's metadata: folders as dictionaries, values as texts."""
     accounts = {}
     if account := instance.account:
         scopes = "".join(f"{scope}\n" for scope in account.get("scopes", []))
@@ -35,7 +35,11 @@ class Metadata:
         self._identity = identity
 
     def answer(self, asker: Instance | None, path: str, query: dict[str, str], flavor: str | None) -> str:
-        """The text for a path, JSON where it begins with {. Raises Refusal: also for who is no instance."""
+        """Return the text for a path. It is JSON if it begins with {.
+
+        Raises:
+            Refusal: there is no such path, the header is missing, or the caller is not an instance.
+        """
         if asker is None:
             raise _not_found(path)
         if flavor != "Google":
@@ -64,5 +68,5 @@ class Metadata:
 
 
 def _account_form(told: dict[str, str]) -> dict[str, Any]:
-    """An account as `recursive=true` gives it."""
+    """Return an account in the form of `recursive=true`."""
     return {"aliases": [told["aliases"]], "email": told["email"], "scopes": told["scopes"].split()}

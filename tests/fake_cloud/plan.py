@@ -1,4 +1,4 @@
-"""What a host is to be like: its files, as they lie over those of the real machine."""
+"""The plan of a host: its files, which overlay those of the real machine."""
 
 import io
 import sys
@@ -11,7 +11,7 @@ from pathlib import Path
 from fake_cloud.room import SYSTEM_PATH
 
 CHECKOUT = Path(__file__).parents[2]
-# The real machine's folders that hosts see, read-only and at their own places: ours, and Python where it is elsewhere.
+# Folders of the real machine that hosts see read-only at the same paths: the checkout, and Python if it is elsewhere.
 VISIBLE = sorted({str(CHECKOUT), sys.prefix, sys.base_prefix} - {"/usr"})
 SSHD = """PermitRootLogin prohibit-password
 PasswordAuthentication no
@@ -27,10 +27,10 @@ Subsystem sftp internal-sftp
 
 @dataclass(frozen=True)
 class Plan:
-    """A host.
+    """The plan of a host.
 
-    keys: public SSH keys of each login user. names: lines of /etc/hosts. environment: of every session.
-    files: content and mode by path.
+    keys: public SSH keys of each login user. names: lines of /etc/hosts. environment: of every session. files: content
+    and mode by path.
     """
 
     name: str
@@ -41,11 +41,11 @@ class Plan:
 
     @property
     def variables(self) -> dict[str, str]:
-        """The whole environment of a session, but for what is the user's."""
+        """The environment of a session, without the user's own variables."""
         return {"PATH": f"{sys.prefix}/bin:{SYSTEM_PATH}", "LANG": "C.UTF-8", **self.environment}
 
     def tar(self, address: str) -> bytes:
-        """All files that differ from the real machine's."""
+        """Return a tar archive of all files that differ from the real machine's."""
         files = {**self._system(address), **self._ssh(), **self.files}
         out = io.BytesIO()
         with tarfile.open(fileobj=out, mode="w") as tar:
@@ -64,7 +64,7 @@ class Plan:
         }
 
     def _ssh(self) -> dict[str, tuple[str, int]]:
-        # sshd gives its variables to every session; a login shell then sets PATH anew in /etc/profile.
+        # sshd sets these variables in every session. A login shell sets PATH again in /etc/profile.
         setenv = "SetEnv " + " ".join(f"{name}={value}" for name, value in self.variables.items())
         profile = "".join(f"export {name}='{value}'\n" for name, value in self.variables.items())
         return {

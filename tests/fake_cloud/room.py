@@ -1,8 +1,9 @@
-"""The room where the hosts stand: a network that leads nowhere, and the process that all of theirs are below.
+"""The room of the hosts: an isolated network, and a process that is the ancestor of all processes of the hosts.
 
-Nothing in here has a name on the real machine: namespaces, their mounts and network cards live as long as a process
-in them. The first process of the room ends when the pipe from this process to it closes: when `Room` is left, and also
-when this process is killed. With it the kernel ends all others, and clears the rest; no later start has to tidy up.
+Nothing in it has a name on the real machine: namespaces, their mounts and network cards exist as long as a process in
+them. The room's first process ends when the pipe from this process closes, which happens at the end of `Room`, and also
+when this process is killed. The kernel then ends all other processes of the room, and frees what they held, so that no
+later start has to clean up.
 """
 
 import ctypes
@@ -23,13 +24,13 @@ GATEWAY = "10.128.0.1"  # in the range of Google's default network in us-central
 NETWORK = "10.128.0.0/20"
 METADATA_ADDRESS = "169.254.169.254"
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-# Ray asks a new host for its uptime, and takes it for dead without.
+# Ray runs `uptime` on a new host, and takes a host without it for dead.
 PROGRAMS = ["bash", "chroot", "hostname", "ip", "mount", "nsenter", "pivot_root", "rsync", "setpriv", "ssh"]
 PROGRAMS += ["ssh-keygen", "sshd", "tar", "umount", "unshare", "uptime", "useradd", "usermod"]
 PACKAGES = "hostname iproute2 mount openssh-server passwd procps rsync util-linux"
 
-# A bridge takes the address of one of its ports, and another's when that port goes: then every host loses its gateway
-# for a minute, unless the address was set. Who looks for the world outside hears at once that there is none.
+# A bridge takes the MAC address of one of its ports, and changes it when that port is removed. Every host would then
+# lose its gateway for a minute, so the address is set. A client that connects to the outside gets an error at once.
 SCRIPT = f"""set -e
 ip link set lo up
 ip link add bridge0 type bridge
@@ -49,7 +50,7 @@ T = TypeVar("T")
 
 
 def why_none() -> str | None:
-    """Why there can be no room on this machine, in one line, or None."""
+    """Return why there can be no room on this machine, in one line, or None."""
     if sys.platform != "linux":
         return "it needs Linux"
     if os.geteuid() != 0:
@@ -64,7 +65,7 @@ def why_none() -> str | None:
 
 
 def in_network(pid: int, function: Callable[[], T]) -> T:
-    """What the function returns in the network of a process. Sockets that it makes stay there."""
+    """Call a function in the network of a process, and return its result. Sockets that it creates stay there."""
 
     def enter() -> T:
         with open(f"/proc/{pid}/ns/net") as namespace:
@@ -73,12 +74,12 @@ def in_network(pid: int, function: Callable[[], T]) -> T:
                 raise OSError(ctypes.get_errno(), f"the network of process {pid} cannot be entered")
         return function()
 
-    with ThreadPoolExecutor(1) as thread:  # the network is the thread's, and goes with it
+    with ThreadPoolExecutor(1) as thread:  # the network is set for this thread only
         return thread.submit(enter).result()
 
 
 class Room:
-    """A network with a bridge, and its first process (`pid`, as it is seen from here)."""
+    """A network with a bridge. `pid` is that of its first process, outside its namespace."""
 
     def __init__(self) -> None:
         self._numbers = itertools.count(2)
@@ -100,35 +101,39 @@ class Room:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._process.communicate()  # closes the pipe; unshare ends when the last process below it is gone
+        self._process.communicate()  # closes the pipe; unshare ends after the last process below it
         for process in self._inside:
             process.wait()
 
     def start(self, command: Sequence[str], **streams: Any) -> subprocess.Popen[bytes]:
-        """Starts a command of the machine in the room, but not in its network. What it is the child of ends with it."""
+        """Start a command of the real machine in the room, but not in its network. Its parent process ends with it."""
         enter = ["nsenter", f"--target={self.pid}", "--pid", "--"]
         process = subprocess.Popen([*enter, *command], env={"PATH": SYSTEM_PATH}, **streams)
         self._inside.append(process)
         return process
 
     def ip(self, *lines: str, inside: int | None = None) -> None:
-        """Has `ip` do the lines in the room's network or that of the process `inside`. Raises CalledProcessError."""
+        """Run lines of `ip` commands in the room's network, or in that of the process `inside`.
+
+        Raises:
+            CalledProcessError: a line fails.
+        """
         command = ["nsenter", f"--target={inside or self.pid}", "--net", "ip", "-batch", "-"]
         batch = "\n".join(lines).encode() + b"\n"
         subprocess.run(command, env={"PATH": SYSTEM_PATH}, input=batch, capture_output=True, check=True)
 
     def address(self) -> str:
-        """An address that no host has had."""
+        """Return an address that no host has had."""
         number = next(self._numbers)
         return f"10.128.{number // 256}.{number % 256}"
 
     def listen(self, function: Callable[[], T]) -> T:
-        """What the function returns in the room's network."""
+        """Call a function in the room's network, and return its result."""
         return in_network(self.pid, function)
 
 
 def answers(pid: int, port: int) -> bool:
-    """Whether somebody listens in the network of a process."""
+    """Return whether a process listens on a port, in the network of the process `pid`."""
     try:
         in_network(pid, lambda: socket.create_connection(("127.0.0.1", port), 5).close())
     except ConnectionRefusedError:
