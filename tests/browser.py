@@ -1,4 +1,4 @@
-"""A headless Chromium that is asked over its own protocol (chromedevtools.github.io/devtools-protocol)."""
+"""A headless Chromium, controlled over its own protocol (chromedevtools.github.io/devtools-protocol)."""
 
 import asyncio
 import base64
@@ -17,12 +17,12 @@ CHROMIUM = shutil.which("chromium")
 
 @dataclass(frozen=True)
 class Seen:
-    """A page as it is in a window."""
+    """A page as displayed in a window."""
 
     complaints: list[str]
-    """What stands in the console, and what was asked for in vain."""
+    """Console messages, exceptions, failed loads, and requests for anything but the page itself."""
     too_wide: int
-    """Pixels that one has to scroll for to the side."""
+    """Pixels by which the page is wider than the window."""
     pictures: int
     broken: int
     """Pictures that did not load."""
@@ -30,7 +30,7 @@ class Seen:
 
 
 def look_at(page: Path, width: int, dark: bool) -> Seen:
-    """Open a file in a window of a width in pixels, and look at it as a whole."""
+    """Open a file in a window of `width` pixels, and return what the whole page looks like."""
     return asyncio.run(_look_at(page, width, dark))
 
 

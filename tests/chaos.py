@@ -1,11 +1,11 @@
-"""Chaos: `prepare`, `train` and `predict`, killed at random again and again, end with the bytes of an undisturbed run.
+"""Chaos: `prepare`, `train` and `predict`, killed at random many times, end with the bytes of an undisturbed run.
 
     python tests/chaos.py --rounds 10 --seed 1          # or: make chaos ROUNDS=10 SEED=1
 
-A round is one dataset, one model, and what a model reads. Whenever a kill ends a command, the same command is run again
-at once, while what the first left behind may still run. Every process of ours carries KUZUSHIJI_CHAOS=<this
-run>.<attempt> in its environment; nothing else is ever touched. The seed decides what is killed when; where that hits
-is the machine's doing.
+In a round, each command makes one result: a dataset, a model, predictions. When a kill ends a command, the same command
+is run again at once, while processes of the first may still run. Every process that this script starts has
+KUZUSHIJI_CHAOS=<this run>.<attempt> in its environment; no other process is ever touched. The seed decides what is
+killed and when. What the process does at that moment depends on the machine.
 """
 
 import argparse
@@ -35,48 +35,48 @@ from job.verify import verify
 
 KUZUSHIJI = Path(sys.executable).with_name("kuzushiji")
 TAG = "KUZUSHIJI_CHAOS"
-# Whom to kill, and how often: the command itself, Ray's part of each host, Ray's memory of the cluster, one worker, all
-# of them. An orphan is a worker that stands still while the driver is killed, and goes on later: at the latest when the
-# command that was run again has ended.
+# What to kill, with relative frequencies: the command itself, one worker, all workers, Ray's process of a host
+# (raylet), Ray's store of the cluster's state (gcs). An orphan is a worker that is suspended while the driver is
+# killed, and resumed later, at the latest when the restarted command has ended.
 VICTIMS = {"driver": 30, "worker": 30, "workers": 10, "orphan": 16, "raylet": 10, "gcs": 4}
 ENDS_THE_COMMAND = {"driver", "orphan", "raylet", "gcs"}
-ALONE = ("driver",)  # while Ray does not run, or not any more
+ALONE = ("driver",)  # while Ray does not run
 NO_WORKERS = ("driver", "raylet", "gcs")
 ALL = tuple(VICTIMS)
 NAMES = ("prepare", "train", "predict")
 KILLS = {"prepare": (12, 20), "train": (6, 10), "predict": (6, 10)}  # in a round
-# By the titles that Ray gives its processes: what cuts pages, what trains, what reads pages.
+# Titles that Ray gives to its processes: those that cut pages, train, and read pages.
 AT_WORK = ("ray::Map(CutGroup)", "ray::RayTrainWorker", "ray::Map(ReadGroup)")
-# They touch nothing of ours, and find out only after a minute that their raylet was killed.
+# These write none of our files, and notice only after a minute that their raylet was killed.
 BYSTANDERS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 MOST_ORPHAN_SECONDS = 30.0
 COMMAND_SECONDS = 600.0
 MOST_SLOW_STARTS = 50
-ENDING_SECONDS = 60.0  # for what is left behind by a command, to end by itself
-# Few crops, since the starts of Ray and TensorFlow are most of the time anyway.
+ENDING_SECONDS = 60.0  # for the processes that a command leaves behind to end by themselves
+# Few crops, because the starts of Ray and TensorFlow take most of the time anyway.
 PAGES, BOXES_PER_PAGE = 16, 8
 PREPARE = ["--coverage", "0.2", "--val-fraction", "0.35", "--test-fraction", "0.35"]
 TRAIN = ["--architecture", "baseline", "--workers", "2", "--epochs", "2", "--global-batch-size", "16"]
-FOR_CHAOS = {"--max-failures": "1000", "--checkpoint-every": "1"}  # where `train` has them
+FOR_CHAOS = {"--max-failures": "1000", "--checkpoint-every": "1"}  # if `train` has these options
 OF_TIME = ("seconds", "crops_per_s", "data_wait")
 
 
 @dataclass(frozen=True)
 class Kill:
-    """Of one victim, `delay` seconds after the command is seen to be in `phase`."""
+    """A kill of one victim, `delay` seconds after the command is seen to be in `phase`."""
 
     phase: str
     delay: float
     victim: str
     pick: float
-    """In [0, 1): which of several."""
+    """In [0, 1): selects one of several victims."""
     asleep: float
-    """Seconds until an orphan goes on."""
+    """Seconds until an orphan is resumed."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Of a command: how it is seen that it has begun, how long about it lasts in seconds, who is there to kill."""
+    """A phase of a command: a test whether it has begun, its approximate length in seconds, and possible victims."""
 
     name: str
     seen: Callable[["Attempt"], bool]
@@ -86,20 +86,21 @@ class Phase:
 
 @dataclass(frozen=True)
 class Command:
-    """What is run until it ends with 0."""
+    """A command that is run until it exits with 0."""
 
     name: str
     arguments: list[str]
     phases: list[Phase]
-    """In the order of time. In the last one all is written: what is killed then comes last, since then a command that
-    is run again finds nothing left to do."""
+    """In order of time. Kills in the last one, in which everything is written, come last: after it, a command that is
+    run again has nothing left to do.
+    """
     hashes: Callable[[], dict[str, str]]
 
     def kills(self, rng: random.Random, count: int) -> "deque[Kill]":
-        """A plan."""
+        """Return a random plan of `count` kills."""
         plan = []
         for _ in range(count):
-            phase = rng.choice([self.phases[0], *self.phases])  # the first twice: it costs least time
+            phase = rng.choice([self.phases[0], *self.phases])  # the first phase twice, because it takes least time
             victim = rng.choices(phase.victims, [VICTIMS[name] for name in phase.victims])[0]
             delay, asleep = rng.uniform(0, phase.lasts), rng.uniform(1, MOST_ORPHAN_SECONDS)
             plan.append(Kill(phase.name, delay, victim, rng.random(), asleep))
@@ -111,7 +112,7 @@ class Command:
 
 @dataclass
 class Attempt:
-    """One process of a command, and all that came of it."""
+    """One process of a command, and what it wrote."""
 
     number: int
     process: "subprocess.Popen[bytes]"
@@ -122,7 +123,7 @@ class Attempt:
         return text in self.stderr.read_text(errors="replace")
 
     def made(self, folder: Path, pattern: str) -> bool:
-        """Whether such a file is there and is of this attempt's time."""
+        """Return whether this attempt has created or changed a file that matches."""
         for path in folder.glob(pattern):
             with suppress(FileNotFoundError):
                 if path.stat().st_ctime >= self.begun:
@@ -131,7 +132,7 @@ class Attempt:
 
 
 def title(process: psutil.Process) -> str:
-    """Its command line, or what Ray wrote over it; empty as it begins, and once it is gone, at any moment."""
+    """Return a process's command line, or the title that Ray gave it. Empty while it starts, and once it has ended."""
     try:
         return " ".join(process.cmdline())
     except psutil.Error:
@@ -139,23 +140,23 @@ def title(process: psutil.Process) -> str:
 
 
 class Chaos:
-    """All that runs, was killed and was found."""
+    """Everything that runs, was killed, and was found."""
 
     def __init__(self, work: Path, partitions: int = 1) -> None:
         self.work, self.partitions, self.run = work, partitions, uuid.uuid4().hex
         (work / "stderr").mkdir(parents=True)
-        self.temporary = Path(tempfile.mkdtemp(prefix="kc-"))  # short: Ray's sockets lie in it
+        self.temporary = Path(tempfile.mkdtemp(prefix="kc-"))  # a short path, because Ray's sockets are in it
         self.cache = work / "cache"
         self.started: list[Attempt] = []
         self.asleep: list[tuple[float, psutil.Process]] = []
         self.killed: Counter[str] = Counter()
         self.differences: list[str] = []
-        self.slow_starts = 0  # of Ray, on a machine where kills and trainings run beside one another
+        self.slow_starts = 0  # of Ray, on a machine with other load
 
     # --- processes
 
     def processes(self, attempt: int | None = None) -> list[psutil.Process]:
-        """Those of ours that run, wherever they were re-parented to; of one attempt only, if it is given."""
+        """Return our running processes, whatever their parents are now. attempt: only those of this attempt."""
         tag = f"{TAG}={self.run}.{'' if attempt is None else f'{attempt}.'}".encode()
         found = []
         for process in psutil.process_iter():
@@ -166,7 +167,7 @@ class Chaos:
         return found
 
     def writers(self) -> list[psutil.Process]:
-        """Those that may still write something of ours."""
+        """Return our processes that may still write files."""
         return [process for process in self.processes() if not title(process).startswith(BYSTANDERS)]
 
     def start(self, command: Command, **settings_too: str) -> Attempt:
@@ -179,7 +180,7 @@ class Chaos:
             "TMPDIR": str(temporary),
             "XDG_CACHE_HOME": str(self.cache),
             "TF_CPP_MIN_LOG_LEVEL": "3",
-            "RAY_gcs_rpc_server_reconnect_timeout_s": "5",  # a minute, if it is not told
+            "RAY_gcs_rpc_server_reconnect_timeout_s": "5",  # by default a minute
         }
         given = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
         stderr = self.work / "stderr" / f"{number:04d}-{command.name}.txt"
@@ -196,7 +197,7 @@ class Chaos:
         return self.started[-1]
 
     def victims(self, kill: Kill, attempt: Attempt) -> list[psutil.Process]:
-        """The processes to kill, at this moment; none if there are none of this kind yet."""
+        """Return the processes to kill at this moment. Empty if there are none of this kind yet."""
         found = []
         for process in self.processes(attempt.number):
             with suppress(psutil.Error):
@@ -212,7 +213,7 @@ class Chaos:
         return found if kill.victim == "workers" or not found else [found[int(kill.pick * len(found))]]
 
     def strike(self, kill: Kill, command: Command, attempt: Attempt) -> bool:
-        """Whether there was somebody to kill."""
+        """Kill. Return whether there was a process to kill."""
         victims = self.victims(kill, attempt)
         for process in victims:
             with suppress(psutil.NoSuchProcess):
@@ -231,7 +232,7 @@ class Chaos:
         return True
 
     def wake(self, everyone: bool = False) -> None:
-        """Let orphans whose time has come go on."""
+        """Resume orphans whose time has come."""
         due = [process for when, process in self.asleep if everyone or when < time.monotonic()]
         self.asleep = [(when, process) for when, process in self.asleep if process not in due]
         for process in due:
@@ -241,14 +242,14 @@ class Chaos:
     # --- commands
 
     def survive(self, command: Command, kills: "deque[Kill]") -> bool:
-        """Run a command until it ends with 0; whether it did."""
+        """Run a command until it exits with 0. Return whether it did."""
         while True:
             attempt = self.start(command)
             ended_by = self.disturb(command, attempt, kills)
             code = attempt.process.returncode
             if code == 0:
                 break
-            # Which tells to run it again, and so it is; a Ray that never starts is found all the same.
+            # Its message says to run it again. The limit detects a Ray that never starts.
             if code == 1 and attempt.says(START_TIMED_OUT) and self.slow_starts < MOST_SLOW_STARTS:
                 self.slow_starts += 1
                 continue
@@ -261,7 +262,7 @@ class Chaos:
         return True
 
     def disturb(self, command: Command, attempt: Attempt, kills: "deque[Kill]") -> str | None:
-        """Kill as planned while it runs. Returns the last victim; the process has ended, or hangs."""
+        """Kill as planned while the command runs, until its process has ended or hangs. Return the last victim."""
         last: str | None = None
         due: float | None = None
         deadline = time.monotonic() + COMMAND_SECONDS
@@ -274,12 +275,12 @@ class Chaos:
                     if self.strike(kills[0], command, attempt):
                         last, due = kills.popleft().victim, None
                     else:
-                        due = time.monotonic() + 0.2  # nobody of the kind, yet
+                        due = time.monotonic() + 0.2  # no process of this kind yet
             time.sleep(0.01)
         return last
 
     def await_end(self, command: Command) -> None:
-        """What a command left behind must end by itself, before what it leaves on disk is looked at."""
+        """Wait until the processes that a command left behind end by themselves. Those that do not are differences."""
         deadline = time.monotonic() + ENDING_SECONDS
         while (left := self.writers()) and time.monotonic() < deadline:
             time.sleep(0.2)
@@ -291,7 +292,7 @@ class Chaos:
             shutil.rmtree(folder, ignore_errors=True)
 
     def kill_all(self) -> None:
-        """The end of everything that this run started."""
+        """Kill everything that this run started."""
         while left := self.processes():
             for process in left:
                 with suppress(psutil.NoSuchProcess):
@@ -299,13 +300,13 @@ class Chaos:
             time.sleep(0.1)
 
     def close(self) -> None:
-        """Nothing runs any more, whatever happened, and nothing of Ray's is left."""
+        """Kill everything, and remove Ray's files."""
         self.kill_all()
         for attempt in self.started:
             attempt.process.wait()
         shutil.rmtree(self.temporary, ignore_errors=True)
 
-    # --- what is found
+    # --- results
 
     def differ(self, what: str) -> None:
         self.differences.append(what)
@@ -340,7 +341,7 @@ def prepare_command(work: Path, dataset: Path) -> Command:
 
 
 def hashes_of_dataset(dataset: Path) -> dict[str, str]:
-    """Of every file, wherever it lies in the folder, and what `verify` finds."""
+    """Return the hash of every file in the folder and below, and the findings of `verify`."""
     found = {path.relative_to(dataset): path for path in dataset.rglob("*")}
     hashes = {str(name): sha256(path.read_bytes()) if path.is_file() else "folder" for name, path in found.items()}
     _, faults, strangers = verify(place(dataset))
@@ -367,7 +368,7 @@ def train_command(dataset: Path, models: Path, cache: Path, partitions: int) -> 
 
 
 def hashes_of_model(models: Path, staged: Path) -> dict[str, str]:
-    """Of all that does not hold the time, and of what must be gone."""
+    """Return hashes and contents of a model without times, the findings of `verify`, and files that should be gone."""
     folder = models / "baseline" / "chaos"
     with zipfile.ZipFile(folder / "model.keras") as archive:
         found = {"model.weights.h5": sha256(archive.read("model.weights.h5"))}
@@ -384,7 +385,7 @@ def hashes_of_model(models: Path, staged: Path) -> dict[str, str]:
 
 
 def predict_command(work: Path, models: Path, to: Path) -> Command:
-    """Tables in `to/read`, pictures in `to/pictures`."""
+    """Return the command that writes tables into `to/read` and pictures into `to/pictures`."""
     places = ["--pages", str(work / "pages" / "train_images"), "--boxes", str(work / "pages" / "train.csv")]
     places += ["--model", str(models / "baseline"), "--out", str(to / "read"), "--annotate", str(to / "pictures")]
     progress = to / "read" / ".predict"
@@ -399,7 +400,7 @@ def predict_command(work: Path, models: Path, to: Path) -> Command:
 
 
 def hashes_of_predictions(to: Path) -> dict[str, str]:
-    """Of every file of tables and pictures, hidden ones too, and what `verify` finds."""
+    """Return the hash of every file of tables and pictures, also hidden ones, and the findings of `verify`."""
     found = {str(path.relative_to(to)): path for path in to.rglob("*")}
     hashes = {name: sha256(path.read_bytes()) if path.is_file() else "folder" for name, path in found.items()}
     _, faults, strangers = verify(place(to / "read"))
@@ -418,7 +419,7 @@ def sha256(data: bytes) -> str:
 
 
 def draw_pages(work: Path) -> None:
-    """Small pages of few boxes: the drawn ones' first."""
+    """Draw small pages, and keep the labels of the first few boxes of each."""
     pages = work / "pages"
     command = [str(KUZUSHIJI), "sample", "--out", str(pages), "--num-pages", str(PAGES), "--scale", "0.2"]
     subprocess.run(command, check=True, capture_output=True)
@@ -430,7 +431,7 @@ def draw_pages(work: Path) -> None:
 
 
 def command_in(folder: Path, name: str, chaos: Chaos) -> Command:
-    """A command that makes all it makes in a folder."""
+    """Return a command that writes all its output into a folder."""
     if name == "prepare":
         return prepare_command(chaos.work, folder)
     if name == "predict":
@@ -446,7 +447,7 @@ def run(
     names: Sequence[str] = NAMES,
     partitions: int = 1,
 ) -> Chaos:
-    """All rounds, with so many kills of each command (None: as in `KILLS`)."""
+    """Run all rounds. kills: of each command; None: as in `KILLS`."""
     rng = random.Random(seed)
     chaos = Chaos(work, partitions)
     try:
@@ -468,7 +469,7 @@ def run(
 
 
 def disturb(chaos: Chaos, name: str, kills: "deque[Kill]", folder: Path, reference: dict[str, str]) -> None:
-    """One command from nothing to its end; again from nothing, while it ends before all kills were made."""
+    """Run one command from scratch to its end, and again from scratch until all kills are done."""
     again = 0
     while kills:
         again += 1
@@ -478,13 +479,13 @@ def disturb(chaos: Chaos, name: str, kills: "deque[Kill]", folder: Path, referen
             chaos.compare(command, reference, f"{folder.name}/{name}-{again}")
         if len(chaos.differences) == found:
             shutil.rmtree(folder / f"{name}-{again}")
-        if len(kills) == planned:  # of what was to be killed nothing ran then: the driver instead, which always does
+        if len(kills) == planned:  # no such process ran: kill the driver instead, which always runs
             say(f"{name}: nobody to kill: {kills[0]}")
             kills[0] = replace(kills[0], phase=command.phases[0].name, delay=0.0, victim="driver")
 
 
 def main() -> int:
-    """Run as told; 1 if anything differed."""
+    """Run as the options say. Return 1 if anything differed."""
     parser = argparse.ArgumentParser(description="Kill commands at random; they must end with the same bytes.")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 32))

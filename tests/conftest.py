@@ -1,7 +1,7 @@
-"""What the tests share: a Ray for the whole session, small datasets, one training, the real pages where they are.
+"""Shared fixtures and helpers: a Ray for the whole session, small datasets, one training, the real pages if present.
 
-`make test` runs the tests in several processes (pytest-xdist). Each has a Ray and a cache of its own; datasets and the
-training are made once, and each process has its copy.
+`make test` runs the tests in several processes (pytest-xdist). Each has its own Ray and cache. Datasets and the
+training are made once, and each process has its own copy.
 """
 
 import fcntl
@@ -32,21 +32,21 @@ from schedule import pytest_collection_modifyitems, pytest_terminal_summary, pyt
 from small_head import WORK, work_after
 from upath import UPath
 
-# Before anything imports Ray or TensorFlow, so that some imports come after (E402):
-# staged data in a folder of the process, and no word to the terminal.
+# Set before anything imports Ray or TensorFlow, so some imports come after (E402): a cache of its own for this process,
+# and no output of TensorFlow.
 _CACHE = tempfile.TemporaryDirectory(prefix="kuzushiji-tests-")
 os.environ["XDG_CACHE_HOME"] = _CACHE.name
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
-# A process of Ray Train's that only the test of a drained node needs: it takes 1.5 s to start, with each training.
+# Only the test of a drained node needs this process of Ray Train. It takes 1.5 s to start, in each training.
 os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
-# Nobody looks at the metrics of Ray's processes, of which there are some fifty.
+# No test reads the metrics of Ray's processes. About fifty processes collect them.
 os.environ["RAY_enable_metrics_collection"] = "0"  # noqa: SIM112 - as Ray spells it
-# Ray Train looks every 2 s for what workers report, and an epoch of a test takes less.
+# By default, Ray Train polls the workers' reports every 2 s. An epoch of a test takes less.
 os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
 os.environ.pop("RAY_ADDRESS", None)
-# A shell ignores Ctrl-C in what it runs in the background, and the commands that the tests start would inherit that.
+# A shell ignores Ctrl-C in background processes, and the commands that the tests start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-# A busy machine is no fault of the code's.
+# A slow machine must not fail a test.
 hypothesis.settings.register_profile("without deadline", deadline=None)
 hypothesis.settings.load_profile("without deadline")
 
@@ -65,18 +65,18 @@ from preprocessing.sample.sample import sample  # noqa: E402
 
 SHARED = Path(__file__).parents[2] / "shared" / "kuzushiji"
 KUZUSHIJI = Path(sys.executable).with_name("kuzushiji")
-CPUS = 2  # of the Ray of the tests: few, since each process of Ray takes seconds to start
+CPUS = 2  # of the tests' Ray: few, because each process of Ray takes seconds to start
 # A training on the dataset `few`: 15 steps in 3 epochs of 5, with dropout.
 GIVEN = {
     "architecture": "baseline", "epochs": 3, "global_batch_size": 7, "learning_rate": 1e-4, "workers": 2,
     "augment": "standard", "schedule": "cosine", "weight_decay": 0.01,
 }  # fmt: skip
 
-# --- what is made once, or by one process at a time
+# --- created once, or by one process at a time
 
 
 def between_processes(factory: pytest.TempPathFactory) -> Path:
-    """A folder that the processes of one run of the tests share."""
+    """Return a folder that the processes of one test run share."""
     base = factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
     folder.mkdir(exist_ok=True)
@@ -85,7 +85,7 @@ def between_processes(factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def one_at_a_time(factory: pytest.TempPathFactory, name: str) -> Iterator[None]:
-    """One process of the run is in the block of this name; the others wait."""
+    """Let one process of the test run at a time into the block with this name. The others wait."""
     with open(between_processes(factory) / f"{name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
@@ -95,8 +95,10 @@ TRIES_TO_START_RAY = 5
 
 
 def until_ray_starts(command: Callable[[], "subprocess.CompletedProcess[str]"]) -> "subprocess.CompletedProcess[str]":
-    """What became of a command with a Ray of its own. It is run again, as it says, where Ray took over 30 s to start:
-    a busy machine is no fault of the command's.
+    """Run a command that starts its own Ray, and return the completed process.
+
+    The command is run again, as its error message says, if Ray took more than 30 s to start: a busy machine must not
+    fail a test.
     """
     for _ in range(TRIES_TO_START_RAY):
         done = command()
@@ -106,7 +108,7 @@ def until_ray_starts(command: Callable[[], "subprocess.CompletedProcess[str]"]) 
 
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
-    """A folder that `make` fills in one of the processes: this process's copy of it."""
+    """Return this process's copy of a folder that `make` fills in one of the processes."""
     shared = between_processes(factory)
     with one_at_a_time(factory, name):
         if not (shared / name).exists():
@@ -118,7 +120,7 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of real pages and labels."""
+    """Return the folder of real pages and labels."""
     if not SHARED.is_dir():
         pytest.skip("need the real pages at shared/kuzushiji beside the checkout")
     return SHARED
@@ -126,7 +128,7 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def cases(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One real page with its labels in many forms."""
+    """Return a folder with one real page and its labels in many forms."""
     maker = shared.parent / "cases" / "make_cases.py"
     if not maker.exists():
         pytest.skip("need shared/cases beside the checkout")
@@ -139,7 +141,7 @@ def cases(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def bucket_server() -> Iterator[StrictBucket]:
-    """A strict bucket on loopback."""
+    """Yield a strict bucket on loopback."""
     with StrictBucket(page_size=10) as running:
         running.create("demo")
         yield running
@@ -147,11 +149,11 @@ def bucket_server() -> Iterator[StrictBucket]:
 
 @pytest.fixture(scope="module")
 def strict(bucket_server: StrictBucket) -> Iterator[StrictBucket]:
-    """A strict bucket on loopback, which this process and its children use as Google Cloud Storage."""
+    """Yield a strict bucket on loopback that this process and its children use as Google Cloud Storage."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in bucket_server.environment.items():
             patch.setenv(name, value)
-        # Google's client tries again after a second on average, gcsfs after one, two, four.
+        # By default, Google's client retries after 1 s on average, gcsfs after 1, 2 and 4 s.
         patch.setattr(DEFAULT_RETRY, "_initial", 0.01)
         forget()
         yield bucket_server
@@ -160,21 +162,21 @@ def strict(bucket_server: StrictBucket) -> Iterator[StrictBucket]:
 
 
 def forget() -> None:
-    """Let the package find anew who asks, and where."""
+    """Clear the caches of credentials and clients of Google Cloud Storage."""
     for cached in (google_client.gcsfs_options, google_client.credentials, google_client.client, bucket.reach):
         cached.cache_clear()
 
 
 @pytest.fixture
 def folder(strict: StrictBucket) -> Iterator[UPath]:
-    """A folder of its own on the bucket, whose name fits none of the faults' patterns."""
+    """Yield a new folder on the bucket. Its name matches none of the faults' patterns."""
     yield place(f"gs://demo/{uuid.uuid4().hex}")
     strict.faults.clear()
 
 
 @pytest.fixture
 def chaos(tmp_path: Path) -> Iterator[Chaos]:
-    """Processes that are all gone afterwards."""
+    """Yield a `Chaos`. Its processes are killed at the end."""
     started = Chaos(tmp_path)
     try:
         yield started
@@ -184,7 +186,7 @@ def chaos(tmp_path: Path) -> Iterator[Chaos]:
 
 @pytest.fixture(scope="session")
 def ray_here(bucket_server: StrictBucket, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """One local Ray for all tests that need one; it ends with the session. Its workers know the strict bucket."""
+    """Start one local Ray for all tests of the session that need it. Its workers use the strict bucket."""
     with ExitStack() as stack:
         with one_at_a_time(tmp_path_factory, "ray"), pytest.MonkeyPatch.context() as at_start:
             for name, value in bucket_server.environment.items():
@@ -205,7 +207,7 @@ def ray_here(bucket_server: StrictBucket, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture
 def ray_address(ray_here: None) -> str:
-    """Where a command of another process finds the Ray of the tests, as it would a cluster."""
+    """Return the address of the tests' Ray, with which other processes can use it like a cluster."""
     import ray
 
     address: str = ray.get_runtime_context().gcs_address
@@ -213,7 +215,7 @@ def ray_address(ray_here: None) -> str:
 
 
 def end_what_is_left() -> None:
-    """End processes of this session's Ray that outlive it: a controller of Ray Train may hang in its own exit."""
+    """Kill processes of this session's Ray that outlive it: a controller of Ray Train may hang in its exit."""
     for process in psutil.process_iter():
         with suppress(psutil.Error):
             if process.pid != os.getpid() and process.environ().get("XDG_CACHE_HOME") == _CACHE.name:
@@ -222,13 +224,13 @@ def end_what_is_left() -> None:
 
 @pytest.fixture(scope="session")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve small drawn pages of three books or more, in Kaggle's format."""
+    """Return twelve small drawn pages of three books or more, in Kaggle's format."""
     return made_once(tmp_path_factory, "pages", lambda out: sample(out, num_pages=12, seed=7, scale=0.2))
 
 
 @pytest.fixture(scope="session")
 def dataset(ray_here: None, pages: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The drawn pages, prepared with few classes."""
+    """Return the drawn pages, prepared with few classes."""
     source = place(pages / "train_images"), place(pages / "train.csv")
     config = PrepareConfig(coverage=0.5)
     return made_once(tmp_path_factory, "dataset", lambda out: prepare(*source, place(out), config))
@@ -236,7 +238,7 @@ def dataset(ray_here: None, pages: Path, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="session")
 def few(ray_here: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dataset of two global batches of 16, in few classes."""
+    """Return a dataset of two global batches of 16, with few classes."""
 
     def make(folder: Path) -> None:
         sample(folder / "pages", num_pages=1, seed=42, scale=0.2)
@@ -250,13 +252,13 @@ def few(ray_here: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def real_dataset(ray_here: None, shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The three real pages, prepared with the defaults."""
+    """Return the three real pages, prepared with the defaults."""
     source = place(shared / "pages"), place(shared / "train.csv")
     return made_once(tmp_path_factory, "real", lambda out: prepare(*source, place(out), PrepareConfig()))
 
 
 def job_of(config: Any, **fields: Any) -> Any:
-    """A `TrainJob` for a `Training` that is made without `train`."""
+    """Return a `TrainJob` for a `Training` that is created without `train`."""
     from job.train.run import TrainJob
 
     nowhere = dict.fromkeys(("dataset", "folder", "checkpoints", "curves"), "/nowhere")
@@ -265,8 +267,9 @@ def job_of(config: Any, **fields: Any) -> Any:
 
 @pytest.fixture
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A training is one worker, which is this process: Ray Train's local mode. It keeps threads and determinism as they
-    are, for TensorFlow has run here before.
+    """Make this process the only worker of a training (Ray Train's local mode).
+
+    Threads and determinism stay as they are, because TensorFlow has already run in this process.
     """
     import ray.train
 
@@ -276,7 +279,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def mount_small_disk(folder: Path, size: str) -> None:
-    """Mount a disk that is in memory on a folder, or skip the test."""
+    """Mount an in-memory disk on a folder, or skip the test."""
     command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", folder]
     if not shutil.which("mount") or subprocess.run(command, check=False).returncode:
         pytest.skip("need the program `mount` (Debian: apt install mount) and the right to use it (root)")
@@ -287,11 +290,11 @@ WorkersDo = Callable[[Callable[[dict[str, Any]], object] | None], None]
 
 @pytest.fixture
 def workers_do(monkeypatch: pytest.MonkeyPatch) -> WorkersDo:
-    """Changes what the workers of this test's trainings do (see `small_head.work_after`)."""
+    """Return a function that changes what workers do in this test's trainings (see `small_head.work_after`)."""
     return lambda change=None: monkeypatch.setattr(WORK, work_after(change))
 
 
-# The command line with small heads: to be followed by its arguments.
+# The command line with small heads; its arguments follow.
 KUZUSHIJI_WITH_SMALL_HEAD = [sys.executable, str(Path(__file__).with_name("small_head.py"))]
 
 
@@ -305,7 +308,7 @@ class Told:
 
     @property
     def lines(self) -> list[str]:
-        """On stderr, but for what is told of the work's progress, with the time of day."""
+        """Lines of stderr, without the log lines, which begin with the time of day."""
         return [line for line in self.stderr.splitlines() if line[2:3] != ":"]
 
 
@@ -314,9 +317,9 @@ Kuzushiji = Callable[..., Told]
 
 @pytest.fixture
 def kuzushiji(monkeypatch: pytest.MonkeyPatch) -> Kuzushiji:
-    """The command line in this process, which keeps its Ray."""
+    """Return a function that runs the command line in this process, with this process's Ray."""
     for name in ("handlers", "level", "propagate"):
-        monkeypatch.setattr(log, name, getattr(log, name))  # is set back afterwards
+        monkeypatch.setattr(log, name, getattr(log, name))  # restored afterwards
 
     def run(*arguments: object) -> Told:
         done = CliRunner().invoke(main, [str(argument) for argument in arguments])
@@ -329,8 +332,9 @@ def kuzushiji(monkeypatch: pytest.MonkeyPatch) -> Kuzushiji:
 
 @pytest.fixture(scope="session")
 def two_workers(dataset: Path, few: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder `models` with what two workers trained whom nobody disturbed, and `equal` with what they did then (see
-    `equal_workers.py`).
+    """Return a folder with the result of an undisturbed training by two workers.
+
+    `models` is what they trained, `equal` what they measured afterwards (see `equal_workers.py`).
     """
     from job.config import TrainConfig
     from job.train.driver import train
@@ -350,12 +354,12 @@ def two_workers(dataset: Path, few: Path, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="session")
 def trained(two_workers: Path) -> Path:
-    """A model folder, trained by two workers whom nobody disturbed."""
+    """Return a model folder, trained by two undisturbed workers."""
     return two_workers / "models" / "baseline" / "first"
 
 
 def reseal(folder: Path, name: str, content: bytes) -> None:
-    """Replace a file of a model folder, and seal the folder with it, as others might."""
+    """Replace a file of a model folder, and update its manifest, as another program might."""
     manifest = json.loads((folder / "manifest.json").read_text())
     (entry,) = [one for one in manifest["files"] if one["name"] == name]
     (folder / name).write_bytes(content)
@@ -364,7 +368,7 @@ def reseal(folder: Path, name: str, content: bytes) -> None:
 
 
 def save_test_crops(dataset: Path, images: Path) -> np.ndarray:
-    """Write the crops of the test split as one array; returns their labels."""
+    """Write the crops of the test split as one array. Return their labels."""
     from job.data.staging import staged
 
     with staged(place(dataset), ["test"]) as data:
@@ -374,7 +378,7 @@ def save_test_crops(dataset: Path, images: Path) -> np.ndarray:
 
 
 def in_fresh_process(script: str, *arguments: str, cwd: Path) -> str:
-    """Standard output of a script in a new interpreter whose folder is elsewhere."""
+    """Run a script in a new interpreter, in the folder `cwd`. Return its standard output."""
     done = subprocess.run(
         [sys.executable, "-c", script, *arguments], cwd=cwd, capture_output=True, text=True, check=False
     )

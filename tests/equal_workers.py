@@ -1,7 +1,7 @@
-"""What the workers of a training compute on one batch, which must not depend on how many they are, and tell each other.
+"""Computations of workers on one batch, which must not depend on the number of workers.
 
-One batch, since other ones multiply the rounding of sums from step to step: on drawn pages, with a new batch each step,
-the same batches with their rows reversed differ by .01 in one process too.
+It is one batch, because with different ones the rounding of sums grows from step to step: on drawn pages, with a new
+batch in each step, the same batches with their rows reversed differ by 0.01 in one process, too.
 """
 
 from collections.abc import Callable
@@ -10,17 +10,19 @@ from typing import Any
 
 import numpy as np
 
-EQUAL_BATCH = 25  # of a size that no number of workers but 1 divides
+EQUAL_BATCH = 25  # divisible by none of 2, 3 and 4 workers
 A_FEW = {"with dropout": 3, "augmented": 2}
-MORE = {"with dropout": 2, "augmented": 2, "without": 20}  # until the batch is learned
+MORE = {"with dropout": 2, "augmented": 2, "without": 20}  # enough to learn the batch
 
 
 def one_batch(job: Any, out: Path, steps: dict[str, int]) -> Callable[[Any], None]:
-    """What each worker does with its strategy: write `rank-<rank>.npz` with the losses of the first steps, and the
-    statistics of batch norm. A closure: Ray would import a function of this file.
+    """Return a function that each worker calls with its strategy, and that writes `rank-<rank>.npz`.
 
-    job: a `TrainJob`; its config says how many workers there are. steps: how many, `with dropout`, `augmented`
-    (with dropout too) and `without`.
+    The file has the losses of the first steps, and the statistics of batch norm. It is a closure, because Ray would
+    import a function of this file.
+
+    job: a `TrainJob`; its config has the number of workers. steps: their number for each of `with dropout`, `augmented`
+    (with dropout, too) and `without`.
     """
     from dataclasses import replace
 
@@ -50,7 +52,7 @@ def one_batch(job: Any, out: Path, steps: dict[str, int]) -> Callable[[Any], Non
         )
         held = {split: partitions.held_shards(split) for split in ("train", "validation", "test")}
         with staged_shards(dataset, manifest, held) as data, pytest.MonkeyPatch.context() as patch:
-            # 15 % of the gradients to send
+            # A head with only 15 % of the gradients to transfer.
             patch.setattr("job.model.architectures.BASELINE_HEAD", (1000, 200))
             crops = data.splits["train"]
             order = partitions.batches(epoch=1)
@@ -76,9 +78,10 @@ def one_batch(job: Any, out: Path, steps: dict[str, int]) -> Callable[[Any], Non
 
 
 def then(measure: Callable[[Any], None], out: Path) -> Callable[[dict[str, Any]], None]:
-    """What changes workers (see `small_head.work_after`) so that they `measure` after their training, with its
-    strategy: a process can have one. Before, worker 1 tells of a failure in a run of another name; each worker writes
-    what it hears to `told-<rank>`.
+    """Return a change of workers (see `small_head.work_after`): they call `measure` after their training.
+
+    It is called with their training's strategy, because a process can have only one. Before the training, worker 1
+    reports a failure in a run of another name. Each worker writes the failure that it receives to `told-<rank>`.
     """
     folder = str(out)
 
@@ -110,5 +113,5 @@ def then(measure: Callable[[Any], None], out: Path) -> Callable[[dict[str, Any]]
 
 
 def measured(folder: Path, workers: int) -> list[dict[str, np.ndarray]]:
-    """What each rank found."""
+    """Return the results of each rank."""
     return [dict(np.load(folder / f"rank-{rank}.npz")) for rank in range(workers)]

@@ -1,11 +1,12 @@
-"""A fuzzer of all that comes from outside: pages, archives of pages, labels, manifests, datasets. Every outcome must be
-a result, a listed loss or one line.
+"""A fuzzer of all external input: pages, archives of pages, labels, manifests, datasets.
+
+Every outcome must be a result, a listed loss, or an error of one line.
 
     python tests/fuzz.py --seconds 600                  # or: make fuzz FUZZ_SECONDS=600
-    python tests/fuzz.py --only pages --seed 7          # one round, in this process: to look at what was found
+    python tests/fuzz.py --only pages --seed 7          # one round, in this process: to debug a finding
 
-A round is a process of its own, with a limit of time and of memory, since a fault in a native decoder may end or hang
-it. The seed decides all that is in it.
+A round is a process of its own, with a limit of time and of memory, because a fault in a native decoder may crash or
+hang it. The seed determines its whole input.
 """
 
 import argparse
@@ -46,11 +47,11 @@ from preprocessing.records import encode_example, frame, read_frames
 from preprocessing.shards import CutGroup, resumable
 
 MEGABYTE = 1 << 20
-ROUND_SECONDS = 300  # a round takes some ten; this is for a machine that has other things to do
-# What a task that cuts pages may take, whatever the pages. The largest that is let in, a JPEG 2000 of four colours,
-# is held by OpenJPEG as 4 bytes a pixel and colour, then by Pillow as one, twice, then in gray.
+ROUND_SECONDS = 300  # a round takes about ten; this is for a busy machine
+# The limit of a task that cuts pages, whatever the pages. The largest accepted page is a JPEG 2000 with four channels:
+# OpenJPEG holds 4 bytes per pixel and channel, then Pillow 1 byte, in two copies, and then the gray image.
 PAGES_MEGABYTES = 2500
-JPEG_MEGABYTES = 1500  # of a progressive one, of four colours
+JPEG_MEGABYTES = 1500  # for a progressive JPEG with four channels
 DATASETS_MEGABYTES = 300  # without TensorFlow
 BOMB_MEGABYTES = 512
 SIZES = (0, 1, 7, 8, 9, 255, 256, 1999, 9999, 30_000, 65_500, 65_535)
@@ -59,7 +60,7 @@ MARKERS = (b"\xff\xc0", b"\xff\xc1", b"\xff\xc2", b"\xff\xc4", b"\xff\xda", b"\x
 
 @dataclass(frozen=True)
 class Round:
-    """What came of a round: how often, and the most memory that its process held."""
+    """The result of a round: counts of the outcomes, and the peak memory of its process."""
 
     outcomes: Counter[str]
     megabytes: int
@@ -70,9 +71,9 @@ def segment(marker: int, content: bytes) -> bytes:
 
 
 def progressive(width: int, height: int, colours: int, scans: int) -> bytes:
-    """A black progressive page of few bytes: a scan of mean values for each colour, then others that say nothing."""
+    """Return a small file of a gray progressive page: a scan of mean values per channel, then scans without data."""
     blocks = -(-width // 8) * -(-height // 8)
-    runs, rest = divmod(blocks, (1 << 15) - 1)  # the longest run of empty blocks is told in 15 bits
+    runs, rest = divmod(blocks, (1 << 15) - 1)  # a run has at most 2**15 - 1 empty blocks
     bits = "0" + "1" * 14
     empty = bits * runs + "0" * 15 * rest if rest < 8 else bits * (runs + 1)
     empty += "1" * (-len(empty) % 8)
@@ -80,7 +81,7 @@ def progressive(width: int, height: int, colours: int, scans: int) -> bytes:
     out.append(segment(0xC2, struct.pack(">BHHB", 8, height, width, colours) + b"".join(
         bytes([colour, 0x11, 0]) for colour in range(colours)
     )))  # fmt: skip
-    codes = bytes([1, *[0] * 15])  # one code, of one bit
+    codes = bytes([1, *[0] * 15])  # one code of one bit
     out.append(segment(0xC4, b"\0" + codes + b"\0") + segment(0xC4, b"\x10" + codes + b"\xe0"))
     for colour in range(colours):
         out.append(segment(0xDA, bytes([1, colour, 0, 0, 0, 0])) + bytes(-(-blocks // 8)))
@@ -91,10 +92,10 @@ def progressive(width: int, height: int, colours: int, scans: int) -> bytes:
 
 
 def sequential(width: int, height: int, colours: int) -> bytes:
-    """A page of few bytes in one scan, stored turned: two bits for each block."""
+    """Return a small file of a page in one scan, rotated by its EXIF orientation: two bits per block and channel."""
     exif = b"Exif\0\0II*\0\x08\0\0\0\1\0\x12\1\3\0\1\0\0\0\6\0\0\0\0\0\0\0"
     components = b"".join(bytes([colour, 0x11, 0]) for colour in range(colours))
-    codes = bytes([1, *[0] * 15]) + b"\0"  # one code, of one bit: no difference of the mean, and end of block
+    codes = bytes([1, *[0] * 15]) + b"\0"  # one code of one bit: no change of the mean, or end of block
     scan = bytes([colours]) + b"".join(bytes([colour, 0]) for colour in range(colours)) + b"\0\x3f\0"
     bits = 2 * colours * -(-width // 8) * -(-height // 8)
     return b"".join(
@@ -116,7 +117,7 @@ def _packed(bits: str) -> bytes:
 
 
 def good_pages() -> list[bytes]:
-    """Small files of all kinds that may stand under a page's name."""
+    """Return small files of all kinds that may have a page's name."""
     noise = np.random.default_rng(0).integers(0, 255, (40, 56, 3), np.uint8)
     colour = Image.fromarray(noise)
     gray, exif = colour.convert("L"), Image.Exif()
@@ -155,7 +156,7 @@ def good_pages() -> list[bytes]:
 
 
 def mutated(rng: random.Random, good: list[bytes]) -> bytes:
-    """One of the files, changed in one to four ways."""
+    """Return one of the files with one, two or four mutations."""
     data = bytearray(rng.choice(good))
     for _ in range(rng.choice((1, 1, 2, 4))):
         rng.choice(WAYS)(rng, data, good)
@@ -178,7 +179,7 @@ def _splice(rng: random.Random, data: bytearray, good: list[bytes]) -> None:
 
 
 def _repeat(rng: random.Random, data: bytearray, good: list[bytes]) -> None:
-    """A part, often one that begins with a marker, several times over."""
+    """Repeat a part, often one that begins with a marker."""
     begin = max(data.find(rng.choice(MARKERS)), 0) if rng.random() < 0.5 else rng.randint(0, len(data))
     end = begin + rng.choice((1, 2, 20, 70, 200, 2000))
     data[begin:begin] = data[begin:end] * rng.choice((1, 2, 30, 200))
@@ -196,7 +197,7 @@ def _insert(rng: random.Random, data: bytearray, good: list[bytes]) -> None:
 
 
 def _resize(rng: random.Random, data: bytearray, good: list[bytes]) -> None:
-    """Other height and width, and sometimes other colours and sampling, in the header of a JPEG."""
+    """Change height and width in the header of a JPEG, and sometimes channels and sampling."""
     found = [at for marker in MARKERS[:3] if (at := data.find(marker)) > 0]
     if found:
         data[found[0] + 5 : found[0] + 9] = struct.pack(">HH", rng.choice(SIZES), rng.choice(SIZES))
@@ -205,7 +206,7 @@ def _resize(rng: random.Random, data: bytearray, good: list[bytes]) -> None:
 
 
 def _number(rng: random.Random, data: bytearray, good: list[bytes]) -> None:
-    """A number of an archive's or image's header that is small, large or negative."""
+    """Overwrite bytes with a number that is small, large or negative, as if in a header."""
     at, size = rng.randint(0, len(data)), rng.choice((1, 2, 4, 8))
     data[at : at + size] = rng.choice((0, 1, (1 << 8 * size) - 1, 1 << 8 * size - 1)).to_bytes(size, "little")
 
@@ -216,7 +217,7 @@ WAYS: list[Callable[[random.Random, bytearray, list[bytes]], None]] = [
 
 
 def fuzz_pages(rng: random.Random, folder: Path, count: int) -> Counter[str]:
-    """A group of pages, cut as prepare cuts them: boxes in = crops out + listed losses, page by page."""
+    """Cut a group of pages as `prepare` does. For each page: boxes in = crops out + listed losses."""
     good = good_pages()
     files = {f"fuzz_{i:05d}": mutated(rng, good) for i in range(count)}
     files |= {f"good_{i:05d}": data for i, data in enumerate(good)}
@@ -232,8 +233,8 @@ def fuzz_pages(rng: random.Random, folder: Path, count: int) -> Counter[str]:
 
 
 def fuzz_largest(rng: random.Random, folder: Path, count: int) -> Counter[str]:
-    """The largest pages that are let in, one after the other: within the memory that is stated, and read."""
-    ids = [f"page_{colours:05d}" for colours in (4, 1, 3)][:count]  # that of four colours takes most
+    """Cut the largest accepted pages, one after the other. All are read, within the stated memory."""
+    ids = [f"page_{colours:05d}" for colours in (4, 1, 3)][:count]  # the one with four channels takes most memory
     large = "page_00000"
     with zipfile.ZipFile(folder / "pages.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         for page_id in ids:
@@ -251,7 +252,7 @@ def fuzz_largest(rng: random.Random, folder: Path, count: int) -> Counter[str]:
 
 
 def fuzz_bombs(rng: random.Random, folder: Path, count: int) -> Counter[str]:
-    """Pages of many zeros, packed tightly: no more of them is unpacked than is let in."""
+    """Cut highly compressed pages of zeros. They are unpacked only up to the accepted size."""
     outcomes: Counter[str] = Counter()
     for method in (zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2):
         here = folder / str(method)
@@ -267,7 +268,7 @@ def fuzz_bombs(rng: random.Random, folder: Path, count: int) -> Counter[str]:
 
 
 def fuzz_names(rng: random.Random, folder: Path, count: int) -> Counter[str]:
-    """An archive that lists so many pages."""
+    """List an archive of `count` pages."""
     entries = b"".join(
         struct.pack("<4s4B4HL2L5H2L", b"PK\1\2", 20, 3, 20, 0, 0, 0, 0, 33, 0, 0, 0, 11, 0, 0, 0, 0, 0, 0)
         + b"%07d.jpg" % i
@@ -281,7 +282,7 @@ def fuzz_names(rng: random.Random, folder: Path, count: int) -> Counter[str]:
 
 
 def cut(ids: list[str], pages: Path, folder: Path) -> Counter[str]:
-    """List, plan and cut pages, and hold what came against what was asked."""
+    """List, plan and cut pages, and compare the result with the request."""
     cell = "U+306F 0 0 10 10 U+306F -5 -5 30 30 U+306F 20 20 99999 9 U+306F 70000 1 9 9"
     (folder / "train.csv").write_text("image_id,labels\n" + "".join(f"{page_id},{cell}\n" for page_id in ids))
     labels = read_labels(place(folder / "train.csv"))
@@ -309,7 +310,7 @@ def cut(ids: list[str], pages: Path, folder: Path) -> Counter[str]:
 
 
 def fuzz_archives(rng: random.Random, folder: Path, count: int) -> Counter[str]:
-    """Broken archives: listed and read, or a loss, or one line."""
+    """Read broken archives: each is listed and read, or gives a loss, or an error of one line."""
     good = []
     for method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
         out = io.BytesIO()
@@ -337,7 +338,7 @@ def fuzz_archives(rng: random.Random, folder: Path, count: int) -> Counter[str]:
 
 
 def told(error: KuzushijiError) -> str:
-    """The kind of an error that is one line which can be printed and read."""
+    """Return the type of an error. Its message must be one line of limited length that can be encoded."""
     text = str(error)
     assert len(text.splitlines()) == 1, text
     assert len(text.encode()) < 2000, text[:2000]
@@ -351,7 +352,7 @@ LABEL_FORMS = ("kaggle", "codh", "coco", "yolo", "curation")
 def coco_of(
     page_ids: Sequence[str], boxes: Sequence[tuple[str, Row]], kinds: Sequence[int], size: tuple[int, int]
 ) -> dict[str, Any]:
-    """COCO's form of the boxes of pages of one size, in characters of these kinds."""
+    """Return the boxes of pages of one size in the COCO form, with these characters as categories."""
     images = [
         {"id": i, "file_name": f"{page_id}.jpg", "width": size[0], "height": size[1]}
         for i, page_id in enumerate(page_ids)
@@ -366,7 +367,7 @@ def coco_of(
 
 
 def curation_of(boxes: Sequence[tuple[str, Row]]) -> dict[str, Any]:
-    """The boxes of pages as a IIIF Curation."""
+    """Return the boxes of pages as an IIIF Curation."""
     members = [
         {
             "@id": f"https://example.org/canvas/{page_id}#xywh={x},{y},{w},{h}",
@@ -381,9 +382,9 @@ def write_form(
     form: str, rows: Mapping[str, Sequence[Row]], folder: Path, size: tuple[int, int],
     names_of: Mapping[str, Sequence[Row]] | None = None,
 ) -> Path:  # fmt: skip
-    """Write labels in a form, into a folder, as other tools do; returns the file, or the folder of YOLO's files.
+    """Write labels into a folder in a form of other tools. Return the file, or for YOLO the folder of its files.
 
-    size: width and height of all pages. names_of: the labels whose characters YOLO's classes are (rows).
+    size: width and height of all pages. names_of: the labels that define YOLO's classes; None: `rows`.
     """
     kinds = sorted({row[0] for boxes in (names_of or rows).values() for row in boxes})
     boxes = [(page_id, row) for page_id, page_rows in rows.items() for row in page_rows]
@@ -420,7 +421,7 @@ def write_form(
 
 
 def fuzz_labels(rng: random.Random, folder: Path, count: int) -> Counter[str]:
-    """Label files of every form, changed: read whole, or refused in one line."""
+    """Read changed label files of every form: each is read as a whole, or refused in one line."""
     rows: dict[str, list[Row]] = {
         "a_1": [(0x306F, 1, 2, 30, 40), (0x304C, 5, 6, 70, 8)],
         "b_2": [(0x20B9F, 9, 8, 7, 6)],
@@ -484,7 +485,7 @@ ODD_VALUES: list[Any] = [
 
 
 def odd_json(rng: random.Random, good: Any) -> bytes:
-    """A manifest, or a file of labels, of which some values are others, twice there, gone, or deep."""
+    """Return a manifest, or a file of labels, with some values replaced, repeated, removed, or deeply nested."""
     content = json.loads(json.dumps(good))
     for _ in range(rng.choice((1, 1, 2, 5))):
         at: Any = content
@@ -509,7 +510,7 @@ def odd_json(rng: random.Random, good: Any) -> bytes:
 
 
 def fuzz_manifests(rng: random.Random, folder: Path, count: int) -> Counter[str]:
-    """Manifests, pointers to the latest run, lists of classes: read, or refused in one line."""
+    """Read manifests, pointers to the latest run, and lists of classes: each is read, or refused in one line."""
     texts = [json.dumps(good).encode() for good in GOOD_MANIFESTS] + [b"U+306F\r\nrare\n", b"U+306F\nU+20B9F\nrare"]
     here = place(folder)
     (folder / "label.labels.txt").write_bytes(b"U+306F\nrare\n")
@@ -534,7 +535,7 @@ def fuzz_manifests(rng: random.Random, folder: Path, count: int) -> Counter[str]
 
 
 def write_dataset(folder: Path, shard: bytes, examples: int, classes: bytes = b"U+306F\nrare\n") -> Path:
-    """A dataset of one shard as an attacker would make it: all hashes are right."""
+    """Write a dataset of one shard as an attacker would: all hashes are right."""
     name = GOOD_MANIFESTS[0]["shards"][0]["name"]
     folder.mkdir()
     entries = []
@@ -547,13 +548,13 @@ def write_dataset(folder: Path, shard: bytes, examples: int, classes: bytes = b"
 
 
 def example(**other: Any) -> bytes:
-    """A record as prepare writes it, but for the features that are named; without those that are None."""
+    """Return a record as `prepare` writes it, but with the features in `other`. Those that are None are left out."""
     features = {"image": bytes(6400), "label": [0], "unicode": b"U+306F", "image_id": b"a_1", "box": [1, 2, 3, 4]}
     return encode_example({name: value for name, value in (features | other).items() if value is not None})
 
 
 def fuzz_datasets(rng: random.Random, folder: Path, count: int) -> Counter[str]:
-    """Datasets with records that are no crops: staged as they are, or refused in one line."""
+    """Stage datasets with records that are not crops: each is staged correctly, or refused in one line."""
     from job.data.staging import staged
 
     os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
@@ -583,7 +584,7 @@ def fuzz_datasets(rng: random.Random, folder: Path, count: int) -> Counter[str]:
     return outcomes
 
 
-# What is done to each kind of input, how often in a round, and within how much memory.
+# The function for each kind of input, its count per round, and its limit of memory in MB.
 ROUNDS: dict[str, tuple[Callable[[random.Random, Path, int], Counter[str]], int, int]] = {
     "pages": (fuzz_pages, 1000, PAGES_MEGABYTES),
     "largest": (fuzz_largest, 4, JPEG_MEGABYTES),
@@ -596,14 +597,14 @@ ROUNDS: dict[str, tuple[Callable[[random.Random, Path, int], Counter[str]], int,
 }
 
 
-CHANGING = [kind for kind in ROUNDS if kind not in ("largest", "bombs", "names")]  # with the seed
+CHANGING = [kind for kind in ROUNDS if kind not in ("largest", "bombs", "names")]  # that depend on the seed
 
 
 def run_round(kind: str, seed: int, count: int | None = None) -> Round:
-    """A round in a process of its own.
+    """Run a round in a process of its own.
 
     Raises:
-        AssertionError: an outcome that may not be, a crash, a hang, or too much memory.
+        AssertionError: a forbidden outcome, a crash, a hang, or too much memory.
     """
     command = [sys.executable, __file__, "--only", kind, "--seed", str(seed), "--count", str(count or ROUNDS[kind][1])]
     again = f"found by: python tests/fuzz.py {' '.join(command[2:])}"
@@ -621,11 +622,11 @@ def run_round(kind: str, seed: int, count: int | None = None) -> Round:
 
 
 def play_round(kind: str, seed: int, count: int | None = None) -> Round:
-    """A round in this process."""
+    """Run a round in this process."""
     make, usual, _ = ROUNDS[kind]
     with tempfile.TemporaryDirectory() as folder:
         outcomes = make(random.Random(f"{kind} {seed}"), Path(folder), count or usual)
-    # Not getrusage's ru_maxrss, which begins with what the process that started this one held.
+    # Not getrusage's ru_maxrss, which begins with the size of the process that started this one.
     peak = re.search(r"VmHWM:\s+([0-9]+) kB", Path("/proc/self/status").read_text())
     assert peak is not None
     return Round(outcomes, int(peak[1]) // 1024)

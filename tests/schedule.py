@@ -1,4 +1,4 @@
-"""Which process runs which tests, in what order, and what is told of those that were skipped: hooks of pytest."""
+"""Pytest hooks: which process runs which tests, in what order, and the summary of skipped tests."""
 
 import re
 from collections import Counter
@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-# The tests of a file stay in one process, for the fixtures of the file; so do those of files that must not run beside
-# one another: they mount disks, or look at all mounts.
+# The tests of a file stay in one process, because of its fixtures. So do those of files that must not run at the same
+# time: they mount disks, or read all mounts.
 TOGETHER = dict.fromkeys(("test_fake_cloud", "test_storage_faults", "test_pull_and_verify"), "mounts")
-# Those that take longest begin first. test_survival is not among the first three: it needs what test_train trains.
+# The longest tests start first. test_survival is not among the first three, because it needs what test_train trains.
 LONGEST = (
     "test_submit", "test_train", "test_architectures", "test_survival", "test_weights", "mounts", "test_bucket",
     "test_prepare_survives", "test_terminal", "test_predict", "test_report", "test_hostile", "test_command_line",
@@ -29,19 +29,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """As `--dist loadgroup`, whose marks pytest-xdist 3.8 loses with pytest 9.2."""
+    """Schedule like `--dist loadgroup`, whose marks pytest-xdist 3.8 loses with pytest 9.2."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Groups(LoadScopeScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:
             return group_of(nodeid.partition("::")[0])
 
-    config.option.loadscopereorder = False  # by the number of tests
+    config.option.loadscopereorder = False  # would order by the number of tests
     return Groups(config, log)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Tell in one line what was skipped, and how to have it."""
+    """Print in one line which tests were skipped, and what they need."""
     reports = terminalreporter.stats.get("skipped", [])
     reasons = Counter(re.sub("^Skipped: ", "", report.longrepr[2]) for report in reports)
     if reasons:

@@ -1,8 +1,7 @@
-"""What Ray's workers do in a training, changed: by default, steps that take no time, and sums that are added to totals
-within each epoch.
+"""Changed Ray workers for trainings: by default, steps take no time, and sums are added to totals within epochs.
 
-As a script, the command line with such workers: `python tests/small_head.py train ...`. It tells at its end whether
-TensorFlow was loaded.
+As a script, it is the command line with such workers: `python tests/small_head.py train ...`. At its end, it prints
+whether TensorFlow was loaded.
 """
 
 import atexit
@@ -11,12 +10,13 @@ from collections.abc import Callable
 from typing import Any
 
 WORK = "job.train.run._work"
-"""What each worker does, to be patched with `work_after`."""
+"""The function that each worker runs, to be patched with `work_after`."""
 
 
 def work_after(change: Callable[[dict[str, Any]], object] | None = None) -> Callable[[dict[str, Any]], Any]:
-    """What a worker does, with small heads; `change` is called before, with {"job": TrainJob}. A closure: Ray would
-    import a function of this file.
+    """Return a worker's function with small heads. `change` is called before it, with {"job": TrainJob}.
+
+    It is a closure, because Ray would import a function of this file.
     """
 
     def work(given: dict[str, Any]) -> Any:
