@@ -2,6 +2,7 @@
 
 import gc
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import in_fresh_process, job_of, save_test_crops
+from test_project import ROOT
 
 from cluster.errors import OptionError
 from cluster.storage import place
@@ -56,6 +58,8 @@ def test_parameters_are_those_that_the_docs_state(name: str) -> None:
     assert set(ARCHITECTURES) == set(NAMES) == set(RECIPES)
     model = ARCHITECTURES[name](514)
     assert (model.count_params(), trainable(model)) == PARAMETERS[name]
+    (row,) = re.findall(rf"^\| `{name}` \|.*\|$", (ROOT / "docs" / "models.md").read_text(), re.M)
+    assert f"| {model.count_params():,} | {4 * trainable(model) / 1e6:.0f} MB" in row
 
 
 @pytest.mark.usefixtures("memory", "narrow")

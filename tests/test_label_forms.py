@@ -587,7 +587,7 @@ def test_canvases_whose_ids_end_alike_need_a_file_that_names_pages(tmp_path: Pat
     for text, says in (
         (rows.replace("b_10", "a_10"), "canvases must end with different ids"),
         ("canvas,file\nhttps://x/a/canvas/10,a_10.jpg\n", "each canvas must have a row in --canvases"),
-        (rows + rows, "line 4: a canvas must have one row only|line 5: a canvas must have one row only"),
+        (rows + rows, "line 5: a canvas must have one row only"),
         ("file,canvas\n", "line 1: --canvases must begin with the header canvas,file"),
         ("canvas,file\na,../x\n", "line 2: an image_id must"),
         ("canvas,file\na\n", "line 2: a row must have 2 columns"),
@@ -732,7 +732,10 @@ def test_folders_that_are_no_crops_are_refused_in_one_line(tmp_path: Path) -> No
         assert len(str(caught.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize("name", ["page.jpg", "images/a.jpg", "train_images/a.jpg", "ka/.a.jpg", "__MACOSX/ka/._a.jpg"])
+@pytest.mark.parametrize(
+    "name",
+    ["page.jpg", "images/a.jpg", "train_images/a.jpg", "ka/.a.jpg", ".trash/か/a.jpg", "__MACOSX/ka/._a.jpg"],
+)
 def test_pages_and_hidden_files_next_to_crops_are_left_aside(name: str, tmp_path: Path) -> None:
     crops_of(tmp_path, "は/a.jpg", name)
     with zipfile.ZipFile(tmp_path / "crops.zip", "w") as archive:

@@ -93,19 +93,19 @@ def _members(crops: UPath) -> list[tuple[str, int]]:
 def _class_of(name: str, crops: UPath) -> int | None:
     """Return the code point that the folder of an image is named after; None for a file to skip.
 
-    Skipped are files that are not images, hidden files, images outside of any folder, and, unless their folder is named
-    after a character, images in hidden folders and in a folder of `NO_BOOKS`, which are pages.
+    Skipped are files that are not images, hidden files and folders, images outside of any folder, and images in a
+    folder of `NO_BOOKS`, which are pages.
 
     Raises:
         InputError: an image is in any other folder that is not named after a character.
     """
-    *folders, base_name = name.split("/")
-    if not folders or base_name.startswith(".") or not is_image(name):
+    *folders, _ = name.split("/")
+    if not folders or any(part.startswith(".") and part != "." for part in name.split("/")) or not is_image(name):
         return None
     try:
         return parse_character(folders[-1])
     except ValueError as error:
-        if folders[-1] in NO_BOOKS or any(folder.startswith(".") and len(folder) > 1 for folder in folders):
+        if folders[-1] in NO_BOOKS:
             return None
         what = "Rename class numbers to their characters" if folders[-1].isdecimal() else "Rename the folder"
         raise InputError(
