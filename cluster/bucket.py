@@ -214,7 +214,7 @@ def _download(blob: "Blob") -> bytes:
 def _check(checksum: google_crc32c.Checksum, blob: "Blob", path: UPath) -> None:
     """Raise DamageError if the CRC32C of the received bytes is not the object's."""
     if base64.b64encode(checksum.digest()).decode() != blob.crc32c:
-        raise DamageError(f"{path} must arrive as it is there. Received: other bytes. Run the same command again")
+        raise DamageError(f"{path} must arrive unchanged. Received: other bytes. Run the same command again")
 
 
 def _ranges(blob: "Blob", begin: int, end: int) -> Iterator[bytes]:
@@ -283,7 +283,7 @@ def explained(error: BaseException) -> KuzushijiError | None:
         code = 403
     if isinstance(cause, DefaultCredentialsError) or code == 401:
         return KuzushijiError(
-            f"Google Cloud must know who asks. Received: {text[:200]}. Run `gcloud auth application-default login`, "
+            f"Google Cloud needs credentials. Received: {text[:200]}. Run `gcloud auth application-default login`, "
             "or let GOOGLE_APPLICATION_CREDENTIALS name a key file"
         )
     if isinstance(cause, GoogleAuthError) and not isinstance(cause, TransportError):
@@ -293,7 +293,9 @@ def explained(error: BaseException) -> KuzushijiError | None:
         )
     bucket = _bucket_in(text)
     if isinstance(cause, DataCorruption):
-        return DamageError(f"what {bucket} sends must arrive as it is there. Received: {text[:200]}. Run it again")
+        return DamageError(
+            f"data from {bucket} must arrive unchanged. Received: {text[:200]}. Run the same command again"
+        )
     if code == 403:
         return KuzushijiError(_refused(bucket, text))
     if code == 400 and "user project" in text.lower():  # none, or an invalid one
@@ -317,20 +319,20 @@ def _refused(bucket: str, text: str) -> str:
     """Return the message for a 403."""
     if "cannot be deleted" in text:  # retention policies and holds
         return (
-            f"{bucket} must let objects be replaced and deleted. Received: {text[:400]}. Use a bucket without holds "
-            f"and retention policy, or run `gcloud storage buckets update {bucket} --clear-retention-period`. "
+            f"{bucket} must allow objects to be replaced and deleted. Received: {text[:400]}. Use a bucket without "
+            f"holds or a retention policy, or run `gcloud storage buckets update {bucket} --clear-retention-period`. "
             "See docs/faq.md"
         )
     missing = re.search(r"storage\.objects\.\w+|serviceusage\.services\.use", text)
     if not missing:  # billing, an organization's policy, ...: no role helps
-        return f"{bucket} must let you in. Received: {text[:400]}. Ask whoever owns it to mend that. See docs/faq.md"
+        return f"{bucket} must grant you access. Received: {text[:400]}. Ask its owner to fix that. See docs/faq.md"
     grant, role = f"storage buckets add-iam-policy-binding {bucket}", "storage.objectUser"
     if missing[0] in ("storage.objects.get", "storage.objects.list"):
         role = "storage.objectViewer"
     elif missing[0].startswith("serviceusage"):  # on the project of GOOGLE_CLOUD_QUOTA_PROJECT
         grant, role = "projects add-iam-policy-binding PROJECT", "serviceusage.serviceUsageConsumer"
     return (
-        f"{bucket} must let you in. Received: {text[:400]}. To grant {missing[0]}, whoever owns it runs "
+        f"{bucket} must grant you access. Received: {text[:400]}. To grant {missing[0]}, its owner runs "
         f"`gcloud {grant} --member=user:YOU --role=roles/{role}`. See docs/faq.md"
     )
 

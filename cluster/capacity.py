@@ -133,8 +133,8 @@ class Wait:
         hosts_coming = ", ".join(f"{count} of type {name}" for name, count in sorted(coming.items())) or "none"
         failed = [f"; failed: {launch.ray_node_type_name}: {launch.details}" for launch in status.failed_launches[-1:]]
         return (
-            f"{self._request} requested; the hosts have room for {present}, now free for {free}; "
-            f"hosts coming: {hosts_coming}{' '.join(failed)[:300]}"
+            f"{self._request} requested; the hosts have room for {present} in total, {free} now; "
+            f"pending hosts: {hosts_coming}{' '.join(failed)[:300]}"
         )
 
 

@@ -181,7 +181,7 @@ def _ray_faults(config: dict[str, Any]) -> Iterator[str]:
     if defaults:
         yield (
             "head_setup_commands: must be set, [] if there are none: by default Ray replaces the image's Google client "
-            f"by an old one. Received: {defaults[0]}"
+            f"with an old one. Received: {defaults[0]}"
         )
     for key in ("head_start_ray_commands", "worker_start_ray_commands"):
         starts = [command for command in map(str, config.get(key) or []) if "ray start" in command]

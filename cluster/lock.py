@@ -46,8 +46,8 @@ def locked(path: UPath, what: str, lost: threading.Event) -> Iterator[None]:
 
 def _refused(what: str) -> OptionError:
     return OptionError(
-        f"only one process at a time may work on {what}. Received: another one that does. Wait until it has ended, or "
-        "use another name"
+        f"only one process at a time may work on {what}. Received: a second one. Wait for the first one to end, or use "
+        "another name"
     )
 
 
@@ -100,14 +100,14 @@ def _lease(path: UPath, what: str, lost: threading.Event) -> Iterator[None]:
             if _is_of(_read(path), holder):
                 remove_file(path)
         except Exception as error:  # each file system raises its own types; the work is done
-            log.warning("%s could not be removed, and is free in %g s: %s", path, SECONDS_UNTIL_LOST, one_line(error))
+            log.warning("%s could not be removed, and expires in %g s: %s", path, SECONDS_UNTIL_LOST, one_line(error))
 
 
 def _take(path: UPath, holder: str, what: str) -> None:
     """Write the lease, once there is none or the existing one has not changed for a minute."""
     seen, quiet = _read(path), 0.0
     if seen:
-        log.info("%s may be in use: waiting up to %g s for a sign of its process", what, SECONDS_UNTIL_LOST)
+        log.info("%s may be in use: waiting up to %g s to see whether its process is alive", what, SECONDS_UNTIL_LOST)
     # Count only the seconds slept: while the storage does not answer, the holder can't renew its lease either.
     while (now := _read(path)) and now == seen and quiet < SECONDS_UNTIL_LOST:
         time.sleep(SECONDS_BETWEEN_LOOKS)

@@ -91,7 +91,7 @@ def resolve_model(place: UPath) -> UPath:
     latest = read_latest(place)
     if latest is None:
         raise InputError(
-            f"a finished folder must hold {MANIFEST_FILE}, an architecture's folder {LATEST_FILE}. "
+            f"a finished folder must hold {MANIFEST_FILE}, and an architecture's folder {LATEST_FILE}. "
             f"Received: {place}, with neither"
         )
     return place / latest.run

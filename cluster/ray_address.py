@@ -36,5 +36,5 @@ def check_address(address: str) -> None:
             mend = "Put the cluster's token into ~/.ray/auth_token (mode 600) and set RAY_AUTH_MODE=token"
         received = " ".join((text or str(code)).split())[:300]
         raise KuzushijiError(
-            f"a Ray must answer at RAY_ADDRESS. Received: {address}: {received}. {mend}. See docs/faq.md"
+            f"a Ray cluster must answer at RAY_ADDRESS. Received: {address}: {received}. {mend}. See docs/faq.md"
         ) from error

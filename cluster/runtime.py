@@ -60,7 +60,7 @@ def ray_session(request: Request = Request()) -> Iterator[Session]:  # noqa: B00
             room for it and there is no autoscaler.
         KuzushijiError: a local Ray did not start in time, or can't use its folder; or no Ray answers at RAY_ADDRESS.
     """
-    with waiting("Ray starts ..."):
+    with waiting("Starting Ray ..."):
         session = Session(_start(request.processes * request.cpus))
     try:
         check_room(request)
@@ -86,7 +86,7 @@ def _start(at_least_cpus: int) -> bool:
         return False
     if uses_cluster():
         check_address(os.environ["RAY_ADDRESS"])
-        log.info("using the Ray at %s", os.environ["RAY_ADDRESS"])
+        log.info("using the Ray cluster at %s", os.environ["RAY_ADDRESS"])
         ray.init(logging_level=logging.WARNING, log_to_driver=False)
         return True
     cpus = usable_cpus()

@@ -69,7 +69,7 @@ def place(text: str | os.PathLike[str]) -> UPath:
     if store is _BUCKET:
         if not bucket.has_valid_name(path):
             raise OptionError(
-                f"an address of Google Cloud Storage must be gs://BUCKET/..., in small letters. Received: {text}"
+                f"an address of Google Cloud Storage must be gs://BUCKET/..., in lower case. Received: {text}"
             )
         path = UPath(str(text).rstrip("/"), **gcsfs_options())
     return path
@@ -106,7 +106,7 @@ def local_path(text: str, option: str) -> Path:
     """
     path = place(text)
     if not is_local(path):
-        raise OptionError(f"{option} must be a path of this machine. Received: {text}")
+        raise OptionError(f"{option} must be a path on this machine. Received: {text}")
     return Path(path.path)
 
 

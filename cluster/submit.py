@@ -118,7 +118,7 @@ def _check_encrypted(address: str) -> None:
     parts = urlsplit(address)
     if parts.scheme == "http" and not _is_loopback(parts.hostname or ""):
         raise OptionError(
-            "--address must be https://, or of this machine, as through an ssh tunnel: else others can read the token. "
+            "--address must be https://, or on this machine (an ssh tunnel); otherwise others can read the token. "
             f"Received: {address}. Use --cluster, or --insecure on a network that you trust. See docs/google-cloud.md"
         )
 
@@ -207,7 +207,7 @@ def _wait_for(tunnel: "subprocess.Popen[str]", port: int, cluster_file: Path) ->
                 return
         time.sleep(0.2)
     raise KuzushijiError(
-        f"the head must answer by ssh within {SECONDS_FOR_TUNNEL:.0f} s. Received: no answer. "
+        f"the head must answer over ssh within {SECONDS_FOR_TUNNEL:.0f} s. Received: no answer. "
         f"Try {_quoted('ray', 'exec', cluster_file, 'uptime')}. See docs/google-cloud.md"
     )
 
@@ -255,7 +255,7 @@ def _check_taken(client: "JobSubmissionClient", job: str, head: Head, error: Exc
                 f"the head must accept the job. Received: {received}. Run the same command again"
             ) from error
         raise KuzushijiError(
-            f"the head must tell whether it has job {job}, which may have been submitted. Received: {received}. "
+            f"the head must report whether it has job {job}, which may have been submitted. Received: {received}. "
             f"{head.follow_and_stop_hint(job)}"
         ) from error
 

@@ -528,10 +528,10 @@ def test_an_interrupted_pull_from_a_bucket_resumes_where_it_stopped(
 def test_corrupted_downloads_are_refused(strict: StrictBucket, folder: UPath, tmp_path: Path) -> None:
     write_bytes(folder / "labels.csv", b"image_id,labels\n")
     strict.faults.inject("flip")
-    with pytest.raises(DamageError, match="must arrive as it is there"):
+    with pytest.raises(DamageError, match="must arrive unchanged"):
         read_bytes(folder / "labels.csv")
     strict.faults.inject("flip")
-    with pytest.raises(DamageError, match="must arrive as it is there"):
+    with pytest.raises(DamageError, match="must arrive unchanged"):
         fetch(folder / "labels.csv", tmp_path / "labels.csv")
     assert read_bytes(folder / "labels.csv") == b"image_id,labels\n"
 
@@ -605,7 +605,7 @@ def test_a_missing_bucket_is_one_line(
 @pytest.mark.parametrize(
     ("kind", "says"),
     [
-        ("403", "gs://demo must let you in."),
+        ("403", "gs://demo must grant you access."),
         ("401", "Run `gcloud auth application-default login`"),
     ],
 )
@@ -621,7 +621,7 @@ def test_no_right_and_no_credentials_are_one_line_with_what_to_run(
     assert says in line
 
 
-@pytest.mark.parametrize(("kind", "says"), [("401", "must know who asks"), ("403", "must let you in")])
+@pytest.mark.parametrize(("kind", "says"), [("401", "needs credentials"), ("403", "must grant you access")])
 def test_a_bucket_that_refuses_later_is_not_taken_for_an_empty_one(
     strict: StrictBucket, folder: UPath, kind: str, says: str
 ) -> None:
@@ -643,7 +643,7 @@ def test_a_page_that_is_refused_while_prepare_runs_is_one_line(
     told = kuzushiji("prepare", "--pages", folder, "--labels", pages / "train.csv", *to)
     (line,) = told.lines
     assert told.code == 1
-    assert "gs://demo must let you in." in line
+    assert "gs://demo must grant you access." in line
 
 
 @pytest.fixture
@@ -656,7 +656,7 @@ def archive(folder: UPath, pages: Path, tmp_path: Path, monkeypatch: pytest.Monk
     return folder / "pages.zip"
 
 
-@pytest.mark.parametrize(("kind", "says"), [("401", "must know who asks"), ("403", "must let you in")])
+@pytest.mark.parametrize(("kind", "says"), [("401", "needs credentials"), ("403", "must grant you access")])
 def test_an_archive_that_is_refused_later_is_no_loss_of_pages(
     strict: StrictBucket, archive: UPath, kind: str, says: str
 ) -> None:
@@ -750,8 +750,8 @@ def test_whatever_is_asked_of_a_bucket_is_answered_rightly_or_in_one_line(
         assert isinstance(told, KuzushijiError)
         assert "\n" not in str(told)
         assert refused or kind == "flip"
-        assert kind != "403" or "gs://demo must let you in" in str(told)
-        assert kind != "401" or "must know who asks" in str(told)
+        assert kind != "403" or "gs://demo must grant you access" in str(told)
+        assert kind != "401" or "needs credentials" in str(told)
         strict.faults.clear()
         assert ask(folder, here) == right
     if operation == "remove":
@@ -813,7 +813,7 @@ def test_a_refused_listing_of_models_is_an_error_not_an_empty_list(
 ) -> None:
     write_run(folder, "one")
     strict.faults.inject("403", times=100, matching=r"/o\?")
-    with pytest.raises(KuzushijiError, match="gs://demo must let you in"):
+    with pytest.raises(KuzushijiError, match="gs://demo must grant you access"):
         pull(folder, place(tmp_path))
 
 
@@ -844,7 +844,7 @@ REFUSED = {
     ),
     "retention": ("retained", "POST", lambda x: change_bytes(x, lambda _: b"2"), "update gs://demo --clear-retention"),
     "requester pays": ("unpaid", "GET", read_bytes, "400 .*provided. Set GOOGLE_CLOUD_QUOTA_PROJECT"),
-    "organization": ("abroad", "GET", read_bytes, "403 .*organization's policy.*Identifier: 4. Ask whoever"),
+    "organization": ("abroad", "GET", read_bytes, "403 .*organization's policy.*Identifier: 4. Ask its owner"),
 }  # fmt: skip
 
 
@@ -887,10 +887,10 @@ def test_a_bucket_whose_requesters_pay_is_used_with_the_project_of_googles_varia
 @pytest.mark.parametrize(
     ("error", "says"),
     [
-        (DefaultCredentialsError("Your default credentials were not found."), "Google Cloud must know who asks"),
+        (DefaultCredentialsError("Your default credentials were not found."), "Google Cloud needs credentials"),
         (RefreshError("invalid_grant: Token has been expired or revoked."), "must accept the credentials"),
         (RetryError("Timeout of 120.0s exceeded", ServiceUnavailable("GET https://x/b/demo/o: 503")), "must answer"),
-        (OSError("Forbidden: https://x/b/demo/o\nno storage.objects.list access"), "gs://demo must let you in"),
+        (OSError("Forbidden: https://x/b/demo/o\nno storage.objects.list access"), "gs://demo must grant you access"),
         (Forbidden("b/demo/o: no serviceusage.services.use access"), "--role=roles/serviceusage.serviceUsageConsumer"),
         (BadRequest("b/demo/o: User project specified in the request is invalid."), "Set GOOGLE_CLOUD_QUOTA_PROJECT"),
     ],

@@ -112,7 +112,7 @@ def test_a_stale_lease_is_taken_over_with_a_log_line(
     write_bytes(lease, b"of-a-killed-process 1\n")
     with locked(lease, "it", Event()):
         assert not read_bytes(lease).startswith(b"of-a-killed-process")
-    assert "it may be in use: waiting up to 0.5 s for a sign of its process" in caplog.text
+    assert "it may be in use: waiting up to 0.5 s to see whether its process is alive" in caplog.text
 
 
 def test_a_process_whose_lease_was_taken_over_is_told_and_leaves_the_other_its_lease(lease: UPath) -> None:

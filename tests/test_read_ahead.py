@@ -116,7 +116,7 @@ def test_a_fault_while_pages_are_read_ahead_loses_none(
         found += cuts
     except DamageError as error:
         assert (kind, fault) == ("folder", "flip")
-        assert "must arrive as it is there" in str(error)
+        assert "must arrive unchanged" in str(error)
     else:
         assert len(found) == len(of_a_disk)
     assert strict.faults.left() == 0
@@ -226,7 +226,7 @@ def test_the_first_bytes_of_an_object_are_read_with_one_request_unless_it_is_lar
 def test_an_object_corrupted_in_transit_is_refused_at_any_size(strict: StrictBucket, folder: UPath, size: int) -> None:
     write_bytes(folder / "x", bytes(size))
     strict.faults.inject("flip")
-    with pytest.raises(DamageError, match="must arrive as it is there"):
+    with pytest.raises(DamageError, match="must arrive unchanged"):
         read_at_most(folder / "x", 1 << 40)
     with pytest.raises(FileNotFoundError):
         read_at_most(folder / "nothing", 10)

@@ -174,7 +174,7 @@ def test_a_cluster_without_room_refuses_at_once_or_with_an_autoscaler_at_the_sta
             f"Received: {request}; there is room for 0 on 1 host with 0 CPUs and 0 GPUs in all, and no autoscaler"
             in line
         )
-    there = "requested; the hosts have room for 0, now free for 0; hosts coming: none"
+    there = "requested; the hosts have room for 0 in total, 0 now; pending hosts: none"
     ended = "the processes must start within 3 s (--start-limit). Received: "
     assert lines[2].startswith(f"kuzushiji: {ended}{tasks} {there}")
     for architecture in ("baseline", "fcn"):  # both wait at the same time: an autoscaler may add hosts for both
@@ -204,7 +204,7 @@ def test_an_unreachable_ray_is_one_line_that_names_the_fix(few: Path, tmp_path: 
         (tmp_path / "file").touch()
         (tmp_path / ("long" * 20)).mkdir()
         says = {
-            r"a Ray must answer at RAY_ADDRESS. Received: .*refused.*unset it": {"RAY_ADDRESS": nobody},
+            r"a Ray cluster must answer at RAY_ADDRESS. Received: .*refused.*unset it": {"RAY_ADDRESS": nobody},
             r"RAY_ADDRESS must be HOST:PORT .*Received: http://127.*`kuzushiji submit": {"RAY_ADDRESS": f"http://{nobody}"},
             "short path.* Received: .*AF_UNIX.* Set RAY_TMPDIR": {
                 "RAY_ADDRESS": "", "TMPDIR": str(tmp_path / ("long" * 20)),
@@ -221,7 +221,7 @@ def test_an_unreachable_ray_is_one_line_that_names_the_fix(few: Path, tmp_path: 
 
 def test_a_silent_server_is_not_accepted_as_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cluster.ray_address.SECONDS_FOR_ANSWER", 0.5)
-    with socket.create_server(("", 0)) as silent, pytest.raises(KuzushijiError, match="a Ray must answer.*Deadline"):
+    with socket.create_server(("", 0)) as silent, pytest.raises(KuzushijiError, match="cluster must answer.*Deadline"):
         check_address(f"127.0.0.1:{silent.getsockname()[1]}")
     for address in ("ray://127.0.0.1:10001", "127.0.0.1", ":6379", "host:abc"):
         with pytest.raises(OptionError, match=f"must be HOST:PORT.* Received: {address}"):

@@ -368,7 +368,7 @@ def test_ctrl_c_leaves_the_job_running_and_says_how_to_follow_it(head: Head, pag
     source = ["--pages", str(pages / "train_images"), "--labels", str(pages / "train.csv")]
     job = ["--", "prepare", *source, "--dataset", str(tmp_path / "crops")]
     with head.popen(*job) as here:
-        wait_for("using the Ray at", here.stdout)
+        wait_for("using the Ray cluster at", here.stdout)
         here.send_signal(signal.SIGINT)
         said = here.communicate(timeout=SECONDS_AT_MOST)[1]
     assert here.returncode == 1
@@ -589,9 +589,9 @@ def test_a_command_without_the_token_of_the_ray_at_ray_address_is_one_line(head:
     script = [sys.executable, "-c", ASKS_A_RAY, f"127.0.0.1:{head.ports['gcs']}"]
     with_other = os.environ | {"RAY_AUTH_TOKEN": "0" * 64}
     (told,) = subprocess.check_output(script, env=with_other, text=True).splitlines()
-    assert "a Ray must answer at RAY_ADDRESS" in told
+    assert "a Ray cluster must answer at RAY_ADDRESS" in told
     assert "token is missing or incorrect. Put the cluster's token into" in told
-    with pytest.raises(KuzushijiError, match="a Ray must answer at RAY_ADDRESS"):
+    with pytest.raises(KuzushijiError, match="a Ray cluster must answer at RAY_ADDRESS"):
         check_address(head.address.removeprefix("http://"))  # the dashboard
 
 

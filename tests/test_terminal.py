@@ -100,7 +100,7 @@ def test_a_training_shows_its_progress_in_one_line(
     sizes = ["--epochs", "2", "--global-batch-size", "4", "--workers", "1"]
     seen = shown([*KUZUSHIJI_WITH_SMALL_HEAD, "train", "--dataset", few, *models, *sizes])
     assert seen.code == 0, "\n".join(seen.screens[-1])
-    assert seen.lines(f"[{SPINNER}] Ray starts ...")
+    assert seen.lines(f"[{SPINNER}] Starting Ray ...")
     assert seen.lines(f"baseline {BAR}+  workers start")
     steps = seen.lines(
         rf"baseline [{BAR}╸╺]+ (-:--|\d:\d\d):\d\d epoch [12]/2, step \d+/\d+, loss \d+\.\d{{4}}, "
@@ -124,8 +124,8 @@ def test_progress_is_drawn_before_another_thread_logs(ray_here: None, monkeypatc
     for module in (cluster.progress, job.train.display):
         monkeypatch.setattr(module, "on_terminal", lambda: True)
         monkeypatch.setattr(module, "terminal", lambda: console)
-    with waiting("Ray starts ..."):
-        assert "Ray starts" in written.getvalue()
+    with waiting("Starting Ray ..."):
+        assert "Starting Ray" in written.getvalue()
     with job.train.display.watched(["baseline"]):
         assert "baseline" in written.getvalue()
 
