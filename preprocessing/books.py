@@ -116,10 +116,10 @@ def _given_books(labels: Labels, files: Mapping[str, tuple[str, int]], named: Bo
     if not used:
         raise InputError(
             f"--books must name pages of the input. Received: {len(named.books)} lines of {named.by},book, none of "
-            f"them of a page, such as {min(named.books)[:40]!r}. Give the ids of the label file"
+            f"which names a page, such as {min(named.books)[:40]!r}. Use the ids of the label file"
         )
     if unused := sorted(named.books.keys() - used):
-        log.warning("--books: %d of %d lines are of no page, such as %r", len(unused), len(named.books), unused[0])
+        log.warning("--books: %d of %d lines name no page, such as %r", len(unused), len(named.books), unused[0])
     return given
 
 
@@ -142,7 +142,7 @@ def pages_for_training(
         more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
         raise InputError(
             f"each line of --train-only must be a page or a book of the input. Received: {unknown[0][:80]!r}{more}. "
-            "Give ids of the label file, or books as in pages.parquet"
+            "Use ids of the label file, or books as in pages.parquet"
         )
     return np.array([page_id in named.names or book in named.names for page_id, book in zip(ids, books, strict=True)])
 

@@ -53,9 +53,9 @@ def split_rule(config: Mapping[str, Any], book_rule: str) -> str:
             "by volume, which an earlier release took for the book: volumes of one title may be in several splits "
             "(leakage), which inflates accuracy"
         )
-    alone = " Some pages or books are for training alone." if config.get("train_only") else ""
+    alone = " Some pages or books are for training only." if config.get("train_only") else ""
     if folds := config.get("folds"):
-        shares = f"Fold {config.get('fold')} of {folds} (from 0) is the test, the next one validation"
+        shares = f"Fold {config.get('fold')} of {folds} (from 0) is the test split, the next one validation"
     else:
         shares = f"Test {config.get('test_fraction')}, validation {config.get('val_fraction')}"
     return f"{by}. {shares}, seed {config.get('seed')}.{alone}"

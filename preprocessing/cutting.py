@@ -145,8 +145,8 @@ def _scale_of(page: Page, width: int, height: int, rescale: bool) -> tuple[float
         )
     if not rescale:
         raise InputError(
-            f"boxes must be made for the size of their scan. {received}. Give --rescale to scale the boxes, with "
-            "another --dataset, or the scans that they were made for. "
+            f"boxes must be made for the size of their scan. {received}. Give --rescale and another --dataset to "
+            "scale the boxes, or give the scans that they were made for. "
             "See docs/data.md#boxes-for-another-size-of-the-scan"
         )
     return across, down

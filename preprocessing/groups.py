@@ -280,7 +280,8 @@ def read_group(folder: UPath, prefix: str, number: int) -> Group:
             rows = file.read_row_group(number % GROUPS_PER_FILE, use_threads=False)
     except (pa.ArrowException, OSError) as error:  # OSError: a wrong checksum
         raise DamageError(
-            f"{path} must be as it was written. Received: {' '.join(str(error).split())}. Run the same command again"
+            f"{path} must not change after it was written. Received: {' '.join(str(error).split())}. "
+            "Run the same command again"
         ) from error
     same = json.loads(rows.schema.metadata[b"groups"])
     columns = {name: rows[name].combine_chunks() for name in _SCHEMA.names}

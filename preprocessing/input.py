@@ -56,7 +56,7 @@ def read_input(
     if rescale:
         check_sizes_are_stated(found.labels)
     if found.ignored:
-        log.info("no scans in %s: %s", pages, ignored_line(found.ignored))
+        log.info("ignoring files in %s that are not scans: %s", pages, ignored_line(found.ignored))
     return found
 
 

@@ -29,7 +29,7 @@ WITHOUT_SEGMENT = (0x01, *range(0xD0, 0xD8))
 MAX_SEGMENTS = 10_000  # of a header; further ones are not read
 MAX_MENDS = 4
 CMYK_ROWS = 256  # to convert at once
-AMBIGUOUS_CMYK = "CMYK without Adobe's marker, which would say whether 0 is no ink: read so that the page is light"
+AMBIGUOUS_CMYK = "CMYK without Adobe's marker, so 0 may be ink or no ink: read so that the page is light"
 
 _FILL = re.compile(b"\xff+")
 

@@ -53,7 +53,7 @@ class Matcher:
         found = self.by_name.get(page_id, [])
         if len(found) > 1:
             raise InputError(
-                f"an image_id must have one file in {self.pages}. Received: {page_id!r}, of which there are "
+                f"an image_id must have one file in {self.pages}. Received: {page_id!r}, which matches "
                 f"{self.paths[found[0]]!r} and {self.paths[found[1]]!r}. Name the folder in the image_id. "
                 "See docs/data.md#page-ids"
             )

@@ -151,6 +151,6 @@ def _without_extraneous_end(data: bytes) -> Mend | None:
             extraneous = len(content) - header - end
             return Mend(
                 data[: segment.content + header + end] + data[segment.end :],
-                f"{extraneous} extraneous bytes behind the picture were dropped",
+                f"{extraneous} extraneous bytes after the picture were dropped",
             )
     return None

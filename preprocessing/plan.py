@@ -75,7 +75,7 @@ def make_plan(
         InputError: labels or pages can't be used, or the files of `--books` and `--train-only` do not fit them.
     """
     if label_places is None and config.split == "page":
-        raise OptionError("--split must be random or book with --crops, which are on no page. Received: page")
+        raise OptionError("--split must be random or book with --crops, which have no pages. Received: page")
     labels, files, ignored = read_input(pages, label_places, rescale=bool(config.rescale), canvases=canvases)
     books = books_of_pages(labels, files, config.books)
     splits = _splits(labels, files, books, config)

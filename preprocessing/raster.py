@@ -175,7 +175,7 @@ def _scaled(values: NDArray[np.integer[Any]], white_is_zero: bool) -> tuple[NDAr
     low, high = int(values.min()), int(values.max())
     bits = max(8, high.bit_length())
     if low < 0 or bits > 16:
-        raise ValueError(f"gray from {low} to {high} is not of 8 to 16 bits")
+        raise ValueError(f"gray values from {low} to {high} do not fit into 8 to 16 bits")
     table = np.rint(np.arange(1 << bits) * (255 / ((1 << bits) - 1))).astype(np.uint8)
     if white_is_zero:
         table = table[::-1]

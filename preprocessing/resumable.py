@@ -106,7 +106,7 @@ class Resumable:
             if not faults:
                 return manifest
             repair(manifest)
-            log.warning("%s: %s; damaged files are made again", self.folder, "; ".join(faults))
+            log.warning("%s: %s; damaged files are recreated", self.folder, "; ".join(faults))
             write_bytes(self.plan, json.dumps(identity).encode())
             remove_file(self.folder / MANIFEST_FILE)
         elif others and not has_plan:
@@ -132,7 +132,7 @@ class Resumable:
         there, now = dict(self.new_options) | _flat(earlier), _flat(identity)
         differing = [key for key, value in now.items() if there.get(key) != value]
         if differing:
-            differences = ", ".join(f"{k} (there {str(there.get(k))[:40]}, now {str(now[k])[:40]})" for k in differing)
+            differences = ", ".join(f"{k} (was {str(there.get(k))[:40]}, now {str(now[k])[:40]})" for k in differing)
             raise OptionError(
                 f"{self.option} must be a new folder, or one made with the same options and input. Received: "
                 f"{self.folder}, where these differ: {differences}. Name another folder or remove it. See docs/faq.md"
@@ -142,7 +142,7 @@ class Resumable:
         try:
             parsed = json.loads(plan)
             if not isinstance(parsed, dict):
-                raise ValueError("it is no object")
+                raise ValueError("it is not an object")
         except ValueError as error:
             raise DamageError(
                 f"{self.plan} must be a JSON object. Received: {error}. Remove {self.folder} and run the same command "
@@ -220,7 +220,7 @@ class Resumable:
 
     def _without(self, what: str) -> DamageError:
         return DamageError(
-            f"{self.option} must stay in place while it is made, and be a folder that all workers share. "
+            f"{self.option} must not be removed while it is written, and must be a folder that all workers share. "
             f"Received: {self.folder}, without {what}. Run the same command again"
         )
 

@@ -163,8 +163,8 @@ class Units:
             return cls(names.tolist(), of_page, sizes, np.zeros(len(names), bool), "")
         is_for_training = np.bincount(of_page, weights=train_only) > 0
         if added := int(np.count_nonzero(is_for_training[of_page] & ~train_only)):
-            log.warning("--train-only: %d more pages are of the same books, which --split book keeps whole", added)
-        beside = " beside those of --train-only"
+            log.warning("--train-only: %d more pages belong to the same books, which --split book keeps whole", added)
+        beside = " besides those of --train-only"
         return cls(names.tolist(), of_page, np.where(is_for_training, 0, sizes), is_for_training, beside)
 
     def in_seeded_order(self, rng: np.random.Generator) -> list[int]:

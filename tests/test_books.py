@@ -197,7 +197,7 @@ def test_a_file_of_books_overrides_the_rule_and_the_longest_prefix_counts(
     files = {"a1_1": ("a1_1.jpg", 1)}
     by_page = books_file(tmp_path, "\ufeffpage,book\na1_1,first\nが_1,third\n\nc_1,none\n")
     assert books_of_pages(labels, files, by_page) == ["first", "a", "b", "third"]
-    assert "--books: 1 of 3 lines are of no page, such as 'c_1'" in caplog.text
+    assert "--books: 1 of 3 lines name no page, such as 'c_1'" in caplog.text
     by_prefix = books_file(tmp_path, "prefix,book\na,A\na2,A2\n")
     assert books_of_pages(labels, files, by_prefix) == ["A", "A2", "b", "が"]
     with pytest.raises(InputError, match="--books must name pages of the input. Received: 1 lines of page,book"):
@@ -276,7 +276,7 @@ def test_two_real_books_next_to_drawn_ones_become_validation_and_test() -> None:
     books = ["1", "2", "drawn"]
     splits = split_of_boxes(labels, "book", 42, 0.15, 0.15, books, np.array([False, False, True]))
     assert set(splits.tolist()) == {TRAIN, VALIDATION, TEST}
-    with pytest.raises(OptionError, match="at least 2 books with boxes beside those of --train-only. Received: 1"):
+    with pytest.raises(OptionError, match="at least 2 books with boxes besides those of --train-only. Received: 1"):
         split_of_boxes(labels, "book", 42, 0.15, 0.15, books, np.array([False, True, True]))
 
 
@@ -340,7 +340,7 @@ def test_a_dataset_lists_its_pages_and_losses_and_another_file_of_books_is_refus
     (tmp_path / "books.csv").write_text("prefix,book\nb0,zero\nb1,one\nb2,two\nb3,three\n\n")
     refused = kuzushiji("prepare", *given)
     assert refused.code == 2
-    assert "these differ: books (there " in refused.lines[-1]
+    assert "these differ: books (was " in refused.lines[-1]
 
 
 def test_a_table_that_was_changed_is_read_or_refused_in_one_line(tmp_path: Path) -> None:
@@ -395,7 +395,7 @@ def test_a_dataset_of_an_earlier_release_is_read_and_says_that_it_was_split_by_v
     )
     assert read_manifest(place(tmp_path / "by_book"), DatasetManifest).split_by == "volume"
     source = place(pages / "train_images"), place(pages / "train.csv")
-    with pytest.raises(OptionError, match="these differ: book_rule .there volumes, now titles"):
+    with pytest.raises(OptionError, match="these differ: book_rule .was volumes, now titles"):
         prepare(*source, place(tmp_path / "by_book"), PrepareConfig(split="book", coverage=0.5))
     assert prepare(*source, place(tmp_path / "by_box"), PrepareConfig(coverage=0.5))[1] is False
     sorted((tmp_path / "by_box").glob("*train*"))[0].write_bytes(b"")

@@ -160,7 +160,7 @@ def test_unknown_label_files_are_refused_and_notes_are_ignored(
     for name in ("README.md", "unicode_translation.csv", ".DS_Store", "scan.jpg", "LICENSE"):
         (tmp_path / name).write_text("nothing")
     read(tmp_path)
-    assert "3 files next to the labels are left aside: " in caplog.text
+    assert "3 files next to the labels are ignored: " in caplog.text
     (tmp_path / "more.csv").write_text("image,labels\n")
     refused(tmp_path, says="more.csv must begin with the header image_id,labels, or be labels of another form")
     assert "'<xml/>'" in refused(written(tmp_path / "x.xml", "<xml/>"), says="must begin with the header")
@@ -308,7 +308,7 @@ def test_fractions_move_near_edges_down_and_far_edges_up_and_are_counted(
 ) -> None:
     labels = read(json_file(tmp_path / "coco.json", annotation(bbox=bbox)))
     assert labels.boxes.tolist() == [box]
-    told = "1 boxes had fractions of pixels: near edges moved down, far edges up"
+    told = "1 boxes had fractions of pixels: near edges rounded down, far edges up"
     assert list(labels.warnings) == ([("a_1", told)] if warned else [])
     assert ("1 pages have boxes with fractions" in caplog.text) == warned
 
@@ -358,7 +358,7 @@ def test_a_decomposed_character_is_composed_and_a_single_ideograph_stays(tmp_pat
         (coco_of(annotations={}), "the file: must have 'annotations', a list"),
         (coco_of(images=None), "the file: must have 'images', a list"),
         (coco_of(images=[3]), r"images\[0\]: 'id' must be"),
-        (coco_of(images=[{"id": 7}]), r"images\[0\]: must have 'file_name', a text"),
+        (coco_of(images=[{"id": 7}]), r"images\[0\]: must have 'file_name', a string"),
         (coco_of(images=[{"id": 7, "file_name": "../a.jpg"}]), r"images\[0\]: its file must name a page"),
         (
             coco_of(images=[{"id": 7, "file_name": "a.jpg"}] * 2),
@@ -366,7 +366,7 @@ def test_a_decomposed_character_is_composed_and_a_single_ideograph_stays(tmp_pat
         ),
         (coco_of(images=[{"id": i, "file_name": "a.jpg"} for i in (7, 8)]), "images: a file must be listed once"),
         (coco_of(categories=[{"id": 1, "name": "text"}]), "the name of category 1 must be a character or U.306F"),
-        (coco_of(categories=[{"id": 1}]), r"categories\[0\]: must have 'name', a text"),
+        (coco_of(categories=[{"id": 1}]), r"categories\[0\]: must have 'name', a string"),
         (coco_of(annotations=[]), "at least one page must have a labelled box"),
         ({"shapes": []}, "must have `images` and `annotations`"),
         ({}, "must have `images` and `annotations`"),
@@ -461,18 +461,18 @@ def test_yolo_pages_without_boxes_and_notes_are_told_apart(tmp_path: Path) -> No
     labels = read(tmp_path)
     assert (labels.page_ids, labels.boxes_per_page.tolist()) == (["a_1", "b_2"], [1, 0])
     written(tmp_path / "labels" / "c_3.txt", "one 0.5 0.25 0.1 0.01\n")
-    refused(tmp_path, says=r"c_3.txt, line 1: a box must be its class and four shares")
+    refused(tmp_path, says=r"c_3.txt, line 1: a box must be its class and four fractions")
 
 
 @pytest.mark.parametrize(
     ("lines", "names", "says"),
     [
-        ("0 .5 .5 .1 .1\n0 .5 .5 .1\n", "は", "a_1.txt, line 2: a box must be its class and four shares"),
+        ("0 .5 .5 .1 .1\n0 .5 .5 .1\n", "は", "a_1.txt, line 2: a box must be its class and four fractions"),
         ("0 .5 .5 .1 .1 .1 .1\n", "は", "line 1: a box must be"),
-        ("0 1231 3465 133 53\n", "は", "line 1: a box must be its class and four shares of the page, from 0 to 1"),
+        ("0 1231 3465 133 53\n", "は", "line 1: a box must be its class and four fractions of the page, from 0 to 1"),
         ("0 .5 .5 .1 1e999\n", "は", "line 1: a box must be"),
         ("1 .5 .5 .1 .1\n", "は", "a class must be one of the 1 names. Received: 1"),
-        ("0 .5 .5 .1 .1\n", None, "YOLO labels must have their class names beside them"),
+        ("0 .5 .5 .1 .1\n", None, "YOLO labels must have their class names next to them"),
         ("0 .5 .5 .1 .1\n", "text", "classes.txt, class 0: a character must be one character or look like U.306F"),
     ],
 )
@@ -561,8 +561,8 @@ def canvas_box(at: str = "https://x/canvas/a_1#xywh=1,2,3,4", chars: Any = "は"
         (canvas_box(chars=""), "must have its character in"),
         (canvas_box(chars=3), "must have its character in"),
         (canvas_box(metadata=3), "must have its character in"),
-        ({"@id": 3}, "must have '@id', a text"),
-        (3, "must have '@id', a text"),
+        ({"@id": 3}, "must have '@id', a string"),
+        (3, "must have '@id', a string"),
     ],
 )
 def test_what_is_malformed_in_a_curation_is_refused_with_its_place(member: Any, says: str, tmp_path: Path) -> None:
@@ -577,7 +577,7 @@ def test_a_curation_without_its_lists_is_refused(tmp_path: Path) -> None:
 def test_canvases_whose_ids_end_alike_need_a_file_that_names_pages(tmp_path: Path) -> None:
     at = [f"https://x/{book}/canvas/10#xywh=1,2,3,4" for book in "ab"]
     path = json_file(tmp_path / "curation.json", curation_of(*map(canvas_box, at)))
-    refused(path, says="canvases must end with different ids, or --canvases name their files")
+    refused(path, says="canvases must end with different ids, or --canvases must name their files")
     rows = "canvas,file\nhttps://x/a/canvas/10,a_10.jpg\nhttps://x/b/canvas/10,b_10.jpg\n"
     canvases = written(tmp_path / "canvases.csv", rows)
     labels = read(path, canvases=canvases)
@@ -720,12 +720,12 @@ def test_folders_that_are_no_crops_are_refused_in_one_line(tmp_path: Path) -> No
     for make, says in (
         (lambda: crops_of(tmp_path / "a", "images/a.jpg"), "--crops must be a folder with a folder of images"),
         (lambda: tmp_path / "none", "--crops must be a folder with a folder of images"),
-        (lambda: crops_of(tmp_path / "b", "は/a.jpg", "U+306F/a.jpg"), "each crop must have a name of its own"),
+        (lambda: crops_of(tmp_path / "b", "は/a.jpg", "U+306F/a.jpg"), "each crop must have a unique name"),
         (lambda: crops_of(tmp_path / "c", "は/a b\n.jpg"), "an image_id must be"),
         (lambda: crops_of(tmp_path / "d", "1/a.jpg", "9/a.jpg", "10/a.jpg"), "Received: '10/a.jpg' .* class numbers"),
         (lambda: crops_of(tmp_path / "e", "train/00/a.jpg"), "Received: 'train/00/a.jpg' .* class numbers"),
         (lambda: crops_of(tmp_path / "f", "は/a.jpg", "ka/a.jpg"), "'ka/a.jpg' .*/f. Rename the folder"),
-        (lambda: crops_of(tmp_path / "g", "a/は/1.jpg", "a/U+306F/1.png"), "each crop must have a name of its own"),
+        (lambda: crops_of(tmp_path / "g", "a/は/1.jpg", "a/U+306F/1.png"), "each crop must have a unique name"),
     ):
         with pytest.raises(InputError, match=says) as caught:
             read_crops(place(make()))

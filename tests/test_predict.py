@@ -150,7 +150,7 @@ def test_a_model_of_crops_with_a_margin_reads_new_pages_with_it_and_is_evaluated
     assert evaluate(place(model), place(tmp_path / "wide"), "test").metrics.examples == len(best)
     with pytest.raises(OptionError, match=r"margin of the model's crops, 0\.15\. Received: 0\. .*--margin 0\.15"):
         evaluate(place(model), place(dataset), "test")
-    with pytest.raises(OptionError, match=r"margin \(there 0\.15, now 0\.0\)"):
+    with pytest.raises(OptionError, match=r"margin \(was 0\.15, now 0\.0\)"):
         prepare(*map(place, source), place(tmp_path / "wide"), PrepareConfig(coverage=0.5))
 
 
@@ -309,7 +309,7 @@ def test_a_page_that_ends_each_process_while_it_is_read_or_drawn_ends_predict_in
     groups = group_pages(labels, list_pages(place(shared / "pages")).files_of(labels.page_ids), 1)
     places = {name: str(tmp_path / name) for name in ("out", "annotate")}
     work = ReadGroup(str(model), "", str(shared / "pages"), **places, form="csv", groups=1, on_gpu=False)
-    with pytest.raises(DamageError, match="--out must stay in place while it is made, and be a folder that"):
+    with pytest.raises(DamageError, match="--out must not be removed while it is written, and must be a folder that"):
         work(0)
     out = resumable(place(tmp_path / "out"))
     write_bytes(out.plan, b"{}")
@@ -351,7 +351,7 @@ def test_an_out_folder_with_other_files_is_refused_unchanged(
             do(model, shared / "pages", shared / "train.csv", tmp_path / "new", annotate=place(pictures))
     with pytest.raises(OptionError, match="outside of --pages"):
         do(model, shared / "pages", shared / "train.csv", tmp_path / "new", annotate=place(shared / "pages"))
-    with pytest.raises(OptionError, match=r"these differ: format \(there parquet, now csv\)\. Name another folder"):
+    with pytest.raises(OptionError, match=r"these differ: format \(was parquet, now csv\)\. Name another folder"):
         do(model, shared / "pages", shared / "train.csv", read, form="csv", annotate=place(read.parent / "pictures"))
     assert verify(place(read))[1:] == ([], [])
 

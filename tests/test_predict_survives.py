@@ -150,7 +150,7 @@ def test_the_same_command_on_a_complete_folder_writes_nothing_and_mends_what_is_
 def test_a_complete_folder_without_pictures_is_refused_with_them_and_stays_sealed(source: Path, tmp_path: Path) -> None:
     assert predict_here(source, tmp_path, pictures=False)
     before = written(tmp_path)
-    with pytest.raises(OptionError, match=r"these differ: annotate \(there False, now True\)"):
+    with pytest.raises(OptionError, match=r"these differ: annotate \(was False, now True\)"):
         predict_here(source, tmp_path)
     assert written(tmp_path) == before
 
@@ -194,9 +194,9 @@ def test_a_folder_of_another_job_is_refused_with_what_differs_finished_or_not(
     for name in ("sealed", "begun"):
         before = written(tmp_path / name)
         for other, options, key in (
-            (source, {"min_confidence": 0.5}, "min_confidence (there 0.0, now 0.5)"),
-            (source, {"form": "csv"}, "format (there parquet, now csv)"),
-            (tmp_path / "other", {}, "input (there "),
+            (source, {"min_confidence": 0.5}, "min_confidence (was 0.0, now 0.5)"),
+            (source, {"form": "csv"}, "format (was parquet, now csv)"),
+            (tmp_path / "other", {}, "input (was "),
         ):
             with pytest.raises(
                 OptionError, match=rf"--out must be a new folder, or one .* differ: {re.escape(key)}.*remove it$"

@@ -315,7 +315,7 @@ def test_an_interrupted_run_is_finished_without_making_again_what_is_done(
 
 
 def test_a_folder_of_another_job_is_refused_with_what_differs(dataset: Path, pages: Path, tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match=r"coverage .there 0.5, now 0.9."):
+    with pytest.raises(OptionError, match=r"coverage .was 0.5, now 0.9."):
         run(pages, dataset, PrepareConfig())
     with pytest.raises(OptionError, match="seed"):
         run(pages, dataset, PrepareConfig(coverage=0.5, seed=1))

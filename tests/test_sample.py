@@ -267,7 +267,7 @@ def test_pages_are_drawn_with_the_fonts_of_a_folder_which_must_have_one(
 ) -> None:
     monkeypatch.setattr(drawing, "find_fonts", lambda: pytest.fail("those of the machine are not asked for"))
     fonts = tmp_path / "fonts"
-    for received in ("which is no folder", "with none"):
+    for received in ("which is not a folder", "with none"):
         with pytest.raises(
             OptionError, match=rf"^--fonts must be a folder with .*: {re.escape(str(fonts))}, {received}$"
         ):

@@ -211,8 +211,8 @@ def before_tables(extra: bytes) -> Callable[[bytes], bytes]:
 
 
 MENDS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
-    "extraneous bytes at the end": (ends_with(b"\x11\x22\x33" * 8), "24 extraneous bytes behind the picture"),
-    "zeros at the end": (ends_with(bytes(500)), "500 extraneous bytes behind the picture"),
+    "extraneous bytes at the end": (ends_with(b"\x11\x22\x33" * 8), "24 extraneous bytes after the picture"),
+    "zeros at the end": (ends_with(bytes(500)), "500 extraneous bytes after the picture"),
     "extraneous bytes in the header": (before_tables(b"abc"), "3 extraneous bytes before a marker"),
     "odd parameters of the scan": (with_odd_parameters, "parameters of a scan were out of range"),
     "no end marker": (lambda data: data[:-2], "end marker was missing"),
@@ -499,7 +499,7 @@ def test_an_id_is_the_path_of_its_file_or_a_name_that_occurs_once(
 @pytest.mark.parametrize(
     ("files", "ids", "says"),
     [
-        (["x/a.jpg", "y/a.jpg"], ["a"], "'a', of which there are 'x/a.jpg' and 'y/a.jpg'. Name the folder"),
+        (["x/a.jpg", "y/a.jpg"], ["a"], "'a', which matches 'x/a.jpg' and 'y/a.jpg'. Name the folder"),
         (["a.jpg", "a.tif"], ["b"], "one file per page. Received: 'a.jpg' and 'a.tif'"),
         ([f"{NFC}.jpg", f"{NFD}.jpg"], [NFC], "one file per page"),
         (["x/a.jpg", "y/b.jpg"], ["a", "x/a"], "one image_id. Received: 'a' and 'x/a' for 'x/a.jpg'"),

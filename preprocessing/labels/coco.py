@@ -108,7 +108,7 @@ class Coco:
             )
         names = self.names[0][1] if self.names else Names()
         if unused := sum(len(page.table) for page in self.annotated):
-            log.warning("%d annotations of %s are not used: boxes are those of the list", unused, self.names[0][0])
+            log.warning("%d annotations of %s are not used: the list has the boxes", unused, self.names[0][0])
         for where, detections in self.detections:
             yield from _detected(detections, where, names, self.bare)
 
@@ -135,7 +135,7 @@ def _names_of(content: Any) -> Names:
 def _key(value: Any, earlier: dict[Any, str], at: str) -> int | str:
     key = value.get("id") if isinstance(value, dict) else None
     if not isinstance(key, int | str) or isinstance(key, bool) or key in earlier:
-        raise Fault(at, "'id' must be a number or text of its own", key)
+        raise Fault(at, "'id' must be a unique number or string", key)
     return key
 
 
@@ -165,8 +165,8 @@ def _detected(detections: list[Any], where: str, names: Names, bare: bool) -> It
                 name = one.get("file_name", image)
                 if not isinstance(name, str):
                     rule = (
-                        "a detection must name its page: with a 'file_name', with an 'image_id' that is a text, or by "
-                        "a COCO file whose 'images' have this 'image_id', given along with the list"
+                        "a detection must name its page: with a 'file_name', with an 'image_id' that is a string, or "
+                        "by a COCO file whose 'images' have this 'image_id', given along with the list"
                     )
                     raise Fault(at, rule, name)
                 if name not in ids:

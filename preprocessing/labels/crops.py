@@ -47,7 +47,7 @@ def read_crops(crops: UPath) -> tuple[Labels, Files, dict[str, int]]:
         crop_id = short_id if count[short_id] == 1 else _crop_id(name, code_point, crops, with_folders=True)
         if crop_id in found:
             raise InputError(
-                f"each crop must have a name of its own. Received: {found[crop_id][0]!r} and {name!r} in {crops}"
+                f"each crop must have a unique name. Received: {found[crop_id][0]!r} and {name!r} in {crops}"
             )
         found[crop_id], code_points[crop_id] = (name, size), code_point
     if not found:
@@ -109,7 +109,7 @@ def _class_of(name: str, crops: UPath) -> int | None:
             return None
         what = "Rename class numbers to their characters" if folders[-1].isdecimal() else "Rename the folder"
         raise InputError(
-            "each image of --crops must lie in a folder that is named as its character, は or U+306F. "
+            "each image of --crops must be in a folder named after its character, は or U+306F. "
             f"Received: {name!r} in {crops}. {what}. See docs/data.md#crops"
         ) from error
 

@@ -70,7 +70,7 @@ class Curations:
                 page_id = id_of_file(unquote(canvas.rstrip("/").rpartition("/")[2]))
             except ValueError as error:
                 raise Fault(
-                    at, f"the canvas must end with a page's id ({error}), or --canvases name it", canvas
+                    at, f"the canvas must end with a page's id ({error}), or --canvases must name it", canvas
                 ) from error
         elif canvas in self.canvases:
             page_id = self.canvases[canvas]
@@ -78,8 +78,8 @@ class Curations:
             raise Fault(at, "each canvas must have a row in --canvases", canvas)
         other = self.canvas_of_page.setdefault(page_id, canvas)
         if other != canvas:
-            rule = f"canvases must end with different ids, or --canvases name their files; {page_id!r} is also that of"
-            raise Fault(at, f"{rule} {other[:200]}", canvas)
+            rule = "canvases must end with different ids, or --canvases must name their files"
+            raise Fault(at, f"{rule}; {page_id!r} also belongs to {other[:200]}", canvas)
         self.page_of_canvas[canvas] = page_id
         return page_id
 

@@ -62,7 +62,7 @@ class LabelFile:
             )
         if len(data) < self.size:
             raise InputError(
-                f"{self.where} must be readable whole. Received: {len(data)} of {self.size} bytes. "
+                f"{self.where} must be completely readable. Received: {len(data)} of {self.size} bytes. "
                 "Unpack the archive, or split the file"
             )
         self.sha256 = hashlib.sha256(data).hexdigest()

@@ -68,7 +68,7 @@ def member(value: Any, key: str, kind: type, at: str) -> Any:
     return found
 
 
-NAMES: dict[Any, str] = {list: "a list", str: "a text", dict: "an object"}
+NAMES: dict[Any, str] = {list: "a list", str: "a string", dict: "an object"}
 
 
 def pixels(value: Any, at: str) -> list[float]:

@@ -144,7 +144,7 @@ def _sorted_out(found: Sequence[LabelFile], option: str) -> tuple[Form, list[Lab
     used = {id(file) for file in (*of_form[first], *names)}
     if aside := [file.name for file in found if id(file) not in used]:
         kinds = ignored_line(count_kinds(map(kind_of, aside)))
-        log.warning("%d files next to the labels are left aside: %s", len(aside), kinds)
+        log.warning("%d files next to the labels are ignored: %s", len(aside), kinds)
     return first, of_form[first], names
 
 

@@ -129,7 +129,7 @@ def assemble(pages: Iterable[PageBoxes], digest: Callable[[], str]) -> Labels:
         if len(found) > MAX_PAGES or len(numbers) > COLUMNS * MAX_BOXES:
             raise InputError(
                 f"labels must have at most {MAX_PAGES} pages and {MAX_BOXES} boxes. Received: more, up to "
-                f"{page.where}. Make several datasets of them"
+                f"{page.where}. Split them into several datasets"
             )
     table, starts = np.frombuffer(numbers, np.int32).reshape(-1, COLUMNS), np.cumsum([0, *counts], dtype=np.int64)
     order = sorted(range(len(found)), key=lambda i: found[i].page_id)
@@ -153,7 +153,7 @@ def assemble(pages: Iterable[PageBoxes], digest: Callable[[], str]) -> Labels:
         books={page.page_id: page.book for page in found if page.book is not None},
         page_sizes={page.page_id: page.size for page in found if page.size is not None},
         warnings=[
-            (page.page_id, f"{page.widened} boxes had fractions of pixels: near edges moved down, far edges up")
+            (page.page_id, f"{page.widened} boxes had fractions of pixels: near edges rounded down, far edges up")
             for page in found
             if page.widened
         ],

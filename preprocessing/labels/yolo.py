@@ -52,8 +52,8 @@ def read_yolo(
     code_points = _code_points(names, bare)
     if not code_points and not bare:
         raise InputError(
-            "YOLO labels must have their class names beside them, in classes.txt or data.yaml. Received: "
-            f"{files[0].where} without. See docs/data.md#yolo"
+            "YOLO labels must have their class names next to them, in classes.txt or data.yaml. Received: "
+            f"{files[0].where} without them. See docs/data.md#yolo"
         )
     for file, page_id in zip(files, _page_ids(files), strict=True):
         classes, shares = _parse(file)
@@ -75,7 +75,7 @@ def _page_ids(files: Sequence[LabelFile]) -> list[str]:
         try:
             ids.append(parse_id(stem if count[stem] == 1 else "/".join([*folders, stem])))
         except ValueError as error:
-            raise InputError(f"{file.where} must be named as its page: {error}") from error
+            raise InputError(f"{file.where} must have the name of its page: {error}") from error
     return ids
 
 
@@ -88,8 +88,8 @@ def _parse(file: LabelFile) -> tuple[list[int], NDArray[np.float64]]:
             values = [float(text) for text in fields[1:5]] if is_yolo_line(line) and len(fields) in FIELDS else []
             if not values or not all(LEAST <= value <= MOST for value in values):
                 raise InputError(
-                    f"{file.where}, line {number}: a box must be its class and four shares of the page, from 0 to 1. "
-                    f"Received: {shown(line.strip())}. Fix that line. See docs/data.md#yolo"
+                    f"{file.where}, line {number}: a box must be its class and four fractions of the page, from 0 to "
+                    f"1. Received: {shown(line.strip())}. Fix that line. See docs/data.md#yolo"
                 )
             classes.append(int(fields[0]))
             shares.append(values)
@@ -121,13 +121,13 @@ def _code_points(files: Sequence[LabelFile], bare: bool) -> list[int]:
             try:
                 codes.append(character_if_any(name) if bare else parse_character(name))
             except ValueError as error:
-                raise InputError(f"{file.where}, class {number}: {error}. Name it so") from error
+                raise InputError(f"{file.where}, class {number}: {error}. Rename it") from error
         found.append((file, codes))
     for file, codes in found:
         if codes != found[0][1]:
             raise InputError(
                 f"the class names of YOLO labels must be the same everywhere. Received: {found[0][0].where} and "
-                f"{file.where}. Give the files of each separately"
+                f"{file.where}. Give only files with the same class names"
             )
     return found[0][1] if found else []
 

@@ -96,7 +96,7 @@ def _fonts_in(folder: Path) -> tuple[Font, ...]:
     if not fonts:
         raise OptionError(
             f"--fonts must be a folder with a .ttf, .otf or .ttc font that has all hiragana. Received: {folder}, "
-            f"{'with none' if folder.is_dir() else 'which is no folder'}"
+            f"{'with none' if folder.is_dir() else 'which is not a folder'}"
         )
     return fonts
 
