@@ -355,11 +355,11 @@ def train_command(dataset: Path, models: Path, cache: Path, partitions: int) -> 
     staged, runs, folder = cache / "kuzushiji" / "staged", models / ".runs", models / "baseline" / "chaos"
     phases = [
         Phase("start", lambda attempt: True, 10.0, NO_WORKERS),
-        Phase("workers", lambda attempt: attempt.says("workers start"), 25.0),
+        Phase("workers", lambda attempt: attempt.says("s after the command started"), 25.0),
         Phase("staging", lambda attempt: attempt.made(staged, "*-*"), 0.5),
         Phase("steps", lambda attempt: attempt.made(staged, "*/in-use"), 12.0),
         Phase("checkpoint", lambda attempt: attempt.made(runs, "baseline-chaos/checkpoint_*"), 1.0),
-        Phase("evaluation", lambda attempt: attempt.says("evaluates the weights"), 2.0),
+        Phase("evaluation", lambda attempt: attempt.says("evaluating the weights"), 2.0),
         Phase("model", lambda attempt: attempt.made(folder, "*"), 0.5),
         Phase("sealed", lambda attempt: attempt.made(folder, "manifest.json"), 1.0, NO_WORKERS),
     ]

@@ -94,7 +94,7 @@ def test_a_card_tells_that_a_temperature_is_at_its_limit(trained: Path, few: Pat
     manifest = DatasetManifest.model_validate_json((few / "manifest.json").read_bytes())
     config, metrics = (json.loads((trained / name).read_text()) for name in ("config.json", "metrics.json"))
     cards = [model_card(config, metrics | {"temperature": value}, "first", manifest) for value in (1.5, *TEMPERATURES)]
-    assert ["of which it is a limit" in card for card in cards] == [False, True, True]
+    assert ["a limit of the range" in card for card in cards] == [False, True, True]
 
 
 @pytest.mark.parametrize("wrong", ["CC BY-SA 4.0", "", "a\nb", "x" * 51])

@@ -179,7 +179,7 @@ def test_a_cluster_without_room_refuses_at_once_or_with_an_autoscaler_at_the_sta
     assert lines[2].startswith(f"kuzushiji: {ended}{tasks} {there}")
     for architecture in ("baseline", "fcn"):  # both wait at the same time: an autoscaler may add hosts for both
         assert f"{architecture}: failed: {ended}{two} {there}" in done.stderr
-        assert f"{architecture}: 2 workers start" in done.stderr
+        assert f"{architecture}: starting 2 workers" in done.stderr
     for request in (tasks, two):
         assert re.search(f"waiting for [0-9]+ s: {request} {there}", done.stderr)
 

@@ -121,7 +121,7 @@ def test_other_layers_are_refused_and_a_changed_model_too(tmp_path: Path, monkey
     given = weights_option(str(tmp_path / "baseline" / "first"))
     assert given
     config = configs_of(["baseline"], given.identity, None)[0]
-    with pytest.raises(DamageError, match="must not change meanwhile"):
+    with pytest.raises(DamageError, match="must not change while it is read"):
         obtain(
             config.model_copy(update={"weights": f"model:{'0' * 64}"}), replace(given, sha256="0" * 64), place(tmp_path)
         )

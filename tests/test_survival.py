@@ -109,7 +109,7 @@ def test_a_killed_driver_and_a_killed_worker_change_no_bit_and_leave_no_checkpoi
     with pytest.raises(OptionError, match="seed .then 42, now 1."):
         train(place(few), place(tmp_path), [given.model_copy(update={"seed": 1})], "disturbed")
     folder = train(place(few), place(tmp_path), [given], "disturbed")[0].folder
-    first, second = re.findall("resumes after epoch ([0-2])(?: and ([1-4]) steps of the next)?", caplog.text)
+    first, second = re.findall("resuming after epoch ([0-2])(?: and ([1-4]) steps of the next)?", caplog.text)
     assert first[1]
     assert second[0] == "1"  # and 1 step of the next, if that checkpoint was uploaded
     assert (tmp_path / "happened-7").exists()
@@ -127,8 +127,8 @@ def test_a_hanging_worker_does_not_change_the_result(
     caplog.set_level("INFO", "kuzushiji")
     given = TrainConfig.model_validate(GIVEN | {"checkpoint_every": 2, "step_limit": 15})
     folder = train(place(few), place(tmp_path), [given], "disturbed")[0].folder
-    assert "a step must end in 15 s" in caplog.text
-    assert "resumes after epoch 2 and 2 steps of the next" in caplog.text
+    assert "a step must end within 15 s" in caplog.text
+    assert "resuming after epoch 2 and 2 steps of the next" in caplog.text
     assert (tmp_path / "happened-left").read_text() == "False 2"
     assert result(Path(folder.path)) == result(trained)
 
@@ -142,7 +142,7 @@ def test_a_run_whose_driver_was_killed_resumes_within_the_epoch_with_another_num
     caplog.set_level("INFO", "kuzushiji")
     given = TrainConfig.model_validate(GIVEN | {"workers": 1})
     folder = train(place(few), place(tmp_path), [given], "disturbed")[0].folder
-    assert re.search("resumes after epoch [0-2] and [1-4] steps of the next", caplog.text)
+    assert re.search("resuming after epoch [0-2] and [1-4] steps of the next", caplog.text)
     losses = [row["loss"] for row in result(Path(folder.path))[1]]
     # A wide tolerance, for batches of 7 crops with dropout.
     assert losses == pytest.approx([row["loss"] for row in result(trained)[1]], abs=2e-2)
@@ -159,7 +159,7 @@ def test_a_run_of_partitions_resumes_with_another_number_of_workers(
     caplog.set_level("INFO", "kuzushiji")
     alone = given.model_copy(update={"workers": 1})
     folder = train(place(dataset), place(tmp_path), [alone], "disturbed")[0].folder
-    assert re.search("resumes after epoch [0-2]", caplog.text)
+    assert re.search("resuming after epoch [0-2]", caplog.text)
     losses, expected = ([row["loss"] for row in result(Path(of.path))[1]] for of in (folder, whole))
     assert losses == pytest.approx(expected, abs=2e-2)
 
@@ -172,7 +172,7 @@ def test_a_run_of_an_earlier_release_is_resumed_with_what_later_options_are_by_d
     (tmp_path / ".runs").mkdir()
     (tmp_path / ".runs" / "baseline-old.json").write_text(json.dumps(earlier))
     assert not run.is_finished()
-    with pytest.raises(OptionError, match=r"augment \(then none, now standard\)"):
+    with pytest.raises(OptionError, match=r"augment \(was none, now standard\)"):
         replace(run, config=config.model_copy(update={"augment": "standard"})).is_finished()
 
 
@@ -261,7 +261,7 @@ def test_a_step_over_the_limit_exits_the_process_unless_the_limit_is_stopped(
     alone = os.environ | {"RAY_ENABLE_AUTO_CONNECT": "0"}  # otherwise `ray.get` starts a Ray
     silent = subprocess.run([sys.executable, "-uc", WATCHED], env=alone, capture_output=True, text=True, check=False)
     assert silent.returncode == 1
-    assert silent.stdout.startswith("a step must end in 1 s. Received: a longer one")
+    assert silent.stdout.startswith("a step must end within 1 s. Received: a longer one")
 
 
 DRAINED = """
@@ -352,5 +352,5 @@ def test_a_drained_node_saves_a_checkpoint_and_the_result_is_unchanged(
         cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "resumes after epoch 1 and 3 steps of the next" in done.stderr
+    assert "resuming after epoch 1 and 3 steps of the next" in done.stderr
     assert result(tmp_path / "baseline" / "drained") == result(trained)

@@ -101,14 +101,14 @@ def test_a_training_shows_its_progress_in_one_line(
     seen = shown([*KUZUSHIJI_WITH_SMALL_HEAD, "train", "--dataset", few, *models, *sizes])
     assert seen.code == 0, "\n".join(seen.screens[-1])
     assert seen.lines(f"[{SPINNER}] Starting Ray ...")
-    assert seen.lines(f"baseline {BAR}+  workers start")
+    assert seen.lines(f"baseline {BAR}+  starting workers")
     steps = seen.lines(
         rf"baseline [{BAR}╸╺]+ (-:--|\d:\d\d):\d\d epoch [12]/2, step \d+/\d+, loss \d+\.\d{{4}}, "
         r"accuracy [01]\.\d{4}, [\d,]+ crops/s"
     )
     assert "epoch 1/2" in steps[0]
     assert re.search(r" 0:\d\d:\d\d epoch", steps[-1])
-    assert seen.lines(f"baseline {BAR}+ 0:00:00 writes the model and its report")
+    assert seen.lines(f"baseline {BAR}+ 0:00:00 writing the model and its report")
     assert not any(BAR in line for line in seen.screens[-1]), "\n".join(seen.screens[-1])
     assert any(line.startswith("model: ") for line in seen.screens[-1])
     # TensorFlow takes 5 s and 700 MB: only workers load it.

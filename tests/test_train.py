@@ -443,7 +443,7 @@ def test_a_training_fits_the_real_pages_though_they_are_less_than_a_batch(
     parts = ("loading TensorFlow", "connecting and staging", "building the model", "first step")
     told = ", ".join(rf"{part} [0-9.]+" for part in parts)
     begun = [
-        r"1 workers start, [0-9.]+ s after the command",
+        r"starting 1 worker, [0-9.]+ s after the command started",
         "the workers have started",
         rf"first step [0-9.]+ s \({told}\)",
     ]

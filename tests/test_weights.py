@@ -210,7 +210,7 @@ def test_a_failed_architecture_does_not_stop_the_others(
     lines = done.stderr.splitlines()
     started, failed, trained = (
         [i for i, line in enumerate(lines) if text in line]
-        for text in ("1 workers start", "fcn: failed: ", "baseline: epoch 1 of 1")
+        for text in ("starting 1 worker", "fcn: failed: ", "baseline: epoch 1 of 1")
     )
     # At the same time: both started before either ended.
     assert len(started) == 2
@@ -283,7 +283,7 @@ def test_a_lost_worker_repeats_at_most_one_saved_epoch_and_frozen_layers_keep_th
     config = configs_of(["xception"], handed.identity, "last", epochs=5, global_batch_size=16, learning_rate=1e-3)
     outcome = train(place(few), place(tmp_path), config, "lost", handed)[0]
     assert Path(marker).exists()
-    assert "xception: resumes after epoch 3" in caplog.text
+    assert "xception: resuming after epoch 3" in caplog.text
     assert set(Path(marker + ".pending").read_text().split()) <= {"0", "1", "2"}
     history = (outcome.folder / "history.jsonl").read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in history] == [1, 2, 3, 4, 5]

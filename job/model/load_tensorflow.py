@@ -38,7 +38,7 @@ def without_chatter() -> Iterator[None]:
 def load_tensorflow(gpus: bool = True) -> None:
     """Import TensorFlow and initialize its devices. gpus: False leaves the GPUs to other processes."""
     choose_backend()
-    with waiting("TensorFlow loads ..."), without_chatter():
+    with waiting("Loading TensorFlow ..."), without_chatter():
         import tensorflow as tf
 
         configure_gpus(gpus)

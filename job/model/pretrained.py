@@ -137,7 +137,9 @@ def _share_model(model: Weights, shared: UPath) -> Weights:
     folder = place(model.place)
     manifest = read_manifest(folder, ModelManifest)
     if manifest.sha256 != model.sha256:
-        raise DamageError(f"{folder} must not change meanwhile. Received: another manifest. Run the command again")
+        raise DamageError(
+            f"{folder} must not change while it is read. Received: another manifest. Run the same command again"
+        )
     sizes = list_files(folder)
     if faults := [fault for entry in manifest.entries if (fault := fault_of(folder, entry, sizes))]:
         raise DamageError(f"{folder}: {faults[0]}. Pull the model again")
@@ -159,8 +161,8 @@ def _imagenet(architecture: str, folder: UPath) -> UPath:
     if is_file(shared):
         if md5_of(shared) == published.md5:
             return shared
-        log.warning("%s does not match its published MD5: it is downloaded again", shared)
-    log.info("%s: downloads ImageNet weights, unless Keras has cached them: %s", architecture, published.url)
+        log.warning("%s does not match its published MD5: downloading it again", shared)
+    log.info("%s: downloading ImageNet weights, unless Keras has cached them: %s", architecture, published.url)
     keras.config.disable_interactive_logging()  # its progress bar would fill the log
     previous_timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_SECONDS)  # Keras sets none

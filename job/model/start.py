@@ -60,7 +60,7 @@ def check_start(folder: UPath, architecture: str, dataset: UPath, margin: float)
         )
     names, known = read_class_names(dataset / DATASET_LABELS_FILE), read_class_names(folder / LABELS_FILE)
     both = len({*names} & {*known})
-    return f"begins with {folder}: {both} classes go on, {len(names) - both} begin anew"
+    return f"starts from {folder}: {both} classes keep their weights, {len(names) - both} start fresh"
 
 
 def start_from(model: Any, class_names: Sequence[str], folder: UPath) -> None:

@@ -62,7 +62,7 @@ def _batch_size(manifest: DatasetManifest, config: TrainConfig, crops: int) -> i
         log.warning("%s: --global-batch-size %d is lowered to %d, %s", config.architecture, wanted, size, most)
     if parts > 1 and parts % config.workers:
         log.warning(
-            "%s: --partitions %d is no multiple of --workers %d: some parts are staged by several workers",
+            "%s: --partitions %d is not a multiple of --workers %d: some parts are staged by several workers",
             config.architecture,
             parts,
             config.workers,

@@ -82,7 +82,7 @@ def _head(config: Mapping[str, Any], metrics: Mapping[str, Any], run: str, datas
 
 def _limited(metrics: Mapping[str, Any]) -> str:
     at_limit = any(math.isclose(metrics["temperature"], limit, rel_tol=1e-3) for limit in TEMPERATURES)
-    return f" from {TEMPERATURES[0]:g} to {TEMPERATURES[1]:g}, of which it is a limit," if at_limit else ""
+    return f" (a limit of the range {TEMPERATURES[0]:g} to {TEMPERATURES[1]:g})" if at_limit else ""
 
 
 def _optimizer(config: Mapping[str, Any]) -> str:

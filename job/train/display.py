@@ -198,7 +198,9 @@ class LogFailures(UserCallback):  # type: ignore[misc]  # Ray has no types
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         rank, error = min(worker_exceptions.items(), key=lambda item: (is_collateral(item[1]), item[0]))
         cause = one_line(cause_of(error))[:300]
-        text = f"worker {rank} failed; while restarts are left, all workers restart from the last checkpoint: {cause}"
+        text = (
+            f"worker {rank} failed; up to --max-failures times, all workers restart from the last checkpoint: {cause}"
+        )
         if text != self._last:  # Ray repeats the failure of a drained host that is gone until the host's deadline
             self._last = text
             self._board.post.remote(LogLine(self._architecture, text))
@@ -299,7 +301,9 @@ class _Table:
         # The bar gets the width that the other columns leave. They take about 80 characters, and the name.
         columns = (text, BarColumn(bar_width=None), TimeRemainingColumn(table_column=whole), state)
         self._bars = Progress(*columns, console=terminal(), transient=True, expand=True)
-        self._rows = {name: self._bars.add_task(name, total=None, start=False, state="waits") for name in architectures}
+        self._rows = {
+            name: self._bars.add_task(name, total=None, start=False, state="waiting") for name in architectures
+        }
 
     def __enter__(self) -> Self:
         self._bars.start()

@@ -216,11 +216,12 @@ def _run_concurrently(
             while waiting and len(running) < max(at_once, _runs_that_fit(waiting[0].config)):
                 run = waiting.popleft()
                 running[run] = Wait(_request_of(run.config), start_limit, run.config.architecture)
-                board.post.remote(RunState(run.config.architecture, "workers start", starts=True))
+                board.post.remote(RunState(run.config.architecture, "starting workers", starts=True))
                 log.info(
-                    "%s: %d workers start, %.1f s after the command",
+                    "%s: starting %d %s, %.1f s after the command started",
                     run.config.architecture,
                     run.config.workers,
+                    "worker" if run.config.workers == 1 else "workers",
                     time.monotonic() - began,
                 )
                 # Ray Train blocks the calling thread. A daemon thread does not keep the process alive after Ctrl-C.
@@ -263,8 +264,8 @@ def _check_taken_over(running: Iterable[Run]) -> None:
     for run in running:
         if run.lost.is_set():
             raise KuzushijiError(
-                f"a run must give a sign of life every minute. Received: none of --run {run.name} of "
-                f"{run.config.architecture}, which another process has taken over. Wait for that one"
+                f"a run must renew its lock every minute. Received: no renewal by --run {run.name} of "
+                f"{run.config.architecture}, which another process has taken over. Wait for its end"
             )
 
 

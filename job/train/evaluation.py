@@ -48,7 +48,7 @@ class Evaluation:
         crops = self.dataset.splits[split]
         found = np.zeros((self.partitions.crops(split), 5), np.float32)  # the last column is the label
         most = self.steps.predict_rows
-        for rows_of_workers in self._steps_of(split, "evaluates"):
+        for rows_of_workers in self._steps_of(split, "evaluating"):
             rows, own = rows_of_workers[self.partitions.rank], self.partitions.rank * most
             part = np.zeros((len(rows_of_workers) * most, 5), np.float32)
             local = self.partitions.local(split, rows)
@@ -63,7 +63,7 @@ class Evaluation:
         """Return the scale of logits, 1 / temperature, that fits the validation split best."""
         crops = self.dataset.splits["validation"]
         losses = np.zeros((1, len(SCALES)))
-        for rows_of_workers in self._steps_of("validation", "fits the temperature to"):
+        for rows_of_workers in self._steps_of("validation", "fitting the temperature to"):
             own = self.partitions.local("validation", rows_of_workers[self.partitions.rank])
             losses += self.steps.sum_over_workers(self.steps.losses(crops.images[own], crops.labels[own]))
         return best_scale(losses[0])

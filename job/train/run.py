@@ -149,7 +149,7 @@ class Run:
         differing = [key for key in now if key not in MAY_DIFFER and earlier.get(key) != now[key]]
         if differing:
             changes = ", ".join(
-                f"{key} (then {str(earlier.get(key))[:16]}, now {str(now[key])[:16]})" for key in differing
+                f"{key} (was {str(earlier.get(key))[:16]}, now {str(now[key])[:16]})" for key in differing
             )
             raise OptionError(
                 f"a run must be resumed with the same options. Received: {changes}. "
@@ -251,7 +251,7 @@ class Run:
         except (KeyError, TypeError, ValueError) as error:
             raise DamageError(
                 f"{snapshot} must be a list of checkpoints of Ray {ray.__version__}. Received: another one ({error}). "
-                f"Finish the run with the Ray that began it, or remove {self._checkpoints}"
+                f"Finish the run with the Ray version that started it, or remove {self._checkpoints}"
             ) from error
 
     def tidy(self) -> None:

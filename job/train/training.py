@@ -125,7 +125,7 @@ class Training:
         self.best_weights = self._weights() if self.state.is_best else best
         self._write_curves()  # the run may have failed after the checkpoint and before the curves
         within = f" and {self.state.step} steps of the next" if self.state.step else ""
-        self.reporter.log(f"resumes after epoch {self.state.epoch}{within}")
+        self.reporter.log(f"resuming after epoch {self.state.epoch}{within}")
 
     def _weights(self) -> list[NDArray[Any]]:
         return [variable.numpy() for variable in self.changing]
@@ -201,7 +201,7 @@ class Training:
             preempted, every = self.preemption.is_new(), self.config.checkpoint_every
             if preempted:
                 self.reporter.log(
-                    "a host is being drained: saves a checkpoint; all workers restart from it once the host is gone"
+                    "a host is being drained: saving a checkpoint; all workers restart from it once the host is gone"
                 )
             due = every is not None and (state.epoch * steps + step + 1) % every == 0
             # After the last step, the checkpoint at the end of the epoch is enough, unless a host is being drained.
@@ -235,7 +235,7 @@ class Training:
         for step in range(batches):
             self.step_limit.begin()
             if self.reporter.is_due():
-                self.reporter.show_activity(f"estimates batch norm statistics, {step:,} of {batches:,} batches")
+                self.reporter.show_activity(f"estimating batch norm statistics, {step:,} of {batches:,} batches")
             yield self.rows_of(crops, order, step)[1]
 
     def _end_epoch(self, row: EpochRow) -> None:
@@ -267,7 +267,7 @@ class Training:
         Raises:
             KuzushijiError: the probabilities are not finite.
         """
-        self.reporter.log(f"evaluates the weights of epoch {self.state.best_epoch}")
+        self.reporter.log(f"evaluating the weights of epoch {self.state.best_epoch}")
         for variable, best in zip(self.changing, self.best_weights, strict=True):
             variable.assign(best)
         scale = self.evaluation.best_scale()
@@ -292,7 +292,7 @@ class Training:
         parts = [own] if self.config.partitions == 1 else gathered(self.job.board, self.config.architecture, own)
         if self.rank > 0:
             return
-        self.reporter.show_activity("writes the model and its report")
+        self.reporter.show_activity("writing the model and its report")
         model = keras.Model.from_config(self.plain_config)
         model.set_weights(self.model.get_weights())
         write_result(

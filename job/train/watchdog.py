@@ -45,7 +45,7 @@ class StepLimit:
             began = self._began
             if began is not None and time.monotonic() - began > self._seconds:
                 text = (
-                    f"a step must end in {self._seconds:g} s. Received: a longer one; this worker exits, and all "
+                    f"a step must end within {self._seconds:g} s. Received: a longer one; this worker exits, and all "
                     "workers restart. If no other worker hangs, raise --step-limit. See docs/faq.md"
                 )
                 with contextlib.suppress(Exception):  # Ray itself may hang
