@@ -134,7 +134,7 @@ def evaluate(model: str, dataset: str, split: str, out: str | None) -> Outcome:
 @click.option("--gpus", default=0, show_default=True, type=click.IntRange(min=0),
               help="Number of actors, each with one GPU; 0: one task per CPU.")  # fmt: skip
 @click.option("--rescale", is_flag=True,
-              help="Scale boxes that were made for another size of their page, if --boxes says it.")  # fmt: skip
+              help="Scale boxes that were made for another page size, if --boxes states it.")  # fmt: skip
 @start_limit_option
 def predict(
     model: str,
@@ -163,7 +163,7 @@ def predict(
     result |= {"warnings": len(manifest.warnings) + manifest.more_warnings, "without_ink": manifest.ink.without_ink}
     lines = [f"{counts['read']:,} of {counts['boxes']:,} boxes on {counts['pages']:,} pages read: {out}"]
     if not new:
-        lines.append("it was complete and valid: nothing written")
+        lines.append("the folder is complete and valid: nothing written")
     if accuracy:
         names = {"accuracy": "accuracy", "accuracy_without_rare": "without rare", "top5": "top 5"}
         scores = ", ".join(f"{name} {value:.4f}" for key, name in names.items() if (value := accuracy[key]) is not None)
@@ -172,7 +172,7 @@ def predict(
         uncertain, right = counts["uncertain"], accuracy.get("accuracy_of_shown")
         told = "" if right is None else f"; accuracy of the characters shown {right:.4f}"
         share = f"{uncertain:,} boxes ({uncertain / counts['read']:.1%})"
-        lines.append(f"{share} are less probable than {min_confidence:g} and shown as 〓, as `rare` is{told}")
+        lines.append(f"{share} are less probable than {min_confidence:g} and shown as 〓, like `rare`{told}")
     lines.append(f"{lost} boxes lost, {len(manifest.clipped)} clipped: each is listed in manifest.json")
     return result, lines
 
@@ -201,8 +201,8 @@ def export(model: str, form: Any, quantize: Any, out: str, dataset: str | None, 
     ]
     if accuracy := exported.accuracy:
         lines.append(
-            f"accuracy on {accuracy.split} ({accuracy.crops:,} crops): {accuracy.of_export:.4f}, of the model "
-            f"{accuracy.of_model:.4f}; the same class for {accuracy.same:.2%}"
+            f"accuracy on {accuracy.split} ({accuracy.crops:,} crops): {accuracy.of_export:.4f} (model: "
+            f"{accuracy.of_model:.4f}); the same class predicted for {accuracy.same:.2%}"
         )
     return {"out": out} | asdict(exported), lines
 

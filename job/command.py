@@ -63,7 +63,7 @@ def _echo_error(text: str, as_json: bool) -> None:
 @click.group(
     cls=OneLine,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-    epilog="Without data, begin with `kuzushiji sample --out pages --num-pages 40`, and give `prepare` what it drew: "
+    epilog="Without data, begin with `kuzushiji sample --out pages --num-pages 40`, and give its output to `prepare`: "
     "--pages pages/train_images --labels pages/train.csv. README.md and docs/ explain each step.",
 )
 @click.version_option(package_name="kuzushiji")

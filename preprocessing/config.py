@@ -64,9 +64,9 @@ class PrepareConfig(BaseModel):
     folds: int | None = Field(None, ge=3)
     """Number of folds, instead of fractions; with --split book or page."""
     fold: int | None = Field(None, ge=0)
-    """Fold that is the test, from 0; the next one is validation."""
+    """Index of the test fold, from 0; the next one is validation."""
     train_only: TrainOnlyFile | None = None
-    """Pages or books for training alone, one a line."""
+    """Pages or books for training only, one per line."""
     coverage: float = Field(0.9, ge=0, le=1)
     """Frequent characters get a class, up to this fraction of boxes."""
     classes: list[str] | None = None
@@ -74,7 +74,7 @@ class PrepareConfig(BaseModel):
     shards: PositiveInt | None = None
     """Largest number of files per split.  [default: by size]"""
     rescale: bool | None = None
-    """Scale boxes made for another size of their page, where the labels say it."""
+    """Scale boxes that were made for another page size, if the labels state it."""
     margin: float = Field(0.0, ge=0, le=1)
     """Widen boxes on each side by this fraction of their longer side."""
     license: str | None = None

@@ -94,7 +94,7 @@ def test_with_a_dataset_the_accuracy_of_export_and_model_is_reported(
     told = kuzushiji("export", "--model", trained, "--format", form, "--dataset", few, "--out", tmp_path / "out")
     assert told.code == 0, told.stderr
     accuracy = json.loads((trained / "metrics.json").read_text())["test"]["accuracy"]
-    assert f"{accuracy:.4f}, of the model {accuracy:.4f}; the same class for 100.00%" in told.stdout
+    assert f"{accuracy:.4f} (model: {accuracy:.4f}); the same class predicted for 100.00%" in told.stdout
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"| the model | {accuracy:.4f} |\n| this export | {accuracy:.4f} |" in card
 
@@ -174,7 +174,7 @@ def test_a_loss_of_accuracy_by_quantization_is_a_warning(
         last = np.eye(len(data.class_names), dtype=np.float32)[-1:]
         accuracy = _accuracy(learned, lambda crops: last.repeat(len(crops), axis=0), "test", crops)
         assert accuracy.of_export == float(np.mean(crops.labels == len(data.class_names) - 1))
-    assert f"falls from {accuracy.of_model:.4f} to {accuracy.of_export:.4f}" in caplog.text
+    assert f"lowers the accuracy on test from {accuracy.of_model:.4f} to {accuracy.of_export:.4f}" in caplog.text
 
 
 @pytest.mark.parametrize("form", FORMATS)

@@ -366,7 +366,7 @@ def test_the_command_prints_counts_and_accuracy(
     assert second.endswith(", 219 boxes with a character")
     assert third == "0 boxes lost, 0 clipped: each is listed in manifest.json"
     again = kuzushiji("predict", *places).stdout.splitlines()
-    assert again == [first, "it was complete and valid: nothing written", second, third]
+    assert again == [first, "the folder is complete and valid: nothing written", second, third]
     assert kuzushiji("verify", tmp_path / "out").stdout.startswith("predictions ")
 
 
@@ -384,7 +384,7 @@ def test_a_character_below_the_least_confidence_is_shown_as_a_geta_mark_and_coun
     characters = boxes[certain & (boxes["label_1"] != "rare")]
     count, right = int((~certain).sum()), (characters["unicode"] == characters["label_1"]).mean()
     assert (
-        f"{count} boxes ({count / len(boxes):.1%}) are less probable than {least:g} and shown as 〓, as `rare` is; "
+        f"{count} boxes ({count / len(boxes):.1%}) are less probable than {least:g} and shown as 〓, like `rare`; "
         f"accuracy of the characters shown {right:.4f}\n" in told
     )
     pd.testing.assert_frame_equal(table(tmp_path / "out"), boxes)  # unchanged, with all probabilities

@@ -162,7 +162,7 @@ def test_a_model_folder_that_others_sealed_with_other_content_is_refused_in_one_
     folder = tmp_path / "baseline" / trained.name
     shutil.copytree(trained.parent, folder.parent)
     reseal(folder, name, content)
-    with pytest.raises(DamageError, match="must be as it was sealed"):
+    with pytest.raises(DamageError, match="must not change after it was sealed"):
         model_report(place(tmp_path))
 
 

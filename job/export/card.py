@@ -21,7 +21,7 @@ FILES = {
     "tflite": "`model.tflite`: for LiteRT (TensorFlow Lite)",
 }
 COMPUTES = {
-    "none": "It computes in float32, also if the model was trained in mixed_bfloat16.",
+    "none": "It computes in float32, even if the model was trained in mixed_bfloat16.",
     "float16": "Its weights are float16; it computes in float32.",
     "int8": "Convolutions and dense layers compute in int8, the rest in float32.",
 }

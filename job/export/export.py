@@ -180,7 +180,7 @@ def _convert(
     """Write the model to a local folder, and return a function that predicts with it. Parameters: as in `formats`."""
     from job.export import formats
 
-    log.info("converts the model to %s", form)
+    log.info("converting the model to %s", form)
     with waiting(f"{form} ..."), without_chatter(), _interruptible():
         if form == "savedmodel":
             return formats.save_saved_model(model, class_names, folder)
@@ -232,7 +232,7 @@ def _accuracy(model: "keras.Model", predict: "Predict", split: str, crops: Crops
     exported = np.concatenate(classes)
     of_model, of_export = (float(np.mean(predicted == crops.labels)) for predicted in (expected, exported))
     if of_export < of_model - MAX_LOSS:
-        log.warning("accuracy on %s falls from %.4f to %.4f by the export", split, of_model, of_export)
+        log.warning("the export lowers the accuracy on %s from %.4f to %.4f", split, of_model, of_export)
     return Accuracy(split, len(crops), of_model, of_export, float(np.mean(expected == exported)))
 
 

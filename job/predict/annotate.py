@@ -18,7 +18,7 @@ from preprocessing.labels.code_points import code_point_name
 MAX_PIXELS = 2400  # of the longer side of the page
 CONFIDENT = 0.5  # minimum probability
 LEGEND = (
-    "black: probability at least 50 %; orange: less; red: wrong; 〓: rare or uncertain, with the best ones beside it"
+    "black: probability at least 50 %; orange: less; red: wrong; 〓: rare or uncertain, with the best ones next to it"
 )
 
 

@@ -174,7 +174,7 @@ def _losses(manifest: DatasetManifest) -> Iterator[str]:
     for line in ink_lines(manifest.ink, MAX_ROWS):
         yield html.paragraph(line)
     if manifest.ignored:
-        yield html.paragraph(f"No scans among the pages: {ignored_line(manifest.ignored)}.")
+        yield html.paragraph(f"Files that are not scans: {ignored_line(manifest.ignored)}.")
     reasons = Counter((loss["page"], loss["what"]) for loss in manifest.losses)
     rows = [(page_id, count, reason) for (page_id, reason), count in sorted(reasons.items())]
     if rows:
@@ -188,4 +188,4 @@ def _losses(manifest: DatasetManifest) -> Iterator[str]:
         )
         yield html.table(["page", "warning"], sorted(warnings)[:MAX_ROWS])
     if manifest.more_losses:
-        yield html.paragraph(f"{manifest.more_losses:,} of the lost boxes are in {LOSSES_TABLE} alone.")
+        yield html.paragraph(f"{manifest.more_losses:,} of the lost boxes are only in {LOSSES_TABLE}.")

@@ -79,7 +79,7 @@ def model_report(models: UPath, dataset: UPath | None = None) -> bytes:
         for run in runs:
             if run.dataset_manifest_sha256 != data.manifest.sha256:
                 raise OptionError(
-                    f"--dataset must be the one that the models were trained on. Received: {dataset}, another one than "
+                    f"--dataset must be the one that the models were trained on. Received: {dataset}, which is not "
                     f"that of {run.folder}"
                 )
         sections = (section for run in runs for section in _run_sections(run, data, load_model(run.folder)[0]))
@@ -164,7 +164,7 @@ def _parse(folder: UPath, dataset_manifest_sha256: str, content: Callable[[str],
             shown(label)  # raises ValueError if it is not the name of a class
         return trained
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DamageError(f"{folder} must be as it was sealed. Received: {one_line(error)}") from error
+        raise DamageError(f"{folder} must not change after it was sealed. Received: {one_line(error)}") from error
 
 
 def _run_sections(run: Trained, data: StagedDataset | None, model: Any) -> Iterator[str]:

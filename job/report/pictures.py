@@ -51,7 +51,7 @@ def augmented_crops(data: StagedDataset) -> Iterator[str]:
 
     crops = data.splits["train"].images[:MAX_AUGMENTED]
     after = augmented(crops, BatchRows(tf.constant(0, tf.int64), 0, len(crops)), seed=0).numpy().astype(np.uint8)
-    yield html.paragraph("Each pair: a training crop, and an augmented copy. Every step makes other copies.")
+    yield html.paragraph("Each pair: a training crop, and an augmented copy. Each step makes new copies.")
     pairs = [np.hstack(pair) for pair in zip(crops[..., 0], after[..., 0], strict=True)]
     yield html.crops(pairs, [chr(code_point) for code_point in data.splits["train"].code_points[:MAX_AUGMENTED]])
 

@@ -155,7 +155,7 @@ def risk(errors: Sequence[float]) -> str:
     def draw(axes: Any) -> None:
         axes.plot(np.arange(1, len(errors) + 1) / len(errors), errors, ".-", color=BLUE)
         axes.set(
-            xlabel="share of the test crops, the most certain ones", ylabel="errors", xlim=(0, 1.02), ylim=(0, None)
+            xlabel="share of the test crops, the most certain first", ylabel="errors", xlim=(0, 1.02), ylim=(0, None)
         )
         axes.xaxis.set_major_formatter(PercentFormatter(1))
         axes.yaxis.set_major_formatter(PercentFormatter(1))
