@@ -13,6 +13,7 @@ KUZUSHIJI = .venv/bin/kuzushiji
 .venv/.installed: requirements.lock pyproject.toml
 	@test -n '$(PYTHON)' || { echo 'Install Python 3.11, 3.12 or 3.13 with its venv (Debian: apt install python3-venv), or name one: make PYTHON=...' >&2; exit 1; }
 	$(PYTHON) -m venv .venv
+	@echo 'Installing packages into .venv: 4 GB, some minutes without output'
 	.venv/bin/pip install --quiet --require-hashes -r requirements.lock
 	.venv/bin/pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
@@ -81,10 +82,10 @@ test-image:
 # needs more epochs to pay.
 demo: .venv/.installed
 	rm -rf demo
-	$(KUZUSHIJI) sample --out demo/pages --num-pages 80 --scale 0.5
+	$(KUZUSHIJI) sample --out demo/pages --num-pages 64 --scale 0.5
 	$(KUZUSHIJI) prepare --pages demo/pages/train_images --labels demo/pages/train.csv --dataset demo/dataset
 	$(KUZUSHIJI) train --dataset demo/dataset --models demo/models --architecture resnet --workers 2 \
-	  --epochs 2 --global-batch-size 96 --augment none --run demo
+	  --epochs 2 --global-batch-size 64 --augment none --run demo
 	$(KUZUSHIJI) evaluate --model demo/models/resnet --dataset demo/dataset --out demo/evaluation
 	$(KUZUSHIJI) pull --models demo/models --to demo/pulled
 	$(KUZUSHIJI) verify demo/pulled/resnet

@@ -91,7 +91,8 @@ def resolve_model(place: UPath) -> UPath:
     latest = read_latest(place)
     if latest is None:
         raise InputError(
-            f"a finished folder must hold {MANIFEST_FILE}, and an architecture's folder {LATEST_FILE}. "
-            f"Received: {place}, with neither"
+            f"a finished model must hold {MANIFEST_FILE}, and an architecture's folder {LATEST_FILE}. "
+            f"Received: {place}, with neither: it is missing, unfinished, or another folder. "
+            "See docs/formats.md#model-folder"
         )
     return place / latest.run

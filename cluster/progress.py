@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from threading import Timer
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -55,9 +56,15 @@ class _TerminalHandler(logging.Handler):
 
 @contextmanager
 def waiting(what: str) -> Iterator[None]:
-    """Show a spinner with the text `what` on a terminal while the block runs; nothing elsewhere."""
+    """Show a spinner with the text `what` on a terminal while the block runs; elsewhere, log it after 10 seconds."""
     if not on_terminal():
-        yield
+        timer = Timer(SECONDS_BETWEEN_LINES, log.info, [what])
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
         return
     from rich.live import Live
     from rich.spinner import Spinner

@@ -30,8 +30,12 @@ terminal, and elsewhere at most one log line every ten seconds. If standard outp
 at the end. With it, they join the Ray at that address: `HOST:PORT` of a head node, or `auto` on a machine of its
 cluster. A local Ray writes to `$RAY_TMPDIR/ray`, else to `$TMPDIR/ray` or `/tmp/ray`; that path must be short.
 
-**Shell completion.** For bash, add `eval "$(_KUZUSHIJI_COMPLETE=bash_source kuzushiji)"` to `~/.bashrc`; zsh and fish
-likewise.
+**Shell completion.** For bash, add this line to `~/.bashrc`, with the folder of the checkout for `$PLACE`; for zsh, the
+same with `zsh_source` to `~/.zshrc`:
+
+```text
+eval "$(_KUZUSHIJI_COMPLETE=bash_source $PLACE/.venv/bin/kuzushiji)"
+```
 """
 COMMON = {"as_json", "debug"}
 

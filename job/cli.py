@@ -104,7 +104,7 @@ def evaluate(model: str, dataset: str, split: str, out: str | None) -> Outcome:
     columns = ["character", "label", "examples", "precision", "recall", "f1"]
     confusions = evaluation.confusions
     more = (
-        [f"... and {len(confusions) - SHOWN_CONFUSIONS} more; --out DIR writes all misclassified crops"]
+        [f"... and {len(confusions) - SHOWN_CONFUSIONS} more characters, in misclassified.csv (of the model, or --out)"]
         if len(confusions) > SHOWN_CONFUSIONS
         else []
     )
@@ -117,6 +117,7 @@ def evaluate(model: str, dataset: str, split: str, out: str | None) -> Outcome:
         *more,
         "",
         *splits_table({split: asdict(evaluation.metrics)}),
+        *([f"tables: {out}"] if out else []),
     ]
 
 
@@ -161,7 +162,9 @@ def predict(
     result = {"out": out, "written": new, "accuracy": accuracy} | counts
     result |= {"losses": lost, "clipped": len(manifest.clipped)}
     result |= {"warnings": len(manifest.warnings) + manifest.more_warnings, "without_ink": manifest.ink.without_ink}
-    lines = [f"{counts['read']:,} of {counts['boxes']:,} boxes on {counts['pages']:,} pages read: {out}"]
+    lines = [f"{counts['read']:,} of {counts['boxes']:,} boxes on {counts['pages']:,} pages were read; tables: {out}"]
+    if annotate:
+        lines.append(f"pictures: {annotate}")
     if not new:
         lines.append("the folder is complete and valid: nothing written")
     if accuracy:
@@ -173,7 +176,8 @@ def predict(
         told = "" if right is None else f"; accuracy of the characters shown {right:.4f}"
         share = f"{uncertain:,} boxes ({uncertain / counts['read']:.1%})"
         lines.append(f"{share} are less probable than {min_confidence:g} and shown as 〓, like `rare`{told}")
-    lines.append(f"{lost} boxes lost, {len(manifest.clipped)} clipped: each is listed in manifest.json")
+    lost_boxes = f"{lost} {'box' if lost == 1 else 'boxes'} lost"
+    lines.append(f"{lost_boxes}, {len(manifest.clipped)} clipped: each is listed in manifest.json")
     return result, lines
 
 

@@ -132,7 +132,8 @@ def prepare(
     split_line = ", ".join(f"{split} {count:,}" for split, count in counts.items())
     return result, [
         f"{sum(counts.values()):,} crops in {len(manifest.shards)} shards ({split_line}): {dataset}",
-        f"{lost['losses']} boxes lost, {lost['clipped']} clipped, {lost['unlabelled']} pages without labels, "
+        f"{lost['losses']} {'box' if lost['losses'] == 1 else 'boxes'} lost, {lost['clipped']} clipped, "
+        f"{lost['unlabelled']} pages without labels, "
         f"{lost['warnings']} warnings: "
         f"each is listed in manifest.json{f' or {LOSSES_TABLE}' if manifest.more_losses else ''}",
         *ink_line(manifest.ink),

@@ -30,8 +30,8 @@ def license_line(license_id: str | None) -> str:
     if license_id:
         return f"- Licence of the pages that it was trained on: {license_id}."
     return (
-        "- The licence of the training data also covers works derived from them: CC BY-SA 4.0 for the pages of\n"
-        "  Kaggle's *Kuzushiji Recognition*."
+        "- The licence of the training data may also cover models. That of Kaggle's *Kuzushiji Recognition* is\n"
+        "  CC BY-SA 4.0."
     )
 
 
@@ -125,8 +125,7 @@ Read it with `tfds.builder_from_directory(...)`, `kuzushiji train`, or any reade
 
 ## Source and licence
 The crops have the licence of the pages that they were cut from{_license(config)}.
-Kaggle's *Kuzushiji Recognition* data are adapted from the "Kuzushiji Dataset" (created by the National Institute of
-Japanese Literature and others, published by the Center for Open Data in the Humanities), doi:10.20676/00000341,
-CC BY-SA 4.0.
-Pages drawn by `kuzushiji sample` contain no scanned material.
+If they are Kaggle's *Kuzushiji Recognition*: these are adapted from the "Kuzushiji Dataset" (created by the National
+Institute of Japanese Literature and others, published by the Center for Open Data in the Humanities),
+doi:10.20676/00000341, CC BY-SA 4.0. Pages drawn by `kuzushiji sample` contain no scanned material.
 """

@@ -1,4 +1,7 @@
-"""Count crops without ink. If boxes were made for another size of a scan, nothing fails, but crops show paper."""
+"""Signs that boxes are wrong, which fail nothing: crops without ink, and many boxes that are partly off their page.
+
+Boxes that were made for another size of a scan show paper.
+"""
 
 from collections.abc import Sequence
 from typing import Annotated
@@ -11,6 +14,7 @@ from preprocessing.page_results import PageResult
 
 # Share of a page's crops, or of all, see `crop.LEAST_CONTRAST`. On the real pages that were measured, it was 0.
 MOST_WITHOUT_INK = 0.05
+MOST_CLIPPED = 0.05  # share of the boxes
 FEWEST_WITHOUT_INK = 2  # a single crop is not enough
 LISTED_PAGES = 1000  # in a manifest
 SHOWN_PAGES = 10  # in the log
@@ -64,6 +68,16 @@ def ink_lines(count: InkCount, shown: int = SHOWN_PAGES) -> list[str]:
     if count.pages > shown:
         lines.append(f"... and {count.pages - shown:,} more pages: pages.parquet has the counts of each page")
     return lines
+
+
+def clipped_line(clipped: int, boxes: int) -> list[str]:
+    """Return a line if so many boxes are partly off their page that they are probably wrong, else no line."""
+    if clipped <= max(1, MOST_CLIPPED * boxes):
+        return []
+    return [
+        f"{100 * clipped / boxes:.0f} % of the {boxes:,} boxes are partly off their page: do the labels have right and "
+        "lower edges instead of width and height?"
+    ]
 
 
 def _are_too_many(without_ink: int, crops: int) -> bool:

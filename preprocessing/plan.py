@@ -1,5 +1,6 @@
 """Plan the work of `prepare` before any page is read: classes, splits, groups of pages, file names."""
 
+import logging
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ from upath import UPath
 
 from cluster.errors import OptionError
 from preprocessing.books import books_digest, books_of_pages, pages_for_training
-from preprocessing.classes import class_indices, class_names
+from preprocessing.classes import RARE, class_indices, class_names
 from preprocessing.config import PrepareConfig
 from preprocessing.crop import NO_AREA, NO_FILE
 from preprocessing.dataset import Loss
@@ -23,6 +24,8 @@ from preprocessing.labels.code_points import name_if_known
 from preprocessing.labels.table import Labels
 from preprocessing.pages import fingerprint
 from preprocessing.split import folds_of_boxes, split_of_boxes
+
+log = logging.getLogger("kuzushiji")
 
 # A record has about 6.5 kB, so the largest shards have about 64 MB, a size that readers of object stores handle well.
 BOXES_PER_GROUP = 10_000
@@ -81,6 +84,10 @@ def make_plan(
     splits = _splits(labels, files, books, config)
     names = config.classes or class_names(labels.code_points, config.coverage)
     classes = class_indices(names, labels.code_points)
+    share = np.mean(classes == len(names) - 1)
+    log.info("%d classes; %.0f %% of the boxes are of the class %s", len(names), 100 * share, RARE)
+    if config.split == "random":
+        log.info("--split random has crops of one page in several splits: see docs/data.md#which-split")
     number = config.shards or number_of_groups(len(labels.boxes), BOXES_PER_GROUP)
     grouped = group_pages(labels, files, number, bool(config.rescale), config.margin)
     groups = plan_shards(grouped, classes, splits)

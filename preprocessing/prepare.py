@@ -17,7 +17,7 @@ from preprocessing.card import dataset_card
 from preprocessing.config import SPLITS, PrepareConfig
 from preprocessing.dataset import Clipped, DatasetManifest, Loss, Shard, dataset_files
 from preprocessing.groups import written_groups
-from preprocessing.ink import count_ink, ink_lines
+from preprocessing.ink import clipped_line, count_ink, ink_lines
 from preprocessing.page_results import LISTED_WARNINGS, PageResult, listed_warnings
 from preprocessing.parquet import LISTED_LOSSES, LOSSES_TABLE, PAGES_TABLE, losses_table, pages_table
 from preprocessing.plan import Plan, make_plan
@@ -131,8 +131,8 @@ def _finish(plan: Plan, dataset: UPath, config: PrepareConfig, reports: Sequence
     counts = _counts(plan, shards)
     config_json = config.model_dump()
     results = [result for report in reports for result in report.pages]
-    faint = ink_lines(count_ink(results))
-    card = dataset_card(plan.class_names, counts, config_json, len(losses), len(clipped), plan.book_rule, faint)
+    doubts = ink_lines(count_ink(results)) + clipped_line(len(clipped), len(plan.labels.boxes))
+    card = dataset_card(plan.class_names, counts, config_json, len(losses), len(clipped), plan.book_rule, doubts)
     texts = dataset_files(plan.class_names, shards, card)
     contents = {name: text.encode() for name, text in texts.items()}
     results_by_page = {result["page"]: result for result in results}
@@ -141,7 +141,7 @@ def _finish(plan: Plan, dataset: UPath, config: PrepareConfig, reports: Sequence
         contents[LOSSES_TABLE] = losses_table(losses[LISTED_LOSSES:])
     files = [write_listed(dataset / name, contents[name]) for name in sorted(contents)]
     manifest = _manifest(plan, config, shards, losses, clipped, files, results)
-    for line in faint:
+    for line in doubts:
         log.warning("%s", line)
     for folder in (dataset, resumable(dataset).progress):  # left by killed attempts
         remove_temporaries(folder)

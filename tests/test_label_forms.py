@@ -172,6 +172,36 @@ def written(path: Path, text: str | bytes) -> Path:
     return path
 
 
+@pytest.mark.parametrize(
+    ("header", "says"),
+    [
+        (
+            "画像,文字,左,上,右,下",
+            "the columns Unicode, Image, X, Y, Width and Height, .* Received: '画像,文字,左,上,右,下'",
+        ),
+        ("Image,Unicode,X,Y,Widht,Height", r"Missing: Width\. See docs/data.md"),
+        ("Image;Unicode;X;Y;Width;Height", "Save the spreadsheet with commas"),
+    ],
+)
+def test_a_spreadsheet_with_a_wrong_header_is_refused_with_what_to_change(
+    header: str, says: str, tmp_path: Path
+) -> None:
+    refused(written(tmp_path / "sheet.csv", f"{header}\r\n".encode("cp932")), says=says)
+
+
+def test_a_spreadsheet_that_was_not_saved_as_csv_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "sheet.xlsx", "w") as archive:
+        archive.writestr("xl/workbook.xml", bytes(range(256)))
+    refused(tmp_path / "sheet.xlsx", says="a zip archive, such as .xlsx: save the spreadsheet as CSV in UTF-8")
+
+
+def test_characters_that_an_encoding_replaced_are_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = "image_id,labels\na,U+306F 1 2 3 4\nb,U+003F 1 2 3 4 U+FFFD 5 6 7 8\n"
+    read(written(tmp_path / "train.csv", rows))
+    assert "2 boxes have the character ? or U+FFFD" in caplog.text
+    assert "first on page b" in caplog.text
+
+
 # --- Kaggle's CSV
 
 
@@ -362,7 +392,7 @@ def test_a_decomposed_character_is_composed_and_a_single_ideograph_stays(tmp_pat
         (coco_of(images=[{"id": 7, "file_name": "../a.jpg"}]), r"images\[0\]: its file must name a page"),
         (
             coco_of(images=[{"id": 7, "file_name": "a.jpg"}] * 2),
-            r"images\[1\]: 'id' must be a number or text",
+            r"images\[1\]: 'id' must be a unique number or string",
         ),
         (coco_of(images=[{"id": i, "file_name": "a.jpg"} for i in (7, 8)]), "images: a file must be listed once"),
         (coco_of(categories=[{"id": 1, "name": "text"}]), "the name of category 1 must be a character or U.306F"),

@@ -23,7 +23,7 @@ from preprocessing.cutting import Cut, cut_boxes, scaled
 from preprocessing.dataset import DatasetManifest
 from preprocessing.exif import orientation_of, upright
 from preprocessing.groups import group_pages
-from preprocessing.ink import InkCount, count_ink, ink_lines
+from preprocessing.ink import InkCount, clipped_line, count_ink, ink_lines
 from preprocessing.jpeg import AMBIGUOUS_CMYK, read_header
 from preprocessing.labels.read import read_labels
 from preprocessing.labels.table import Labels
@@ -586,6 +586,12 @@ def test_pages_and_sets_with_too_many_crops_without_ink_are_reported() -> None:
     assert lines[0] == "50 % of the 300 crops hold no ink: were the boxes made for another size?"
     assert len(lines) == 1 + 10 + 1
     assert lines[-1] == "... and 20 more pages: pages.parquet has the counts of each page"
+
+
+def test_many_boxes_that_are_partly_off_their_page_are_reported() -> None:
+    assert clipped_line(1, 12) == clipped_line(5, 100) == []
+    (line,) = clipped_line(77, 100)
+    assert line.startswith("77 % of the 100 boxes are partly off their page: do the labels have right and lower edges")
 
 
 def test_real_boxes_hold_ink_and_those_for_another_size_do_not(shared: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from job.predict.folder import PredictionsManifest
 from job.predict.read_group import PICTURE_SUFFIX, GroupReport, ReadGroup, resumable, unfinished_pictures
 from job.predict.readings import accuracy
 from preprocessing.groups import Groups, group_pages, written_groups
-from preprocessing.ink import count_ink, ink_lines
+from preprocessing.ink import clipped_line, count_ink, ink_lines
 from preprocessing.input import Input, read_input
 from preprocessing.labels.page_ids import MAX_NAME_CHARS
 from preprocessing.page_results import LISTED_WARNINGS, listed_warnings
@@ -164,7 +164,7 @@ def _make(
             if report.losses:  # the next attempt reads the group again: its pages may be readable then
                 remove_file(resumable(out).report_path(number))
         raise
-    for line in ink_lines(manifest.ink):
+    for line in ink_lines(manifest.ink) + clipped_line(len(manifest.clipped), manifest.counts["boxes"]):
         log.warning("%s", line)
     _check_tables(out, manifest)
     for folder in (out, progress_folder):  # left by killed attempts

@@ -17,7 +17,7 @@ from job.report.side_files import report_file, write_side_file
 from preprocessing.card import split_rule
 from preprocessing.config import SPLITS
 from preprocessing.dataset import DatasetManifest
-from preprocessing.ink import ink_lines
+from preprocessing.ink import clipped_line, ink_lines
 from preprocessing.labels.code_points import code_point_name
 from preprocessing.pages import ignored_line
 from preprocessing.parquet import LOSSES_TABLE, PAGES_TABLE
@@ -171,7 +171,8 @@ def _losses(manifest: DatasetManifest) -> Iterator[str]:
         f"{lost:,} boxes lost, {clipped:,} clipped at the edge of their page, "
         f"{len(manifest.unlabelled):,} pages without labels."
     )
-    for line in ink_lines(manifest.ink, MAX_ROWS):
+    boxes = sum(counts["boxes"] for counts in manifest.counts.values())
+    for line in ink_lines(manifest.ink, MAX_ROWS) + clipped_line(clipped, boxes):
         yield html.paragraph(line)
     if manifest.ignored:
         yield html.paragraph(f"Files that are not scans: {ignored_line(manifest.ignored)}.")

@@ -160,6 +160,7 @@ def _encoding_of(data: bytes, where: str) -> str:
             faults.append(error)
         else:
             return encoding
+    received = "a zip archive, such as .xlsx: save the spreadsheet as CSV in UTF-8" if data[:2] == b"PK" else faults[0]
     raise InputError(
-        f"{where} must be text in UTF-8, UTF-16 or CP932. Received: {faults[0]}. See docs/data.md#label-files"
+        f"{where} must be text in UTF-8, UTF-16 or CP932. Received: {received}. See docs/data.md#label-files"
     ) from faults[0]

@@ -7,11 +7,12 @@ import re
 from collections.abc import Iterator, Sequence
 from enum import Enum
 
+import numpy as np
 from upath import UPath
 
 from cluster.errors import InputError, OptionError
 from preprocessing.labels.coco import Coco, is_coco
-from preprocessing.labels.codh import is_codh_header, read_codh
+from preprocessing.labels.codh import BOX, PAGE, is_codh_header, read_codh
 from preprocessing.labels.curation import Curations, is_curation, read_canvases
 from preprocessing.labels.files import LabelFile, head_text, label_files, open_text
 from preprocessing.labels.json_files import parse_json, shown
@@ -31,7 +32,12 @@ NO_LABELS = ("unicode_translation.csv", "sample_submission.csv", "notes.json")
 OTHER_HEADERS = (["canvas", "file"], ["page", "book"], ["prefix", "book"])
 READ_ME = ("readme", "license", "licence", "notice")
 # Labels of other tools must be converted to COCO.
-FORMS = "Kaggle's or CODH's CSV, COCO, YOLO or a IIIF Curation (docs/data.md says how to convert others)"
+FORMS = (
+    "Kaggle's or CODH's CSV, a spreadsheet as CSV with the columns Unicode, Image, X, Y, Width and Height, COCO, YOLO "
+    "or a IIIF Curation"
+)
+# Code points that programs write for a character that the encoding of a file lacks: `?` and U+FFFD.
+REPLACEMENTS = (0x3F, 0xFFFD)
 
 
 class Form(Enum):
@@ -93,7 +99,21 @@ def read_labels(
     if labels.warnings:
         page_id, what = labels.warnings[0]
         log.warning("%d pages have boxes with fractions of pixels, first %s: %s", len(labels.warnings), page_id, what)
+    _warn_of_replaced(labels)
     return labels
+
+
+def _warn_of_replaced(labels: Labels) -> None:
+    """Log a warning if boxes have a character that programs write in place of one that their encoding lacks."""
+    replaced = np.flatnonzero(np.isin(labels.code_points, REPLACEMENTS))
+    if len(replaced):
+        page = int(np.searchsorted(labels.starts, replaced[0], side="right")) - 1
+        log.warning(
+            "%d boxes have the character ? or U+FFFD, which programs write for characters that an encoding such as "
+            "CP932 lacks, first on page %s: save the labels as UTF-8",
+            len(replaced),
+            labels.page_ids[page],
+        )
 
 
 def _digest(
@@ -126,10 +146,11 @@ def _sorted_out(found: Sequence[LabelFile], option: str) -> tuple[Form, list[Lab
             of_form[form] = [file for file in of_form[form] if file not in pages]
     for file in of_form[Form.OTHER] + of_form[Form.EMPTY]:
         if file.given or (file.name.endswith(STRICT_SUFFIXES) and not _is_known_other(file)):
-            open_text(file.read(), file.where)  # raises if the encoding is unknown, which is then the cause
+            # Raises if the encoding is unknown, which is then the cause.
+            header = open_text(file.read(), file.where).readline().strip("\r\n")
             raise InputError(
                 f"{file.where} must begin with the header image_id,labels, or be labels of another form: {FORMS}. "
-                f"Received: {shown(_first_line(file))}. See docs/data.md#label-files"
+                f"Received: {shown(header)}.{_fix_of_header(header)} See docs/data.md#label-files"
             )
     first, *others = [form for form in LABEL_FORMS if of_form[form]] or [Form.OTHER]
     if first == Form.OTHER:
@@ -170,6 +191,18 @@ def _header(text: str) -> list[str]:
         return next(csv.reader([re.split("[\r\n]", text, maxsplit=1)[0]]), [])
     except csv.Error:
         return []
+
+
+def _fix_of_header(header: str) -> str:
+    """Return how to fix the header of a spreadsheet, as a sentence; empty if it has none of the columns."""
+    for separator in ",;\t":
+        named = {name.strip(' "') for name in header.split(separator)}
+        if missing := sorted({PAGE, *BOX} - named):
+            if len(missing) < len((PAGE, *BOX)):
+                return f" Missing: {', '.join(missing)}."
+        elif separator != ",":
+            return " Save the spreadsheet with commas between the columns."
+    return ""
 
 
 def _first_line(file: LabelFile) -> str:
