@@ -176,22 +176,6 @@ def test_two_hosts_train_one_model(cluster: Cluster, trained: str) -> None:
     assert [json.loads(row)["epoch"] for row in history] == [1, 2]
 
 
-def test_each_host_downloads_only_its_partition(cluster: Cluster, trained: str) -> None:
-    before = len(cluster.cloud.requests)
-    done = cluster.submit(*TRAIN, "--partitions", "2", "--epochs", "1", "--run", "parts")
-    assert "model: gs://demo-bucket/models/baseline/parts" in done.stdout
-    size_of = {shard["name"]: shard["bytes"] for shard in json.loads(cluster.read("crops/manifest.json"))["shards"]}
-    fetched: dict[str, set[str]] = {}
-    for asked in cluster.cloud.requests[before:]:
-        if found := re.search(r"crops%2F(kuzushiji-[^?/]+)\?.*alt=media", asked.path):
-            fetched.setdefault(asked.machine, set()).add(found[1])
-    first, second = fetched.values()
-    assert first | second == size_of.keys()
-    assert not first & second
-    shares = [sum(size_of[name] for name in names) / sum(size_of.values()) for names in (first, second)]
-    assert max(shares) < 0.6
-
-
 @pytest.mark.smoke
 def test_reports_and_curves_are_next_to_their_dataset_or_model(cluster: Cluster, trained: str) -> None:
     for report in ("crops.report.html", "models/baseline/undisturbed.report.html"):
@@ -277,6 +261,22 @@ def wait_for(what: Callable[[], Any], seconds: float) -> Any:
         assert time.monotonic() < deadline
         time.sleep(1)
     return found
+
+
+def test_each_host_downloads_only_its_partition(cluster: Cluster, trained: str) -> None:
+    before = len(cluster.cloud.requests)
+    done = cluster.submit(*TRAIN, "--partitions", "2", "--epochs", "1", "--run", "parts")
+    assert "model: gs://demo-bucket/models/baseline/parts" in done.stdout
+    size_of = {shard["name"]: shard["bytes"] for shard in json.loads(cluster.read("crops/manifest.json"))["shards"]}
+    fetched: dict[str, set[str]] = {}
+    for asked in cluster.cloud.requests[before:]:
+        if found := re.search(r"crops%2F(kuzushiji-[^?/]+)\?.*alt=media", asked.path):
+            fetched.setdefault(asked.machine, set()).add(found[1])
+    first, second = fetched.values()
+    assert first | second == size_of.keys()
+    assert not first & second
+    shares = [sum(size_of[name] for name in names) / sum(size_of.values()) for names in (first, second)]
+    assert max(shares) < 0.6
 
 
 def test_losing_a_host_does_not_change_the_model(cluster: Cluster, trained: str) -> None:
