@@ -54,6 +54,7 @@ def faults_of_cluster_file(path: Path) -> list[str]:
     ]
     faults = placeholders or [
         *_project_faults(config),
+        *_cost_faults(config),
         *(fault for name, node in config["available_node_types"].items() for fault in _node_faults(name, node)),
         *_location_faults(config),
         *_version_faults(config),
@@ -113,6 +114,12 @@ def _project_faults(config: dict[str, Any]) -> Iterator[str]:
         )
 
 
+def _cost_faults(config: dict[str, Any]) -> Iterator[str]:
+    cached = config["provider"].get("cache_stopped_nodes", True)
+    if cached is not False:
+        yield f"provider.cache_stopped_nodes: must be false: disks of stopped machines cost money. Received: {cached}"
+
+
 def _node_faults(name: str, node: dict[str, Any]) -> Iterator[str]:
     where, machine = f"available_node_types.{name}.node_config", node["node_config"]
     for key, types in _TYPES.items():
@@ -151,6 +158,9 @@ def _node_faults(name: str, node: dict[str, Any]) -> Iterator[str]:
 
 def _location_faults(config: dict[str, Any]) -> Iterator[str]:
     """Check that all resources are in the provider's region and zone. Google rejects machines with parts elsewhere."""
+    region, zone = config["provider"].get("region"), str(config["provider"].get("availability_zone"))
+    if zone.rpartition("-")[0] != region:
+        yield f"provider.availability_zone: must be a zone of provider.region, {region}. Received: {zone}"
     for where, text in _texts(config["available_node_types"]):
         for key, kind in (("region", "regions"), ("availability_zone", "zones")):
             for found in re.findall(rf"\b{kind}/([^/]+)/", text):

@@ -29,11 +29,9 @@ ReportT = TypeVar("ReportT", bound="BaseModel")
 log = logging.getLogger("kuzushiji")
 
 START_TIMED_OUT = (
-    "Ray must start within 30 s, Ray's own limit. Received: no answer in 3 attempts, as happens on an overloaded "
-    "machine. Run the same command again; if that does not help, see Ray's logs (/tmp/ray/session_latest/logs) and "
-    "docs/faq.md"
+    "Ray must start within 30 s, Ray's own limit. Received: no answer, as happens on an overloaded machine. Run the "
+    "same command again; if that does not help, see Ray's logs (/tmp/ray/session_latest/logs) and docs/faq.md"
 )
-STARTS = 3
 
 
 CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
@@ -99,38 +97,27 @@ def _start(at_least_cpus: int) -> bool:
         )
     if at_least_cpus > cpus:
         log.warning("%d CPUs requested, this machine has %d: processes share them", at_least_cpus, cpus)
-    _start_local(max(cpus, at_least_cpus))
+    try:
+        ray.init(
+            address="local",
+            num_cpus=max(cpus, at_least_cpus),
+            include_dashboard=False,
+            logging_level=logging.WARNING,
+            log_to_driver=False,
+        )
+    except Exception as error:
+        if getattr(error, "filename", None) or "AF_UNIX" in str(error):
+            raise KuzushijiError(
+                "Ray's folder must have a short path, and you must be able to write in it. "
+                f"Received: {one_line(error)}. Set RAY_TMPDIR to a folder of your own, such as /tmp/YOU. "
+                "See docs/faq.md"
+            ) from error
+        # Ray raises a plain Exception, and its timeout can't be set (github.com/ray-project/ray/issues/65983). A second
+        # attempt in this process would share the machine with the first one, whose processes end only with this one.
+        if "timed out during startup" not in str(error):
+            raise
+        raise KuzushijiError(START_TIMED_OUT) from error
     return True
-
-
-def _start_local(cpus: int) -> None:
-    """Start a Ray on this machine, with a new attempt if a start takes longer than Ray's limit."""
-    import ray
-
-    for attempt in range(1, STARTS + 1):
-        try:
-            ray.init(
-                address="local",
-                num_cpus=cpus,
-                include_dashboard=False,
-                logging_level=logging.WARNING,
-                log_to_driver=False,
-            )
-            return
-        except Exception as error:
-            if getattr(error, "filename", None) or "AF_UNIX" in str(error):
-                raise KuzushijiError(
-                    "Ray's folder must have a short path, and you must be able to write in it. "
-                    f"Received: {one_line(error)}. Set RAY_TMPDIR to a folder of your own, such as /tmp/YOU. "
-                    "See docs/faq.md"
-                ) from error
-            # Ray raises a plain Exception, and its timeout can't be set (github.com/ray-project/ray/issues/65983).
-            if "timed out during startup" not in str(error):
-                raise
-            if attempt == STARTS:
-                raise KuzushijiError(START_TIMED_OUT) from error
-            log.warning("Ray did not start within 30 s, Ray's own limit: attempt %d of %d", attempt + 1, STARTS)
-            ray.shutdown()
 
 
 def usable_cpus() -> int:

@@ -8,6 +8,7 @@ import asyncio
 import ipaddress
 import logging
 import os
+import re
 import secrets
 import shlex
 import signal
@@ -197,9 +198,11 @@ def _wait_for(tunnel: "subprocess.Popen[str]", port: int, cluster_file: Path) ->
     while time.monotonic() < deadline:
         if tunnel.poll() is not None:
             assert tunnel.stdout is not None
-            output = " ".join(tunnel.stdout.read().split())[-300:]
+            text = tunnel.stdout.read()
+            # Ray's reason, and not the end of its log, where there is one.
+            (reason,) = re.findall(r"^.*(?:not found|Error:.*)$", text, re.M)[-1:] or [" ".join(text.split())[-300:]]
             raise KuzushijiError(
-                f"the cluster of --cluster must be up. Received: {output}. "
+                f"the cluster of --cluster must be up. Received: {reason.strip()[:300]}. "
                 f"Run {_quoted('ray', 'up', '-y', cluster_file)}"
             )
         with socket.socket() as probe:
@@ -281,8 +284,13 @@ def follow(client: "JobSubmissionClient", job: str, head: Head) -> int:
     except (RuntimeError, OSError) as error:  # exceptions of requests are OSErrors
         text = " ".join(str(error).split())[:200]
         if "does not exist" in text:
-            raise InputError(f"--attach must be the id of a job of this cluster. Received: {job}") from error
-        raise KuzushijiError(f"the head must stay reachable. Received: {text}; {continues}") from error
+            raise InputError(
+                f"--attach must be the id of a job that the head knows; after a restart it knows none. "
+                f"Received: {job}. See docs/google-cloud.md#jobs"
+            ) from error
+        raise KuzushijiError(
+            f"the head must stay reachable. Received: {text}. Unless the cluster was stopped or restarted, {continues}"
+        ) from error
     log.info("job %s: %s", job, details.status.value.lower())
     if details.status.value == "SUCCEEDED":
         return 0

@@ -263,7 +263,7 @@ def verify(folder: str) -> Outcome:
 
     if folder.endswith(SUFFIXES):
         faults = faults_of_cluster_file(local_path(folder, "a cluster file"))
-        verdict = f"{len(faults)} faults" if faults else "ready for `ray up`"
+        verdict = f"{len(faults)} {'fault' if len(faults) == 1 else 'faults'}" if faults else "ready for `ray up`"
         return {"place": folder, "kind": "cluster", "faults": faults}, [*faults, f"cluster file {folder}: {verdict}"]
     checked = resolve_model(reachable_place(folder))
     manifest, faults, unlisted = check(checked)

@@ -46,6 +46,8 @@ class OneLine(click.Group):
             sys.exit(error.exit_code)
         except click.ClickException as error:
             text = f"{' '.join(error.format_message().split())} See --help"
+            if isinstance(error, click.NoSuchOption) and error.ctx and error.ctx.info_name == "submit":
+                text = f"{text}. Options of the job come after --: kuzushiji submit -- prepare ..."
             given = [*(sys.argv[1:] if args is None else args), "--"]
             _echo_error(text, as_json="--json" in given[: given.index("--")])
             sys.exit(error.exit_code)

@@ -47,7 +47,7 @@ def submit(
             f"either a command after -- or --attach JOB must be given. Received: {' '.join(arguments) or 'none'}"
         )
     if arguments:
-        _check_job(arguments)
+        _check_job(arguments, on_other_machine=not address)
     elif attach:
         try:
             plain_name(attach, "--attach")
@@ -67,8 +67,10 @@ def submit(
     return {"job": job, "exit_code": code}, []
 
 
-def _check_job(arguments: tuple[str, ...]) -> None:
+def _check_job(arguments: tuple[str, ...], on_other_machine: bool) -> None:
     """Find usage errors before the job is submitted, not after minutes on a cluster.
+
+    on_other_machine: whether the head shares no folder with this machine. A relative path is refused in any case.
 
     Raises:
         OptionError: the command can't run as a job.
@@ -77,4 +79,13 @@ def _check_job(arguments: tuple[str, ...]) -> None:
     name, *rest = arguments
     if name not in JOBS:
         raise OptionError(f"a job must be one of {', '.join(JOBS)}. Received: {name}")
-    main.commands[name].make_context(f"kuzushiji {name}", rest)
+    command = main.commands[name]
+    given = command.make_context(f"kuzushiji {name}", rest).params
+    for option in command.params:
+        values = given[option.name or ""] if option.metavar in ("PLACE", "FILE", "DIR") else None
+        for value in [values] if isinstance(values, str) else values or ():
+            if "://" not in value and (on_other_machine or not value.startswith("/")):
+                raise OptionError(
+                    f"each place of a job must be an address, such as gs://BUCKET/crops: it runs on another machine. "
+                    f"Received: {option.opts[0]} {value}"
+                )

@@ -104,6 +104,8 @@ BROAD = "123-compute@developer.gserviceaccount.com"
         (change("head_start_ray_commands", [f"RAY_AUTH_MODE=token ray stop; {START}"]), "must set RAY_AUTH_MODE=token"),
         (change("head_start_ray_commands", [f"echo RAY_AUTH_MODE=token; {START}"]), "must set RAY_AUTH_MODE=token"),
         (change("provider/region", "europe-west4"), "must be in europe-west4, as provider.region"),
+        (change("provider/region", "europe-west4"), "provider.availability_zone: must be a zone of provider.region"),
+        (change("provider/cache_stopped_nodes", True), "provider.cache_stopped_nodes: must be false"),
         (change("provider/availability_zone", "us-central1-b"), "must be in us-central1-b, as provider.availab"),
         (change(f"{GPU}/scheduling", "x"), "must be a mapping or a list. Received: 'x'"),
         (change(f"{GPU}/scheduling", [1]), "onHostMaintenance: must be TERMINATE"),

@@ -327,14 +327,20 @@ def test_a_failed_job_fails_here_with_its_exit_code(head: Head, kuzushiji: Kuzus
 def test_usage_errors_are_reported_before_a_job_starts(head: Head, kuzushiji: Kuzushiji) -> None:
     says = {
         "Missing option": ["--", "prepare", "--pages", "x"],
-        "": ["--", "pull", "--models", "x", "--to", "y"],
+        "a job must be one of": ["--", "pull", "--models", "x", "--to", "y"],
+        "Options of the job come after --": ["prepare", "--pages", "/x"],
+        "Received: --models models": [
+            "--", "train", "--dataset", "/x", "--models", "models", "--architecture", "resnet",
+        ],
         "--attach must be letters": ["--attach", "../x"],
-        "--working-dir must be an existing folder": ["--working-dir", "/nowhere", "--", "verify", "x"],
-    }
+        "--working-dir must be an existing folder": ["--working-dir", "/nowhere", "--", "verify", "/x"],
+    }  # fmt: skip
     for text, arguments in says.items():
         told = kuzushiji("submit", "--address", head.address, *arguments)
         assert told.code == 2
         assert text in told.stderr
+    elsewhere = kuzushiji("submit", "--", "verify", "/x")
+    assert (elsewhere.code, "each place of a job must be an address" in elsewhere.stderr) == (2, True)
 
 
 def test_a_job_that_is_not_waited_for_can_be_followed_later(head: Head, kuzushiji: Kuzushiji, dataset: Path) -> None:
