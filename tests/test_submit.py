@@ -529,11 +529,11 @@ def test_local_addresses_bypass_proxies(head: Head, cluster: Cluster, waiting: l
 
 def test_a_cluster_file_with_faults_is_named_and_not_given_to_ray(cluster: Cluster) -> None:
     cluster.file.write_text((ROOT / "ray_cluster.yaml").read_text())
-    done = cluster.submit("--", "verify", "x")
+    done = cluster.submit("--", "verify", "gs://b/x")
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert "replace <PROJECT>" in line
-    assert line.endswith(f"Run `kuzushiji verify '{cluster.file}'`")
+    assert line.endswith(f"Run `kuzushiji verify '{cluster.file}'`. See docs/google-cloud.md")
     assert not cluster.tunnel.exists()
 
 
@@ -561,10 +561,10 @@ def test_http_asks_for_the_token(head: Head) -> None:
 def test_a_wrong_token_or_none_is_one_line(head: Head, tmp_path: Path) -> None:
     wrong = tmp_path / "token"
     wrong.write_text("0" * 64)
-    done = head.submit("--", "verify", "x", RAY_AUTH_TOKEN_PATH=str(wrong))
+    done = head.submit("--", "verify", "gs://b/x", RAY_AUTH_TOKEN_PATH=str(wrong))
     assert done.returncode == 1
     assert "must accept this machine's token" in done.stderr.splitlines()[-1]
-    none = head.submit("--", "verify", "x", RAY_AUTH_TOKEN_PATH="", RAY_AUTH_MODE="disabled")
+    none = head.submit("--", "verify", "gs://b/x", RAY_AUTH_TOKEN_PATH="", RAY_AUTH_MODE="disabled")
     assert none.returncode == 1
     assert "must accept this machine's token" in none.stderr.splitlines()[-1]
 
@@ -574,7 +574,7 @@ def test_a_token_that_is_refused_later_is_one_line_too(head: Head, kuzushiji: Ku
         return await pass_on(request) if request.path == "/api/version" else web.Response(status=403)
 
     with behind(head, refused) as way:
-        for arguments in (["--", "verify", "x"], ["--attach", "nobody"]):
+        for arguments in (["--", "verify", "gs://b/x"], ["--attach", "nobody"]):
             told = kuzushiji("submit", "--address", way.address, *arguments)
             assert told.code == 1
             assert "kuzushiji: the head must accept this machine's token" in told.lines[-1]
