@@ -199,7 +199,8 @@ def test_a_folder_of_another_job_is_refused_with_what_differs_finished_or_not(
             (tmp_path / "other", {}, "input (was "),
         ):
             with pytest.raises(
-                OptionError, match=rf"--out must be a new folder, or one .* differ: {re.escape(key)}.*remove it$"
+                OptionError,
+                match=rf"--out must be a new folder, or one .* differ: {re.escape(key)}.*remove it. See docs/faq.md$",
             ):
                 predict_here(other, tmp_path / name, **options)
         assert written(tmp_path / name) == before

@@ -247,7 +247,9 @@ def test_a_page_that_ends_each_process_ends_prepare_in_one_line_that_names_it(
 ) -> None:
     page_id = sorted(path.stem for path in (source / "pages" / "train_images").iterdir())[-1]
     monkeypatch.setattr("preprocessing.prepare.CutGroup", work_that_dies_at(page_id))
-    with pytest.raises(InputError, match=f"^no page may end .* Received: {page_id}, where 1 processes ended .*folder$"):
+    with pytest.raises(
+        InputError, match=f"^no page may end .* Received: {page_id}, where 1 processes ended .*folder. See docs/faq.md$"
+    ):
         prepare_here(source, tmp_path / "dataset")
     monkeypatch.undo()
     assert prepare_here(source, tmp_path / "dataset")

@@ -479,9 +479,13 @@ def test_a_pointer_to_a_run_that_is_gone_names_it(
 
 def test_a_task_does_not_recreate_a_removed_dataset_folder(pages: Path, tmp_path: Path) -> None:
     """The new folder would have only a part of the dataset, and every later `prepare` would refuse it."""
-    with pytest.raises(DamageError, match=f"--dataset must stay .* Received: {tmp_path}/out, without its plan"):
+    with pytest.raises(
+        DamageError, match=f"--dataset must not be removed .* Received: {tmp_path}/out, without its plan"
+    ):
         CutGroup(str(pages / "train_images"), str(tmp_path / "out"))(0)
     assert not (tmp_path / "out").exists()
     write_bytes(place(tmp_path / "out" / ".prepare" / "plan.json"), b"{}")
-    with pytest.raises(DamageError, match="--dataset must stay .*, without the groups of pages of this attempt. Run"):
+    with pytest.raises(
+        DamageError, match="--dataset must not be removed .*, without the groups of pages of this attempt. Run"
+    ):
         CutGroup(str(pages / "train_images"), str(tmp_path / "out"))(0)

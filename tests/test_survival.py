@@ -106,7 +106,7 @@ def test_a_killed_driver_and_a_killed_worker_change_no_bit_and_leave_no_checkpoi
     caplog.set_level("INFO", "kuzushiji")
     # More than one failure is allowed: another process may take the port that a worker has found free.
     given = TrainConfig.model_validate(GIVEN | {"checkpoint_every": 2, "max_failures": 3})
-    with pytest.raises(OptionError, match="seed .then 42, now 1."):
+    with pytest.raises(OptionError, match="seed .was 42, now 1."):
         train(place(few), place(tmp_path), [given.model_copy(update={"seed": 1})], "disturbed")
     folder = train(place(few), place(tmp_path), [given], "disturbed")[0].folder
     first, second = re.findall("resuming after epoch ([0-2])(?: and ([1-4]) steps of the next)?", caplog.text)

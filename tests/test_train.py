@@ -275,7 +275,7 @@ def test_a_finished_run_is_left_as_it_is_and_keeps_no_checkpoints(
     (outcome,) = train(place(few), models, [given], "first")
     assert (outcome.folder, outcome.trained, outcome.error) == (place(trained), False, None)
     assert json.loads((trained.parent / "latest.json").read_text())["run"] == "first"
-    with pytest.raises(OptionError, match="epochs .then 3, now 4."):
+    with pytest.raises(OptionError, match="epochs .was 3, now 4."):
         train(place(few), models, [given.model_copy(update={"epochs": 4})], "first")
     source = (place(pages / "train_images"), place(pages / "train.csv"))
     prepare(*source, place(tmp_path), PrepareConfig(coverage=0.5, split="book"))
