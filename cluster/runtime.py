@@ -30,7 +30,8 @@ log = logging.getLogger("kuzushiji")
 
 START_TIMED_OUT = (
     "Ray must start within 30 s, Ray's own limit. Received: no answer, as happens on an overloaded machine. Run the "
-    "same command again; if that does not help, see Ray's logs (/tmp/ray/session_latest/logs) and docs/faq.md"
+    "same command again; if that does not help, see docs/faq.md and Ray's logs, by default in "
+    "/tmp/ray/session_latest/logs"
 )
 
 

@@ -200,7 +200,7 @@ def _wait_for(tunnel: "subprocess.Popen[str]", port: int, cluster_file: Path) ->
             assert tunnel.stdout is not None
             text = tunnel.stdout.read()
             # Ray's reason, and not the end of its log, where there is one.
-            (reason,) = re.findall(r"^.*(?:not found|Error:.*)$", text, re.M)[-1:] or [" ".join(text.split())[-300:]]
+            (reason,) = re.findall(r"^.*(?:not found|Error:).*$", text, re.M)[-1:] or [" ".join(text.split())[-300:]]
             raise KuzushijiError(
                 f"the cluster of --cluster must be up. Received: {reason.strip()[:300]}. "
                 f"Run {_quoted('ray', 'up', '-y', cluster_file)}"
@@ -285,7 +285,7 @@ def follow(client: "JobSubmissionClient", job: str, head: Head) -> int:
         text = " ".join(str(error).split())[:200]
         if "does not exist" in text:
             raise InputError(
-                f"--attach must be the id of a job that the head knows; after a restart it knows none. "
+                "--attach must be the id of a job that the head knows; after a restart it knows none. "
                 f"Received: {job}. See docs/google-cloud.md#jobs"
             ) from error
         raise KuzushijiError(

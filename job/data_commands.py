@@ -93,8 +93,8 @@ def prepare(
     from cluster.storage import is_inside, reachable_place
     from job.report.dataset import write_dataset_report
     from preprocessing.books import read_books, read_train_only
+    from preprocessing.box_checks import ink_line
     from preprocessing.classes import read_class_names
-    from preprocessing.ink import ink_line
     from preprocessing.parquet import LOSSES_TABLE
     from preprocessing.prepare import prepare as run
 

@@ -16,9 +16,9 @@ from pydantic import FailFast, Field, model_validator
 from typing_extensions import TypedDict  # pydantic needs this one below Python 3.12
 
 from cluster.manifest import Count, FileEntry, Manifest
+from preprocessing.box_checks import InkCount
 from preprocessing.classes import LABELS_FILE
 from preprocessing.config import SPLITS, is_license
-from preprocessing.ink import InkCount
 from preprocessing.page_results import Ignored, PageWarnings
 from preprocessing.records import SIDE
 

@@ -13,11 +13,11 @@ from cluster.manifest import FileEntry, encoded, is_sealed, seal, write_listed
 from cluster.runtime import map_tasks
 from cluster.storage import list_files, remove_file, remove_temporaries
 from preprocessing.attempts import earlier_attempt, sealed_manifest
+from preprocessing.box_checks import clipped_line, count_ink, ink_lines
 from preprocessing.card import dataset_card
 from preprocessing.config import SPLITS, PrepareConfig
 from preprocessing.dataset import Clipped, DatasetManifest, Loss, Shard, dataset_files
 from preprocessing.groups import written_groups
-from preprocessing.ink import clipped_line, count_ink, ink_lines
 from preprocessing.page_results import LISTED_WARNINGS, PageResult, listed_warnings
 from preprocessing.parquet import LISTED_LOSSES, LOSSES_TABLE, PAGES_TABLE, losses_table, pages_table
 from preprocessing.plan import Plan, make_plan

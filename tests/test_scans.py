@@ -17,13 +17,13 @@ from PIL import Image
 from cluster.errors import InputError, OptionError
 from cluster.manifest import read_manifest
 from cluster.storage import place
+from preprocessing.box_checks import InkCount, clipped_line, count_ink, ink_lines
 from preprocessing.config import PrepareConfig
 from preprocessing.crop import MAX_PAGE_PIXELS, MAX_SEQUENTIAL_PIXELS, PageFault
 from preprocessing.cutting import Cut, cut_boxes, scaled
 from preprocessing.dataset import DatasetManifest
 from preprocessing.exif import orientation_of, upright
 from preprocessing.groups import group_pages
-from preprocessing.ink import InkCount, clipped_line, count_ink, ink_lines
 from preprocessing.jpeg import AMBIGUOUS_CMYK, read_header
 from preprocessing.labels.read import read_labels
 from preprocessing.labels.table import Labels

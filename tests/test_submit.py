@@ -537,6 +537,16 @@ def test_a_cluster_file_with_faults_is_named_and_not_given_to_ray(cluster: Clust
     assert not cluster.tunnel.exists()
 
 
+def test_a_cluster_that_is_down_is_one_line_with_the_reason_of_ray(tmp_path: Path) -> None:
+    script = "print('x' * 999); print('RuntimeError: Head node of cluster (kuzushiji) not found!'); print('try again')"
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as tunnel:
+        tunnel.wait()
+        with pytest.raises(
+            KuzushijiError, match=r"Received: RuntimeError: Head node of cluster \(kuzushiji\) not found!"
+        ):
+            submit._wait_for(tunnel, 1, tmp_path / "ray_cluster.yaml")
+
+
 def test_a_silent_server_is_not_accepted_as_a_head(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(submit, "SECONDS_FOR_ANSWER", 0.5)
     for name in ("no_proxy", "NO_PROXY"):

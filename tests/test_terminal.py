@@ -162,3 +162,16 @@ def test_prepare_shows_rays_bar_and_ctrl_c_gives_the_terminal_back(pages: Path, 
     assert seen.code == 1, "\n".join(seen.screens[-1])
     assert "kuzushiji: stopped" in "\n".join(seen.screens[-1])
     assert seen.cursor
+
+
+def test_a_long_wait_off_a_terminal_is_logged_and_a_short_one_is_not(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level("INFO", "kuzushiji")
+    monkeypatch.setattr(cluster.progress, "on_terminal", lambda: False)
+    with waiting("a short one"):
+        pass
+    monkeypatch.setattr(cluster.progress, "SECONDS_BETWEEN_LINES", 0.01)
+    with waiting("a long one"):
+        time.sleep(0.5)
+    assert caplog.messages == ["a long one"]

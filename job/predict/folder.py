@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal
 from pydantic import FailFast, Field
 
 from cluster.manifest import Count, Manifest
+from preprocessing.box_checks import InkCount
 from preprocessing.dataset import ClippedBoxes, Losses
-from preprocessing.ink import InkCount
 from preprocessing.page_results import Ignored, PageWarnings
 
 

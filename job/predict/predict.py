@@ -21,8 +21,8 @@ from job.predict.attempts import earlier_attempt, sealed_manifest
 from job.predict.folder import PredictionsManifest
 from job.predict.read_group import PICTURE_SUFFIX, GroupReport, ReadGroup, resumable, unfinished_pictures
 from job.predict.readings import accuracy
+from preprocessing.box_checks import clipped_line, count_ink, ink_lines
 from preprocessing.groups import Groups, group_pages, written_groups
-from preprocessing.ink import clipped_line, count_ink, ink_lines
 from preprocessing.input import Input, read_input
 from preprocessing.labels.page_ids import MAX_NAME_CHARS
 from preprocessing.page_results import LISTED_WARNINGS, listed_warnings

@@ -14,10 +14,10 @@ from cluster.storage import is_file
 from job.data.staging import StagedDataset, staged
 from job.report import html, plots
 from job.report.side_files import report_file, write_side_file
+from preprocessing.box_checks import clipped_line, ink_lines
 from preprocessing.card import split_rule
 from preprocessing.config import SPLITS
 from preprocessing.dataset import DatasetManifest
-from preprocessing.ink import clipped_line, ink_lines
 from preprocessing.labels.code_points import code_point_name
 from preprocessing.pages import ignored_line
 from preprocessing.parquet import LOSSES_TABLE, PAGES_TABLE
