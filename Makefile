@@ -82,9 +82,10 @@ test-image:
 # needs more epochs to pay.
 demo: .venv/.installed
 	rm -rf demo
-	$(KUZUSHIJI) sample --out demo/pages --num-pages 64 --scale 0.5
-	$(KUZUSHIJI) prepare --pages demo/pages/train_images --labels demo/pages/train.csv --dataset demo/dataset
-	$(KUZUSHIJI) train --dataset demo/dataset --models demo/models --architecture resnet --workers 2 \
+	$(KUZUSHIJI) sample --out demo/pages --num-pages 56 --scale 0.5
+	$(KUZUSHIJI) prepare --pages demo/pages/train_images --labels demo/pages/train.csv --dataset demo/dataset \
+	  --val-fraction 0.1 --test-fraction 0.1
+	$(KUZUSHIJI) train --dataset demo/dataset --models demo/models --architecture resnet \
 	  --epochs 2 --global-batch-size 64 --augment none --run demo
 	$(KUZUSHIJI) evaluate --model demo/models/resnet --dataset demo/dataset --out demo/evaluation
 	$(KUZUSHIJI) pull --models demo/models --to demo/pulled

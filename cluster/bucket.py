@@ -258,12 +258,12 @@ def explaining() -> Iterator[None]:
             raise FileNotFoundError(" ".join(str(error).split())) from error
         raise
     except Exception as error:
-        told = explained(error)
-        if told is None and isinstance(error, NotFound):
+        explanation = explained(error)
+        if explanation is None and isinstance(error, NotFound):
             raise FileNotFoundError(" ".join(str(error).split())) from error
-        if told is None:
+        if explanation is None:
             raise
-        raise told from error
+        raise explanation from error
 
 
 def explained(error: BaseException) -> KuzushijiError | None:

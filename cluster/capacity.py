@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cluster.errors import KuzushijiError, OptionError, one_line
+from cluster.errors import KuzushijiError, OptionError, counted, one_line
 
 if TYPE_CHECKING:
     from ray.autoscaler.v2.schema import ClusterStatus
@@ -34,8 +34,8 @@ class Request:
     """GPUs of each process."""
 
     def __str__(self) -> str:
-        gpus = f" and {_count(self.gpus, 'GPU')}" if self.gpus else ""
-        return f"{_count(self.processes, 'process', 'processes')} with {_count(self.cpus, 'CPU')}{gpus} each"
+        gpus = f" and {counted(self.gpus, 'GPU')}" if self.gpus else ""
+        return f"{counted(self.processes, 'process', 'processes')} with {counted(self.cpus, 'CPU')}{gpus} each"
 
     def held_by(self, hosts: Iterable[Mapping[str, float]]) -> int:
         """Return how many such processes fit on hosts with these resources, which may be more than `processes`."""
@@ -75,7 +75,7 @@ def check_room(request: Request) -> None:
         cpus, gpus = (int(sum(host.get(kind, 0) for host in present)) for kind in ("CPU", "GPU"))
         raise OptionError(
             f"Ray must have room for all processes at the same time. Received: {request}; there is room for {held} on "
-            f"{_count(len(present), 'host')} with {_count(cpus, 'CPU')} and {_count(gpus, 'GPU')} in all, and no "
+            f"{counted(len(present), 'host')} with {counted(cpus, 'CPU')} and {counted(gpus, 'GPU')} in all, and no "
             "autoscaler. Request less, or use a larger cluster (RAY_ADDRESS). See docs/faq.md"
         )
 
@@ -143,7 +143,3 @@ def _status() -> "ClusterStatus":
     from ray.autoscaler.v2.sdk import get_cluster_status
 
     return get_cluster_status(ray.get_runtime_context().gcs_address, timeout=SECONDS_FOR_STATUS)
-
-
-def _count(number: int, one: str, many: str = "") -> str:
-    return f"{number} {one if number == 1 else many or one + 's'}"

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from cluster.errors import OptionError
+from cluster.errors import OptionError, counted
 from job.command import Outcome, command, main, option
 from job.config import TrainConfig
 from job.data_commands import canvases_option, labels_option, prepare, sample, start_limit_option
@@ -109,7 +109,7 @@ def evaluate(model: str, dataset: str, split: str, out: str | None) -> Outcome:
         else []
     )
     return {"split": split} | asdict(evaluation.metrics), [
-        f"weakest of {len(weakest_first)} classes:",
+        f"the classes with the lowest F1, of {len(weakest_first):,} that {split} has:",
         weakest_first.head(10)[columns].to_string(index=False, float_format="{:.3f}".format),
         "",
         "confusions, as character (crops): predicted characters",
@@ -162,7 +162,8 @@ def predict(
     result = {"out": out, "written": new, "accuracy": accuracy} | counts
     result |= {"losses": lost, "clipped": len(manifest.clipped)}
     result |= {"warnings": len(manifest.warnings) + manifest.more_warnings, "without_ink": manifest.ink.without_ink}
-    lines = [f"{counts['read']:,} of {counts['boxes']:,} boxes on {counts['pages']:,} pages were read; tables: {out}"]
+    of_boxes = f"{counts['read']:,} of {counted(counts['boxes'], 'box', 'boxes')}"
+    lines = [f"read: {of_boxes} on {counted(counts['pages'], 'page')}; tables: {out}"]
     if annotate:
         lines.append(f"pictures: {annotate}")
     if not new:
@@ -173,11 +174,11 @@ def predict(
         lines.append(f"{scores}, {accuracy['examples']:,} boxes with a character")
     if min_confidence:
         uncertain, right = counts["uncertain"], accuracy.get("accuracy_of_shown")
-        told = "" if right is None else f"; accuracy of the characters shown {right:.4f}"
+        of_shown = "" if right is None else f"; accuracy of the characters shown {right:.4f}"
         share = f"{uncertain:,} boxes ({uncertain / counts['read']:.1%})"
-        lines.append(f"{share} are less probable than {min_confidence:g} and shown as 〓, like `rare`{told}")
-    lost_boxes = f"{lost} {'box' if lost == 1 else 'boxes'} lost"
-    lines.append(f"{lost_boxes}, {len(manifest.clipped)} clipped: each is listed in manifest.json")
+        lines.append(f"{share} are less probable than {min_confidence:g} and shown as 〓, like `rare`{of_shown}")
+    lost_boxes = counted(lost, "box", "boxes")
+    lines.append(f"{lost_boxes} lost, {len(manifest.clipped):,} clipped: each is listed in manifest.json")
     return result, lines
 
 
@@ -263,7 +264,7 @@ def verify(folder: str) -> Outcome:
 
     if folder.endswith(SUFFIXES):
         faults = faults_of_cluster_file(local_path(folder, "a cluster file"))
-        verdict = f"{len(faults)} {'fault' if len(faults) == 1 else 'faults'}" if faults else "ready for `ray up`"
+        verdict = counted(len(faults), "fault") if faults else "no faults (Google was not asked whether names exist)"
         return {"place": folder, "kind": "cluster", "faults": faults}, [*faults, f"cluster file {folder}: {verdict}"]
     checked = resolve_model(reachable_place(folder))
     manifest, faults, unlisted = check(checked)

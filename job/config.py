@@ -154,7 +154,7 @@ def configs_of(
             "--unfreeze last must come with weights. Received: --weights none, which trains the whole base"
         )
     base = {"weights": weights or "imagenet", "unfreeze": unfreeze or ("all" if weights == "none" else "last")}
-    begins = {"weights": weights} if from_model else {}
+    model_weights = {"weights": weights} if from_model else {}
     values: dict[str, Any] = {"deterministic": not options.get("gpus_per_worker")}
     values |= {key: value for key, value in options.items() if value is not None}
     try:
@@ -163,7 +163,7 @@ def configs_of(
                 **{
                     "architecture": name,
                     **RECIPES[name].model_dump(),
-                    **(base if name in TRANSFER else begins),
+                    **(base if name in TRANSFER else model_weights),
                     **values,
                 }
             )

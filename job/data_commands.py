@@ -7,7 +7,7 @@ import click
 from click.core import ParameterSource
 
 from cluster.capacity import START_LIMIT
-from cluster.errors import OptionError
+from cluster.errors import OptionError, counted
 from job.command import Outcome, command, config_of, option
 from preprocessing.config import SPLITS, PrepareConfig
 
@@ -54,7 +54,10 @@ def sample(out: str, num_pages: int, seed: int, scale: float, layouts: str | Non
     font_folder = local_path(fonts, "--fonts") if fonts else None
     summary = draw(local_path(out, "--out"), num_pages, seed, scale, layouts_file, fonts=font_folder)
     result = {"out": out, "pages": summary.pages, "characters": summary.characters, "books": summary.books}
-    return result, [f"{summary.pages} pages, {summary.books} books, {summary.characters:,} characters: {out}"]
+    return result, [
+        f"{counted(summary.pages, 'page')}, {counted(summary.books, 'book')}, "
+        f"{counted(summary.characters, 'character')}: {out}"
+    ]
 
 
 @command
@@ -131,10 +134,9 @@ def prepare(
         return result, [f"{dataset} is complete and valid: nothing written", *reported]
     split_line = ", ".join(f"{split} {count:,}" for split, count in counts.items())
     return result, [
-        f"{sum(counts.values()):,} crops in {len(manifest.shards)} shards ({split_line}): {dataset}",
-        f"{lost['losses']} {'box' if lost['losses'] == 1 else 'boxes'} lost, {lost['clipped']} clipped, "
-        f"{lost['unlabelled']} pages without labels, "
-        f"{lost['warnings']} warnings: "
+        f"{sum(counts.values()):,} crops in {counted(len(manifest.shards), 'shard')} ({split_line}): {dataset}",
+        f"{counted(lost['losses'], 'box', 'boxes')} lost, {lost['clipped']:,} clipped, "
+        f"{counted(lost['unlabelled'], 'page')} without labels, {counted(lost['warnings'], 'warning')}: "
         f"each is listed in manifest.json{f' or {LOSSES_TABLE}' if manifest.more_losses else ''}",
         *ink_line(manifest.ink),
         *reported,

@@ -62,7 +62,7 @@ def submit(
         job = attach or submit_job(client, arguments, folder, head)
         log.info("job %s%s", job, "" if attach else f" was submitted: kuzushiji {shlex.join(arguments)}")
         if no_wait:
-            return {"job": job}, [f"to follow it: kuzushiji submit {head.option} --attach {job}"]
+            return {"job": job}, [head.follow_and_stop_hint(job)]
         code = follow(client, job, head)
     return {"job": job, "exit_code": code}, []
 
@@ -82,8 +82,10 @@ def _check_job(arguments: tuple[str, ...], on_other_machine: bool) -> None:
     command = main.commands[name]
     given = command.make_context(f"kuzushiji {name}", rest).params
     for option in command.params:
-        values = given[option.name or ""] if option.metavar in ("PLACE", "FILE", "DIR") else None
+        values = given[option.name or ""] if option.metavar in ("PLACE", "FILE", "DIR", "WEIGHTS") else None
         for value in [values] if isinstance(values, str) else values or ():
+            if option.metavar == "WEIGHTS" and value in ("none", "imagenet"):
+                continue
             if "://" not in value and (on_other_machine or not value.startswith("/")):
                 raise OptionError(
                     f"each place of a job must be an address, such as gs://BUCKET/crops: it runs on another machine. "

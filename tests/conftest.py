@@ -122,7 +122,7 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
 def shared() -> Path:
     """Return the folder of real pages and labels."""
     if not SHARED.is_dir():
-        pytest.skip("need the real pages at shared/kuzushiji beside the checkout")
+        pytest.skip("needs the real pages at ../shared/kuzushiji, next to the checkout")
     return SHARED
 
 
@@ -131,7 +131,7 @@ def cases(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with one real page and its labels in many forms."""
     maker = shared.parent / "cases" / "make_cases.py"
     if not maker.exists():
-        pytest.skip("need shared/cases beside the checkout")
+        pytest.skip("needs ../shared/cases, next to the checkout")
 
     def make(out: Path) -> None:
         subprocess.run([sys.executable, maker, out], check=True, capture_output=True)
@@ -299,7 +299,7 @@ KUZUSHIJI_WITH_SMALL_HEAD = [sys.executable, str(Path(__file__).with_name("small
 
 
 @dataclass(frozen=True)
-class Told:
+class CommandResult:
     """How a command ended."""
 
     code: int
@@ -312,7 +312,7 @@ class Told:
         return [line for line in self.stderr.splitlines() if line[2:3] != ":"]
 
 
-Kuzushiji = Callable[..., Told]
+Kuzushiji = Callable[..., CommandResult]
 
 
 @pytest.fixture
@@ -321,11 +321,11 @@ def kuzushiji(monkeypatch: pytest.MonkeyPatch) -> Kuzushiji:
     for name in ("handlers", "level", "propagate"):
         monkeypatch.setattr(log, name, getattr(log, name))  # restored afterwards
 
-    def run(*arguments: object) -> Told:
+    def run(*arguments: object) -> CommandResult:
         done = CliRunner().invoke(main, [str(argument) for argument in arguments])
         if done.exception and not isinstance(done.exception, SystemExit):
             raise done.exception
-        return Told(done.exit_code, done.stdout, done.stderr)
+        return CommandResult(done.exit_code, done.stdout, done.stderr)
 
     return run
 

@@ -361,7 +361,7 @@ def test_the_command_prints_counts_and_accuracy(
 ) -> None:
     places = ["--model", model, "--pages", shared / "pages", "--boxes", shared / "train.csv", "--out", tmp_path / "out"]
     first, second, third = kuzushiji("predict", *places).stdout.splitlines()
-    assert first == f"219 of 219 boxes on 3 pages were read; tables: {tmp_path / 'out'}"
+    assert first == f"read: 219 of 219 boxes on 3 pages; tables:  {tmp_path / 'out'}"
     assert second.startswith("accuracy 0.")
     assert second.endswith(", 219 boxes with a character")
     assert third == "0 boxes lost, 0 clipped: each is listed in manifest.json"

@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import urlparse
 
+import numpy as np
 import pytest
 from browser import CHROMIUM, look_at
 from conftest import Kuzushiji, reseal
@@ -14,9 +15,11 @@ from conftest import Kuzushiji, reseal
 from cluster.errors import DamageError, OptionError
 from cluster.manifest import read_manifest
 from cluster.storage import place
+from job.data.staging import staged
 from job.report.dataset import dataset_report, write_dataset_report
 from job.report.html import page, paragraph
 from job.report.models import model_report
+from preprocessing.config import SPLITS
 from preprocessing.dataset import DatasetManifest
 
 
@@ -73,6 +76,10 @@ def test_a_dataset_report_has_the_numbers_of_the_manifest(of_real: str, real_dat
     assert "0 boxes lost, 0 clipped" in text
     classes = len((real_dataset / "label.labels.txt").read_text().splitlines()) - 1
     assert f"{classes} have a class of their own" in text
+    with staged(place(real_dataset), SPLITS) as data:
+        labels = np.concatenate([crops.labels for crops in data.splits.values()])
+    rare, share = (labels == classes).sum(), 100 * (labels == classes).mean()
+    assert f"of the class rare: {rare:,} crops, {share:.0f} %." in text
 
 
 def test_a_report_shows_the_leakage_of_a_random_split(of_real: str, real_dataset: Path) -> None:

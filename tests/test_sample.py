@@ -151,7 +151,7 @@ def test_layouts_keep_ids_boxes_characters_order_and_empty_pages(tmp_path: Path)
     assert sizes == [(2660, 4140), (2400, 3900), (2400, 3900)]
 
 
-@pytest.mark.skipif(not LAYOUTS.exists(), reason="need the real pages at shared/kuzushiji beside the checkout")
+@pytest.mark.skipif(not LAYOUTS.exists(), reason="needs the real pages at ../shared/kuzushiji, next to the checkout")
 def test_real_layouts_are_drawn_with_ink_in_their_boxes(tmp_path: Path) -> None:
     with LAYOUTS.open(newline="") as file:
         rows = [row for row, _ in zip(csv.reader(file), range(6), strict=False)][1:]

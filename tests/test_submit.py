@@ -332,6 +332,9 @@ def test_usage_errors_are_reported_before_a_job_starts(head: Head, kuzushiji: Ku
         "Received: --models models": [
             "--", "train", "--dataset", "/x", "--models", "models", "--architecture", "resnet",
         ],
+        "Received: --weights base.h5": [
+            "--", "train", "--dataset", "/x", "--models", "/m", "--architecture", "xception", "--weights", "base.h5",
+        ],
         "--attach must be letters": ["--attach", "../x"],
         "--working-dir must be an existing folder": ["--working-dir", "/nowhere", "--", "verify", "/x"],
     }  # fmt: skip
@@ -345,9 +348,11 @@ def test_usage_errors_are_reported_before_a_job_starts(head: Head, kuzushiji: Ku
 
 def test_a_job_that_is_not_waited_for_can_be_followed_later(head: Head, kuzushiji: Kuzushiji, dataset: Path) -> None:
     submit = ["submit", "--address", head.address]
-    handed_in = kuzushiji(*submit, "--no-wait", "--json", "--", "verify", dataset)
+    handed_in = kuzushiji(*submit, "--no-wait", "--", "verify", dataset)
     assert handed_in.code == 0, handed_in.stderr
-    job = json.loads(handed_in.stdout.splitlines()[-1])["job"]
+    (hint,) = handed_in.stdout.splitlines()
+    job = hint.split()[-1]
+    assert f"--attach {job}; stop it: ray job stop --address {head.address} {job}" in hint
     followed = kuzushiji(*submit, "--attach", job)
     assert (followed.code, "files are valid" in followed.stdout) == (0, True)
     unknown = kuzushiji(*submit, "--attach", "nobody")

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from job.colours import BLACK, ORANGE, VERMILLION
+from job.colours import BLACK, BLUE, VERMILLION
 from preprocessing.crop import clip_box
 from preprocessing.fonts import coverage, packaged_font
 from preprocessing.labels.code_points import code_point_name
@@ -18,7 +18,7 @@ from preprocessing.labels.code_points import code_point_name
 MAX_PIXELS = 2400  # of the longer side of the page
 CONFIDENT = 0.5  # minimum probability
 LEGEND = (
-    "black: probability at least 50 %; orange: less; red: wrong; 〓: rare or uncertain, with the best ones next to it"
+    "black: probability at least 50 %; blue: less; red: wrong; 〓: rare or uncertain, with the best ones next to it"
 )
 
 
@@ -62,7 +62,7 @@ def annotated(
     sheet.paste(Image.fromarray(small.image), (0, 0))
     draw = ImageDraw.Draw(sheet)
     for box, shown, probability, is_wrong in zip(boxes.tolist(), readings, probabilities, wrong, strict=True):
-        colour = VERMILLION if is_wrong else BLACK if probability >= CONFIDENT else ORANGE
+        colour = VERMILLION if is_wrong else BLACK if probability >= CONFIDENT else BLUE
         x, y, w, h = (ratio * side for side in clip_box(box, small.shape))
         draw.rectangle((x, y, x + w, y + h), outline=colour, width=2)
         middle = (width + x + w / 2, y + h / 2)

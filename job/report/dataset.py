@@ -10,12 +10,14 @@ import pandas as pd
 from numpy.typing import NDArray
 from upath import UPath
 
+from cluster.errors import counted
 from cluster.storage import is_file
 from job.data.staging import StagedDataset, staged
 from job.report import html, plots
 from job.report.side_files import report_file, write_side_file
 from preprocessing.box_checks import clipped_line, ink_lines
 from preprocessing.card import split_rule
+from preprocessing.classes import RARE
 from preprocessing.config import SPLITS
 from preprocessing.dataset import DatasetManifest
 from preprocessing.labels.code_points import code_point_name
@@ -87,12 +89,16 @@ def _sections(data: StagedDataset, crops: pd.DataFrame) -> Iterator[str]:
     yield html.section("Examples", *_examples(data))
     counts = np.sort(np.asarray(crops["code_point"].value_counts(), np.int64))[::-1]
     kept = len(set(crops["code_point"].map(code_point_name)) & set(names))
+    of_rare = int((crops["label"] == names.index(RARE)).sum())
     coverage = manifest.config.get("coverage") if manifest.config.get("classes") is None else None
     if not isinstance(coverage, int | float):
         coverage = None
     yield html.section(
         "Characters",
-        html.paragraph(f"{len(counts):,} characters, of which {kept:,} have a class of their own."),
+        html.paragraph(
+            f"{len(counts):,} characters, of which {kept:,} have a class of their own. The others are of the "
+            f"class {RARE}: {of_rare:,} crops, {100 * of_rare / max(1, len(crops)):.0f} %."
+        ),
         html.plots(
             (plots.class_frequency(counts, kept, coverage), _coverage_caption(coverage)),
             (plots.crops_per_class(_per_split(crops, "label", range(len(names)))), "Crops per class."),
@@ -168,8 +174,8 @@ def _books(crops: pd.DataFrame) -> Iterator[str]:
 def _losses(manifest: DatasetManifest) -> Iterator[str]:
     lost, clipped = manifest.lost, len(manifest.clipped)
     yield html.paragraph(
-        f"{lost:,} boxes lost, {clipped:,} clipped at the edge of their page, "
-        f"{len(manifest.unlabelled):,} pages without labels."
+        f"{counted(lost, 'box', 'boxes')} lost, {clipped:,} clipped at the edge of their page, "
+        f"{counted(len(manifest.unlabelled), 'page')} without labels."
     )
     boxes = sum(counts["boxes"] for counts in manifest.counts.values())
     for line in ink_lines(manifest.ink, MAX_ROWS) + clipped_line(clipped, boxes):

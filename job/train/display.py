@@ -206,7 +206,7 @@ class LogFailures(UserCallback):  # type: ignore[misc]  # Ray has no types
             self._board.post.remote(LogLine(self._architecture, text))
 
 
-class TellStarts(ControllerCallback):  # type: ignore[misc]  # Ray has no types
+class ReportStarts(ControllerCallback):  # type: ignore[misc]  # Ray has no types
     """Reports to the board that workers are about to start or restart."""
 
     def __init__(self, board: Any, architecture: str) -> None:

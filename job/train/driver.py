@@ -93,9 +93,9 @@ def train(
     began = time.monotonic()
     _check_run_name(run)
     manifest = _check_dataset(dataset)
-    begins = ""
+    start = ""
     if weights and weights.is_model:
-        begins = check_start(place(weights.place), configs[0].architecture, dataset, manifest.margin)
+        start = check_start(place(weights.place), configs[0].architecture, dataset, manifest.margin)
     runs = [Run(run, fit_to_dataset(manifest, config), dataset, manifest.sha256, models) for config in configs]
     alone = len(runs) == 1
     if len({training.folder for training in runs}) < len(runs):
@@ -117,8 +117,8 @@ def train(
                 if training not in outcomes:
                     locks.enter_context(training.alone())
                     ready[training] = obtain(training.config, weights, models)
-                    if begins:
-                        log.info("%s: %s", training.config.architecture, begins)
+                    if start:
+                        log.info("%s: %s", training.config.architecture, start)
             except Exception as error:
                 outcomes[training] = _failed(training, error, alone)
         if ready:
@@ -167,9 +167,7 @@ def _log_how_to_resume(run: str, session: Session) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         session.shuts_down = False  # the threads of the runs wait for Ray
-        log.warning(
-            "stopped; run the same command with --run %s to resume from the last checkpoint, if there is one", run
-        )
+        log.warning("to resume from the last checkpoint, if there is one, run the same command with --run %s", run)
         raise
 
 

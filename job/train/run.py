@@ -169,7 +169,7 @@ class Run:
         from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
         from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-        from job.train.display import LogFailures, TellStarts
+        from job.train.display import LogFailures, ReportStarts
         from job.train.rendezvous import Rendezvous
 
         self._drop_torn_list()
@@ -204,7 +204,7 @@ class Run:
                 # Two: a restart may use the second-last checkpoint.
                 checkpoint_config=CheckpointConfig(num_to_keep=2),
                 failure_config=FailureConfig(max_failures=config.max_failures, preemption_grace_s=UPLOAD_GRACE_SECONDS),
-                callbacks=[LogFailures(board, config.architecture), TellStarts(board, config.architecture)],
+                callbacks=[LogFailures(board, config.architecture), ReportStarts(board, config.architecture)],
             ),
         )
         try:

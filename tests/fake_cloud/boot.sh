@@ -1,15 +1,15 @@
 #!/bin/bash
-# Turns the namespaces that it is started in into a machine: NAME USERS VISIBLE...
-#   NAME: its host name. USERS: login names, by spaces. VISIBLE: folders of the real machine to be seen, read-only.
-#   Standard input: a tar file of what lies over the real machine's files.
-# It is the machine's first process, and ends as its sshd. Everything that it mounts ends with its namespace.
+# Turns the namespaces that it is started in into a host: NAME USERS VISIBLE...
+#   NAME: its host name. USERS: login names, separated by spaces. VISIBLE: folders of the real machine that the host
+#   sees, read-only. Standard input: a tar file of the files that are added to the real machine's.
+# It is the host's first process, and becomes its sshd. Everything that it mounts ends with its namespace.
 set -euo pipefail
 name=$1 users=$2
 shift 2
 
 hostname "$name"
 mount --make-rprivate /
-# One tmpfs for all that is written. It covers /sys, in here only: a place where no folder lies that is to be seen.
+# One tmpfs for everything that is written. It covers /sys, in this namespace only: no folder of VISIBLE lies there.
 mount -t tmpfs -o size=8g tmpfs /sys
 mkdir /sys/{upper,work,root,tmp,home,superuser}
 chmod 1777 /sys/tmp
@@ -32,14 +32,14 @@ for stream in 0:stdin 1:stdout 2:stderr; do ln -s "/proc/self/fd/${stream%:*}" "
 mount -t tmpfs -o size=64m,mode=755 tmpfs $root/run
 mkdir $root/run/sshd
 
-# Nobody's own files are seen in here but the folders that were asked for.
+# Of /tmp, /home and /root, the host sees only the folders of VISIBLE.
 mount --bind /sys/tmp $root/tmp
 mount --bind /sys/home $root/home
 mount --bind /sys/superuser $root/root
 for folder in "$@"; do
   mkdir -p "$root$folder"
   mount -o bind,ro "$folder" "$root$folder"
-  # Login users must be able to walk there; the modes change in the overlay only.
+  # Login users must be able to reach it; the modes change in the overlay only.
   parent=$(dirname "$folder")
   while [ "$parent" != / ]; do
     [ -w "$root$parent" ] && chmod o+x "$root$parent" 2>/dev/null || true
@@ -51,7 +51,7 @@ tar --extract --preserve-permissions --no-same-owner --directory $root
 cp -r /etc/skel/. $root/root
 for user in $users; do
   chroot $root id "$user" >/dev/null 2>&1 || chroot $root useradd --no-create-home --shell /bin/bash "$user"
-  chroot $root usermod --password '*' --home "/home/$user" "$user" # else sshd takes the account for a locked one
+  chroot $root usermod --password '*' --home "/home/$user" "$user" # otherwise, sshd treats the account as locked
   cp -r /etc/skel $root/home/"$user"
   chroot $root chown -R "$user": "/home/$user"
 done

@@ -7,7 +7,7 @@ from typing import Self
 
 from fake_cloud.bucket import StrictBucket
 from fake_cloud.compute import Compute
-from fake_cloud.google import NAMES, Asked, Google
+from fake_cloud.google import NAMES, Google, LoggedRequest
 from fake_cloud.hosts import Host
 from fake_cloud.identity import Identity
 from fake_cloud.machines import Instance, Machines
@@ -99,7 +99,7 @@ class FakeCloud:
         self._machines.preempt(name)
 
     @property
-    def requests(self) -> list[Asked]:
+    def requests(self) -> list[LoggedRequest]:
         """The requests to the endpoints, in the order of their answers."""
         return list(self._google.requests)
 

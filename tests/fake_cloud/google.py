@@ -32,7 +32,7 @@ log = logging.getLogger("fake_cloud")
 
 
 @dataclass(frozen=True)
-class Asked:
+class LoggedRequest:
     """A request: the machine that sent it, the account of its token, and the status of the answer (None: cut off)."""
 
     machine: str
@@ -51,7 +51,7 @@ class Google:
         self.metadata = Metadata(identity)
         self.storage = urlsplit(storage).netloc
         self.authority = trustme.CA()
-        self.requests: list[Asked] = []
+        self.requests: list[LoggedRequest] = []
         self.names: dict[str, str] = {}  # name by address, for hosts that are not instances
 
     def __enter__(self) -> Self:
@@ -190,7 +190,8 @@ class _Handler(BaseHTTPRequestHandler):
             status = self.send(refusal.status, json.dumps(refusal.form()), "application/json; charset=UTF-8")
         finally:
             machine = google.machine(self.client_address[0])
-            google.requests.append(Asked(machine, self.account, self.command, self.asked_host, self.path, status))
+            request = LoggedRequest(machine, self.account, self.command, self.asked_host, self.path, status)
+            google.requests.append(request)
 
     do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = answer  # noqa: N815  (names of the base class)
 

@@ -17,7 +17,7 @@ SECONDS_OF_SHUTDOWN = 30.0
 
 log = logging.getLogger("fake_cloud")
 
-Dress = Callable[[str, dict[str, list[str]]], Plan]  # a host's plan, from its name and the SSH keys of each user
+PlanOf = Callable[[str, dict[str, list[str]]], Plan]  # a host's plan, from its name and the SSH keys of each user
 
 
 @dataclass
@@ -65,8 +65,8 @@ class Instance:
 class Machines:
     """All instances, and what they share."""
 
-    def __init__(self, room: Room, dress: Dress) -> None:
-        self.room, self._dress = room, dress
+    def __init__(self, room: Room, plan_of: PlanOf) -> None:
+        self.room, self._plan_of = room, plan_of
         self.instances: dict[str, Instance] = {}
         self.metadata: dict[str, Any] = {"items": [], "fingerprint": secrets.token_hex(4)}  # the project's
         self.closing = threading.Event()
@@ -90,7 +90,7 @@ class Machines:
             if self.instances.get(instance.name) is not instance:
                 return  # deleted before it booted
             instance.resource["status"] = "STAGING"
-            instance.host = Host(self.room, self._dress(instance.name, keys), instance.ip)
+            instance.host = Host(self.room, self._plan_of(instance.name, keys), instance.ip)
             instance.resource["status"] = "RUNNING"
 
     def end(self, instance: Instance) -> None:
