@@ -241,7 +241,10 @@ def report(dataset: str | None, models: str | None, out: str) -> Outcome:
 @click.option("--to", required=True, metavar="DIR", help="Local folder; gets the same structure.")
 @click.argument("names", nargs=-1, metavar="[NAME[/RUN]]...")
 def pull(models: str, to: str, names: tuple[str, ...]) -> Outcome:
-    """Download and verify trained models: the latest runs, or those named."""
+    """Download trained models, and verify them.
+
+    Without names, the latest run of each architecture.
+    """
     from cluster.pull import pull as fetch
     from cluster.storage import local_path, place, reachable_place
 
@@ -256,7 +259,11 @@ def pull(models: str, to: str, names: tuple[str, ...]) -> Outcome:
 @command
 @click.argument("folder", metavar="PLACE")
 def verify(folder: str) -> Outcome:
-    """Verify a dataset, model or predictions folder, or check a cluster file (.yaml) before `ray up`."""
+    """Verify a folder that a command wrote, or a cluster file.
+
+    Folders (datasets, models, predictions) are verified against their manifest. A cluster file (.yaml) is checked
+    before `ray up`.
+    """
     from cluster.cluster_file import SUFFIXES, faults_of_cluster_file
     from cluster.models import resolve_model
     from cluster.storage import local_path, reachable_place
