@@ -16,7 +16,8 @@ KUZUSHIJI = .venv/bin/kuzushiji
 	@echo 'Installing packages into .venv: 4 GB, some minutes without output'
 	.venv/bin/pip install --quiet --require-hashes -r requirements.lock
 	.venv/bin/pip install --quiet --no-deps --no-build-isolation --editable .
-	touch $@
+	@touch $@
+	@echo 'Installed. To use it in this shell: export PATH="$(CURDIR)/.venv/bin:$$PATH"'
 
 .venv/.installed-dev: requirements-dev.lock .venv/.installed $(wildcard tests/old_keras/*.lock)
 	.venv/bin/pip install --quiet --require-hashes -r requirements-dev.lock

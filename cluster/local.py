@@ -100,7 +100,8 @@ def writing_in(folder: Path) -> Iterator[None]:
             raise
         raise KuzushijiError(
             "a folder must exist, be writable and have free space while files are written to it. "
-            f"Received: {folder}: {error.strerror}. Fix that and run the same command again"
+            f"Received: {folder}: {error.strerror}. Fix that and run the same command again. "
+            "See docs/faq.md#a-folder-must-exist-be-writable-and-have-free-space"
         ) from error
 
 

@@ -6,7 +6,9 @@ A session connects to the cluster that RAY_ADDRESS names. If it is unset, a loca
 import logging
 import os
 import secrets
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -65,12 +67,28 @@ def ray_session(request: Request = Request()) -> Iterator[Session]:  # noqa: B00
         session = Session(_start(request.processes * request.cpus))
     try:
         check_room(request)
-        yield session
+        with _sigterm_as_ctrl_c():
+            yield session
     finally:
         if session.shuts_down:
             import ray
 
             ray.shutdown()
+
+
+@contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    """Raise KeyboardInterrupt in the block on SIGTERM, on which Ray's handler would print a stack trace."""
+    on_main_thread = threading.current_thread() is threading.main_thread()  # only this one can set handlers
+    before = signal.getsignal(signal.SIGTERM)
+    if not on_main_thread or before == signal.SIG_IGN:
+        yield
+        return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def uses_cluster() -> bool:

@@ -172,11 +172,11 @@ def predict(
         names = {"accuracy": "accuracy", "accuracy_without_rare": "without rare", "top5": "top 5"}
         scores = ", ".join(f"{name} {value:.4f}" for key, name in names.items() if (value := accuracy[key]) is not None)
         lines.append(f"{scores}, {accuracy['examples']:,} boxes with a character")
-    if min_confidence:
-        uncertain, right = counts["uncertain"], accuracy.get("accuracy_of_shown")
-        of_shown = "" if right is None else f"; accuracy of the characters shown {right:.4f}"
-        share = f"{uncertain:,} boxes ({uncertain / counts['read']:.1%})"
-        lines.append(f"{share} are less probable than {min_confidence:g} and shown as 〓, like `rare`{of_shown}")
+    rare, uncertain, right = counts.get("rare", 0), counts["uncertain"], accuracy.get("accuracy_of_shown")
+    if rare or uncertain:
+        reasons = f"{rare:,} `rare`" + (f", {uncertain:,} less probable than {min_confidence:g}" if uncertain else "")
+        of_shown = "" if right is None else f"; accuracy of the others {right:.4f}"
+        lines.append(f"〓 for {counted(rare + uncertain, 'box', 'boxes')} ({reasons}){of_shown}")
     lost_boxes = counted(lost, "box", "boxes")
     lines.append(f"{lost_boxes} lost, {len(manifest.clipped):,} clipped: each is listed in manifest.json")
     return result, lines

@@ -3,7 +3,7 @@
 https://jfly.uni-koeln.de/color
 """
 
-BLACK = "#000000"
+BLACK, GRAY = "#000000", "#808080"
 BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY_BLUE = (
     "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9",
 )  # fmt: skip

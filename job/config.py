@@ -79,7 +79,7 @@ class TrainConfig(BaseModel):
 
     architecture: ArchitectureName
     weights: str = Field("none", pattern=r"^(none|imagenet|(sha256|model):[0-9a-f]{64})$")  # files have their hash
-    """imagenet, none, FILE of a base, or a model folder.  [default: imagenet]"""
+    """imagenet, none, FILE, or a model folder.  [default: from the architecture]"""
     unfreeze: Literal["last", "all"] = "all"
     """Layers of the base to train.  [default: last; all with --weights none]"""
     workers: PositiveInt = 1

@@ -54,15 +54,17 @@ def sample(out: str, num_pages: int, seed: int, scale: float, layouts: str | Non
     font_folder = local_path(fonts, "--fonts") if fonts else None
     summary = draw(local_path(out, "--out"), num_pages, seed, scale, layouts_file, fonts=font_folder)
     result = {"out": out, "pages": summary.pages, "characters": summary.characters, "books": summary.books}
+    result |= {"fonts": summary.fonts}
     return result, [
         f"{counted(summary.pages, 'page')}, {counted(summary.books, 'book')}, "
-        f"{counted(summary.characters, 'character')}: {out}"
+        f"{counted(summary.characters, 'character')}: {out}",
+        f"fonts: {', '.join(summary.fonts)}",
     ]
 
 
 @command
 @click.option("--pages", metavar="PLACE", help="Folder or .zip of page scans: <image_id>.jpg, .png ...")
-@labels_option("--labels", "Kaggle's or CODH's CSV, COCO, YOLO, IIIF Curation.")
+@labels_option("--labels", "CSV (Kaggle, CODH, spreadsheet), COCO, YOLO, IIIF.")
 @canvases_option
 @click.option("--crops", metavar="PLACE",
               help="Instead of pages and labels: a folder of images per character.")  # fmt: skip

@@ -31,6 +31,8 @@ log = logging.getLogger("kuzushiji")
 BOXES_PER_GROUP = 10_000
 # Small datasets get enough groups for the cores of a laptop. A constant: the bytes must not depend on the machine.
 MIN_GROUPS = 16
+LARGE_SHARE_OF_RARE = 0.2
+FEW_BOOKS = 10
 # The packages whose versions are recorded: all of these but Ray determine the bytes of the crops and tables.
 VERSIONED = ("kuzushiji", "numpy", "opencv-python-headless", "pillow", "pyarrow", "ray", "simplejpeg")
 
@@ -85,9 +87,12 @@ def make_plan(
     names = config.classes or class_names(labels.code_points, config.coverage)
     classes = class_indices(names, labels.code_points)
     share = np.mean(classes == len(names) - 1)
-    log.info("%d classes; %.0f %% of the boxes are of the class %s", len(names), 100 * share, RARE)
+    hint = ", a large share: see docs/data.md#classes" if share > LARGE_SHARE_OF_RARE else ""
+    log.info("%d classes; %.0f %% of the boxes are of the class %s%s", len(names), 100 * share, RARE, hint)
     if config.split == "random":
         log.info("--split random has crops of one page in several splits: see docs/data.md#which-split")
+    if config.split == "book" and config.folds is None and (found := len(set(books))) < FEW_BOOKS:
+        log.info("%d books: the accuracy depends on which are in the test. See docs/data.md#few-books-folds", found)
     number = config.shards or number_of_groups(len(labels.boxes), BOXES_PER_GROUP)
     grouped = group_pages(labels, files, number, bool(config.rescale), config.margin)
     groups = plan_shards(grouped, classes, splits)

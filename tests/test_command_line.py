@@ -207,6 +207,37 @@ def test_prepare_loads_no_tensorflow_and_no_process_of_ray_is_left_when_it_ends(
     assert left == []
 
 
+WAITING = """
+import time
+from cluster.runtime import ray_session
+from job.command import command, main
+
+@command
+def wait():
+    with ray_session():
+        print("ready", flush=True)
+        time.sleep(600)
+
+main(["wait"])
+"""
+
+
+def test_sigterm_stops_a_command_as_ctrl_c_does() -> None:
+    def run() -> "subprocess.CompletedProcess[str]":
+        with subprocess.Popen(
+            [sys.executable, "-c", WAITING], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as waiting:
+            assert waiting.stdout
+            assert waiting.stderr
+            if waiting.stdout.readline() == "ready\n":
+                waiting.terminate()
+            return subprocess.CompletedProcess([], waiting.wait(), "", waiting.stderr.read())
+
+    done = until_ray_starts(run)
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (1, "kuzushiji: stopped")
+    assert "SIGTERM" not in done.stderr
+
+
 def test_a_slow_start_of_ray_is_one_line_that_says_to_run_again(
     ray_here: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

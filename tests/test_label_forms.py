@@ -189,16 +189,18 @@ def test_a_spreadsheet_with_a_wrong_header_is_refused_with_what_to_change(
     refused(written(tmp_path / "sheet.csv", f"{header}\r\n".encode("cp932")), says=says)
 
 
-def test_a_spreadsheet_that_was_not_saved_as_csv_is_refused_with_what_to_do(tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", [b"text", bytes(range(256))])  # the first could be read as CP932
+def test_a_spreadsheet_that_was_not_saved_as_csv_is_refused_with_what_to_do(content: bytes, tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "sheet.xlsx", "w") as archive:
-        archive.writestr("xl/workbook.xml", bytes(range(256)))
+        archive.writestr("xl/workbook.xml", content)
     refused(tmp_path / "sheet.xlsx", says="a zip archive, such as .xlsx: save the spreadsheet as CSV in UTF-8")
 
 
 def test_characters_that_an_encoding_replaced_are_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rows = "image_id,labels\na,U+306F 1 2 3 4\nb,U+003F 1 2 3 4 U+FFFD 5 6 7 8\n"
-    read(written(tmp_path / "train.csv", rows))
-    assert "2 boxes have the character ? or U+FFFD" in caplog.text
+    labels = read(written(tmp_path / "train.csv", rows))
+    assert labels.warnings == [("b", "2 boxes with the character ? or U+FFFD")]
+    assert "2 boxes with the character ? or U+FFFD" in caplog.text
     assert "first on page b" in caplog.text
 
 
@@ -338,9 +340,9 @@ def test_fractions_move_near_edges_down_and_far_edges_up_and_are_counted(
 ) -> None:
     labels = read(json_file(tmp_path / "coco.json", annotation(bbox=bbox)))
     assert labels.boxes.tolist() == [box]
-    told = "1 boxes had fractions of pixels: near edges rounded down, far edges up"
+    told = "1 box in fractions of pixels, rounded outwards"
     assert list(labels.warnings) == ([("a_1", told)] if warned else [])
-    assert ("1 pages have boxes with fractions" in caplog.text) == warned
+    assert ("1 page with boxes in fractions of pixels" in caplog.text) == warned
 
 
 @given(st.lists(st.tuples(*[st.floats(-1e4, 1e4)] * 2, *[st.floats(0, 1e4)] * 2), max_size=5))

@@ -96,7 +96,7 @@ def weights_option(value: str | None) -> Weights | None:
     if not is_sealed(given):
         raise OptionError(
             f"--weights must be imagenet, none, a file that ends in {LEGACY_SUFFIX}, or a model folder, "
-            f"<architecture>/<run>. Received: {value}"
+            f"<architecture>/<run>, of a finished training. Received: {value}"
         )
     return Weights(str(given), read_manifest(given, ModelManifest).sha256, is_model=True)
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from job.colours import BLACK, BLUE, VERMILLION
+from job.colours import BLACK, BLUE, GRAY, VERMILLION
 from preprocessing.crop import clip_box
 from preprocessing.fonts import coverage, packaged_font
 from preprocessing.labels.code_points import code_point_name
@@ -18,7 +18,7 @@ from preprocessing.labels.code_points import code_point_name
 MAX_PIXELS = 2400  # of the longer side of the page
 CONFIDENT = 0.5  # minimum probability
 LEGEND = (
-    "black: probability at least 50 %; blue: less; red: wrong; 〓: rare or uncertain, with the best ones next to it"
+    "black: probability at least 50 %; blue: less; red: wrong; 〓: rare or uncertain; gray: the next best characters"
 )
 
 
@@ -70,7 +70,7 @@ def annotated(
         draw.text(middle, best, colour, _font(_font_size(w, h) if len(best) == 1 else size), anchor="mm")
         for i, other in enumerate(others):
             third = max(8, _font_size(w, h) // 3)
-            draw.text((width + x + w, y + i * third), other, colour, _font(third), anchor="lt")
+            draw.text((width + x + w, y + i * third), other, GRAY, _font(third), anchor="lt")
     draw.text((size, height + size), LEGEND, BLACK, _font(size), anchor="lm")
     encoded = io.BytesIO()
     sheet.save(encoded, "JPEG", quality=90)

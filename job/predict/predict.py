@@ -4,6 +4,7 @@ If an earlier attempt was interrupted, the same command finishes its folder (`at
 """
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from upath import UPath
 
 from cluster.capacity import START_LIMIT
-from cluster.errors import DamageError, InputError, OptionError
+from cluster.errors import DamageError, InputError, OptionError, counted
 from cluster.manifest import encoded, is_sealed, read_manifest, seal, size_fault_of
 from cluster.models import ModelManifest, resolve_model
 from cluster.runtime import map_tasks
@@ -87,6 +88,7 @@ def predict(
     _check_before_reading(source, identity, annotate is not None)
     if annotate:  # before a damaged folder is unsealed
         check_writable(annotate)
+    _log_unmatched(source)
     manifest = earlier_attempt(out, identity)
     new = manifest is None
     if manifest is None:
@@ -208,6 +210,17 @@ def _check_before_reading(source: Input, identity: Mapping[str, Any], annotate: 
     encoded(_manifest(source, identity, [known]))
 
 
+def _log_unmatched(source: Input) -> None:
+    """Log how many pages of the boxes have no scan, and how many scans have no boxes."""
+    page_ids = source.labels.page_ids
+    if without_scan := [page_id for page_id in page_ids if page_id not in source.files]:
+        pages = counted(len(without_scan), "page")
+        log.warning("%s of --boxes without a scan, whose boxes are lost: first %s", pages, without_scan[0])
+    if without_boxes := sorted(set(source.files) - set(page_ids)):
+        first = os.fsencode(without_boxes[0]).decode(errors="replace")
+        log.info("%s without boxes, not read: first %s", counted(len(without_boxes), "scan"), first)
+
+
 def _check_tables(out: UPath, manifest: PredictionsManifest) -> None:
     """Check that all tables are in `out`, and that each box was read or is a listed loss."""
     sizes = list_files(out)
@@ -226,12 +239,13 @@ def _manifest(source: Input, identity: Mapping[str, Any], reports: Sequence[Grou
     labels, losses = source.labels, [loss for report in reports for loss in report.losses]
     if len(losses) == len(labels.boxes):
         raise InputError(f"at least one box must be readable. Received: {len(losses)} lost, first: {losses[0]['what']}")
-    read, uncertain = sum(report.read for report in reports), sum(report.uncertain for report in reports)
+    read, uncertain, rare = (sum(getattr(report, name) for report in reports) for name in ("read", "uncertain", "rare"))
     results = [result for report in reports for result in report.pages]
     warnings = listed_warnings(results, labels.warnings)
     return PredictionsManifest(
         files=[entry for report in reports for entry in report.files],
-        counts={"boxes": len(labels.boxes), "read": read, "pages": len(labels.page_ids), "uncertain": uncertain},
+        counts={"boxes": len(labels.boxes), "read": read, "pages": len(labels.page_ids)}
+        | {"uncertain": uncertain, "rare": rare},
         min_confidence=identity["min_confidence"],
         accuracy=accuracy([report.correct for report in reports]),
         losses=losses,

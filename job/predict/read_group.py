@@ -58,6 +58,8 @@ class GroupReport(Report):
     """Number of boxes read."""
     uncertain: int = 0
     """Number of these that are less probable than `min_confidence`."""
+    rare: int = 0
+    """Number of the others that are `rare`."""
     correct: dict[str, int]
     """Counts from which `readings.accuracy` is computed."""
     pages: list[PageResult]
@@ -143,6 +145,7 @@ class ReadGroup:
             clipped=[{"box": cut.box, "page": cut.page_id} for cut in readings.cuts if cut.clipped],
             read=len(readings.read),
             uncertain=int(np.count_nonzero(readings.uncertain)),
+            rare=int(np.count_nonzero(readings.is_rare & ~readings.uncertain)),
             correct=readings.correct(),
             pages=list({cut.page_id: cut.page for cut in readings.cuts if cut.page}.values()),
         )
@@ -158,7 +161,9 @@ class ReadGroup:
         return len(picture)
 
     def _write(self, kind: str, table: pd.DataFrame, group: Group) -> FileEntry:
-        data = table.to_csv(index=False).encode() if self.form == "csv" else table.to_parquet(index=False)
+        # With a byte order mark: without one, Excel takes UTF-8 for the encoding of its language.
+        csv = table.to_csv(index=False).encode("utf-8-sig") if self.form == "csv" else b""
+        data = csv or table.to_parquet(index=False)
         out = resumable(place(self.out))
         return write_listed(out.folder / table_name(kind, group.number, self.groups, self.form), data, out.progress)
 

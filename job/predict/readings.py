@@ -104,16 +104,21 @@ class Readings:
         """(n,) True if the best character is too improbable to be shown."""
         return self.probabilities[:, 0] < self.min_confidence
 
+    @property
+    def is_rare(self) -> NDArray[np.bool_]:
+        """(n,) True if the best class is `rare`."""
+        is_rare: NDArray[np.bool_] = self.top[:, 0] == len(self.class_names) - 1
+        return is_rare
+
     def for_picture(self, page_id: str) -> tuple[Any, ...]:
         """Return the arguments of `annotated` for a page: boxes on the scan, readings, probabilities, wrong.
 
-        A character that is hidden because it is improbable is not wrong.
+        A character that is hidden because it is improbable may be wrong, too.
         """
         order = [i for column in self.page_columns[page_id] for i in column]
         boxes = np.array([self.cuts[self.read[i]].placed for i in order], np.int64)
         correct, known, _ = self._compared()
-        wrong = known & ~correct & ~self.uncertain
-        return boxes, [self._readings(i) for i in order], self.probabilities[order, 0], wrong[order]
+        return boxes, [self._readings(i) for i in order], self.probabilities[order, 0], (known & ~correct)[order]
 
     def _best(self, i: int) -> str:
         return RARE_SHOWN if self.uncertain[i] else shown(self.class_names[self.top[i, 0]])
@@ -140,7 +145,7 @@ class Readings:
         """Return the counts from which `accuracy` is computed."""
         correct, known, labels = self._compared()
         not_rare = known & (labels != len(self.class_names) - 1)
-        has_character = ~self.uncertain & (self.top[:, 0] != len(self.class_names) - 1)
+        has_character = ~self.uncertain & ~self.is_rare
         masks = {
             "examples": known,
             "correct": known & correct,

@@ -12,7 +12,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from upath import UPath
 
-from cluster.errors import DamageError, InputError, OptionError, one_line
+from cluster.errors import DamageError, InputError, OptionError, counted, one_line
 from cluster.manifest import read_manifest
 from cluster.models import ModelManifest, read_latest
 from cluster.storage import list_folders, read_bytes
@@ -273,5 +273,5 @@ def _books(misclassified: pd.DataFrame, data: StagedDataset) -> Iterator[str]:
     examples = pd.Series(list(data.splits["test"].page_ids())).map(book_of_page).value_counts()
     errors = misclassified["image_id"].map(book_of_page).value_counts().reindex(examples.index, fill_value=0)
     accuracy = (1 - errors / examples).sort_values(kind="stable")
-    caption = f"Test accuracy per book: the lowest of {len(accuracy):,} books."
+    caption = f"Test accuracy per book: the lowest of {counted(len(accuracy), 'book')}."
     yield html.plots((plots.shares(list(accuracy.index), np.asarray(accuracy, np.float64), "accuracy"), caption))

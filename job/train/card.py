@@ -38,9 +38,10 @@ A classifier of Kuzushiji characters: {metrics["parameters"]:,} parameters, {met
 {header}
 {rows}
 
-Macro F1 is the mean over the classes that have a crop in the split. scikit-learn also counts classes that were only
-predicted, with F1 0. ECE is the expected calibration error, in 15 bins of equally many crops. At 99 %: largest share of
-crops, the most certain ones first, of which 99 % are right.
+Without rare: the accuracy over the crops whose character has a class of its own. Top 5: the share of crops whose class
+is among the five most probable ones. Macro F1 is the mean over the classes that have a crop in the split. scikit-learn
+also counts classes that were only predicted, with F1 0. ECE is the expected calibration error, in 15 bins of equally
+many crops. At 99 %: largest share of crops, the most certain ones first, of which 99 % are right.
 
 - Input: N x 80 x 80 x 1, uint8 or float, 0 to 255: crops as `kuzushiji prepare{_margin(config)}` cuts
   them. The model scales them itself.{_any_size(config)} Output: class probabilities, N x {metrics["classes"]}.

@@ -146,6 +146,11 @@ def _wide_encoding(data: bytes) -> str | None:
 
 
 def _encoding_of(data: bytes, where: str) -> str:
+    if data.startswith(b"PK\x03\x04"):
+        raise InputError(
+            f"{where} must be text. Received: a zip archive, such as .xlsx: save the spreadsheet as CSV in UTF-8. "
+            "See docs/data.md#label-files"
+        )
     wide = _wide_encoding(data)
     faults = []
     for encoding in [wide] if wide else ["utf-8-sig", "cp932"]:
@@ -160,7 +165,6 @@ def _encoding_of(data: bytes, where: str) -> str:
             faults.append(error)
         else:
             return encoding
-    received = "a zip archive, such as .xlsx: save the spreadsheet as CSV in UTF-8" if data[:2] == b"PK" else faults[0]
     raise InputError(
-        f"{where} must be text in UTF-8, UTF-16 or CP932. Received: {received}. See docs/data.md#label-files"
+        f"{where} must be text in UTF-8, UTF-16 or CP932. Received: {faults[0]}. See docs/data.md#label-files"
     ) from faults[0]

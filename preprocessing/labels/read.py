@@ -5,12 +5,13 @@ import hashlib
 import logging
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from enum import Enum
 
 import numpy as np
 from upath import UPath
 
-from cluster.errors import InputError, OptionError
+from cluster.errors import InputError, OptionError, counted
 from preprocessing.labels.coco import Coco, is_coco
 from preprocessing.labels.codh import BOX, PAGE, is_codh_header, read_codh
 from preprocessing.labels.curation import Curations, is_curation, read_canvases
@@ -98,22 +99,26 @@ def read_labels(
         labels = assemble(pages, lambda: _digest(form, [*files, *names], sizes, canvases))
     if labels.warnings:
         page_id, what = labels.warnings[0]
-        log.warning("%d pages have boxes with fractions of pixels, first %s: %s", len(labels.warnings), page_id, what)
-    _warn_of_replaced(labels)
-    return labels
+        of_pages = counted(len(labels.warnings), "page")
+        log.warning("%s with boxes in fractions of pixels, first %s: %s", of_pages, page_id, what)
+    return _with_warnings_of_replaced(labels)
 
 
-def _warn_of_replaced(labels: Labels) -> None:
-    """Log a warning if boxes have a character that programs write in place of one that their encoding lacks."""
-    replaced = np.flatnonzero(np.isin(labels.code_points, REPLACEMENTS))
-    if len(replaced):
-        page = int(np.searchsorted(labels.starts, replaced[0], side="right")) - 1
-        log.warning(
-            "%d boxes have the character ? or U+FFFD, which programs write for characters that an encoding such as "
-            "CP932 lacks, first on page %s: save the labels as UTF-8",
-            len(replaced),
-            labels.page_ids[page],
-        )
+def _with_warnings_of_replaced(labels: Labels) -> Labels:
+    """Add warnings of boxes with a character that programs write in place of one that their encoding lacks."""
+    replaced = np.isin(labels.code_points, REPLACEMENTS)
+    if not replaced.any():
+        return labels
+    counts = np.diff(np.concatenate([[0], np.cumsum(replaced)])[labels.starts])
+    pages = [(page_id, count) for page_id, count in zip(labels.page_ids, counts.tolist(), strict=True) if count]
+    log.warning(
+        "%s with the character ? or U+FFFD, which programs write for characters that an encoding such as CP932 lacks, "
+        "first on page %s: save the labels again from their source, as UTF-8",
+        counted(int(replaced.sum()), "box", "boxes"),
+        pages[0][0],
+    )
+    added = [(page_id, f"{counted(count, 'box', 'boxes')} with the character ? or U+FFFD") for page_id, count in pages]
+    return replace(labels, warnings=[*labels.warnings, *added])
 
 
 def _digest(

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cluster.errors import InputError
+from cluster.errors import InputError, counted
 
 COLUMNS = 5  # of a page's table: code point, x, y, width, height
 # Kaggle's labels have 3,881 pages and 683,464 boxes, CODH's 1,086,326 boxes. A million pages like Kaggle's have 176
@@ -41,7 +41,7 @@ class Labels:
     page_sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     """Page id to width and height in pixels, for the pages whose size the form states."""
     warnings: Sequence[tuple[str, str]] = ()
-    """Page id, and how its boxes were changed, for pages with boxes in fractions of pixels."""
+    """Page id and text: boxes in fractions of pixels, and characters that were probably lost in another encoding."""
 
     @property
     def boxes_per_page(self) -> NDArray[np.int64]:
@@ -153,7 +153,7 @@ def assemble(pages: Iterable[PageBoxes], digest: Callable[[], str]) -> Labels:
         books={page.page_id: page.book for page in found if page.book is not None},
         page_sizes={page.page_id: page.size for page in found if page.size is not None},
         warnings=[
-            (page.page_id, f"{page.widened} boxes had fractions of pixels: near edges rounded down, far edges up")
+            (page.page_id, f"{counted(page.widened, 'box', 'boxes')} in fractions of pixels, rounded outwards")
             for page in found
             if page.widened
         ],
