@@ -21,6 +21,8 @@ PINNED = ("ray", "tensorflow", "keras")
 TOKEN_FILE = "~/.ray/auth_token"  # noqa: S105 - the path of the token, not the token
 _PLACEHOLDER = re.compile(r"<[A-Z][A-Z_-]*>")
 _PROJECT = re.compile(r"[a-z][a-z0-9-]{4,28}[a-z0-9]")
+# The project of a service account or a resource.
+_PROJECT_OF = re.compile(r"(?:@|\bprojects/)([a-z][a-z0-9-]{4,28}[a-z0-9])(?=\.iam\.gserviceaccount\.com|/)")
 # Families of machine types with built-in GPUs; other types need `guestAccelerators`.
 _WITH_GPU = re.compile(r"(a[234]x?|g[24])-")
 # Types of the fields of `node_config`, which Ray does not validate.
@@ -41,7 +43,7 @@ _BROAD_ACCOUNT = re.compile(r"\d+-compute@developer\.gserviceaccount\.com|ray-au
 def faults_of_cluster_file(path: Path) -> list[str]:
     """Return the faults of a cluster file, one line each; empty if there are none.
 
-    While placeholders such as `<PROJECT>` are left, only these are reported.
+    While placeholders such as `<PROJECT>` are left, only these and the token are checked.
 
     Raises:
         InputError: the file does not exist, or Ray would reject it.
@@ -52,15 +54,19 @@ def faults_of_cluster_file(path: Path) -> list[str]:
         for where, text in _texts(config)
         if (found := _PLACEHOLDER.search(text))
     ]
-    faults = placeholders or [
-        *_project_faults(config),
-        *_cost_faults(config),
-        *(fault for name, node in config["available_node_types"].items() for fault in _node_faults(name, node)),
-        *_location_faults(config),
-        *_version_faults(config),
-        *_ray_faults(config),
-        *_token_faults(config),
-    ]
+    rules = (
+        []
+        if placeholders
+        else [
+            *_project_faults(config),
+            *_cost_faults(config),
+            *(fault for name, node in config["available_node_types"].items() for fault in _node_faults(name, node)),
+            *_location_faults(config),
+            *_version_faults(config),
+            *_ray_faults(config),
+        ]
+    )
+    faults = [*placeholders, *rules, *_token_faults(config)]
     return [" ".join(fault.split()) for fault in faults]  # names and commands may contain line breaks
 
 
@@ -112,6 +118,13 @@ def _project_faults(config: dict[str, Any]) -> Iterator[str]:
             "provider.project_id: must be the id of an existing project, 6 to 30 letters, digits and '-'; Ray tries "
             f"to create a project that does not exist. Received: {project!r}"
         )
+        return
+    named = {name for _, text in _texts(config["available_node_types"]) for name in _PROJECT_OF.findall(text)}
+    if named and project not in named:
+        yield (
+            "provider.project_id: must be the project of an account or a resource of the machines, "
+            f"{' or '.join(sorted(named))}. Received: {project}"
+        )
 
 
 def _cost_faults(config: dict[str, Any]) -> Iterator[str]:
@@ -159,10 +172,12 @@ def _node_faults(name: str, node: dict[str, Any]) -> Iterator[str]:
 def _location_faults(config: dict[str, Any]) -> Iterator[str]:
     """Check that all resources are in the provider's region and zone. Google rejects machines with parts elsewhere."""
     region, zone = config["provider"].get("region"), str(config["provider"].get("availability_zone"))
+    kinds = {"region": "regions", "availability_zone": "zones"}
     if zone.rpartition("-")[0] != region:
         yield f"provider.availability_zone: must be a zone of provider.region, {region}. Received: {zone}"
+        del kinds["availability_zone"]  # the zone itself is wrong
     for where, text in _texts(config["available_node_types"]):
-        for key, kind in (("region", "regions"), ("availability_zone", "zones")):
+        for key, kind in kinds.items():
             for found in re.findall(rf"\b{kind}/([^/]+)/", text):
                 if found != config["provider"].get(key):
                     wanted = config["provider"].get(key)
@@ -175,7 +190,10 @@ def _version_faults(config: dict[str, Any]) -> Iterator[str]:
     Versions are found in these forms: `ray==2.60.0`, `ray='2.60.0'`, `rayproject/ray:2.60.0`.
     """
     named = set()
+    places: dict[str, str] = {}  # the first place of each text: Ray copies setup_commands to those of head and workers
     for where, text in _texts(config):
+        places.setdefault(text, where)
+    for text, where in places.items():
         for package, found in re.findall(
             r"\b(ray|tensorflow|keras)(?:\[[^\]]*\])?(?:==?['\"]?|:)(\d+(?:\.\d+)+)", text
         ):

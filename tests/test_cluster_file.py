@@ -47,10 +47,22 @@ def test_the_shipped_file_can_go_up_once_its_project_is_filled_in(config: Config
     assert faults(config, tmp_path) == []
 
 
-def test_every_placeholder_is_named_before_anything_else() -> None:
+def test_every_placeholder_is_named_before_anything_else_but_the_token(token: Path) -> None:
     found = faults_of_cluster_file(SHIPPED)
     assert len(found) == str(yaml.safe_load(SHIPPED.read_text())).count("<PROJECT>") == 10
     assert all("replace <PROJECT>" in fault for fault in found)
+    token.unlink()
+    *placeholders, of_token = faults_of_cluster_file(SHIPPED)
+    assert placeholders == found
+    assert "auth_token must exist" in of_token
+
+
+def test_a_wrong_zone_and_a_wrong_version_are_one_fault_each(config: Config, tmp_path: Path) -> None:
+    config["provider"]["availability_zone"] = "europe-west4-b"
+    config["setup_commands"] = ["pip show tensorflow keras", "true ray==2.59.0", *config["setup_commands"]]
+    zone, ray = faults(config, tmp_path)
+    assert "provider.availability_zone: must be a zone" in zone
+    assert ray.startswith("setup_commands.1: ray must be")
 
 
 def workers(config: Config) -> list[Config]:
@@ -81,6 +93,7 @@ BROAD = "123-compute@developer.gserviceaccount.com"
     [
         (change("provider/project_id", "My Project"), "provider.project_id: must be the id of an existing"),
         (change("provider/project_id", None), "provider.project_id: must be the id of an existing"),
+        (change("provider/project_id", "other-project-1"), "must be the project of an account or a resource"),
         (change(f"{GPU}/serviceAccounts", None), "gpu.node_config.serviceAccounts: must name an account"),
         (change(f"{GPU}/serviceAccounts", [{"email": BROAD}]), "must be a separate account"),
         (change(f"{HEAD}/serviceAccounts", [{"email": "ray-autoscaler-sa-v1@x.iam"}]), "must be a separate account"),
