@@ -119,7 +119,8 @@ def _project_faults(config: dict[str, Any]) -> Iterator[str]:
             f"to create a project that does not exist. Received: {project!r}"
         )
         return
-    named = {name for _, text in _texts(config["available_node_types"]) for name in _PROJECT_OF.findall(text)}
+    own = [text for where, text in _texts(config["available_node_types"]) if not where.endswith(".sourceImage")]
+    named = {name for text in own for name in _PROJECT_OF.findall(text)}
     if named and project not in named:
         yield (
             "provider.project_id: must be the project of an account or a resource of the machines, "

@@ -172,8 +172,9 @@ def predict(
         names = {"accuracy": "accuracy", "accuracy_without_rare": "without rare", "top5": "top 5"}
         scores = ", ".join(f"{name} {value:.4f}" for key, name in names.items() if (value := accuracy[key]) is not None)
         lines.append(f"{scores}, {accuracy['examples']:,} boxes with a character")
-    rare, uncertain, right = counts.get("rare", 0), counts["uncertain"], accuracy.get("accuracy_of_shown")
-    if rare or uncertain:
+    # A folder of an earlier release has no number of `rare`.
+    rare, uncertain, right = counts.get("rare"), counts["uncertain"], accuracy.get("accuracy_of_shown")
+    if rare is not None and (rare or uncertain):
         reasons = f"{rare:,} `rare`" + (f", {uncertain:,} less probable than {min_confidence:g}" if uncertain else "")
         of_shown = "" if right is None else f"; accuracy of the others {right:.4f}"
         lines.append(f"〓 for {counted(rare + uncertain, 'box', 'boxes')} ({reasons}){of_shown}")

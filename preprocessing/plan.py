@@ -83,7 +83,8 @@ def make_plan(
         raise OptionError("--split must be random or book with --crops, which have no pages. Received: page")
     labels, files, ignored = read_input(pages, label_places, rescale=bool(config.rescale), canvases=canvases)
     books = books_of_pages(labels, files, config.books)
-    splits = _splits(labels, files, books, config)
+    train_only = pages_for_training(labels, files, books, config.train_only) if config.train_only else None
+    splits = _splits(labels, books, config, train_only)
     names = config.classes or class_names(labels.code_points, config.coverage)
     classes = class_indices(names, labels.code_points)
     share = np.mean(classes == len(names) - 1)
@@ -91,8 +92,11 @@ def make_plan(
     log.info("%d classes; %.0f %% of the boxes are of the class %s%s", len(names), 100 * share, RARE, hint)
     if config.split == "random":
         log.info("--split random has crops of one page in several splits: see docs/data.md#which-split")
-    if config.split == "book" and config.folds is None and (found := len(set(books))) < FEW_BOOKS:
-        log.info("%d books: the accuracy depends on which are in the test. See docs/data.md#few-books-folds", found)
+    testable = set(books) if train_only is None else set(np.array(books)[~train_only])
+    if config.split == "book" and config.folds is None and len(testable) < FEW_BOOKS:
+        log.info(
+            "%d books: the accuracy depends on which are in the test. See docs/data.md#few-books-folds", len(testable)
+        )
     number = config.shards or number_of_groups(len(labels.boxes), BOXES_PER_GROUP)
     grouped = group_pages(labels, files, number, bool(config.rescale), config.margin)
     groups = plan_shards(grouped, classes, splits)
@@ -108,14 +112,13 @@ def make_plan(
 
 
 def _splits(
-    labels: Labels, files: Mapping[str, tuple[str, int]], books: Sequence[str], config: PrepareConfig
+    labels: Labels, books: Sequence[str], config: PrepareConfig, train_only: NDArray[np.bool_] | None
 ) -> NDArray[np.int8]:
     """Return the split of each box, (N,) int8 indices into `SPLITS`. Raises as `make_plan`."""
-    alone = pages_for_training(labels, files, books, config.train_only) if config.train_only else None
     if config.folds is not None and config.fold is not None:
-        return folds_of_boxes(labels, config.split, config.seed, config.folds, config.fold, books, alone)
+        return folds_of_boxes(labels, config.split, config.seed, config.folds, config.fold, books, train_only)
     fractions = config.val_fraction, config.test_fraction
-    return split_of_boxes(labels, config.split, config.seed, *fractions, books, alone)
+    return split_of_boxes(labels, config.split, config.seed, *fractions, books, train_only)
 
 
 def known_losses(labels: Labels, files: Mapping[str, tuple[str, int]]) -> list[Loss]:

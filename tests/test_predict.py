@@ -1,5 +1,6 @@
 """predict: the same crops as `prepare`, every box once, in reading order, with all losses listed."""
 
+import codecs
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -187,6 +188,8 @@ def test_boxes_without_labels_get_the_same_predictions_and_no_accuracy(
 def test_csv_holds_the_same_as_parquet(read: Path, model: Path, shared: Path, tmp_path: Path) -> None:
     do(model, shared / "pages", shared / "train.csv", tmp_path / "out", form="csv")
     for kind in ("predictions", "pages"):
+        for file in (tmp_path / "out").glob(f"{kind}-*.csv"):
+            assert file.read_bytes().startswith(codecs.BOM_UTF8)  # Excel needs it
         same = pd.concat(map(pd.read_csv, sorted((tmp_path / "out").glob(f"{kind}-*.csv"))), ignore_index=True)
         pd.testing.assert_frame_equal(same, table(read, kind), check_dtype=False)
 

@@ -17,9 +17,7 @@ from preprocessing.labels.code_points import code_point_name
 
 MAX_PIXELS = 2400  # of the longer side of the page
 CONFIDENT = 0.5  # minimum probability
-LEGEND = (
-    "black: probability at least 50 %; blue: less; red: wrong; 〓: rare or uncertain; gray: the next best characters"
-)
+LEGEND = "black: probability at least 50 %; blue: less; red: wrong; 〓: rare or uncertain; gray: the best characters"
 
 
 class SmallPage(NamedTuple):

@@ -21,7 +21,7 @@ class PredictionsManifest(Manifest):
     kind: Literal["predictions"] = "predictions"
     counts: Annotated[dict[str, Count], FailFast()]
     """Numbers of `boxes` and `pages` in the label files, of boxes that were `read`, and of boxes that were read but are
-    `uncertain`: less probable than `min_confidence`.
+    `uncertain`: less probable than `min_confidence`; `rare`: the others that are `rare`.
     """
     min_confidence: float = Field(0.0, ge=0, le=1)
     """Minimum probability for texts and pictures to show a character; below it, they show 〓."""

@@ -205,15 +205,16 @@ def _check_before_reading(source: Input, identity: Mapping[str, Any], annotate: 
     nothing_read = {"examples": 0, "not_rare": 0}
     lost = known_losses(source.labels, source.files)
     known = GroupReport(
-        on_gpu=False, files=[], pictures={}, losses=lost, clipped=[], read=0, correct=nothing_read, pages=[]
+        on_gpu=False, files=[], pictures={}, losses=lost, clipped=[], read=0, rare=0, correct=nothing_read, pages=[]
     )
     encoded(_manifest(source, identity, [known]))
 
 
 def _log_unmatched(source: Input) -> None:
     """Log how many pages of the boxes have no scan, and how many scans have no boxes."""
-    page_ids = source.labels.page_ids
-    if without_scan := [page_id for page_id in page_ids if page_id not in source.files]:
+    page_ids, boxes = source.labels.page_ids, source.labels.boxes_per_page.tolist()
+    with_boxes = [page_id for page_id, number in zip(page_ids, boxes, strict=True) if number]
+    if without_scan := [page_id for page_id in with_boxes if page_id not in source.files]:
         pages = counted(len(without_scan), "page")
         log.warning("%s of --boxes without a scan, whose boxes are lost: first %s", pages, without_scan[0])
     if without_boxes := sorted(set(source.files) - set(page_ids)):

@@ -58,7 +58,7 @@ class GroupReport(Report):
     """Number of boxes read."""
     uncertain: int = 0
     """Number of these that are less probable than `min_confidence`."""
-    rare: int = 0
+    rare: int
     """Number of the others that are `rare`."""
     correct: dict[str, int]
     """Counts from which `readings.accuracy` is computed."""

@@ -97,7 +97,7 @@ def _sections(data: StagedDataset, crops: pd.DataFrame) -> Iterator[str]:
         "Characters",
         html.paragraph(
             f"{len(counts):,} characters, of which {kept:,} have a class of their own. The others are of the "
-            f"class {RARE}: {of_rare:,} crops, {100 * of_rare / max(1, len(crops)):.0f} %."
+            f"class {RARE}: {counted(of_rare, 'crop')}, {100 * of_rare / max(1, len(crops)):.0f} %."
         ),
         html.plots(
             (plots.class_frequency(counts, kept, coverage), _coverage_caption(coverage)),
@@ -190,9 +190,8 @@ def _losses(manifest: DatasetManifest) -> Iterator[str]:
         yield html.paragraph(f"... and {len(rows) - MAX_ROWS:,} more: manifest.json lists each box.")
     warnings = Counter((warning["page"], warning["what"]) for warning in manifest.warnings)
     if warnings:
-        yield html.paragraph(
-            f"{len(manifest.warnings) + manifest.more_warnings:,} warnings about pages that were read."
-        )
+        number = len(manifest.warnings) + manifest.more_warnings
+        yield html.paragraph(f"{counted(number, 'warning')} about scans and labels.")
         yield html.table(["page", "warning"], sorted(warnings)[:MAX_ROWS])
     if manifest.more_losses:
         yield html.paragraph(f"{manifest.more_losses:,} of the lost boxes are only in {LOSSES_TABLE}.")
