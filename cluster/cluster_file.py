@@ -54,19 +54,15 @@ def faults_of_cluster_file(path: Path) -> list[str]:
         for where, text in _texts(config)
         if (found := _PLACEHOLDER.search(text))
     ]
-    rules = (
-        []
-        if placeholders
-        else [
-            *_project_faults(config),
-            *_cost_faults(config),
-            *(fault for name, node in config["available_node_types"].items() for fault in _node_faults(name, node)),
-            *_location_faults(config),
-            *_version_faults(config),
-            *_ray_faults(config),
-        ]
-    )
-    faults = [*placeholders, *rules, *_token_faults(config)]
+    faults = placeholders or [
+        *_project_faults(config),
+        *_cost_faults(config),
+        *(fault for name, node in config["available_node_types"].items() for fault in _node_faults(name, node)),
+        *_location_faults(config),
+        *_version_faults(config),
+        *_ray_faults(config),
+    ]
+    faults += _token_faults(config)
     return [" ".join(fault.split()) for fault in faults]  # names and commands may contain line breaks
 
 

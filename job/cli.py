@@ -109,7 +109,7 @@ def evaluate(model: str, dataset: str, split: str, out: str | None) -> Outcome:
         else []
     )
     return {"split": split} | asdict(evaluation.metrics), [
-        f"the classes with the lowest F1, of {len(weakest_first):,} that {split} has:",
+        f"the classes with the lowest F1, of {counted(len(weakest_first), 'class', 'classes')} in {split}:",
         weakest_first.head(10)[columns].to_string(index=False, float_format="{:.3f}".format),
         "",
         "confusions, as character (crops): predicted characters",

@@ -92,10 +92,12 @@ def make_plan(
     log.info("%d classes; %.0f %% of the boxes are of the class %s%s", len(names), 100 * share, RARE, hint)
     if config.split == "random":
         log.info("--split random has crops of one page in several splits: see docs/data.md#which-split")
-    testable = set(books) if train_only is None else set(np.array(books)[~train_only])
+    # With --split book, the whole book of a page for training is in training.
+    testable = set(books) - ({*np.array(books)[train_only]} if train_only is not None else set())
     if config.split == "book" and config.folds is None and len(testable) < FEW_BOOKS:
         log.info(
-            "%d books: the accuracy depends on which are in the test. See docs/data.md#few-books-folds", len(testable)
+            "%d books can be in the test: the accuracy depends on which are. See docs/data.md#few-books-folds",
+            len(testable),
         )
     number = config.shards or number_of_groups(len(labels.boxes), BOXES_PER_GROUP)
     grouped = group_pages(labels, files, number, bool(config.rescale), config.margin)

@@ -292,12 +292,12 @@ def test_few_books_and_a_large_share_of_rare_are_logged_with_the_page_of_the_doc
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "kuzushiji")
-    ids = ("a_0", "b_0", "c_0")
+    ids = ("a_0", "b_0", "c_0", "c_1")
     write_pages(tmp_path, {f"{page_id}.jpg": page() for page_id in ids}, dict.fromkeys(ids, boxes(10)))
-    config = PrepareConfig(split="book", classes=("U+3042", "rare"))
+    config = PrepareConfig(split="book", classes=("U+3042", "rare"), train_only=train_only("c_1"))
     make_plan(place(tmp_path / "train_images"), place(tmp_path / "train.csv"), config)
     assert "100 % of the boxes are of the class rare, a large share: see docs/data.md#classes" in caplog.text
-    assert "3 books: the accuracy depends on which are in the test. See docs/data.md#few-books-folds" in caplog.text
+    assert "2 books can be in the test: the accuracy depends on which are. See docs/data.md#few-books" in caplog.text
 
 
 def test_a_million_pages_with_one_percent_of_losses_fit_into_the_manifest(tmp_path: Path) -> None:

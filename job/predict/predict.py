@@ -240,13 +240,12 @@ def _manifest(source: Input, identity: Mapping[str, Any], reports: Sequence[Grou
     labels, losses = source.labels, [loss for report in reports for loss in report.losses]
     if len(losses) == len(labels.boxes):
         raise InputError(f"at least one box must be readable. Received: {len(losses)} lost, first: {losses[0]['what']}")
-    read, uncertain, rare = (sum(getattr(report, name) for report in reports) for name in ("read", "uncertain", "rare"))
+    of_boxes = {name: sum(getattr(report, name) for report in reports) for name in ("read", "uncertain", "rare")}
     results = [result for report in reports for result in report.pages]
     warnings = listed_warnings(results, labels.warnings)
     return PredictionsManifest(
         files=[entry for report in reports for entry in report.files],
-        counts={"boxes": len(labels.boxes), "read": read, "pages": len(labels.page_ids)}
-        | {"uncertain": uncertain, "rare": rare},
+        counts={"boxes": len(labels.boxes), "pages": len(labels.page_ids)} | of_boxes,
         min_confidence=identity["min_confidence"],
         accuracy=accuracy([report.correct for report in reports]),
         losses=losses,

@@ -161,9 +161,8 @@ class ReadGroup:
         return len(picture)
 
     def _write(self, kind: str, table: pd.DataFrame, group: Group) -> FileEntry:
-        # With a byte order mark: without one, Excel takes UTF-8 for the encoding of its language.
-        csv = table.to_csv(index=False).encode("utf-8-sig") if self.form == "csv" else b""
-        data = csv or table.to_parquet(index=False)
+        # CSV with a byte order mark: without one, Excel takes UTF-8 for another encoding.
+        data = table.to_csv(index=False).encode("utf-8-sig") if self.form == "csv" else table.to_parquet(index=False)
         out = resumable(place(self.out))
         return write_listed(out.folder / table_name(kind, group.number, self.groups, self.form), data, out.progress)
 
