@@ -81,7 +81,7 @@ def then(measure: Callable[[Any], None], out: Path) -> Callable[[dict[str, Any]]
     """Return a change of workers (see `small_head.work_after`): they call `measure` after their training.
 
     It is called with their training's strategy, because a process can have only one. Before the training, worker 1
-    reports a failure in a run of another name. Each worker writes the failure that it receives to `told-<rank>`.
+    reports a failure in a run of another name. Each worker writes the failure that it receives to `received-<rank>`.
     """
     folder = str(out)
 
@@ -101,10 +101,10 @@ def then(measure: Callable[[Any], None], out: Path) -> Callable[[dict[str, Any]]
 
         def train_and_measure(job: Any, start_up: Any, staged: Any) -> Any:
             rank = ray.train.get_context().get_world_rank()
-            told = shared_failure(job.board, "another", Failure("a shard was changed", "") if rank == 1 else None)
+            received = shared_failure(job.board, "another", Failure("a shard was changed", "") if rank == 1 else None)
             failure = train_worker(job, start_up, staged)
             measure(strategies[0])
-            Path(f"{folder}/told-{rank}").write_text(told.message if told else "")
+            Path(f"{folder}/received-{rank}").write_text(received.message if received else "")
             return failure
 
         worker.train_worker, worker.make_strategy = train_and_measure, remembered

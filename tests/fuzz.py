@@ -333,11 +333,11 @@ def fuzz_archives(rng: random.Random, folder: Path, count: int) -> Counter[str]:
                     except (PageFault, FileNotFoundError) as error:
                         outcomes[type(error).__name__] += 1
         except KuzushijiError as error:
-            outcomes[told(error)] += 1
+            outcomes[outcome_of(error)] += 1
     return outcomes
 
 
-def told(error: KuzushijiError) -> str:
+def outcome_of(error: KuzushijiError) -> str:
     """Return the type of an error. Its message must be one line of limited length that can be encoded."""
     text = str(error)
     assert len(text.splitlines()) == 1, text
@@ -446,7 +446,7 @@ def fuzz_labels(rng: random.Random, folder: Path, count: int) -> Counter[str]:
                 assert labels.page_ids == sorted(set(labels.page_ids))
                 outcomes[f"{form} read"] += 1
             except KuzushijiError as error:
-                outcomes[f"{form} {told(error)}"] += 1
+                outcomes[f"{form} {outcome_of(error)}"] += 1
             path.write_bytes(good[path])
     return outcomes
 
@@ -530,7 +530,7 @@ def fuzz_manifests(rng: random.Random, folder: Path, count: int) -> Counter[str]
                 ask()
                 outcomes["read"] += 1
             except KuzushijiError as error:
-                outcomes[told(error)] += 1
+                outcomes[outcome_of(error)] += 1
     return outcomes
 
 
@@ -580,7 +580,7 @@ def fuzz_datasets(rng: random.Random, folder: Path, count: int) -> Counter[str]:
                 assert set(crops.labels.tolist()) <= {0, 1}
                 outcomes["staged"] += 1
         except (DamageError, InputError) as error:
-            outcomes[told(error)] += 1
+            outcomes[outcome_of(error)] += 1
     return outcomes
 
 

@@ -45,5 +45,5 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     reports = terminalreporter.stats.get("skipped", [])
     reasons = Counter(re.sub("^Skipped: ", "", report.longrepr[2]) for report in reports)
     if reasons:
-        told = "; ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-        terminalreporter.write_line(f"skipped: {len(reports)} tests: {told}")
+        counted = "; ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+        terminalreporter.write_line(f"skipped: {len(reports)} tests: {counted}")

@@ -562,11 +562,11 @@ def test_a_file_of_credentials_that_can_not_be_used_is_one_line(
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(file))
     forget()
     try:
-        told = kuzushiji("verify", "gs://demo/x")
+        done = kuzushiji("verify", "gs://demo/x")
     finally:
         forget()
-    (line,) = told.stderr.splitlines()
-    assert told.code == 1
+    (line,) = done.stderr.splitlines()
+    assert done.code == 1
     assert "GOOGLE_APPLICATION_CREDENTIALS must name a file with credentials" in line
 
 
@@ -595,9 +595,9 @@ def test_a_missing_bucket_is_one_line(
     strict: StrictBucket, command: list[str], kuzushiji: Kuzushiji, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    told = kuzushiji(*(word.format(place="gs://nowhere") for word in command))
-    (line,) = told.stderr.splitlines()
-    assert told.code == 1
+    done = kuzushiji(*(word.format(place="gs://nowhere") for word in command))
+    (line,) = done.stderr.splitlines()
+    assert done.code == 1
     assert "gs://nowhere must exist." in line
     assert "gcloud storage buckets create gs://nowhere" in line
 
@@ -614,10 +614,10 @@ def test_no_right_and_no_credentials_are_one_line_with_what_to_run(
 ) -> None:
     forget()
     strict.faults.inject(kind, times=100)
-    told = kuzushiji("verify", "gs://demo/x")
+    done = kuzushiji("verify", "gs://demo/x")
     strict.faults.clear()
-    (line,) = told.stderr.splitlines()
-    assert told.code == 1
+    (line,) = done.stderr.splitlines()
+    assert done.code == 1
     assert says in line
 
 
@@ -640,9 +640,9 @@ def test_a_page_that_is_refused_while_prepare_runs_is_one_line(
         strict.write("demo", f"{name}/{path.name}", path.read_bytes())
     strict.faults.inject("403", times=100, matching=f"{name}/.*jpg")
     to = ["--dataset", tmp_path / "crops"]
-    told = kuzushiji("prepare", "--pages", folder, "--labels", pages / "train.csv", *to)
-    (line,) = told.lines
-    assert told.code == 1
+    done = kuzushiji("prepare", "--pages", folder, "--labels", pages / "train.csv", *to)
+    (line,) = done.lines
+    assert done.code == 1
     assert "gs://demo must grant you access." in line
 
 
@@ -746,12 +746,12 @@ def test_whatever_is_asked_of_a_bucket_is_answered_rightly_or_in_one_line(
         assert ask(folder, here) == right
         assert not refused
     except Exception as error:  # as the command line reports it
-        told = explained(error) or error
-        assert isinstance(told, KuzushijiError)
-        assert "\n" not in str(told)
+        explanation = explained(error) or error
+        assert isinstance(explanation, KuzushijiError)
+        assert "\n" not in str(explanation)
         assert refused or kind == "flip"
-        assert kind != "403" or "gs://demo must grant you access" in str(told)
-        assert kind != "401" or "needs credentials" in str(told)
+        assert kind != "403" or "gs://demo must grant you access" in str(explanation)
+        assert kind != "401" or "needs credentials" in str(explanation)
         strict.faults.clear()
         assert ask(folder, here) == right
     if operation == "remove":
@@ -896,10 +896,10 @@ def test_a_bucket_whose_requesters_pay_is_used_with_the_project_of_googles_varia
     ],
 )  # fmt: skip
 def test_what_google_says_is_one_line_with_what_to_run(error: Exception, says: str) -> None:
-    told = explained(error)
-    assert told is not None
-    assert says in str(told)
-    assert "\n" not in str(told)
+    explanation = explained(error)
+    assert explanation is not None
+    assert says in str(explanation)
+    assert "\n" not in str(explanation)
 
 
 def test_other_failures_are_left_as_they_are() -> None:

@@ -65,8 +65,8 @@ def test_models_and_exports_state_the_licence_of_their_pages(trained: Path, few:
     from job.train.result import EpochRow, folder_texts
 
     manifest = DatasetManifest.model_validate_json((few / "manifest.json").read_bytes())
-    told = manifest.model_copy(update={"config": manifest.config | {"license": "cc-by-4.0"}})
-    assert (manifest.license, told.license) == (None, "cc-by-4.0")
+    with_license = manifest.model_copy(update={"config": manifest.config | {"license": "cc-by-4.0"}})
+    assert (manifest.license, with_license.license) == (None, "cc-by-4.0")
     fields = set(TrainConfig.model_fields)
     given = {key: value for key, value in json.loads((trained / "config.json").read_text()).items() if key in fields}
     row = EpochRow(**json.loads((trained / "history.jsonl").read_text().splitlines()[0]))
@@ -76,7 +76,7 @@ def test_models_and_exports_state_the_licence_of_their_pages(trained: Path, few:
             for split, crops in data.splits.items()
         }
         table = misclassified(predictions["test"].predictions, data.splits["test"], data.class_names)
-        licensed = replace(data, manifest=told)
+        licensed = replace(data, manifest=with_license)
         model, *_ = load_model(place(trained))
         texts = folder_texts(TrainConfig(**given), "first", model, predictions, table, licensed, [row], 1, 1.0)
     assert json.loads(texts["config.json"])["license"] == "cc-by-4.0"
@@ -99,13 +99,13 @@ def test_a_card_tells_that_a_temperature_is_at_its_limit(trained: Path, few: Pat
 
 @pytest.mark.parametrize("wrong", ["CC BY-SA 4.0", "", "a\nb", "x" * 51])
 def test_a_licence_is_an_identifier(wrong: str, kuzushiji: Kuzushiji, tmp_path: Path) -> None:
-    told = kuzushiji(
+    done = kuzushiji(
         "prepare", "--pages", tmp_path, "--labels", tmp_path, "--dataset", tmp_path / "out", "--license", wrong
     )
-    assert told.code == 2
+    assert done.code == 2
     assert (
         "--license must be an identifier of letters, digits, '.' and '-', such as cc-by-sa-4.0. Received:"
-        in told.stderr
+        in done.stderr
     )
 
 

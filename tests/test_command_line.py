@@ -131,9 +131,9 @@ def test_an_error_is_one_line_with_the_rule_and_the_received_value(
     arguments: list[str], code: int, says: str, kuzushiji: Kuzushiji, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    told = kuzushiji(*arguments)
-    assert told.code == code
-    (line,) = told.stderr.splitlines()
+    done = kuzushiji(*arguments)
+    assert done.code == code
+    (line,) = done.stderr.splitlines()
     assert says in line
     for more in (["--json"], ["--json", "--debug"]):
         with_json = kuzushiji(*arguments, *more)

@@ -91,10 +91,10 @@ def test_a_tflite_model_predicts_what_the_model_does(
 def test_with_a_dataset_the_accuracy_of_export_and_model_is_reported(
     form: str, trained: Path, few: Path, tmp_path: Path, kuzushiji: Kuzushiji
 ) -> None:
-    told = kuzushiji("export", "--model", trained, "--format", form, "--dataset", few, "--out", tmp_path / "out")
-    assert told.code == 0, told.stderr
+    done = kuzushiji("export", "--model", trained, "--format", form, "--dataset", few, "--out", tmp_path / "out")
+    assert done.code == 0, done.stderr
     accuracy = json.loads((trained / "metrics.json").read_text())["test"]["accuracy"]
-    assert f"{accuracy:.4f} (model: {accuracy:.4f}); the same class predicted for 100.00%" in told.stdout
+    assert f"{accuracy:.4f} (model: {accuracy:.4f}); the same class predicted for 100.00%" in done.stdout
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"| the model | {accuracy:.4f} |\n| this export | {accuracy:.4f} |" in card
 

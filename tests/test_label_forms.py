@@ -340,8 +340,8 @@ def test_fractions_move_near_edges_down_and_far_edges_up_and_are_counted(
 ) -> None:
     labels = read(json_file(tmp_path / "coco.json", annotation(bbox=bbox)))
     assert labels.boxes.tolist() == [box]
-    told = "1 box in fractions of pixels, rounded outwards"
-    assert list(labels.warnings) == ([("a_1", told)] if warned else [])
+    warning = "1 box in fractions of pixels, rounded outwards"
+    assert list(labels.warnings) == ([("a_1", warning)] if warned else [])
     assert ("1 page with boxes in fractions of pixels" in caplog.text) == warned
 
 

@@ -196,7 +196,7 @@ def test_staging_stops_and_cleans_up_when_its_worker_exits_early(
 
 def remembers_what_is_staged(folder: Path) -> Any:
     """Return a change of the workers (see `small_head.work_after`): each writes the names of the shards it stages."""
-    told = str(folder)
+    names_in = str(folder)
 
     def change(_: dict[str, Any]) -> None:
         import ray.train
@@ -207,7 +207,7 @@ def remembers_what_is_staged(folder: Path) -> Any:
 
         def remembering(dataset: Any, manifest: Any, shards: Any, *rest: Any) -> Any:
             names = [shard.name for of_split in shards.values() for shard in of_split]
-            Path(told, f"{ray.train.get_context().get_world_rank()}.json").write_text(json.dumps(names))
+            Path(names_in, f"{ray.train.get_context().get_world_rank()}.json").write_text(json.dumps(names))
             return staged_shards(dataset, manifest, shards, *rest)
 
         staging_ahead.staged_shards = remembering
@@ -223,10 +223,10 @@ def test_two_workers_with_one_partition_each_train_like_one_worker_with_both(
     )
     folders = []
     for workers in (1, 2):
-        told = tmp_path / str(workers)
-        told.mkdir()
-        workers_do(remembers_what_is_staged(told))
-        (outcome,) = train(place(dataset), place(told), [config.model_copy(update={"workers": workers})], "parts")
+        models = tmp_path / str(workers)
+        models.mkdir()
+        workers_do(remembers_what_is_staged(models))
+        (outcome,) = train(place(dataset), place(models), [config.model_copy(update={"workers": workers})], "parts")
         folders.append(Path(outcome.folder.path))
     manifest = DatasetManifest.model_validate_json((dataset / "manifest.json").read_bytes())
     staged = [json.loads((tmp_path / "2" / f"{rank}.json").read_text()) for rank in range(2)]

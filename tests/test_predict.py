@@ -117,8 +117,8 @@ def test_predict_reads_exactly_the_crops_of_the_dataset(
                 best = np.argsort(-probabilities[i], kind="stable")[:5]
                 seen = found.loc[where]
                 assert [seen[f"label_{rank}"] for rank in range(1, 6)] == [names[j] for j in best]
-                told = [seen[f"probability_{rank}"] for rank in range(1, 6)]
-                np.testing.assert_allclose(told, probabilities[i][best], rtol=1e-4)
+                reported = [seen[f"probability_{rank}"] for rank in range(1, 6)]
+                np.testing.assert_allclose(reported, probabilities[i][best], rtol=1e-4)
                 compared += 1
     assert compared == len(cuts) == len(found)
 
@@ -146,8 +146,8 @@ def test_a_model_of_crops_with_a_margin_reads_new_pages_with_it_and_is_evaluated
         assert not np.array_equal(crops.images, narrow.images)
         best = loaded.predict(crops.images[:], verbose=0).max(axis=1)
         where = zip(crops.page_ids(), crops.boxes.tolist(), strict=True)
-        told = [found.loc[(page_id, *box), "probability_1"] for page_id, box in where]
-    np.testing.assert_allclose(told, best, rtol=1e-4)
+        reported = [found.loc[(page_id, *box), "probability_1"] for page_id, box in where]
+    np.testing.assert_allclose(reported, best, rtol=1e-4)
     assert evaluate(place(model), place(tmp_path / "wide"), "test").metrics.examples == len(best)
     with pytest.raises(OptionError, match=r"margin of the model's crops, 0\.15\. Received: 0\. .*--margin 0\.15"):
         evaluate(place(model), place(dataset), "test")
@@ -167,11 +167,13 @@ def test_an_invalid_margin_is_damage(margin: object, tmp_path: Path) -> None:
 def test_the_accuracy_is_that_of_evaluate(read: Path, model: Path, real_dataset: Path) -> None:
     from job.evaluate import evaluate
 
-    told = json.loads((read / "manifest.json").read_text())["accuracy"]
+    accuracy = json.loads((read / "manifest.json").read_text())["accuracy"]
     parts = [asdict(evaluate(place(model), place(real_dataset), split).metrics) for split in SPLITS]
-    assert told["examples"] == sum(part["examples"] for part in parts)
+    assert accuracy["examples"] == sum(part["examples"] for part in parts)
     for key in ("accuracy", "top5"):
-        assert told[key] == pytest.approx(sum(part[key] * part["examples"] for part in parts) / told["examples"])
+        assert accuracy[key] == pytest.approx(
+            sum(part[key] * part["examples"] for part in parts) / accuracy["examples"]
+        )
 
 
 def test_boxes_without_labels_get_the_same_predictions_and_no_accuracy(
@@ -180,9 +182,9 @@ def test_boxes_without_labels_get_the_same_predictions_and_no_accuracy(
     bare = without_characters(shared / "train.csv", tmp_path / "boxes.csv")
     manifest = do(model, shared / "pages", bare, tmp_path / "out")
     assert manifest.accuracy == {}
-    told, alike = table(read), table(tmp_path / "out")
+    merged, alike = table(read), table(tmp_path / "out")
     assert alike["unicode"].isna().all()
-    pd.testing.assert_frame_equal(alike.drop(columns="unicode"), told.drop(columns="unicode"))
+    pd.testing.assert_frame_equal(alike.drop(columns="unicode"), merged.drop(columns="unicode"))
 
 
 def test_csv_holds_the_same_as_parquet(read: Path, model: Path, shared: Path, tmp_path: Path) -> None:
@@ -396,13 +398,13 @@ def test_a_character_below_the_least_confidence_is_shown_as_a_geta_mark_and_coun
     assert "--min-confidence must be a number from 0 to 1. Received: nan" in refused.stderr
     least = float(np.round(boxes["probability_1"].median(), 4))
     certain = boxes["probability_1"] >= least
-    told = kuzushiji("predict", *places, "--min-confidence", least, "--annotate", tmp_path / "pictures").stdout
+    printed = kuzushiji("predict", *places, "--min-confidence", least, "--annotate", tmp_path / "pictures").stdout
     characters = boxes[certain & (boxes["label_1"] != "rare")]
     rare = int((certain & (boxes["label_1"] == "rare")).sum())
     count, right = int((~certain).sum()), (characters["unicode"] == characters["label_1"]).mean()
     assert (
         f"〓 for {count + rare} boxes ({rare} `rare`, {count} less probable than {least:g}); "
-        f"accuracy of the others {right:.4f}\n" in told
+        f"accuracy of the others {right:.4f}\n" in printed
     )
     pd.testing.assert_frame_equal(table(tmp_path / "out"), boxes)  # unchanged, with all probabilities
     shown = boxes["character_1"].where(certain, "〓")

@@ -88,9 +88,9 @@ def test_a_report_shows_the_leakage_of_a_random_split(of_real: str, real_dataset
 
 
 def test_a_character_that_the_font_lacks_is_told_by_its_code_point() -> None:
-    told = page("Models", [paragraph("は \U0001f600")]).decode()
-    assert "は U+1F600" in told
-    assert "\U0001f600" not in told
+    html = page("Models", [paragraph("は \U0001f600")]).decode()
+    assert "は U+1F600" in html
+    assert "\U0001f600" not in html
 
 
 def test_the_same_dataset_gives_the_same_report(of_real: str, real_dataset: Path) -> None:
@@ -193,8 +193,8 @@ def test_a_model_folder_of_an_earlier_release_is_verified_evaluated_exported_and
         ("evaluate", "--model", folder, "--dataset", few),
         ("export", "--model", folder, "--format", "savedmodel", "--out", tmp_path / "out"),
     ):
-        told = kuzushiji(*command)
-        assert told.code == 0, told.stderr
+        done = kuzushiji(*command)
+        assert done.code == 0, done.stderr
     text = Page(model_report(place(tmp_path / "models"), place(few)).decode()).text
     assert f"test\n{metrics['test']['examples']}\n{metrics['test']['accuracy']:.4f}\n" in text
 
@@ -216,8 +216,8 @@ def test_the_command_writes_the_report_and_prints_only_its_path(
 ) -> None:
     asked = ["report", "--dataset", dataset, "--out", tmp_path / "out"]
     for options in (asked, ["report", "--models", two, "--dataset", few, "--out", tmp_path / "out"]):
-        told = kuzushiji(*options)
-        assert (told.code, told.stdout, told.stderr) == (0, f"report: {tmp_path / 'out' / 'report.html'}\n", "")
+        done = kuzushiji(*options)
+        assert (done.code, done.stdout, done.stderr) == (0, f"report: {tmp_path / 'out' / 'report.html'}\n", "")
         Page((tmp_path / "out" / "report.html").read_text())
     refused = kuzushiji(*asked[:-1], dataset)
     assert refused.code == 2
@@ -228,10 +228,10 @@ def test_a_very_large_dataset_and_a_whole_bucket_are_not_staged_for_a_report(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manifest = read_manifest(place(dataset), DatasetManifest)
-    told = ["no report was written next to the dataset: run `kuzushiji report`"]
-    assert write_dataset_report(place("gs://bucket"), manifest, new=True) == told
+    warnings = ["no report was written next to the dataset: run `kuzushiji report`"]
+    assert write_dataset_report(place("gs://bucket"), manifest, new=True) == warnings
     monkeypatch.setattr("job.report.dataset.MAX_STAGED_BYTES", sum(shard.bytes for shard in manifest.shards) - 1)
-    assert write_dataset_report(place(tmp_path / "crops"), manifest, new=True) == told
+    assert write_dataset_report(place(tmp_path / "crops"), manifest, new=True) == warnings
     assert write_dataset_report(place(tmp_path / "crops"), manifest, new=False) == []
     assert list(tmp_path.iterdir()) == []
 

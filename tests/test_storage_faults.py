@@ -123,9 +123,9 @@ def test_a_full_disk_is_one_line_and_with_room_the_same_command_gives_the_same_b
 ) -> None:
     out = disk.folder / "out"
     disk.become(f"size={SMALL[command]}")
-    told = kuzushiji(*commands[command], out)
-    (line,) = told.lines
-    assert told.code == 1
+    done = kuzushiji(*commands[command], out)
+    (line,) = done.lines
+    assert done.code == 1
     assert line.startswith(f"kuzushiji: {RULE}. Received: {out}")
     assert "No space left on device" in line
     wait_for_tasks()
@@ -150,10 +150,10 @@ def test_a_training_on_a_full_disk_is_one_line_and_with_room_the_same_command_en
     workers_do()
     out = disk.folder / "out"
     disk.become("size=128k")
-    told = kuzushiji(*commands["train"], out, "--run", "full", "--max-failures", "1")
-    assert (told.code, len(told.lines)) == (1, 1)
-    assert told.lines[0].startswith(f"kuzushiji: {RULE}. Received: {out}")
-    assert "No space left on device" in told.lines[0]
+    done = kuzushiji(*commands["train"], out, "--run", "full", "--max-failures", "1")
+    assert (done.code, len(done.lines)) == (1, 1)
+    assert done.lines[0].startswith(f"kuzushiji: {RULE}. Received: {out}")
+    assert "No space left on device" in done.lines[0]
     assert not (out / "baseline").exists()
     disk.become("size=64m")
     assert kuzushiji(*commands["train"], out, "--run", "full").code == 0
@@ -174,10 +174,10 @@ def test_a_read_only_disk_is_one_line(
     command: str, commands: dict[str, list[object]], kuzushiji: Kuzushiji, disk: Disk
 ) -> None:
     disk.become("ro")
-    told = kuzushiji(*commands[command], disk.folder / "out")
-    assert (told.code, len(told.lines)) == (1, 1)
-    assert told.lines[0].startswith(f"kuzushiji: {RULE}. Received: {disk.folder}")
-    assert "Read-only file system" in told.lines[0]
+    done = kuzushiji(*commands[command], disk.folder / "out")
+    assert (done.code, len(done.lines)) == (1, 1)
+    assert done.lines[0].startswith(f"kuzushiji: {RULE}. Received: {disk.folder}")
+    assert "Read-only file system" in done.lines[0]
     assert list(disk.folder.iterdir()) == []
 
 
@@ -196,9 +196,9 @@ def test_a_file_where_a_folder_was_is_one_line_and_stays(
 ) -> None:
     out = tmp_path / "out"
     out.write_text("mine")
-    told = kuzushiji(*commands[command], out)
-    assert (told.code, len(told.lines)) == (1, 1)
-    assert f"{RULE}. Received: {out}" in told.lines[0]
+    done = kuzushiji(*commands[command], out)
+    assert (done.code, len(done.lines)) == (1, 1)
+    assert f"{RULE}. Received: {out}" in done.lines[0]
     assert out.read_text() == "mine"
 
 
@@ -471,9 +471,9 @@ def test_a_pointer_to_a_run_that_is_gone_names_it(
     monkeypatch.chdir(tmp_path)
     shutil.copytree(models, tmp_path / "models")
     shutil.rmtree(tmp_path / "models" / "tiny" / "second")
-    told = kuzushiji(*command, "models" if command[0] == "pull" else "models/tiny")
-    assert (told.code, len(told.lines)) == (1, 1)
-    assert f"Received: {tmp_path}/models/tiny/second, without" in told.lines[0]
+    done = kuzushiji(*command, "models" if command[0] == "pull" else "models/tiny")
+    assert (done.code, len(done.lines)) == (1, 1)
+    assert f"Received: {tmp_path}/models/tiny/second, without" in done.lines[0]
     assert not (tmp_path / "to").exists()
 
 

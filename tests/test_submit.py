@@ -339,9 +339,9 @@ def test_usage_errors_are_reported_before_a_job_starts(head: Head, kuzushiji: Ku
         "--working-dir must be an existing folder": ["--working-dir", "/nowhere", "--", "verify", "/x"],
     }  # fmt: skip
     for text, arguments in says.items():
-        told = kuzushiji("submit", "--address", head.address, *arguments)
-        assert told.code == 2
-        assert text in told.stderr
+        done = kuzushiji("submit", "--address", head.address, *arguments)
+        assert done.code == 2
+        assert text in done.stderr
     elsewhere = kuzushiji("submit", "--", "verify", "/x")
     assert (elsewhere.code, "each place of a job must be an address" in elsewhere.stderr) == (2, True)
 
@@ -590,9 +590,9 @@ def test_a_token_that_is_refused_later_is_one_line_too(head: Head, kuzushiji: Ku
 
     with behind(head, refused) as way:
         for arguments in (["--", "verify", "gs://b/x"], ["--attach", "nobody"]):
-            told = kuzushiji("submit", "--address", way.address, *arguments)
-            assert told.code == 1
-            assert "kuzushiji: the head must accept this machine's token" in told.lines[-1]
+            done = kuzushiji("submit", "--address", way.address, *arguments)
+            assert done.code == 1
+            assert "kuzushiji: the head must accept this machine's token" in done.lines[-1]
 
 
 ASKS_A_RAY = """
@@ -609,9 +609,9 @@ except KuzushijiError as error:
 def test_a_command_without_the_token_of_the_ray_at_ray_address_is_one_line(head: Head) -> None:
     script = [sys.executable, "-c", ASKS_A_RAY, f"127.0.0.1:{head.ports['gcs']}"]
     with_other = os.environ | {"RAY_AUTH_TOKEN": "0" * 64}
-    (told,) = subprocess.check_output(script, env=with_other, text=True).splitlines()
-    assert "a Ray cluster must answer at RAY_ADDRESS" in told
-    assert "token is missing or incorrect. Put the cluster's token into" in told
+    (line,) = subprocess.check_output(script, env=with_other, text=True).splitlines()
+    assert "a Ray cluster must answer at RAY_ADDRESS" in line
+    assert "token is missing or incorrect. Put the cluster's token into" in line
     with pytest.raises(KuzushijiError, match="a Ray cluster must answer at RAY_ADDRESS"):
         check_address(head.address.removeprefix("http://"))  # the dashboard
 

@@ -235,8 +235,8 @@ def test_a_repeated_worker_failure_is_logged_once() -> None:
         {0: RuntimeError("Collective ops is aborted"), 1: OSError("alone")},
     ):
         tell.after_exception(None, failed)
-    told = [event.text.rpartition(": ") for event in ray.get(board.take.remote())]
-    assert [(before.split(" failed")[0], cause) for before, _, cause in told] == [
+    causes = [event.text.rpartition(": ") for event in ray.get(board.take.remote())]
+    assert [(before.split(" failed")[0], cause) for before, _, cause in causes] == [
         ("worker 1", "gone"), ("worker 0", "gone too"), ("worker 1", "alone"),
     ]  # fmt: skip
     ray.kill(board)
@@ -291,17 +291,17 @@ try:
 
         interruption.SECONDS_BETWEEN_CHECKS = 0
         rows_of, upload = module.Training.rows_of, StorageContext.persist_current_checkpoint
-        told, gone = (Path(given["job"].folder).with_name(name) for name in ("told", "gone"))
+        drained, gone = (Path(given["job"].folder).with_name(name) for name in ("drained", "gone"))
 
         def in_time(training, *arguments):
             if int(training.optimizer.iterations.numpy()) == 7:  # until Ray knows
-                while not told.exists():
+                while not drained.exists():
                     time.sleep(0.1)
                 time.sleep(4)
             return rows_of(training, *arguments)
 
         def slowly(*arguments, **options):  # until the node is gone
-            while told.exists() and not gone.exists():
+            while drained.exists() and not gone.exists():
                 time.sleep(0.1)
             time.sleep(2)
             return upload(*arguments, **options)
@@ -317,7 +317,7 @@ try:
         node = ["--address", cluster.address, "--node-id", drained]
         subprocess.run(["ray", "drain-node", *node, "--deadline-remaining-seconds", "15", *reason], check=True)
         (models / "baseline").mkdir()
-        (models / "baseline" / "told").touch()
+        (models / "baseline" / "drained").touch()
         time.sleep(15)
         (node,) = (one for one in cluster.worker_nodes if one.node_id == drained)
         cluster.remove_node(node, allow_graceful=False)

@@ -107,7 +107,9 @@ def test_any_number_of_workers_gives_the_same_losses(
 
 
 def test_damage_found_by_one_worker_is_reported_to_all(two_workers: Path) -> None:
-    assert [(two_workers / "equal" / f"told-{rank}").read_text() for rank in range(2)] == ["a shard was changed"] * 2
+    assert [(two_workers / "equal" / f"received-{rank}").read_text() for rank in range(2)] == [
+        "a shard was changed"
+    ] * 2
 
 
 LOGICAL_DEVICES = """
@@ -441,19 +443,19 @@ def test_a_training_fits_the_real_pages_though_they_are_less_than_a_batch(
     assert "--global-batch-size 512 is lowered to 155" in caplog.text
     assert "baseline: global batch size 155, the recipe's is 512; the learning rate stays 0.001" in caplog.text
     parts = ("loading TensorFlow", "connecting and staging", "building the model", "first step")
-    told = ", ".join(rf"{part} [0-9.]+" for part in parts)
+    listed = ", ".join(rf"{part} [0-9.]+" for part in parts)
     begun = [
         r"starting 1 worker, [0-9.]+ s after the command started",
         "the workers have started",
-        rf"first step [0-9.]+ s \({told}\)",
+        rf"first step [0-9.]+ s \({listed}\)",
     ]
     assert re.search(".*".join(begun), caplog.text, re.DOTALL)
     assert caplog.text.count("after the worker started") == 1
     history = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
     assert [row["step"] for row in history] == list(range(1, epochs + 1))
     events = sorted((tmp_path / "tensorboard" / "baseline" / "heart").iterdir())
-    told = [Event.FromString(record).summary.value for path in events for record in read_frames(path.read_bytes())]
-    losses = [value.simple_value for values in told for value in values if value.tag == "loss/validation"]
+    summaries = [Event.FromString(record).summary.value for path in events for record in read_frames(path.read_bytes())]
+    losses = [value.simple_value for values in summaries for value in values if value.tag == "loss/validation"]
     assert losses == pytest.approx([row["val_loss"] for row in history])
     assert "responses of convolutions" in (folder.parent / "heart.report.html").read_text()
     assert history[-1]["accuracy"] > accuracy

@@ -176,12 +176,12 @@ def test_a_failed_download_is_one_line_per_architecture(
     command += ["--architecture", "xception", "--architecture", "resnet152v2"]
     keras_home("keras")
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # no request leaves this machine
-    told = kuzushiji(*command, "--debug")
-    assert told.code == 1
-    assert re.findall(r"^(\w+) +failed: --weights imagenet must reach https://", told.stdout, re.M) == [
+    done = kuzushiji(*command, "--debug")
+    assert done.code == 1
+    assert re.findall(r"^(\w+) +failed: --weights imagenet must reach https://", done.stdout, re.M) == [
         "xception", "resnet152v2",
     ]  # fmt: skip
-    assert told.stderr.count("Traceback") >= 2
+    assert done.stderr.count("Traceback") >= 2
     lines = kuzushiji(*command).stderr.splitlines()
     assert len(lines) == 6  # for each: the batch size, the download, the failure
     assert all(re.match(r"[0-9:]{8} (xception|resnet152v2): ", line) for line in lines)

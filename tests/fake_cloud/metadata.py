@@ -19,8 +19,8 @@ def _tree(instance: Instance, project: str) -> dict[str, Any]:
     accounts = {}
     if account := instance.account:
         scopes = "".join(f"{scope}\n" for scope in account.get("scopes", []))
-        told = {"aliases": "default", "email": account["email"], "scopes": scopes, "token": ""}
-        accounts = {"default": told, account["email"]: told}
+        entry = {"aliases": "default", "email": account["email"], "scopes": scopes, "token": ""}
+        accounts = {"default": entry, account["email"]: entry}
     return {
         "instance": {"preempted": "TRUE" if instance.preempted else "FALSE", "service-accounts": accounts},
         "project": {"project-id": project},
@@ -67,6 +67,6 @@ class Metadata:
         return here
 
 
-def _account_form(told: dict[str, str]) -> dict[str, Any]:
+def _account_form(account: dict[str, str]) -> dict[str, Any]:
     """Return an account in the form of `recursive=true`."""
-    return {"aliases": [told["aliases"]], "email": told["email"], "scopes": told["scopes"].split()}
+    return {"aliases": [account["aliases"]], "email": account["email"], "scopes": account["scopes"].split()}
