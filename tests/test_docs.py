@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from benchmarks.recognition import RECIPES
+from benchmarks.recognition_data import DRAWN_PAGES
 from test_project import PACKAGES
 
 from job.cli import main
@@ -74,6 +76,20 @@ def test_the_numbers_of_recognition_are_those_of_its_tables(name: str) -> None:
     assert f"accuracy {accuracy:.2f} and top 5 {top5:.2f}, where `baseline` by the study's recipe reaches" in text
     assert f"reaches {of_study:.2f} and {top5_of_study:.2f} from as many crops; {errors} of its errors" in text
     assert f"({low} to {high})" in text
+
+
+def test_recipe_2_is_the_one_that_was_measured() -> None:
+    recipe = RECIPES["resnet, ours"]
+    section = (ROOT / "docs" / "models.md").read_text().split("\n## Recipe ")[2]
+    real, sample, drawn, first, second = commands(section)
+    assert f"--margin {recipe.margin} " in real
+    assert f"--margin {recipe.margin} " in drawn
+    assert f"--num-pages {DRAWN_PAGES} " in sample
+    for command, rate in ((first, recipe.learning_rate), (second, recipe.slower)):
+        words = shlex.split(command)
+        options = dict(zip(words[2::2], words[3::2], strict=True))
+        asked = [*shlex.split(recipe.options), "--learning-rate", rate]
+        assert options.items() >= dict(zip(asked[::2], asked[1::2], strict=True)).items()
 
 
 def test_the_accuracies_of_fully_labelled_pages_are_those_of_their_rows() -> None:

@@ -32,6 +32,8 @@ class Recipe:
     learning_rate: str
     slower: str | None
     """Learning rate for the real pages, after a training on drawn pages. None: one training on both."""
+    margin: float = 0.0
+    """`prepare --margin`, for all that it is trained and tested on."""
 
     @property
     def architecture(self) -> str:
@@ -40,11 +42,12 @@ class Recipe:
 
 RECIPES = {
     "baseline, the study's": Recipe("--architecture baseline --global-batch-size 512", "1e-4", None),
-    "resnet, ours": Recipe("--architecture resnet", "1e-2", "5e-3"),
+    "resnet, ours": Recipe("--architecture resnet --global-batch-size 32", "3e-3", "2e-3", margin=0.1),
     "baseline, ours": Recipe(
-        "--architecture baseline --global-batch-size 128 --schedule cosine --augment standard --weight-decay 0.05",
-        "1e-3",
+        "--architecture baseline --global-batch-size 32 --schedule cosine --augment standard --weight-decay 0.05",
         "5e-4",
+        "3e-4",
+        margin=0.1,
     ),
 }
 BOTH = 2  # epochs over drawn and real crops, about 104,000 in all; recipes with two trainings see as many
@@ -73,27 +76,26 @@ def measure(part: Part, data: Data, models: Path) -> None:
     recipe, number = RECIPES[part.recipe], list(RECIPES).index(part.recipe)
     name, first = f"{part.folder}-{number}-{part.seed}", f"drawn-{number}-{part.seed}"
     trainings = Trainings(models, recipe, part.seed)
-    if part.study != "books":
-        trainings.add(name, data.of(part), ALONE)
-    elif recipe.slower is None:
-        trainings.add(name, data.of(part), BOTH)
-    else:
-        drawn, real = data.drawn(), data.real_of(part)
-        epochs = round((BOTH * crops_of(data.of(part)) - crops_of(drawn)) / crops_of(real))
+    if part.study == "books" and recipe.slower:
+        drawn, dataset = data.drawn(recipe.margin), data.real_of(part, recipe.margin)
+        epochs = round((BOTH * crops_of(data.of(part)) - crops_of(drawn)) / crops_of(dataset))
         trainings.add(first, drawn, 1)
-        trainings.add(name, real, epochs, go_on_from=first)
+        trainings.add(name, dataset, epochs, go_on_from=first)
+    else:
+        dataset = data.of(part, recipe.margin)
+        trainings.add(name, dataset, BOTH if part.study == "books" else ALONE)
     history = trainings.history()
-    numbers, pages = tested(models / recipe.architecture / name, data.of(part))
+    numbers, pages = tested(models / recipe.architecture / name, dataset, data.of(part))
     add(ROWS / "pages.csv", part, pages)
     add(ROWS / "epochs.csv", part, history.to_dict("records"))
-    told = {
+    row = {
         "date": date.today().isoformat(),
         "machine": f"{os.cpu_count()} CPUs, {processor()}",
         "command": "; ".join(trainings.commands),
         "crops_per_s": history["crops_per_s"].median(),
         "seconds": history["seconds"].iloc[-1],
     }
-    add(ROWS / "runs.csv", part, [told | numbers])  # last, because it marks the part as done
+    add(ROWS / "runs.csv", part, [row | numbers])  # last, because it marks the part as done
 
 
 class Trainings:
@@ -128,13 +130,16 @@ class Trainings:
 
 def processor() -> str:
     """Return the processor's name from /proc/cpuinfo, or else the machine's architecture."""
-    told = Path("/proc/cpuinfo")
-    names = re.search(r"model name\s*: (.*)", told.read_text()) if told.exists() else None
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
     return names[1] if names else platform.machine()
 
 
-def tested(folder: Path, dataset: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Return the metrics of a model on the test split, and the numbers of all and of correct crops of each page."""
+def tested(folder: Path, dataset: Path, trained: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return the metrics of a model on the test split, and the numbers of all and of correct crops of each page.
+
+    trained: the dataset whose training crops are counted as the examples of a class.
+    """
     from cluster.storage import place
     from job.data.staging import staged
     from job.metrics import metrics, per_class
@@ -142,10 +147,11 @@ def tested(folder: Path, dataset: Path) -> tuple[dict[str, Any], list[dict[str, 
     from job.model.inference import Inference
 
     model, names, _ = load_model(place(folder))
-    with staged(place(dataset), ["train", "test"]) as data:
+    with staged(place(trained), ["train"]) as data:
+        examples = np.bincount(data.splits["train"].labels, minlength=len(names))
+    with staged(place(dataset), ["test"]) as data:
         crops, books = data.splits["test"], data.books()
         predictions = Inference(model).predict(crops.images, crops.labels)
-        examples = np.bincount(data.splits["train"].labels, minlength=len(names))
         table = per_class(predictions, crops.labels, names).assign(trained=examples).query("examples > 0")
         of_test = metrics(predictions, crops.labels, names)
         frame = pd.DataFrame({"page": list(crops.page_ids()), "correct": predictions[:, 0] == crops.labels})

@@ -42,36 +42,39 @@ class Data:
         self.folder, self.real, self.fonts = folder, real, fonts
         folder.mkdir(parents=True, exist_ok=True)
 
-    def of(self, part: Part) -> Path:
+    def of(self, part: Part, margin: float = 0.0) -> Path:
         """Return the dataset with everything that a part is trained on, and its test."""
         if part.study == "books":
             pages = self._books()
             split = [*self._fold(FOLDS, part.fold), "--train-only", pages / "train-only.txt"]
-            return self._dataset(part.folder, pages, ["real", "kuzushiji", "drawn"], split)
+            return self._dataset(part.folder, pages, ["real", "kuzushiji", "drawn"], split, margin)
         pages = self._hands()
         split = [*self._fold(5, part.fold), "--books", pages / "books.txt"] if part.study == "hands" else []
-        return self._dataset(part.folder, pages, sorted(file.stem for file in pages.glob("drawn-*.csv")), split)
+        labels = sorted(file.stem for file in pages.glob("drawn-*.csv"))
+        return self._dataset(part.folder, pages, labels, split, margin)
 
-    def drawn(self) -> Path:
+    def drawn(self, margin: float) -> Path:
         """Return the dataset with only the drawn pages of `books`."""
         few = ["--split", "page", "--val-fraction", 0.02, "--test-fraction", 0.02]
-        return self._dataset("drawn", self._books(), ["drawn"], few)
+        return self._dataset("drawn", self._books(), ["drawn"], few, margin)
 
-    def real_of(self, part: Part) -> Path:
-        """Return the dataset with only the real pages of a part of `books`. Its test is that of `of`."""
-        return self._dataset(f"real-{part.fold}", self._books(), ["real", "kuzushiji"], self._fold(FOLDS, part.fold))
+    def real_of(self, part: Part, margin: float) -> Path:
+        """Return the dataset with only the real pages of a part of `books`. Its test has the boxes of that of `of`."""
+        split = self._fold(FOLDS, part.fold)
+        return self._dataset(f"real-{part.fold}", self._books(), ["real", "kuzushiji"], split, margin)
 
     def _fold(self, folds: int, fold: int) -> list[object]:
         return ["--split", "book", "--folds", folds, "--fold", fold]
 
-    def _dataset(self, name: str, pages: Path, labels: Sequence[str], split: Sequence[object]) -> Path:
-        dataset = self.folder / name
+    def _dataset(self, name: str, pages: Path, labels: Sequence[str], split: Sequence[object], margin: float) -> Path:
+        dataset = self.folder / (f"{name}-margin-{margin}" if margin else name)
         if not (dataset / "manifest.json").exists():
             classes = self.folder / "label.labels.txt"
             counts = pd.read_csv(self.real / "class_counts.csv")
             classes.write_text("".join(f"{code}\n" for code in [*counts[counts["kept"] == 1]["unicode"], "rare"]))
             files = [word for label in labels for word in ("--labels", pages / f"{label}.csv")]
-            run("prepare", "--pages", pages / "images", *files, "--dataset", dataset, "--classes", classes, *split)
+            places = ["--pages", pages / "images", *files, "--dataset", dataset]
+            run("prepare", *places, "--classes", classes, "--margin", margin, *split)
         return dataset
 
     def _books(self) -> Path:
