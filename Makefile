@@ -58,7 +58,7 @@ BENCH ?= --docs docs
 bench: .venv/.installed-dev
 	PYTHONPATH=tests .venv/bin/python -m benchmarks $(BENCH)
 
-# How well each recipe reads what it was not trained on: parts of up to 20 minutes on 2 cores, as many as fit into half an
+# How well each recipe reads what it was not trained on: parts of some 20 minutes on 2 cores, as many as fit into half an
 # hour; called again it goes on. FONTS is a folder of five brush fonts, a file each (docs/recognition/README.md).
 FONTS ?= fonts
 recognition: .venv/.installed-dev

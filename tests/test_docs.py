@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from benchmarks.recognition import RECIPES
+from benchmarks.recognition import RECIPES, error_ratio
 from benchmarks.recognition_data import DRAWN_PAGES
 from test_project import PACKAGES
 
@@ -79,17 +79,39 @@ def test_the_numbers_of_recognition_are_those_of_its_tables(name: str) -> None:
 
 
 def test_recipe_2_is_the_one_that_was_measured() -> None:
-    recipe = RECIPES["resnet, ours"]
+    def options(words: list[str], but: str) -> dict[str, str]:
+        return {key: value for key, value in zip(words[::2], words[1::2], strict=True) if key not in but.split()}
+
     section = (ROOT / "docs" / "models.md").read_text().split("\n## Recipe ")[2]
-    real, sample, drawn, first, second = commands(section)
-    assert f"--margin {recipe.margin} " in real
-    assert f"--margin {recipe.margin} " in drawn
-    assert f"--num-pages {DRAWN_PAGES} " in sample
-    for command, rate in ((first, recipe.learning_rate), (second, recipe.slower)):
-        words = shlex.split(command)
-        options = dict(zip(words[2::2], words[3::2], strict=True))
-        asked = [*shlex.split(recipe.options), "--learning-rate", rate]
-        assert options.items() >= dict(zip(asked[::2], asked[1::2], strict=True)).items()
+    real, sample, drawn, *trainings = commands(section)
+    margin = RECIPES["resnet, ours"].margin
+    assert f" --margin {margin} " in real
+    assert f" --margin {margin} " in drawn
+    assert sample.endswith(f" --num-pages {DRAWN_PAGES} --seed 1")
+    assert " --weights models/resnet/drawn " in trainings[1]
+    rows = pd.read_csv(ROOT / "docs" / "recognition" / "runs.csv")
+    ours = rows[(rows["study"] == "books") & (rows["recipe"] == "resnet, ours")]
+    assert len(ours) >= 6
+    for measured in ours["command"].str.split("; "):
+        assert all(f"-margin-{margin} " in training for training in measured)
+        for command, training, differ in zip(trainings, measured, ("", "--epochs"), strict=True):
+            places = f"--dataset --models --run --weights --seed {differ}"
+            assert options(shlex.split(command)[2:], places) == options(shlex.split(training)[1:], places)
+
+
+def test_the_ratios_of_books_are_those_of_their_rows() -> None:
+    rows = pd.read_csv(ROOT / "docs" / "recognition" / "pages.csv", dtype={"book": str}).query("study == 'books'")
+    text = " ".join((ROOT / "docs" / "recognition" / "README.md").read_text().split())
+    crops = rows.drop_duplicates("page").groupby("book")["crops"].sum()
+    for book, of_book in rows.groupby("book"):
+        assert f", {book} | {crops[book]:,} | {error_ratio(of_book, 'resnet, ours')[:4]} |" in text
+    assert f"| all | {crops.sum():,} | {error_ratio(rows, 'resnet, ours')} |" in text
+    others = error_ratio(rows[rows["book"] != "200010454"], "resnet, ours")
+    assert f"on the other five together it is {others}" in text
+    untouched = error_ratio(rows[rows["book"].isin(["200021869", "100241706", "200020019"])], "resnet, ours")
+    assert f"on the three that were no validation split of a trial {untouched}" in text
+    for name in ("README.md", "docs/models.md"):
+        assert f"without the largest book {others[:4]}" in " ".join((ROOT / name).read_text().split())
 
 
 def test_the_accuracies_of_fully_labelled_pages_are_those_of_their_rows() -> None:

@@ -124,7 +124,7 @@ def test_the_commands_and_programs_of_the_docs_run_on_small_data(
             if made:  # an earlier section may have made it
                 shutil.rmtree(made[1], ignore_errors=True)
             if "new-crops" in command:
-                shutil.copytree("crops", "new-crops")
+                shutil.copytree("real-crops", "new-crops")
             done = kuzushiji(*shlex.split(command)[1:])
             assert done.code == 0, (name, command, done.stderr)
         for _, language, program in CODE.findall((ROOT / name).read_text()):

@@ -196,7 +196,7 @@ def test_staging_stops_and_cleans_up_when_its_worker_exits_early(
 
 def remembers_what_is_staged(folder: Path) -> Any:
     """Return a change of the workers (see `small_head.work_after`): each writes the names of the shards it stages."""
-    names_in = str(folder)
+    folder_text = str(folder)
 
     def change(_: dict[str, Any]) -> None:
         import ray.train
@@ -207,7 +207,7 @@ def remembers_what_is_staged(folder: Path) -> Any:
 
         def remembering(dataset: Any, manifest: Any, shards: Any, *rest: Any) -> Any:
             names = [shard.name for of_split in shards.values() for shard in of_split]
-            Path(names_in, f"{ray.train.get_context().get_world_rank()}.json").write_text(json.dumps(names))
+            Path(folder_text, f"{ray.train.get_context().get_world_rank()}.json").write_text(json.dumps(names))
             return staged_shards(dataset, manifest, shards, *rest)
 
         staging_ahead.staged_shards = remembering

@@ -182,9 +182,9 @@ def test_boxes_without_labels_get_the_same_predictions_and_no_accuracy(
     bare = without_characters(shared / "train.csv", tmp_path / "boxes.csv")
     manifest = do(model, shared / "pages", bare, tmp_path / "out")
     assert manifest.accuracy == {}
-    merged, alike = table(read), table(tmp_path / "out")
+    labelled, alike = table(read), table(tmp_path / "out")
     assert alike["unicode"].isna().all()
-    pd.testing.assert_frame_equal(alike.drop(columns="unicode"), merged.drop(columns="unicode"))
+    pd.testing.assert_frame_equal(alike.drop(columns="unicode"), labelled.drop(columns="unicode"))
 
 
 def test_csv_holds_the_same_as_parquet(read: Path, model: Path, shared: Path, tmp_path: Path) -> None:

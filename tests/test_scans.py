@@ -674,9 +674,9 @@ def test_each_sample_file_gives_the_expected_crops(cases: Path) -> None:
         expected = expected or crops
         assert sum(cut.crop is not None for cut in cuts) == len(labels.boxes) * (case in WHOLE), case
         results = {cut.page_id: cut.page for cut in cuts if cut.page}
-        warnings = [what for found in results.values() for what in found["warnings"]]
-        assert len(warnings) == (case in TOLD)
-        assert all(what.startswith(TOLD[case]) for what in warnings)
+        found_warnings = [what for found in results.values() for what in found["warnings"]]
+        assert len(found_warnings) == (case in TOLD)
+        assert all(what.startswith(TOLD[case]) for what in found_warnings)
         assert {found["orientation"] for found in results.values()} <= {6 if case == "exif_orientation_6" else 1}
         assert all(found["without_ink"] == 0 for found in results.values())
         if case not in ("palette_png", "alpha_png", "progressive_jpeg"):

@@ -235,8 +235,8 @@ def test_a_repeated_worker_failure_is_logged_once() -> None:
         {0: RuntimeError("Collective ops is aborted"), 1: OSError("alone")},
     ):
         tell.after_exception(None, failed)
-    causes = [event.text.rpartition(": ") for event in ray.get(board.take.remote())]
-    assert [(before.split(" failed")[0], cause) for before, _, cause in causes] == [
+    parts = [event.text.rpartition(": ") for event in ray.get(board.take.remote())]
+    assert [(before.split(" failed")[0], cause) for before, _, cause in parts] == [
         ("worker 1", "gone"), ("worker 0", "gone too"), ("worker 1", "alone"),
     ]  # fmt: skip
     ray.kill(board)
@@ -291,17 +291,17 @@ try:
 
         interruption.SECONDS_BETWEEN_CHECKS = 0
         rows_of, upload = module.Training.rows_of, StorageContext.persist_current_checkpoint
-        drained, gone = (Path(given["job"].folder).with_name(name) for name in ("drained", "gone"))
+        draining, gone = (Path(given["job"].folder).with_name(name) for name in ("draining", "gone"))
 
         def in_time(training, *arguments):
             if int(training.optimizer.iterations.numpy()) == 7:  # until Ray knows
-                while not drained.exists():
+                while not draining.exists():
                     time.sleep(0.1)
                 time.sleep(4)
             return rows_of(training, *arguments)
 
         def slowly(*arguments, **options):  # until the node is gone
-            while drained.exists() and not gone.exists():
+            while draining.exists() and not gone.exists():
                 time.sleep(0.1)
             time.sleep(2)
             return upload(*arguments, **options)
@@ -317,7 +317,7 @@ try:
         node = ["--address", cluster.address, "--node-id", drained]
         subprocess.run(["ray", "drain-node", *node, "--deadline-remaining-seconds", "15", *reason], check=True)
         (models / "baseline").mkdir()
-        (models / "baseline" / "drained").touch()
+        (models / "baseline" / "draining").touch()
         time.sleep(15)
         (node,) = (one for one in cluster.worker_nodes if one.node_id == drained)
         cluster.remove_node(node, allow_graceful=False)

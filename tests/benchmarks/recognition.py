@@ -77,15 +77,15 @@ def measure(part: Part, data: Data, models: Path) -> None:
     name, first = f"{part.folder}-{number}-{part.seed}", f"drawn-{number}-{part.seed}"
     trainings = Trainings(models, recipe, part.seed)
     if part.study == "books" and recipe.slower:
-        drawn, dataset = data.drawn(recipe.margin), data.real_of(part, recipe.margin)
-        epochs = round((BOTH * crops_of(data.of(part)) - crops_of(drawn)) / crops_of(dataset))
+        drawn, dataset, trained = data.drawn(recipe.margin), data.real_of(part, recipe.margin), data.of(part)
+        epochs = round((BOTH * crops_of(trained) - crops_of(drawn)) / crops_of(dataset))
         trainings.add(first, drawn, 1)
         trainings.add(name, dataset, epochs, go_on_from=first)
     else:
-        dataset = data.of(part, recipe.margin)
+        dataset = trained = data.of(part, recipe.margin)
         trainings.add(name, dataset, BOTH if part.study == "books" else ALONE)
     history = trainings.history()
-    numbers, pages = tested(models / recipe.architecture / name, dataset, data.of(part))
+    numbers, pages = tested(models / recipe.architecture / name, dataset, trained)
     add(ROWS / "pages.csv", part, pages)
     add(ROWS / "epochs.csv", part, history.to_dict("records"))
     row = {
