@@ -11,7 +11,7 @@ from cluster.capacity import START_LIMIT
 from cluster.errors import DamageError, InputError, OptionError
 from cluster.manifest import FileEntry, encoded, is_sealed, seal, write_listed
 from cluster.runtime import map_tasks
-from cluster.storage import list_files, remove_file, remove_temporaries
+from cluster.storage import list_files, remove_file
 from preprocessing.attempts import earlier_attempt, sealed_manifest
 from preprocessing.box_checks import clipped_line, count_ink, ink_lines
 from preprocessing.card import dataset_card
@@ -143,10 +143,9 @@ def _finish(plan: Plan, dataset: UPath, config: PrepareConfig, reports: Sequence
     manifest = _manifest(plan, config, shards, losses, clipped, files, results)
     for line in doubts:
         log.warning("%s", line)
-    for folder in (dataset, resumable(dataset).progress):  # left by killed attempts
-        remove_temporaries(folder)
     seal(dataset, manifest)
-    # After sealing: a folder with neither plan nor manifest would be refused as unknown.
+    # After sealing: a folder with neither plan nor manifest would be refused as unknown, and another prepare that loses
+    # a file which it writes accepts only a sealed dataset.
     resumable(dataset).remove_traces()
     return manifest
 

@@ -19,9 +19,10 @@ from conftest import CPUS
 from test_predict import any_model
 
 from cluster.errors import InputError, OptionError
+from cluster.manifest import seal
 from cluster.runtime import START_TIMED_OUT
 from cluster.storage import check_writable, place, write_bytes
-from job.predict.predict import predict
+from job.predict.predict import _check_tables, predict
 from job.predict.read_group import ReadGroup, resumable, unfinished_pictures
 from preprocessing.groups import group_pages, write_groups
 from preprocessing.labels.read import read_labels
@@ -112,6 +113,29 @@ def test_a_predict_that_finishes_second_accepts_the_sealed_folder(
     monkeypatch.setattr("job.predict.predict.map_tasks", overtaken)
     assert not predict_here(source, tmp_path)
     assert hashes_of_predictions(tmp_path) == hashes_of_predictions(undisturbed)
+
+
+def test_predict_removes_no_file_that_another_predict_writes_before_the_folder_is_sealed(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise, the other one would fail: it accepts only a sealed folder."""
+    out, seen = place(tmp_path / "read"), []
+    others = [Path(out.path, ".tmp-0123"), Path(resumable(out).progress.path, ".tmp-4567")]
+
+    def check_tables(*arguments: Any) -> None:
+        for path in others:
+            path.touch()
+        _check_tables(*arguments)
+
+    def sealed(*arguments: Any) -> None:
+        seen.extend(path.exists() for path in others)
+        seal(*arguments)
+
+    monkeypatch.setattr("job.predict.predict._check_tables", check_tables)
+    monkeypatch.setattr("job.predict.predict.seal", sealed)
+    assert predict_here(source, tmp_path)
+    assert seen == [True, True]
+    assert not any(path.exists() for path in others)
 
 
 @pytest.mark.parametrize("moment", ["job.predict.predict.seal", "preprocessing.resumable.Resumable.remove_traces"])

@@ -18,14 +18,15 @@ import pytest
 from chaos import AT_WORK, Chaos, draw_pages, hashes_of_dataset, prepare_command, title
 
 from cluster.errors import InputError, KuzushijiError
-from cluster.manifest import is_sealed
+from cluster.manifest import is_sealed, seal
 from cluster.runtime import START_TIMED_OUT
 from cluster.storage import place
 from job.verify import verify
 from preprocessing.config import PrepareConfig
+from preprocessing.dataset import DatasetManifest
 from preprocessing.groups import write_groups
 from preprocessing.plan import make_plan
-from preprocessing.prepare import prepare
+from preprocessing.prepare import _finish, prepare
 from preprocessing.shards import CutGroup
 from preprocessing.tries import Tries
 
@@ -142,6 +143,29 @@ def test_a_prepare_that_finishes_second_accepts_the_sealed_folder(
     monkeypatch.setattr("preprocessing.prepare.map_tasks", overtaken)
     assert not prepare_here(source, out)
     assert hashes_of_dataset(out) == hashes_of_dataset(undisturbed)
+
+
+def test_prepare_removes_no_file_that_another_prepare_writes_before_the_dataset_is_sealed(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise, the other one would fail: it accepts only a sealed dataset."""
+    out, seen = tmp_path / "dataset", []
+    others = [out / ".tmp-0123", out / ".prepare" / ".tmp-4567"]
+
+    def finish(*arguments: Any) -> DatasetManifest:
+        for path in others:
+            path.touch()
+        return _finish(*arguments)
+
+    def sealed(*arguments: Any) -> None:
+        seen.extend(path.exists() for path in others)
+        seal(*arguments)
+
+    monkeypatch.setattr("preprocessing.prepare._finish", finish)
+    monkeypatch.setattr("preprocessing.prepare.seal", sealed)
+    assert prepare_here(source, out)
+    assert seen == [True, True]
+    assert not any(path.exists() for path in others)
 
 
 def test_a_killed_prepare_resumes_with_a_zip_of_the_same_pages(

@@ -16,7 +16,7 @@ from cluster.errors import DamageError, InputError, OptionError, counted
 from cluster.manifest import encoded, is_sealed, read_manifest, seal, size_fault_of
 from cluster.models import ModelManifest, resolve_model
 from cluster.runtime import map_tasks
-from cluster.storage import check_writable, is_inside, list_files, remove_file, remove_folder, remove_temporaries
+from cluster.storage import check_writable, is_inside, list_files, remove_file, remove_folder
 from job.model.folder import read_trained_on
 from job.predict.attempts import earlier_attempt, sealed_manifest
 from job.predict.folder import PredictionsManifest
@@ -169,14 +169,16 @@ def _make(
     for line in ink_lines(manifest.ink) + clipped_line(len(manifest.clipped), manifest.counts["boxes"]):
         log.warning("%s", line)
     _check_tables(out, manifest)
-    for folder in (out, progress_folder):  # left by killed attempts
-        remove_temporaries(folder)
     seal(out, manifest)
     return manifest
 
 
 def _remove_traces(out: UPath, annotate: UPath | None) -> None:
-    """Remove the traces of attempts. Only after sealing: a folder with neither plan nor manifest would be refused."""
+    """Remove the traces of attempts.
+
+    Only after sealing: a folder with neither plan nor manifest would be refused, and another predict that loses a file
+    which it writes accepts only a sealed folder.
+    """
     resumable(out).remove_traces()
     if annotate:
         remove_folder(unfinished_pictures(annotate, out))
