@@ -24,7 +24,7 @@ from upath import UPath
 
 from cluster.errors import DamageError, InputError
 from cluster.progress import progress
-from cluster.storage import change_bytes, is_file, list_files, plain_name, read_bytes, sha256_of, size_of, write_bytes
+from cluster.storage import change_bytes, is_file, list_files, plain_name, read_small, sha256_of, write_bytes
 
 MANIFEST_FILE = "manifest.json"
 # A manifest that exceeds these limits is rejected before parsing. Within them, parsing takes at most 2 GB of memory.
@@ -173,11 +173,11 @@ def read_manifest(folder: UPath, form: type[ManifestT]) -> ManifestT:
 
 def _read(folder: UPath) -> tuple[bytes, dict[str, Any]]:
     path = folder / MANIFEST_FILE
-    if not is_sealed(folder):
+    raw = read_small(path, MAX_MANIFEST_BYTES)
+    if raw is None:
         raise InputError(f"a finished folder must hold {MANIFEST_FILE}. Received: {folder}, without one")
-    if size_of(path) > MAX_MANIFEST_BYTES:
+    if len(raw) > MAX_MANIFEST_BYTES:
         raise DamageError(f"{path} must be at most {MAX_MANIFEST_BYTES} bytes")
-    raw = read_bytes(path)
     if _is_too_large(raw):
         raise DamageError(f"{path} must hold at most {MAX_MANIFEST_VALUES} values")
     try:

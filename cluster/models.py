@@ -10,7 +10,7 @@ from upath import UPath
 
 from cluster.errors import DamageError, InputError
 from cluster.manifest import MANIFEST_FILE, Manifest, complaint, is_sealed
-from cluster.storage import change_bytes, is_file, plain_name, read_bytes, size_of
+from cluster.storage import change_bytes, plain_name, read_small
 
 LATEST_FILE = "latest.json"
 MAX_LATEST_BYTES = 10_000
@@ -44,11 +44,12 @@ def read_latest(architecture: UPath) -> Latest | None:
         DamageError: the file does not have the expected content.
     """
     path = architecture / LATEST_FILE
-    if not is_file(path):
+    content = read_small(path, MAX_LATEST_BYTES)
+    if content is None:
         return None
-    if size_of(path) > MAX_LATEST_BYTES:
+    if len(content) > MAX_LATEST_BYTES:
         raise DamageError(f"{path} must be at most {MAX_LATEST_BYTES} bytes")
-    return _parse(path, read_bytes(path))
+    return _parse(path, content)
 
 
 def _parse(path: UPath, content: bytes) -> Latest:

@@ -5,10 +5,10 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from threading import Timer
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,15 +23,21 @@ def on_terminal() -> bool:
 
 
 @cache
-def terminal() -> "Console":
-    """Return the console that bars and log lines share, so that they do not overwrite one another.
+def _standard_error() -> TextIO:
+    """Return a duplicate of standard error, which stays visible while that is redirected (while TensorFlow loads).
 
-    It writes to a duplicate of standard error, which stays visible while standard error is redirected, for example
-    while TensorFlow loads.
+    Raises:
+        OSError: standard error is no file; a caller has replaced it.
     """
+    return os.fdopen(os.dup(sys.stderr.fileno()), "w", 1, sys.stderr.encoding, sys.stderr.errors)
+
+
+@cache
+def terminal() -> "Console":
+    """Return the console that bars and log lines share, so that they do not overwrite one another."""
     from rich.console import Console
 
-    return Console(file=os.fdopen(os.dup(sys.stderr.fileno()), "w", encoding=sys.stderr.encoding), highlight=False)
+    return Console(file=_standard_error(), highlight=False)
 
 
 def log_to_stderr(debug: bool = False) -> None:
@@ -40,11 +46,14 @@ def log_to_stderr(debug: bool = False) -> None:
     Args:
         debug: include debug messages, such as tracebacks of failures that do not end the command.
     """
-    handler: logging.Handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     if on_terminal():
-        handler = _TerminalHandler()
-    log.handlers = [handler]
+        log.handlers = [_TerminalHandler()]
+    else:
+        lines = logging.StreamHandler(sys.stderr)
+        with suppress(OSError):
+            lines.setStream(_standard_error())
+        lines.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        log.handlers = [lines]
     log.setLevel(logging.DEBUG if debug else logging.INFO)
     log.propagate = False
 

@@ -188,8 +188,8 @@ def change_bytes(target: UPath, update: Callable[[bytes | None], bytes | None]) 
     """Atomic read-modify-write of a small file.
 
     `update(old)` gets the bytes, or None if the file does not exist, and returns the new bytes, or None to leave the
-    file as it is. In a bucket, `update` is called again if another process wrote the file in between. File systems
-    other than local ones and buckets give no protection from other processes.
+    file as it is. In a bucket, `update` is called again if another process wrote the file in between. On NFS, it is
+    atomic among the processes of one host. Other file systems give no protection from other processes.
 
     Raises:
         KuzushijiError: the folder is full, read-only, or removed in between; or the request failed.
@@ -296,6 +296,17 @@ def read_at_most(path: UPath, most: int) -> bytes:
         DamageError: in a bucket, the object has fewer than `most` bytes, and their CRC32C is not the object's.
     """
     return _store(path).read_at_most(path, most)
+
+
+def read_small(path: UPath, most: int) -> bytes | None:
+    """Return the bytes of a file, or the first `most` + 1 if it has more; None if there is no file. Raises: as above.
+
+    One request in a bucket, so that what other processes do between several can't change the answer.
+    """
+    try:
+        return read_at_most(path, most + 1)
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        return None
 
 
 def read_bytes(path: UPath) -> bytes:

@@ -164,10 +164,11 @@ def predict(
     result |= {"warnings": len(manifest.warnings) + manifest.more_warnings, "without_ink": manifest.ink.without_ink}
     of_boxes = f"{counts['read']:,} of {counted(counts['boxes'], 'box', 'boxes')}"
     lines = [f"read: {of_boxes} on {counted(counts['pages'], 'page')}; tables: {out}"]
-    if annotate:
+    if annotate and new:
         lines.append(f"pictures: {annotate}")
     if not new:
-        lines.append("the folder is complete and valid: nothing written")
+        pictures_line = ", and no pictures drawn: for these, name another --out" if annotate else ""
+        lines.append(f"the folder is complete and valid: nothing written{pictures_line}")
     if accuracy:
         names = {"accuracy": "accuracy", "accuracy_without_rare": "without rare", "top5": "top 5"}
         scores = ", ".join(f"{name} {value:.4f}" for key, name in names.items() if (value := accuracy[key]) is not None)

@@ -24,8 +24,9 @@ class Study(NamedTuple):
 
 
 class Recipe(BaseModel):
-    """Settings of a training: the defaults of `train`. Those of the study's architectures are the study's, which
-    trained with Adam on one GPU.
+    """Settings of a training: the defaults of `train`. Those of the study's architectures are the study's own.
+
+    The study trained with Adam on one GPU.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -56,17 +57,9 @@ STUDY: dict[str, Study] = {
     "fcn": Study(0.65, 0.38),
 }
 
-# Options that may change when a run is resumed. The first four change the weights by rounding alone, the others not at
-# all.
-MAY_DIFFER = {
-    "workers",
-    "gpus_per_worker",
-    "cpus_per_worker",
-    "deterministic",
-    "checkpoint_every",
-    "max_failures",
-    "step_limit",
-}
+# Options that may change when a run is resumed: they change the weights by rounding alone, or not at all.
+OF_ROUNDING = {"workers", "gpus_per_worker", "cpus_per_worker", "deterministic"}
+MAY_DIFFER = OF_ROUNDING | {"checkpoint_every", "max_failures", "step_limit"}
 
 
 class TrainConfig(BaseModel):

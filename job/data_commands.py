@@ -95,7 +95,7 @@ def prepare(
     **options: Any,
 ) -> Outcome:
     """Cut labelled pages into crops, written as TFRecords."""
-    from cluster.storage import is_inside, reachable_place
+    from cluster.storage import reachable_place
     from job.report.dataset import write_dataset_report
     from preprocessing.books import read_books, read_train_only
     from preprocessing.box_checks import ink_line
@@ -119,10 +119,6 @@ def prepare(
             f"--margin must be given with --labels, whose boxes it widens. Received: --margin {config.margin:g} and "
             "--crops. Leave it out"
         )
-    for name, place in (("--pages", pages), ("--crops", crops), *(("--labels", label) for label in labels)):
-        if place and is_inside(reachable_place(dataset), reachable_place(place)):
-            # The same command would find the files of the dataset among its input.
-            raise OptionError(f"--dataset must be a folder outside of {name}. Received: {dataset} and {place}")
     label_places = None if crops else [reachable_place(label) for label in labels]
     canvases_place = reachable_place(canvases) if canvases else None
     source = reachable_place(crops or pages or ""), label_places

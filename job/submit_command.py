@@ -46,6 +46,8 @@ def submit(
         raise OptionError(
             f"either a command after -- or --attach JOB must be given. Received: {' '.join(arguments) or 'none'}"
         )
+    if attach and working_dir:
+        raise OptionError("--working-dir must be given with a command after --, whose code it is. Received: --attach")
     if arguments:
         _check_job(arguments, on_other_machine=not address)
     elif attach:
@@ -86,7 +88,9 @@ def _check_job(arguments: tuple[str, ...], on_other_machine: bool) -> None:
         for value in [values] if isinstance(values, str) else values or ():
             if option.metavar == "WEIGHTS" and value in ("none", "imagenet"):
                 continue
-            if "://" not in value and (on_other_machine or not value.startswith("/")):
+            protocol, separator, path = value.rpartition("://")
+            is_path = not separator or protocol in ("file", "local")
+            if is_path and (on_other_machine or not path.startswith("/")):
                 raise OptionError(
                     f"each place of a job must be an address, such as gs://BUCKET/crops: it runs on another machine. "
                     f"Received: {option.opts[0]} {value}"

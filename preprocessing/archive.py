@@ -82,14 +82,20 @@ def member_reader(
 def list_members(place: UPath, option: str = "--pages") -> list[tuple[str, int]]:
     r"""Return name and uncompressed size in bytes of each file in an archive.
 
-    Names that are not marked as UTF-8 are decoded by `decode_name`, and `\` in names becomes `/`.
+    Names that are not marked as UTF-8 are decoded by `decode_name`, `\` in names becomes `/`, and a leading `./` is
+    dropped. Files in hidden folders are skipped, as in `list_tree`.
 
     Args:
         place: the archive.
         option: the option that error messages name.
     """
     with _open(place, option) as (archive, _):
-        return [(info.filename, info.file_size) for info in archive.infolist() if not info.is_dir()]
+        files = [info for info in archive.infolist() if not info.is_dir()]
+        return [(file.filename, file.file_size) for file in files if not _in_hidden_folder(file.filename)]
+
+
+def _in_hidden_folder(name: str) -> bool:
+    return any(folder.startswith(".") and folder.strip(".") for folder in name.split("/")[:-1])  # `..` is not hidden
 
 
 def decode_name(name: bytes) -> str | None:
@@ -109,7 +115,8 @@ def _rename_members(archive: zipfile.ZipFile) -> None:
         # Without the flag, zipfile decodes as CP437, which keeps every byte. A name in an extra field is already right.
         if not info.flag_bits & UTF8_FLAG and not name.isascii() and name == info.orig_filename:
             name = decode_name(name.encode("cp437")) or name
-        name = name.replace("\\", "/")  # only after decoding: the second byte of 表 in CP932 is a backslash
+        # Only after decoding: the second byte of 表 in CP932 is a backslash.
+        name = name.replace("\\", "/").removeprefix("./")
         if name != info.filename:
             info.filename = name
             archive.NameToInfo[name] = info

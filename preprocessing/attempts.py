@@ -12,7 +12,7 @@ from preprocessing.plan import Plan
 from preprocessing.shards import resumable, write_reports
 
 
-def earlier_attempt(dataset: UPath, plan: Plan) -> DatasetManifest | None:
+def accept_or_begin(dataset: UPath, plan: Plan) -> DatasetManifest | None:
     """Return the manifest if the folder is complete and valid. Otherwise prepare the folder for (more) work.
 
     Raises:
@@ -24,7 +24,7 @@ def earlier_attempt(dataset: UPath, plan: Plan) -> DatasetManifest | None:
         resumable(dataset).refuse_other(_identity_of(manifest, plan), plan.identity)
         write_reports(dataset, plan.groups, manifest)
 
-    return resumable(dataset).earlier_attempt(plan.identity, lambda: sealed_manifest(dataset, plan), repair)
+    return resumable(dataset).accept_or_begin(plan.identity, lambda: sealed_manifest(dataset, plan), repair)
 
 
 def sealed_manifest(dataset: UPath, plan: Plan) -> tuple[DatasetManifest, list[str]]:

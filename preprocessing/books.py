@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from upath import UPath
 
 from cluster.errors import InputError
-from cluster.storage import is_file, read_bytes
+from cluster.storage import read_small
 from preprocessing.archive import decode_name
 from preprocessing.config import BooksFile, TrainOnlyFile
 from preprocessing.labels.table import Labels
@@ -34,6 +34,7 @@ from preprocessing.labels.table import Labels
 # Names of folders that do not name a book: they hold the pages of one book or of all.
 NO_BOOKS = frozenset({"images", "train_images"})
 HEADERS: dict[tuple[str, ...], Literal["page", "prefix"]] = {("page", "book"): "page", ("prefix", "book"): "prefix"}
+MAX_FILE_BYTES = 1 << 28  # some million rows
 _LETTERS = re.compile("[A-Za-z]+")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
@@ -199,9 +200,11 @@ def read_train_only(path: UPath) -> TrainOnlyFile:
 
 
 def _read(path: UPath, option: str) -> tuple[bytes, str]:
-    if not is_file(path):
+    data = read_small(path, MAX_FILE_BYTES)
+    if data is None:
         raise InputError(f"{option} must be a file. Received: {path}, where there is none")
-    data = read_bytes(path)
+    if len(data) > MAX_FILE_BYTES:
+        raise InputError(f"{option} must have at most {MAX_FILE_BYTES} bytes. Received: {path}")
     try:
         return data, data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -4,9 +4,9 @@ Boxes that were made for another size of a scan show paper.
 """
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import BaseModel, FailFast, Field
+from pydantic import BaseModel, FailFast, Field, PositiveInt, model_validator
 from typing_extensions import TypedDict  # pydantic needs this one below Python 3.12
 
 from cluster.manifest import Count
@@ -24,8 +24,8 @@ class PageInk(TypedDict):
     """A page with too many crops without ink."""
 
     page: str
-    crops: int
-    without_ink: int
+    crops: PositiveInt
+    without_ink: Count
 
 
 class InkCount(BaseModel):
@@ -37,6 +37,12 @@ class InkCount(BaseModel):
     """Number of pages with too many such crops."""
     listed: Annotated[list[PageInk], FailFast()] = Field(default_factory=list)
     """The first of these pages."""
+
+    @model_validator(mode="after")
+    def _counts_some_of_the_crops(self) -> Self:
+        if self.without_ink > self.crops:
+            raise ValueError("the crops without ink must be some of all crops")
+        return self
 
 
 def count_ink(pages: Sequence[PageResult]) -> InkCount:
@@ -72,7 +78,7 @@ def ink_lines(count: InkCount, shown: int = SHOWN_PAGES) -> list[str]:
 
 def clipped_line(clipped: int, boxes: int) -> list[str]:
     """Return a line if so many boxes are partly off their page that they are probably wrong, else no line."""
-    if clipped <= max(1, MOST_CLIPPED * boxes):
+    if not boxes or clipped <= max(1, MOST_CLIPPED * boxes):
         return []
     return [
         f"{100 * clipped / boxes:.0f} % of the {boxes:,} boxes are partly off their page: do the labels have right and "

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from upath import UPath
 
 from cluster.errors import InputError
-from cluster.storage import is_file, read_bytes, size_of
+from cluster.storage import read_small
 from preprocessing.labels.code_points import LARGEST, UNKNOWN, code_point_name, parse_code_point
 
 RARE = "rare"
@@ -81,12 +81,13 @@ def read_class_names(path: UPath, where: UPath | None = None) -> list[str]:
         InputError: the file does not exist, is too large, is not UTF-8 text, or is not a list of classes.
     """
     where = where or path
-    if not is_file(path):
+    content = read_small(path, MAX_CLASSES_BYTES)
+    if content is None:
         raise InputError(f"a file of class names must exist. Received: {where}")
-    if size_of(path) > MAX_CLASSES_BYTES:
+    if len(content) > MAX_CLASSES_BYTES:
         raise InputError(f"{where} must be at most {MAX_CLASSES_BYTES} bytes")
     try:
-        text = read_bytes(path).decode()
+        text = content.decode()
     except UnicodeDecodeError as error:
         raise InputError(f"{where} must be UTF-8 text. Received: {error}") from error
     return parse_class_names(text, str(where))

@@ -131,8 +131,8 @@ class DatasetManifest(Manifest):
     @model_validator(mode="after")
     def _counts_its_splits(self) -> Self:
         splits = {shard.name.partition(".tfrecord-")[0].rpartition("-")[2] for shard in self.shards}
-        if not all("examples" in self.counts.get(split, {}) for split in splits):
-            raise ValueError("each shard must be of a split whose examples are counted")
+        if not all({"boxes", "examples"} <= self.counts.get(split, {}).keys() for split in splits):
+            raise ValueError("each shard must be of a split whose boxes and examples are counted")
         return self
 
     def shards_of(self, split: str) -> list[Shard]:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from upath import UPath
 
 from cluster.errors import OptionError
+from cluster.storage import is_inside
 from preprocessing.labels.crops import read_crops
 from preprocessing.labels.read import read_labels
 from preprocessing.labels.table import Labels
@@ -24,6 +25,22 @@ class Input(NamedTuple):
     files: Files
     ignored: dict[str, int]
     """Number of files that are not scans, by kind, see `pages.Listing`."""
+
+
+def check_outside(option: str, folder: UPath, others: Sequence[tuple[str, UPath]]) -> None:
+    """Check that a folder to write is outside of others. The same command would find its files there when run again.
+
+    Args:
+        option: the option that names the folder.
+        folder: the folder to write.
+        others: options, and the folders or files that they name.
+
+    Raises:
+        OptionError: the folder is one of the others, or below it.
+    """
+    for name, other in others:
+        if is_inside(folder, other):
+            raise OptionError(f"{option} must be a folder outside of {name}. Received: {folder} and {other}")
 
 
 def read_input(

@@ -9,15 +9,16 @@ from upath import UPath
 
 from cluster.capacity import START_LIMIT
 from cluster.errors import DamageError, InputError, OptionError
-from cluster.manifest import FileEntry, encoded, is_sealed, seal, write_listed
+from cluster.manifest import encoded, seal, write_listed
 from cluster.runtime import map_tasks
-from cluster.storage import list_files, remove_file
-from preprocessing.attempts import earlier_attempt, sealed_manifest
+from cluster.storage import list_files
+from preprocessing.attempts import accept_or_begin, sealed_manifest
 from preprocessing.box_checks import clipped_line, count_ink, ink_lines
 from preprocessing.card import dataset_card
 from preprocessing.config import SPLITS, PrepareConfig
 from preprocessing.dataset import Clipped, DatasetManifest, Loss, Shard, dataset_files
 from preprocessing.groups import written_groups
+from preprocessing.input import check_outside
 from preprocessing.page_results import LISTED_WARNINGS, PageResult, listed_warnings
 from preprocessing.parquet import LISTED_LOSSES, LOSSES_TABLE, PAGES_TABLE, losses_table, pages_table
 from preprocessing.plan import Plan, make_plan
@@ -48,7 +49,8 @@ def prepare(
         The manifest, and whether anything was written (False: the dataset was already complete and valid).
 
     Raises:
-        OptionError: a split would be empty, or the folder contains other files or another dataset.
+        OptionError: a split would be empty; or the folder contains other files or another dataset, or is inside of
+            the input.
         InputError: labels or pages can't be used; more than `max_bad_fraction` of the boxes are lost; or the manifest
             would be too large. If the plan shows this already, the error is raised before a page is read.
         DamageError: the manifest or plan in the folder is damaged, or the workers do not share the folder.
@@ -59,17 +61,17 @@ def prepare(
         raise OptionError(
             f"--val-fraction and --test-fraction must leave boxes to train on. Received: {total:g} in all"
         )
+    label_places = [] if labels is None else [labels] if isinstance(labels, UPath) else labels
+    inputs = [("--crops" if labels is None else "--pages", pages), *(("--labels", label) for label in label_places)]
+    check_outside("--dataset", dataset, inputs)
     plan = make_plan(pages, labels, config, canvases)
-    manifest = earlier_attempt(dataset, plan)
+    manifest = accept_or_begin(dataset, plan)
     if manifest is None:
         try:
             return _make(plan, pages, dataset, config, start_limit), True
         except Exception:
-            # Another prepare of this folder may have sealed it first and removed the files of this one.
-            if not is_sealed(dataset):
-                raise
-            manifest, faults = sealed_manifest(dataset, plan)
-            if faults:
+            manifest = resumable(dataset).sealed_by_another(lambda: sealed_manifest(dataset, plan))
+            if manifest is None:
                 raise
     _check_losses(manifest.losses, manifest.lost, plan, config, dataset)
     resumable(dataset).remove_traces()
@@ -95,9 +97,7 @@ def _make(plan: Plan, pages: UPath, dataset: UPath, config: PrepareConfig, start
     try:
         _check_losses(losses, len(losses), plan, config, dataset)
     except InputError:
-        for number, report in enumerate(reports):
-            if report.losses:  # so that the next attempt cuts the group again: its pages may be readable then
-                remove_file(resumable(dataset).report_path(number))
+        resumable(dataset).forget_losses(reports)
         raise
     return _finish(plan, dataset, config, reports)
 
@@ -128,11 +128,11 @@ def _finish(plan: Plan, dataset: UPath, config: PrepareConfig, reports: Sequence
             raise DamageError(
                 f"--dataset must be a folder that all workers share. Received: {dataset}, without {shard.name}"
             )
-    counts = _counts(plan, shards)
-    config_json = config.model_dump()
     results = [result for report in reports for result in report.pages]
-    doubts = ink_lines(count_ink(results)) + clipped_line(len(clipped), len(plan.labels.boxes))
-    card = dataset_card(plan.class_names, counts, config_json, len(losses), len(clipped), plan.book_rule, doubts)
+    manifest = _manifest(plan, config, shards, losses, clipped, results)
+    doubts = ink_lines(manifest.ink) + clipped_line(len(clipped), len(plan.labels.boxes))
+    about = manifest.counts, manifest.config, len(losses), len(clipped), plan.book_rule, doubts
+    card = dataset_card(plan.class_names, *about)
     texts = dataset_files(plan.class_names, shards, card)
     contents = {name: text.encode() for name, text in texts.items()}
     results_by_page = {result["page"]: result for result in results}
@@ -140,12 +140,10 @@ def _finish(plan: Plan, dataset: UPath, config: PrepareConfig, reports: Sequence
     if len(losses) > LISTED_LOSSES:
         contents[LOSSES_TABLE] = losses_table(losses[LISTED_LOSSES:])
     files = [write_listed(dataset / name, contents[name]) for name in sorted(contents)]
-    manifest = _manifest(plan, config, shards, losses, clipped, files, results)
+    manifest = manifest.model_copy(update={"files": files})
     for line in doubts:
         log.warning("%s", line)
     seal(dataset, manifest)
-    # After sealing: a folder with neither plan nor manifest would be refused as unknown, and another prepare that loses
-    # a file which it writes accepts only a sealed dataset.
     resumable(dataset).remove_traces()
     return manifest
 
@@ -166,13 +164,13 @@ def _manifest(
     shards: dict[str, list[Shard]],
     losses: list[Loss],
     clipped: Sequence[Clipped] = (),
-    files: Sequence[FileEntry] = (),
     results: Sequence[PageResult] = (),
 ) -> DatasetManifest:
+    """Return the manifest without its files."""
     warnings = listed_warnings(results, plan.labels.warnings)
     return DatasetManifest(
         shards=[shard for split_shards in shards.values() for shard in split_shards],
-        files=list(files),
+        files=[],
         counts=_counts(plan, shards),
         losses=losses[:LISTED_LOSSES],
         more_losses=max(0, len(losses) - LISTED_LOSSES),

@@ -34,6 +34,7 @@ from cluster.storage import (
     size_of,
     write_bytes,
 )
+from preprocessing.dataset import Loss
 from preprocessing.groups import Group, read_group
 from preprocessing.tries import Tries
 
@@ -44,6 +45,9 @@ log = logging.getLogger("kuzushiji")
 
 class Report(BaseModel, ABC):
     """The result of a group."""
+
+    losses: list[Loss]
+    """The boxes of the group that were lost."""
 
     @property
     @abstractmethod
@@ -77,7 +81,7 @@ class Resumable:
 
     # --- the command
 
-    def earlier_attempt(
+    def accept_or_begin(
         self,
         identity: dict[str, Any],
         sealed: Callable[[], tuple[ManifestT, list[str]]],
@@ -107,25 +111,32 @@ class Resumable:
                 return manifest
             repair(manifest)
             log.warning("%s: %s; damaged files are recreated", self.folder, "; ".join(faults))
-            write_bytes(self.plan, json.dumps(identity).encode())
-            remove_file(self.folder / MANIFEST_FILE)
+            self._unseal(identity)
         elif others and not has_plan:
             raise OptionError(
                 f"{self.option} must be a new or empty folder, or one of the same job. Received: {self.folder}, with "
                 f"{sorted(others)[0]}. Name another folder or empty it. See docs/faq.md"
             )
         else:
-
-            def write_plan_once(old: bytes | None) -> bytes | None:
-                if old is None:
-                    return json.dumps(identity).encode()
-                self.refuse_other(self._parsed(old), identity)
-                return None
-
-            change_bytes(self.plan, write_plan_once)
+            self._write_plan_once(identity)
             if is_sealed(self.folder):  # by a concurrent attempt, after the check above
-                return self.earlier_attempt(identity, sealed, repair)
+                return self.accept_or_begin(identity, sealed, repair)
         return None
+
+    def _unseal(self, identity: dict[str, Any]) -> None:
+        write_bytes(self.plan, json.dumps(identity).encode())
+        remove_file(self.folder / MANIFEST_FILE)
+
+    def _write_plan_once(self, identity: dict[str, Any]) -> None:
+        """Write the plan, unless there is an equal one. Raises: OptionError, DamageError as `accept_or_begin`."""
+
+        def changed(old: bytes | None) -> bytes | None:
+            if old is None:
+                return json.dumps(identity).encode()
+            self.refuse_other(self._parsed(old), identity)
+            return None
+
+        change_bytes(self.plan, changed)
 
     def refuse_other(self, earlier: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
         """Raise OptionError if `earlier`, the identity of an earlier attempt, differs."""
@@ -150,16 +161,36 @@ class Resumable:
             ) from error
         return parsed
 
-    def remove_traces(self) -> None:
-        """Remove what attempts leave in a sealed folder: the hidden folder, and temporary files of killed attempts.
+    def sealed_by_another(self, sealed: Callable[[], tuple[ManifestT, list[str]]]) -> ManifestT | None:
+        """Return the manifest if another attempt has sealed the folder, and all files are right; otherwise None.
 
-        Do nothing if another attempt has just begun to repair the folder, which is then no longer sealed.
+        Call it when an attempt fails: once a folder is sealed, the files of other attempts are removed. sealed: as in
+        `accept_or_begin`.
         """
         if not is_sealed(self.folder):
-            return
+            return None
+        manifest, faults = sealed()
+        return None if faults else manifest
+
+    def forget_losses(self, reports: Sequence[Report]) -> None:
+        """Remove the reports of groups with losses. The next attempt repeats them: their pages may be readable then."""
+        for number, report in enumerate(reports):
+            if report.losses:
+                remove_file(self.report_path(number))
+
+    def remove_traces(self) -> bool:
+        """Remove what attempts leave in a sealed folder: the hidden folder, and temporary files of killed attempts.
+
+        Return False, and remove nothing, if the folder is not sealed: another attempt has just begun to repair it. It
+        must not be called before sealing: a folder with neither plan nor manifest would be refused, and another attempt
+        that loses a file which it writes accepts only a sealed folder.
+        """
+        if not is_sealed(self.folder):
+            return False
         for _ in range(2):  # a task of a killed attempt may still add a file during the removal
             remove_folder(self.progress)
         remove_temporaries(self.folder)
+        return True
 
     # --- its tasks
 

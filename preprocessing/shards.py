@@ -27,7 +27,7 @@ from preprocessing.resumable import Report, Resumable
 
 def resumable(dataset: UPath) -> Resumable:
     """Return the `Resumable` of a dataset folder."""
-    return Resumable(dataset, ".prepare", "--dataset", {"margin": 0.0, "license": None})
+    return Resumable(dataset, ".prepare", "--dataset", {"margin": 0.0})
 
 
 class GroupReport(Report):
@@ -35,7 +35,6 @@ class GroupReport(Report):
 
     shards: dict[str, Shard]
     """Split to shard; no entry for a split without a box in the group."""
-    losses: list[Loss]
     clipped: list[Clipped]
     pages: list[PageResult]
     """The pages that were decoded."""
@@ -49,8 +48,8 @@ class GroupReport(Report):
 def write_reports(dataset: UPath, groups: Groups, manifest: DatasetManifest) -> None:
     """Recreate the reports of all groups from a manifest, so that only groups with damaged shards are cut again.
 
-    If a table of pages or losses is missing or damaged, nothing is written, so all groups are cut again. Datasets of
-    earlier releases have no tables.
+    If a table of pages or losses is missing or damaged, or lists other pages, nothing is written, so all groups are cut
+    again. Datasets of earlier releases have no tables.
     """
     entries, files = {entry.name: entry for entry in manifest.files}, list_files(dataset)
     tables = [PAGES_TABLE, *([LOSSES_TABLE] if manifest.more_losses else [])]
@@ -62,11 +61,15 @@ def write_reports(dataset: UPath, groups: Groups, manifest: DatasetManifest) -> 
         of_group = {split: shards[name] for split, name in zip(SPLITS, names, strict=True) if name}
         reports.append(GroupReport(shards=of_group, losses=[], clipped=[], pages=[]))
     of_page = {page_id: report for number, report in enumerate(reports) for page_id in groups.page_ids(number)}
-    for loss in manifest.losses + (losses_of_table(dataset / LOSSES_TABLE) if manifest.more_losses else []):
+    losses = manifest.losses + (losses_of_table(dataset / LOSSES_TABLE) if manifest.more_losses else [])
+    results = results_of_table(dataset / PAGES_TABLE)
+    if not {row["page"] for row in (*losses, *manifest.clipped, *results)} <= of_page.keys():
+        return
+    for loss in losses:
         of_page[loss["page"]].losses.append(loss)
     for box in manifest.clipped:
         of_page[box["page"]].clipped.append(box)
-    for result in results_of_table(dataset / PAGES_TABLE):
+    for result in results:
         of_page[result["page"]].pages.append(result)
     for number, report in enumerate(reports):
         write_bytes(resumable(dataset).report_path(number), report.model_dump_json().encode())

@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cluster.errors import OptionError
-from preprocessing.books import book_of
 from preprocessing.config import SPLITS
 from preprocessing.labels.table import Labels
 
@@ -33,7 +32,7 @@ def split_of_boxes(
     seed: int,
     val_fraction: float,
     test_fraction: float,
-    books: Sequence[str] | None = None,
+    books: Sequence[str],
     train_only: NDArray[np.bool_] | None = None,
 ) -> NDArray[np.int8]:
     """Return the split of each box, (N,) int8 indices into `SPLITS`.
@@ -47,7 +46,7 @@ def split_of_boxes(
         seed: random seed of the order in which units are chosen.
         val_fraction: fraction of the boxes for validation.
         test_fraction: fraction of the boxes for the test.
-        books: P, the book of each page; None: derived from its id.
+        books: P, the book of each page.
         train_only: (P,), which pages are for training only; None: none.
 
     Raises:
@@ -74,7 +73,7 @@ def split_of_boxes(
         if not np.any(splits == split):
             raise OptionError(
                 f"each split must get at least one box. Received: --split {by} leaves {name} empty "
-                f"({len(labels.boxes)} boxes, {len(labels.page_ids)} pages, {len(set(_books(labels, books)))} books). "
+                f"({len(labels.boxes)} boxes, {len(labels.page_ids)} pages, {len(set(books))} books). "
                 "Give more pages, other fractions or a finer --split"
             )
     return splits
@@ -86,7 +85,7 @@ def folds_of_boxes(
     seed: int,
     folds: int,
     fold: int,
-    books: Sequence[str] | None = None,
+    books: Sequence[str],
     train_only: NDArray[np.bool_] | None = None,
 ) -> NDArray[np.int8]:
     """Return the split of each box if one of several folds is the test split, and the next one validation.
@@ -107,7 +106,7 @@ def folds_of_boxes(
     if (number := int(np.count_nonzero(units.sizes))) < folds:
         more = "name the books with --books FILE" if by == "book" else "more pages"
         raise OptionError(
-            f"--folds must be at most the number of {by}s with boxes{units.beside}. Received: --folds {folds}, "
+            f"--folds must be at most the number of {by}s with boxes{units.besides}. Received: --folds {folds}, "
             f"{number} {by}s. Give fewer folds, or {more}. See docs/data.md#few-books-folds"
         )
     fold_of_unit = _deal(units, folds, np.random.default_rng(seed))
@@ -145,41 +144,37 @@ class Units:
     """(P,): the unit of each page."""
     sizes: NDArray[np.int64]
     """(U,): number of boxes of each unit; 0 for units that are for training only."""
-    alone: NDArray[np.bool_]
+    for_training: NDArray[np.bool_]
     """(U,): which units are for training only."""
-    beside: str
+    besides: str
     """Addition to the words `books with boxes` in an error message."""
 
     @classmethod
-    def of(cls, labels: Labels, by: str, books: Sequence[str] | None, train_only: NDArray[np.bool_] | None) -> "Units":
+    def of(cls, labels: Labels, by: str, books: Sequence[str], train_only: NDArray[np.bool_] | None) -> "Units":
         """Return the units of a label file. The arguments are as in `split_of_boxes`.
 
         With `by="book"`, a page that is for training only makes its whole book so.
         """
-        units = labels.page_ids if by == "page" else _books(labels, books)
+        units = labels.page_ids if by == "page" else books
         names, of_page = np.unique(units, return_inverse=True)
         sizes = np.bincount(of_page, weights=labels.boxes_per_page).astype(np.int64)
         if train_only is None:
             return cls(names.tolist(), of_page, sizes, np.zeros(len(names), bool), "")
-        is_for_training = np.bincount(of_page, weights=train_only) > 0
-        if added := int(np.count_nonzero(is_for_training[of_page] & ~train_only)):
+        for_training = np.bincount(of_page, weights=train_only) > 0
+        if added := int(np.count_nonzero(for_training[of_page] & ~train_only)):
             log.warning("--train-only: %d more pages belong to the same books, which --split book keeps whole", added)
-        beside = " besides those of --train-only"
-        return cls(names.tolist(), of_page, np.where(is_for_training, 0, sizes), is_for_training, beside)
+        besides = " besides those of --train-only"
+        return cls(names.tolist(), of_page, np.where(for_training, 0, sizes), for_training, besides)
 
     def in_seeded_order(self, rng: np.random.Generator) -> list[int]:
         """Return the indices of the units that may be for validation or test, in an order that depends on the seed.
 
         Units that are for training only do not change this order.
         """
-        others = np.flatnonzero(~self.alone)
+        others = np.flatnonzero(~self.for_training)
         with_boxes = np.flatnonzero(self.sizes[others])
         last = int(with_boxes[-1]) if len(with_boxes) else -1
         return [int(unit) for unit in others[rng.permutation(last + 1)] if self.sizes[unit]]
-
-
-def _books(labels: Labels, books: Sequence[str] | None) -> Sequence[str]:
-    return [book_of(page_id) for page_id in labels.page_ids] if books is None else books
 
 
 def _check_number_of_books(units: Units, least: int) -> None:
@@ -188,7 +183,7 @@ def _check_number_of_books(units: Units, least: int) -> None:
     if len(found) < least:
         which = f" ({', '.join(name[:40] for name in found)})" if found else ""
         raise OptionError(
-            f"--split book must find at least {least} books with boxes{units.beside}. Received: {len(found)}{which}. "
+            f"--split book must find at least {least} books with boxes{units.besides}. Received: {len(found)}{which}. "
             "Name the book of each page with --books FILE, or use --split page. See docs/data.md#books"
         )
 

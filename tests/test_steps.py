@@ -45,7 +45,8 @@ def test_a_step_minimizes_the_weighted_smoothed_loss_and_reports_the_plain_one(
     images = np.random.default_rng(0).integers(0, 255, (8, 80, 80, 1), dtype=np.uint8)
     labels = np.array([0, 0, 0, 0, 0, 1, 1, 2])
     weights = balanced_weights(np.bincount(labels)) if balanced else None
-    steps = linear_steps(3, 8, class_weights=weights, label_smoothing=smoothing)
+    steps = linear_steps(3, 8, label_smoothing=smoothing)
+    steps.class_weights = weights
     before = steps.model.predict(images, verbose=0)
     loss = float(steps.train(images, labels, 0)[0])
     assert loss == pytest.approx(-np.log(before[np.arange(8), labels]).sum(), rel=1e-5)
@@ -117,7 +118,8 @@ def test_xla_computes_the_same_step() -> None:
         optimizer = FusedAdam(1e-5)  # small: Adam steps as far where a gradient is only rounding
         optimizer.build(model.trainable_variables)
         weights = np.linspace(0.5, 1.5, 10, dtype=np.float32)
-        steps = Steps(tf.distribute.get_strategy(), 1, model, optimizer, 16, weights, xla)
+        steps = Steps(tf.distribute.get_strategy(), 1, model, optimizer, 16, xla=xla)
+        steps.class_weights = weights
         losses = [float(steps.train(images, labels, 0)[0]) / 16 for _ in range(3)]
         steps.estimate_statistics([images, images[:8]])
         found.append(np.concatenate([losses, steps.predict(images, labels)[:, 1]]))

@@ -332,18 +332,23 @@ def test_usage_errors_are_reported_before_a_job_starts(head: Head, kuzushiji: Ku
         "Received: --models models": [
             "--", "train", "--dataset", "/x", "--models", "models", "--architecture", "resnet",
         ],
+        "Received: --dataset file://x": [
+            "--", "train", "--dataset", "file://x", "--models", "/m", "--architecture", "resnet",
+        ],
         "Received: --weights base.h5": [
             "--", "train", "--dataset", "/x", "--models", "/m", "--architecture", "xception", "--weights", "base.h5",
         ],
         "--attach must be letters": ["--attach", "../x"],
         "--working-dir must be an existing folder": ["--working-dir", "/nowhere", "--", "verify", "/x"],
+        "--working-dir must be given with a command": ["--working-dir", ".", "--attach", "job"],
     }  # fmt: skip
     for text, arguments in says.items():
         done = kuzushiji("submit", "--address", head.address, *arguments)
         assert done.code == 2
         assert text in done.stderr
-    elsewhere = kuzushiji("submit", "--", "verify", "/x")
-    assert (elsewhere.code, "each place of a job must be an address" in elsewhere.stderr) == (2, True)
+    for path in ("/x", "file:///x", "local:///x"):
+        elsewhere = kuzushiji("submit", "--", "verify", path)
+        assert (elsewhere.code, "each place of a job must be an address" in elsewhere.stderr) == (2, True)
 
 
 def test_a_job_that_is_not_waited_for_can_be_followed_later(head: Head, kuzushiji: Kuzushiji, dataset: Path) -> None:

@@ -5,6 +5,7 @@ import os
 import re
 import select
 import subprocess
+import sys
 import termios
 import time
 from collections.abc import Callable, Sequence
@@ -175,3 +176,18 @@ def test_a_long_wait_off_a_terminal_is_logged_and_a_short_one_is_not(
     with waiting("a long one"):
         time.sleep(0.5)
     assert caplog.messages == ["a long one"]
+
+
+def test_what_is_logged_while_tensorflow_is_silenced_is_not_silenced() -> None:
+    program = """
+import os
+from cluster.progress import log, log_to_stderr
+from job.model.load_tensorflow import without_chatter
+log_to_stderr()
+with without_chatter():
+    log.info("of the package")
+    os.write(2, b"of TensorFlow")
+log.info("after it")
+"""
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert re.fullmatch(r"\S+ of the package\n\S+ after it\n", done.stderr)

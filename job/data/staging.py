@@ -13,7 +13,7 @@ import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -34,6 +34,7 @@ from preprocessing.parquet import PAGES_TABLE, books_of_table
 from preprocessing.records import FRAME_BYTES, SIDE
 
 SECONDS_BETWEEN_TRIES = 0.1  # to get the lock while another process stages
+SECONDS_TO_REMOVE = 10.0  # limit of the wait for the lock at the end
 MIN_RECORD_BYTES = FRAME_BYTES + SIDE * SIDE
 LOCK_FILE = "in-use"
 ARRAYS = ("images", "labels", "code_points", "boxes")  # of `Crops`
@@ -141,6 +142,7 @@ def staged_shards(
         _remove_unused(root, keep=key)
         if not folder.exists():
             _stage(dataset, manifest, shards, folder, shown, check)
+            _remove_unused(root, keep=key)  # which other processes left meanwhile
         in_use = open(folder / LOCK_FILE)  # noqa: SIM115 - kept open: the file holds the lock
         fcntl.flock(in_use, fcntl.LOCK_SH)
     try:
@@ -148,7 +150,14 @@ def staged_shards(
         yield StagedDataset(manifest, class_names, {split: _map(folder / split) for split in shards}, folder)
     finally:
         in_use.close()
-        with _locked(root):
+        until = time.monotonic() + SECONDS_TO_REMOVE
+
+        def give_up() -> None:
+            if time.monotonic() > until:
+                raise TimeoutError
+
+        # A process that holds the lock for so long is staging, and removes the folder when it has finished.
+        with suppress(TimeoutError), _locked(root, give_up):
             _remove_unused(root)
 
 

@@ -114,13 +114,13 @@ def inceptionresnetv2(num_classes: int, weights: str | None = None, unfreeze: Un
     return _transfer("inceptionresnetv2", num_classes, weights, unfreeze, last=11)
 
 
-def fcn(num_classes: int, input_size: tuple[int | None, int | None] = (None, None)) -> keras.Model:
+def fcn(num_classes: int) -> keras.Model:
     """Build seven convolutions at full resolution and global max pooling: 11,072,230 parameters at 514 classes.
 
     The forward pass takes 71 GMAC per 80 x 80 crop, 550 times that of `baseline`. Training needs about 200 MB of
-    activations per crop. input_size: height and width in pixels; None: any, such as whole lines of a page.
+    activations per crop. The input has any height and width, such as that of a line of a page.
     """
-    inputs = keras.Input((*input_size, 1))
+    inputs = keras.Input((None, None, 1))
     x = layers.Rescaling(1 / 255, dtype="float32")(inputs)
     for filters in FCN_FILTERS:
         x = layers.Conv2D(filters, 3, padding="same")(x)

@@ -144,9 +144,10 @@ def read_trained_on(folder: UPath) -> TrainedOn:
     Raises:
         DamageError: the model's config is missing, or does not match its manifest.
     """
-    for entry in read_manifest(folder, ModelManifest).files:
-        if entry.name == CONFIG_FILE and (fault := fault_of(folder, entry, list_files(folder))):
-            raise DamageError(f"{folder}: {fault}. Pull the model again")
+    entries = [entry for entry in read_manifest(folder, ModelManifest).files if entry.name == CONFIG_FILE]
+    fault = fault_of(folder, entries[0], list_files(folder)) if entries else f"the manifest must list {CONFIG_FILE}"
+    if fault:
+        raise DamageError(f"{folder}: {fault}. Pull the model again")
     config = read_json(folder / CONFIG_FILE)
     margin, license_id = config.get("margin", 0.0), config.get("license")  # models of earlier releases have none
     if not is_margin(margin):
@@ -180,15 +181,13 @@ def read_json(path: UPath) -> dict[str, Any]:
     """
     try:
         content = json.loads(read_bytes(path))
+        if not isinstance(content, dict):
+            raise ValueError(f"a {type(content).__name__}")
     except (FileNotFoundError, ValueError, RecursionError) as error:
         raise DamageError(
-            f"{path} must be a JSON object written by a training. Received: {error}. Name another --run"
+            f"{path} must be a JSON object written by a training. Received: {error}. Pull the model again, or name "
+            "another --run"
         ) from error
-    if not isinstance(content, dict):
-        raise DamageError(
-            f"{path} must be a JSON object written by a training. Received: {type(content).__name__}. "
-            "Name another --run"
-        )
     return content
 
 

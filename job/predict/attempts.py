@@ -10,7 +10,7 @@ from job.predict.folder import PredictionsManifest
 from job.predict.read_group import resumable
 
 
-def earlier_attempt(out: UPath, identity: dict[str, Any]) -> PredictionsManifest | None:
+def accept_or_begin(out: UPath, identity: dict[str, Any]) -> PredictionsManifest | None:
     """Return the manifest if the folder is complete and valid. Otherwise prepare the folder for (more) work.
 
     Args:
@@ -27,13 +27,13 @@ def earlier_attempt(out: UPath, identity: dict[str, Any]) -> PredictionsManifest
         # which has only the sums over all groups, so the groups are read again.
         resumable(out).refuse_other(_identity_of(manifest), identity)
 
-    return resumable(out).earlier_attempt(identity, lambda: sealed_manifest(out, identity), repair)
+    return resumable(out).accept_or_begin(identity, lambda: sealed_manifest(out, identity), repair)
 
 
 def sealed_manifest(out: UPath, identity: dict[str, Any]) -> tuple[PredictionsManifest, list[str]]:
     """Return the manifest of a sealed folder of this job, and the faults of its tables, one line each.
 
-    Pictures are not checked: users may remove them. Args, Raises: as `earlier_attempt`.
+    Pictures are not checked: users may remove them. Args, Raises: as `accept_or_begin`.
     """
     manifest = read_manifest(out, PredictionsManifest)
     resumable(out).refuse_other(_identity_of(manifest) | {"versions": identity["versions"]}, identity)

@@ -5,9 +5,9 @@ pages-00000-of-00016.parquet ...         one row per page: its text
 manifest.json                            losses, accuracy, versions; written last
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import FailFast, Field
+from pydantic import FailFast, Field, model_validator
 
 from cluster.manifest import Count, Manifest
 from preprocessing.box_checks import InkCount
@@ -44,6 +44,12 @@ class PredictionsManifest(Manifest):
     fingerprint: str
     """Hex digest of the labels' input and of the ids and sizes of the pages, see `preprocessing.pages.fingerprint`."""
     versions: Annotated[dict[str, str], FailFast()]
+
+    @model_validator(mode="after")
+    def _counts_boxes_and_pages(self) -> Self:
+        if missing := {"boxes", "pages", "read", "uncertain"} - self.counts.keys():
+            raise ValueError(f"the counts must have {', '.join(sorted(missing))}")
+        return self
 
 
 def table_name(kind: str, group: int, groups: int, form: str) -> str:

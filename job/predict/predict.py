@@ -13,18 +13,18 @@ from upath import UPath
 
 from cluster.capacity import START_LIMIT
 from cluster.errors import DamageError, InputError, OptionError, counted
-from cluster.manifest import encoded, is_sealed, read_manifest, seal, size_fault_of
+from cluster.manifest import encoded, read_manifest, seal, size_fault_of
 from cluster.models import ModelManifest, resolve_model
 from cluster.runtime import map_tasks
-from cluster.storage import check_writable, is_inside, list_files, remove_file, remove_folder
+from cluster.storage import check_writable, list_files, remove_folder
 from job.model.folder import read_trained_on
-from job.predict.attempts import earlier_attempt, sealed_manifest
+from job.predict.attempts import accept_or_begin, sealed_manifest
 from job.predict.folder import PredictionsManifest
 from job.predict.read_group import PICTURE_SUFFIX, GroupReport, ReadGroup, resumable, unfinished_pictures
 from job.predict.readings import accuracy
 from preprocessing.box_checks import clipped_line, count_ink, ink_lines
 from preprocessing.groups import Groups, group_pages, written_groups
-from preprocessing.input import Input, read_input
+from preprocessing.input import Input, check_outside, read_input
 from preprocessing.labels.page_ids import MAX_NAME_CHARS
 from preprocessing.page_results import LISTED_WARNINGS, listed_warnings
 from preprocessing.pages import fingerprint
@@ -68,8 +68,9 @@ def predict(
         The manifest of `out`, and whether anything was written (False: it was already complete and valid).
 
     Raises:
-        OptionError: `out` holds other files or belongs to another job; the folder for pictures is inside of `out` or
-            `pages`; this machine has fewer GPUs; or `min_confidence` is not from 0 to 1.
+        OptionError: `out` holds other files or belongs to another job; `out` is inside of `pages` or `boxes`; the
+            folder for pictures is inside of one of the three; this machine has fewer GPUs; or `min_confidence` is not
+            from 0 to 1.
         InputError: boxes or pages can't be used, no box is readable, or the manifest would be too large. If boxes and
             page names already show this, nothing is written.
         DamageError: the model does not match its manifest, the manifest or plan in `out` is damaged, or the workers do
@@ -79,8 +80,11 @@ def predict(
     """
     if not 0 <= min_confidence <= 1:
         raise OptionError(f"--min-confidence must be a number from 0 to 1. Received: {min_confidence}")
+    box_places = [boxes] if isinstance(boxes, UPath) else boxes
+    inputs = [("--pages", pages), *(("--boxes", place) for place in box_places)]
+    check_outside("--out", out, inputs)
     if annotate:
-        _check_pictures(annotate, pages, out)
+        check_outside("--annotate", annotate, [*inputs, ("--out", out)])
     folder = resolve_model(model)
     source = read_input(pages, boxes, "--boxes", bare=True, rescale=rescale, canvases=canvases)
     config = {"format": form, "min_confidence": min_confidence, "rescale": rescale, "annotate": annotate is not None}
@@ -89,7 +93,7 @@ def predict(
     if annotate:  # before a damaged folder is unsealed
         check_writable(annotate)
     _log_unmatched(source)
-    manifest = earlier_attempt(out, identity)
+    manifest = accept_or_begin(out, identity)
     new = manifest is None
     if manifest is None:
         number = number_of_groups(len(source.labels.boxes), BOXES_PER_GROUP)
@@ -110,14 +114,12 @@ def predict(
                 check_writable(unfinished_pictures(annotate, out))  # creates it
             manifest = _make(work, groups, source, identity, out, gpus, start_limit)
         except Exception:
-            # Another predict of this folder may have sealed it first and removed the files of this one.
-            if not is_sealed(out):
-                raise
-            manifest, faults = sealed_manifest(out, identity)
-            if faults:
+            manifest = resumable(out).sealed_by_another(lambda: sealed_manifest(out, identity))
+            if manifest is None:
                 raise
             new = False
-    _remove_traces(out, annotate)
+    if resumable(out).remove_traces() and annotate:
+        remove_folder(unfinished_pictures(annotate, out))
     return manifest, new
 
 
@@ -162,33 +164,13 @@ def _make(
     try:
         manifest = _manifest(source, identity, reports)
     except InputError:
-        for number, report in enumerate(reports):
-            if report.losses:  # the next attempt reads the group again: its pages may be readable then
-                remove_file(resumable(out).report_path(number))
+        resumable(out).forget_losses(reports)
         raise
     for line in ink_lines(manifest.ink) + clipped_line(len(manifest.clipped), manifest.counts["boxes"]):
         log.warning("%s", line)
     _check_tables(out, manifest)
     seal(out, manifest)
     return manifest
-
-
-def _remove_traces(out: UPath, annotate: UPath | None) -> None:
-    """Remove the traces of attempts.
-
-    Only after sealing: a folder with neither plan nor manifest would be refused, and another predict that loses a file
-    which it writes accepts only a sealed folder.
-    """
-    resumable(out).remove_traces()
-    if annotate:
-        remove_folder(unfinished_pictures(annotate, out))
-
-
-def _check_pictures(annotate: UPath, pages: UPath, out: UPath) -> None:
-    if is_inside(annotate, pages):  # pictures would be read as pages, or overwrite them
-        raise OptionError(f"--annotate must be a folder outside of --pages. Received: {annotate} and {pages}")
-    if is_inside(annotate, out):  # the next attempt would find `out` with other files
-        raise OptionError(f"--annotate must be a folder outside of --out. Received: {annotate} and {out}")
 
 
 def _check_before_reading(source: Input, identity: Mapping[str, Any], annotate: bool) -> None:

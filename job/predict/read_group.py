@@ -25,7 +25,7 @@ from job.predict.annotate import SmallPage, annotated, small_page
 from job.predict.folder import table_name
 from job.predict.readings import Readings, read_pages
 from preprocessing.cutting import cut_boxes
-from preprocessing.dataset import Clipped, Loss
+from preprocessing.dataset import Clipped
 from preprocessing.groups import Group
 from preprocessing.page_results import PageResult
 from preprocessing.resumable import Report, Resumable
@@ -52,7 +52,6 @@ class GroupReport(Report):
     files: list[FileEntry]
     pictures: dict[str, int]
     """Page id to size in bytes of the picture, for each page of which a box was read; empty without `--annotate`."""
-    losses: list[Loss]
     clipped: list[Clipped]
     read: int
     """Number of boxes read."""

@@ -177,7 +177,7 @@ def _losses(manifest: DatasetManifest) -> Iterator[str]:
         f"{counted(lost, 'box', 'boxes')} lost, {clipped:,} clipped at the edge of their page, "
         f"{counted(len(manifest.unlabelled), 'page')} without labels."
     )
-    boxes = sum(counts["boxes"] for counts in manifest.counts.values())
+    boxes = sum(counts.get("boxes", 0) for counts in manifest.counts.values())
     for line in ink_lines(manifest.ink, MAX_ROWS) + clipped_line(clipped, boxes):
         yield html.paragraph(line)
     if manifest.ignored:

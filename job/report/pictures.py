@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from cluster.errors import DamageError
 from job.data.staging import StagedDataset
 from job.metrics import shown
 from job.report import html
@@ -21,6 +22,9 @@ def pairs(misclassified: pd.DataFrame, data: StagedDataset) -> Iterator[str]:
     """Show a pair of crops for each of the most frequent confusions.
 
     Left: a misclassified test crop. Right: a training crop of the predicted class; black if there is none.
+
+    Raises:
+        DamageError: a misclassified crop or its predicted class is not of the dataset.
     """
     test, train = data.splits["test"], data.splits["train"]
     test_index = {
@@ -33,7 +37,12 @@ def pairs(misclassified: pd.DataFrame, data: StagedDataset) -> Iterator[str]:
     for label, predicted, count in counts.head(MAX_PAIRS).reset_index().itertuples(index=False, name=None):
         confused = misclassified[(misclassified["label"] == label) & (misclassified["predicted"] == predicted)]
         first = confused.iloc[0]
-        crop = test_index[first["image_id"], *(int(first[field]) for field in BOX_FIELDS)]
+        crop = test_index.get((first["image_id"], *(int(first[field]) for field in BOX_FIELDS)))
+        if crop is None or predicted not in class_index:
+            raise DamageError(
+                "the misclassified crops of a model must be of the dataset that it was trained on. Received: "
+                f"{shown(label)} on {first['image_id'][:80]!r}, predicted {shown(predicted)}. Pull the model again"
+            )
         of_predicted = np.flatnonzero(train.labels == class_index[predicted])
         pair = [test.images[crop][:, :, 0]]
         pair.append(train.images[of_predicted[0]][:, :, 0] if len(of_predicted) else np.zeros_like(pair[0]))

@@ -85,10 +85,10 @@ def train(
         The outcomes in the order of the configs, including failures. The failure of a single config is raised instead.
 
     Raises:
-        OptionError: a batch has fewer crops than there are replicas, a run was started with other options or is trained
-            by another process, or Ray has no room. Nothing is started.
+        OptionError: a batch has fewer crops than there are replicas, a run was started with other options, or Ray has
+            no room. Nothing is started.
         InputError, DamageError: the dataset can't be used, or does not match its manifest.
-        Exception: the failure of the only config.
+        Exception: the failure of the only config, such as OptionError if another process trains the run.
     """
     began = time.monotonic()
     _check_run_name(run)
@@ -97,7 +97,7 @@ def train(
     if weights and weights.is_model:
         start = check_start(place(weights.place), configs[0].architecture, dataset, manifest.margin)
     runs = [Run(run, fit_to_dataset(manifest, config), dataset, manifest.sha256, models) for config in configs]
-    alone = len(runs) == 1
+    only_one = len(runs) == 1
     if len({training.folder for training in runs}) < len(runs):
         raise OptionError("each architecture must be given once. Received: one with two configs")
     outcomes: dict[Run, Outcome] = {}
@@ -109,25 +109,25 @@ def train(
         except OptionError:  # concerns the whole command: nothing is started
             raise
         except Exception as error:
-            outcomes[training] = _failed(training, error, alone)
+            outcomes[training] = _failed(training, error, only_one)
     ready: dict[Run, Weights | None] = {}
     with ExitStack() as locks:
         for training in runs:
             try:
                 if training not in outcomes:
-                    locks.enter_context(training.alone())
+                    locks.enter_context(training.locked())
                     ready[training] = obtain(training.config, weights, models)
                     if start:
                         log.info("%s: %s", training.config.architecture, start)
             except Exception as error:
-                outcomes[training] = _failed(training, error, alone)
+                outcomes[training] = _failed(training, error, only_one)
         if ready:
-            outcomes |= _train_all(ready, began, start_limit, alone)
+            outcomes |= _train_all(ready, began, start_limit, only_one)
     return [outcomes[training] for training in runs]
 
 
 def _train_all(
-    ready: Mapping[Run, Weights | None], began: float, start_limit: float, alone: bool
+    ready: Mapping[Run, Weights | None], began: float, start_limit: float, only_one: bool
 ) -> dict[Run, Outcome]:
     """Train the runs with Ray. For the arguments, see `_run_concurrently` and `_failed`."""
     outcomes: dict[Run, Outcome] = {}
@@ -142,7 +142,7 @@ def _train_all(
                     raise failure
                 outcomes[training] = _succeeded(training, trained=True)
             except Exception as error:
-                outcomes[training] = _failed(training, error, alone)
+                outcomes[training] = _failed(training, error, only_one)
     return outcomes
 
 
@@ -175,8 +175,8 @@ def _succeeded(run: Run, trained: bool) -> Outcome:
     return Outcome(run.config.architecture, run.folder, trained, run.metrics())
 
 
-def _failed(run: Run, error: Exception, alone: bool) -> Outcome:
-    if alone:
+def _failed(run: Run, error: Exception, only_one: bool) -> Outcome:
+    if only_one:
         raise error
     log.error("%s: failed: %s", run.config.architecture, one_line(error))
     log.debug("traceback:", exc_info=error)

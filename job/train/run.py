@@ -105,7 +105,7 @@ class Run:
     def _options_file(self) -> UPath:
         return self.models / RUNS_FOLDER / f"{self._train_name}.json"
 
-    def alone(self) -> AbstractContextManager[None]:
+    def locked(self) -> AbstractContextManager[None]:
         """Return a context manager that keeps other processes from training the run.
 
         A second process would remove the checkpoints of the first, see `checkpoint.remove_unknown`.
@@ -159,8 +159,8 @@ class Run:
     def fit(self, weights: Weights | None, board: Any) -> None:
         """Train with Ray Train: one process per worker, spread over the hosts.
 
-        If a worker fails, all workers restart from the last checkpoint. Call it within `alone`. weights: the pretrained
-        weights; None: random initialization. board: handle of the actor `display.Board`.
+        If a worker fails, all workers restart from the last checkpoint. Call it within `locked`. weights: the
+        pretrained weights; None: random initialization. board: handle of the actor `display.Board`.
 
         Raises:
             KuzushijiError: a failure that a restart would not fix; it is not retried.
@@ -257,7 +257,7 @@ class Run:
     def tidy(self) -> None:
         """Complete the cleanup of a finished run that was killed, unless another process holds the run's lock."""
         if is_file(self._options_file):
-            with suppress(OptionError), self.alone():
+            with suppress(OptionError), self.locked():
                 self._tidy()
         else:
             point_to_latest(self.folder, read_manifest(self.folder, ModelManifest))

@@ -80,19 +80,19 @@ class Steps:
         model: keras.Model,
         optimizer: keras.Optimizer,
         global_batch_size: int,
-        class_weights: NDArray[np.float32] | None = None,
         xla: bool = False,
         label_smoothing: float = 0.0,
         augment_seed: int | None = None,
     ) -> None:
         """Set up the functions. The model and the built optimizer must be created within `strategy.scope()`.
 
-        class_weights: (K,) weight of a crop of each class in the minimized loss; None: 1. xla: compile a replica's
-        computation with XLA; for a single replica only. label_smoothing: share of the label that is spread evenly over
-        all classes. augment_seed: random seed of the augmentation; None: no augmentation.
+        xla: compile a replica's computation with XLA; for a single replica only. label_smoothing: share of the label
+        that is spread evenly over all classes. augment_seed: random seed of the augmentation; None: no augmentation.
         """
         self.strategy, self.model, self.optimizer = strategy, model, optimizer
-        self.global_batch_size, self.class_weights, self.xla = global_batch_size, class_weights, xla
+        self.global_batch_size, self.xla = global_batch_size, xla
+        self.class_weights: NDArray[np.float32] | None = None
+        """(K,) weight of a crop of each class in the minimized loss; None: 1. Set it before the first step."""
         self.label_smoothing, self.augment_seed = label_smoothing, augment_seed
         self.predict_rows = crops_per_step(model)
         self.local_replicas = strategy.num_replicas_in_sync // workers

@@ -93,14 +93,14 @@ def _members(crops: UPath) -> list[tuple[str, int]]:
 def _class_of(name: str, crops: UPath) -> int | None:
     """Return the code point that the folder of an image is named after; None for a file to skip.
 
-    Skipped are files that are not images, hidden files and folders, images outside of any folder, and images in a
-    folder of `NO_BOOKS`, which are pages.
+    Skipped are files that are not images, hidden files, images outside of any folder, and images in a folder of
+    `NO_BOOKS`, which are pages.
 
     Raises:
         InputError: an image is in any other folder that is not named after a character.
     """
-    *folders, _ = name.split("/")
-    if not folders or any(part.startswith(".") and part != "." for part in name.split("/")) or not is_image(name):
+    *folders, base_name = name.split("/")
+    if not folders or base_name.startswith(".") or not is_image(name):
         return None
     try:
         return parse_character(folders[-1])

@@ -100,7 +100,7 @@ def label_files(places: Sequence[UPath], option: str) -> Iterator[list[LabelFile
 
 def _may_hold_labels(name: str) -> bool:
     *folders, base_name = name.split("/")
-    hidden = any(part.startswith(".") for part in (*folders, base_name))
+    hidden = base_name.startswith(".")
     return bool(base_name) and not (hidden or is_image(name) or set(OTHER_FOLDERS) & set(folders))
 
 

@@ -147,8 +147,9 @@ def _sorted_out(found: Sequence[LabelFile], option: str) -> tuple[Form, list[Lab
     if of_form[Form.YOLO]:  # a page without boxes, or one whose first line is malformed
         pages = [file for file in of_form[Form.EMPTY] + of_form[Form.OTHER] if _may_be_yolo(file)]
         of_form[Form.YOLO] = sorted(of_form[Form.YOLO] + pages, key=lambda file: (file.name, file.where))
+        chosen = {id(file) for file in pages}
         for form in (Form.EMPTY, Form.OTHER):
-            of_form[form] = [file for file in of_form[form] if file not in pages]
+            of_form[form] = [file for file in of_form[form] if id(file) not in chosen]
     for file in of_form[Form.OTHER] + of_form[Form.EMPTY]:
         if file.given or (file.name.endswith(STRICT_SUFFIXES) and not _is_known_other(file)):
             # Raises if the encoding is unknown, which is then the cause.
