@@ -55,10 +55,19 @@ class Bucket(Store):
         return int(blob.size)
 
     def list_files(self, folder: UPath) -> dict[str, int]:
-        return _list(folder)[0]
+        return self.listing(folder)[0]
 
     def list_folders(self, folder: UPath) -> list[str]:
-        return _list(folder)[1]
+        return self.listing(folder)[1]
+
+    def listing(self, folder: UPath) -> tuple[dict[str, int], list[str]]:
+        bucket, _, name = folder.path.rstrip("/").partition("/")
+        prefix = f"{name}/" if name else ""
+        with explaining():
+            listing = client().list_blobs(_bucket(bucket), prefix=prefix, delimiter="/")
+            files = {blob.name.removeprefix(prefix): int(blob.size) for blob in listing}
+        files.pop("", None)  # an object that represents the folder itself
+        return files, sorted(found.removeprefix(prefix).rstrip("/") for found in listing.prefixes)
 
     def open_read(self, path: UPath) -> RangedFile:
         # The stream reads one generation. No checksum is compared.
@@ -186,17 +195,6 @@ def _blob(path: UPath) -> "Blob":
 
 def _bucket(name: str) -> "GoogleBucket":
     return client().bucket(name, user_project=paying_project())
-
-
-def _list(folder: UPath) -> tuple[dict[str, int], list[str]]:
-    """Return name to size in bytes of the objects directly in a folder, and the sorted names of its sub-folders."""
-    bucket, _, name = folder.path.rstrip("/").partition("/")
-    prefix = f"{name}/" if name else ""
-    with explaining():
-        listing = client().list_blobs(_bucket(bucket), prefix=prefix, delimiter="/")
-        files = {blob.name.removeprefix(prefix): int(blob.size) for blob in listing}
-    files.pop("", None)  # an object that represents the folder itself
-    return files, sorted(found.removeprefix(prefix).rstrip("/") for found in listing.prefixes)
 
 
 def _download(blob: "Blob") -> bytes:

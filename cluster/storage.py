@@ -257,8 +257,9 @@ def list_tree(folder: UPath) -> list[tuple[str, int]]:
         if prefix.count("/") > _MAX_DEPTH:
             raise InputError(f"{folder} must have folders at most {_MAX_DEPTH} deep. Received: {prefix[:200]}")
         here = folder / prefix if prefix else folder
-        found += ((prefix + name, size) for name, size in list_files(here).items())
-        waiting += (f"{prefix}{name}/" for name in list_folders(here) if not name.startswith("."))
+        files, folders = _store(here).listing(here)
+        found += ((prefix + name, size) for name, size in files.items())
+        waiting += (f"{prefix}{name}/" for name in folders if not name.startswith("."))
     return found
 
 

@@ -28,6 +28,10 @@ class Store(ABC):
     @abstractmethod
     def list_folders(self, folder: UPath) -> list[str]: ...
 
+    def listing(self, folder: UPath) -> tuple[dict[str, int], list[str]]:
+        """Return what `list_files` and `list_folders` return. `Bucket` asks for both with one request."""
+        return self.list_files(folder), self.list_folders(folder)
+
     @abstractmethod
     def open_read(self, path: UPath) -> BinaryIO | RangedFile: ...
 

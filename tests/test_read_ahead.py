@@ -18,7 +18,7 @@ from cluster.ahead import ahead
 from cluster.bucket import RANGE_BYTES
 from cluster.errors import DamageError, InputError
 from cluster.ranged_file import RangedFile
-from cluster.storage import place, read_at_most, remove_file, write_bytes
+from cluster.storage import list_tree, place, read_at_most, remove_file, write_bytes
 from preprocessing.archive import LOCAL_HEADER_BYTES, member_reader
 from preprocessing.cutting import Cut, cut_boxes
 from preprocessing.groups import Group, group_pages
@@ -98,8 +98,7 @@ def test_a_listing_of_a_folder_and_its_pages_ask_nothing_else_of_a_bucket(
     paths = [logged.path for logged in strict.requests[before:]]
     listed = [path for path in paths if "/o?" in path]
     assert len(paths) - len(listed) == 12
-    # Twelve names take two answers of ten; files and folders are listed separately.
-    assert len(listed) == 2 * 2
+    assert len(listed) == 2  # twelve names take two answers of ten
 
 
 @pytest.mark.parametrize("fault", ["429", "503", "cut", "flip"])
@@ -253,3 +252,11 @@ def test_a_ranged_file_reads_as_a_file_does(data: st.DataObject, size: int, leas
         assert ours.tell() == theirs.tell()
     with pytest.raises(OSError, match="negative"):
         ours.seek(-1)
+
+
+def test_each_folder_of_a_tree_is_listed_with_one_request(folder: UPath, strict: StrictBucket) -> None:
+    for name in ("a.jpg", "b/c.jpg", "b/d/e.jpg", ".hidden/f.jpg"):
+        write_bytes(folder / name, b"x")
+    before = len(strict.requests)
+    assert sorted(list_tree(folder)) == [("a.jpg", 1), ("b/c.jpg", 1), ("b/d/e.jpg", 1)]
+    assert len(strict.requests) - before == 3
