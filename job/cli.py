@@ -154,10 +154,19 @@ def predict(
     from cluster.storage import reachable_place
     from job.predict.predict import predict as run
 
-    model_place, pages_place, *box_places, out_place = map(reachable_place, (model, pages, *boxes, out))
-    pictures, canvases_place = (reachable_place(text) if text else None for text in (annotate, canvases))
-    folders = model_place, pages_place, box_places, out_place
-    manifest, new = run(*folders, form, pictures, gpus, start_limit, rescale, canvases_place, min_confidence)
+    manifest, new = run(
+        reachable_place(model),
+        reachable_place(pages),
+        [reachable_place(text) for text in boxes],
+        reachable_place(out),
+        form=form,
+        annotate=reachable_place(annotate) if annotate else None,
+        gpus=gpus,
+        start_limit=start_limit,
+        rescale=rescale,
+        canvases=reachable_place(canvases) if canvases else None,
+        min_confidence=min_confidence,
+    )
     counts, accuracy, lost = manifest.counts, manifest.accuracy, len(manifest.losses)
     result = {"out": out, "written": new, "accuracy": accuracy} | counts
     result |= {"losses": lost, "clipped": len(manifest.clipped)}

@@ -41,6 +41,7 @@ def predict(
     pages: UPath,
     boxes: UPath | Sequence[UPath],
     out: UPath,
+    *,
     form: str = "parquet",
     annotate: UPath | None = None,
     gpus: int = 0,
