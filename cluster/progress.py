@@ -5,7 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cache
 from threading import Timer
 from typing import TYPE_CHECKING, TextIO
@@ -22,12 +22,11 @@ def on_terminal() -> bool:
     return sys.stderr.isatty()
 
 
-@cache
 def _standard_error() -> TextIO:
     """Return a duplicate of standard error, which stays visible while that is redirected (while TensorFlow loads).
 
     Raises:
-        OSError: standard error is no file; a caller has replaced it.
+        OSError, AttributeError: standard error is no file; a caller has replaced it.
     """
     return os.fdopen(os.dup(sys.stderr.fileno()), "w", 1, sys.stderr.encoding, sys.stderr.errors)
 
@@ -49,9 +48,10 @@ def log_to_stderr(debug: bool = False) -> None:
     if on_terminal():
         log.handlers = [_TerminalHandler()]
     else:
-        lines = logging.StreamHandler(sys.stderr)
-        with suppress(OSError):
-            lines.setStream(_standard_error())
+        try:
+            lines = logging.StreamHandler(_standard_error())
+        except (OSError, AttributeError):
+            lines = logging.StreamHandler(sys.stderr)
         lines.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
         log.handlers = [lines]
     log.setLevel(logging.DEBUG if debug else logging.INFO)

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -94,8 +94,11 @@ def is_local(path: UPath) -> bool:
 
 
 def is_inside(path: UPath, folder: UPath) -> bool:
-    """Return whether a path is the folder itself or below it."""
-    return f"{path}/".startswith(f"{str(folder).rstrip('/')}/")
+    """Return whether a path is the folder itself or below it. Links of this machine are followed."""
+    if _store(path) is not _store(folder) or (_store(path) is _FSSPEC and path.protocol != folder.protocol):
+        return False
+    inner, outer = (os.path.realpath(one.path) if is_local(one) else one.path for one in (path, folder))
+    return f"{inner}/".startswith(f"{outer.rstrip('/')}/")
 
 
 def local_path(text: str, option: str) -> Path:
@@ -300,14 +303,16 @@ def read_at_most(path: UPath, most: int) -> bytes:
 
 
 def read_small(path: UPath, most: int) -> bytes | None:
-    """Return the bytes of a file, or the first `most` + 1 if it has more; None if there is no file. Raises: as above.
+    """Return the bytes of a file, or the first `most` + 1 if it has more; None if there is no file.
 
-    One request in a bucket, so that what other processes do between several can't change the answer.
+    Raises:
+        KuzushijiError, DamageError: as `read_at_most`.
     """
-    try:
-        return read_at_most(path, most + 1)
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+    if not is_file(path):
         return None
+    with suppress(FileNotFoundError):  # another process removed it in between
+        return read_at_most(path, most + 1)
+    return None
 
 
 def read_bytes(path: UPath) -> bytes:

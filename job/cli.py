@@ -176,14 +176,14 @@ def predict(
     if annotate and new:
         lines.append(f"pictures: {annotate}")
     if not new:
-        pictures_line = ", and no pictures drawn: for these, name another --out" if annotate else ""
-        lines.append(f"the folder is complete and valid: nothing written{pictures_line}")
+        drawn = "; its pictures were drawn when it was made: for new ones, name another --out" if annotate else ""
+        lines.append(f"the folder is complete and valid: nothing written{drawn}")
     if accuracy:
         names = {"accuracy": "accuracy", "accuracy_without_rare": "without rare", "top5": "top 5"}
         scores = ", ".join(f"{name} {value:.4f}" for key, name in names.items() if (value := accuracy[key]) is not None)
         lines.append(f"{scores}, {accuracy['examples']:,} boxes with a character")
-    # A folder of an earlier release has no number of `rare`.
-    rare, uncertain, right = counts.get("rare"), counts["uncertain"], accuracy.get("accuracy_of_shown")
+    # A folder of an earlier release has no numbers of `rare` and `uncertain`.
+    rare, uncertain, right = counts.get("rare"), counts.get("uncertain", 0), accuracy.get("accuracy_of_shown")
     if rare is not None and (rare or uncertain):
         reasons = f"{rare:,} `rare`" + (f", {uncertain:,} less probable than {min_confidence:g}" if uncertain else "")
         of_shown = "" if right is None else f"; accuracy of the others {right:.4f}"

@@ -88,9 +88,8 @@ def _check_job(arguments: tuple[str, ...], on_other_machine: bool) -> None:
         for value in [values] if isinstance(values, str) else values or ():
             if option.metavar == "WEIGHTS" and value in ("none", "imagenet"):
                 continue
-            protocol, separator, path = value.rpartition("://")
-            is_path = not separator or protocol in ("file", "local")
-            if is_path and (on_other_machine or not path.startswith("/")):
+            protocol, _, path = value.partition("://") if "://" in value else ("file", "", value)
+            if protocol in ("file", "local") and (on_other_machine or not path.startswith("/")):
                 raise OptionError(
                     f"each place of a job must be an address, such as gs://BUCKET/crops: it runs on another machine. "
                     f"Received: {option.opts[0]} {value}"

@@ -116,7 +116,8 @@ def _rename_members(archive: zipfile.ZipFile) -> None:
         if not info.flag_bits & UTF8_FLAG and not name.isascii() and name == info.orig_filename:
             name = decode_name(name.encode("cp437")) or name
         # Only after decoding: the second byte of 表 in CP932 is a backslash.
-        name = name.replace("\\", "/").removeprefix("./")
+        name = name.replace("\\", "/")
+        name = name.removeprefix("./") or name  # an entry `./` keeps its name
         if name != info.filename:
             info.filename = name
             archive.NameToInfo[name] = info

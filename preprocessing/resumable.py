@@ -181,9 +181,9 @@ class Resumable:
     def remove_traces(self) -> bool:
         """Remove what attempts leave in a sealed folder: the hidden folder, and temporary files of killed attempts.
 
-        Return False, and remove nothing, if the folder is not sealed: another attempt has just begun to repair it. It
-        must not be called before sealing: a folder with neither plan nor manifest would be refused, and another attempt
-        that loses a file which it writes accepts only a sealed folder.
+        Return False, and remove nothing, if the folder is not sealed: another attempt has just begun to repair it. A
+        folder with neither plan nor manifest would be refused, and another attempt that loses a file which it writes
+        accepts only a sealed folder.
         """
         if not is_sealed(self.folder):
             return False

@@ -475,6 +475,18 @@ GOOD_MANIFESTS: list[dict[str, Any]] = [
         "dataset_manifest_sha256": "0" * 64,
         "finished_at": "2026-01-01T00:00:00Z",
     },
+    {  # of 0.1.0
+        "format": 1,
+        "kind": "predictions",
+        "files": [{"name": "pages-00000-of-00001.csv", "bytes": 12, "sha256": "0" * 64}],
+        "counts": {"boxes": 2, "pages": 1, "read": 1},
+        "accuracy": {},
+        "losses": [{"page": "a", "box": [0, 0, 1, 1], "unicode": "U+306F", "what": "page has no file"}],
+        "clipped": [],
+        "model_manifest_sha256": "0" * 64,
+        "fingerprint": "0",
+        "versions": {"numpy": "2"},
+    },
     {"run": "one", "finished_at": "2026-01-01T00:00:00Z"},
 ]
 ODD_VALUES: list[Any] = [

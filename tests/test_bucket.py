@@ -1,5 +1,6 @@
 """A bucket works like a folder: the same bytes, one winner of a race, and success or one line after each fault."""
 
+import gzip
 import json
 import os
 import shutil
@@ -27,7 +28,7 @@ from google.auth.exceptions import DefaultCredentialsError, RefreshError
 from PIL import Image
 from upath import UPath
 
-from cluster import bucket
+from cluster import bucket, google_client
 from cluster.bucket import DELETED_AT_ONCE, RANGE_BYTES, explained
 from cluster.errors import DamageError, KuzushijiError, OptionError
 from cluster.lock import locked
@@ -47,6 +48,7 @@ from cluster.storage import (
     read_at_most,
     read_bytes,
     read_chunks,
+    read_small,
     remove_file,
     remove_folder,
     sha256_of,
@@ -111,12 +113,32 @@ def anywhere(request: pytest.FixtureRequest, folder: UPath, tmp_path: Path) -> U
 
 
 def test_a_path_is_inside_of_its_folder_and_bucket_and_not_of_a_folder_whose_name_it_begins_with(
-    strict: StrictBucket,
+    strict: StrictBucket, tmp_path: Path
 ) -> None:
-    for path, folder in (("gs://demo/x", "gs://demo"), ("gs://demo/x/y", "gs://demo/x"), ("/x", "/"), ("/x", "/x")):
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    of_folders = [
+        ("gs://demo/x", "gs://demo"), ("gcs://demo/x/y", "gs://demo/x"), ("/x", "/"), ("/x", "/x"),
+        (f"{tmp_path}/link/x", f"{tmp_path}/real"), ("memory://x/y", "memory://x"),
+    ]  # fmt: skip
+    for path, folder in of_folders:
         assert is_inside(place(path), place(folder))
     for path, folder in (("gs://demo/xy", "gs://demo/x"), ("/xy", "/x"), ("/", "/x"), ("/demo/x", "gs://demo")):
         assert not is_inside(place(path), place(folder))
+
+
+def test_a_small_file_is_read_up_to_its_limit_and_none_if_it_is_no_file(anywhere: UPath) -> None:
+    assert read_small(anywhere / "x", 3) is None
+    write_bytes(anywhere / "x", b"1234")
+    assert (read_small(anywhere / "x", 4), read_small(anywhere / "x", 2)) == (b"1234", b"123")
+    assert (read_small(anywhere, 4), read_small(anywhere / "x" / "y", 4)) == (None, None)
+
+
+def test_an_object_that_was_uploaded_as_gzip_is_read_unpacked(folder: UPath) -> None:
+    name = (folder / "books.csv").path.partition("/")[2]
+    blob = google_client.client().bucket("demo").blob(name)
+    blob.content_encoding = "gzip"
+    blob.upload_from_string(gzip.compress(b"prefix,book\n"))
+    assert read_small(folder / "books.csv", 100) == b"prefix,book\n"
 
 
 def test_a_file_is_written_sized_changed_and_removed_alike_in_each_kind_of_storage(anywhere: UPath) -> None:

@@ -75,7 +75,7 @@ def test_the_numbers_of_recognition_are_those_of_its_tables(name: str) -> None:
         return
     assert f"accuracy {accuracy:.2f} and top 5 {top5:.2f}, where `baseline` by the study's recipe reaches" in text
     assert f"reaches {of_study:.2f} and {top5_of_study:.2f} from as many crops; {errors} of its errors" in text
-    assert f"({low} to {high})" in text
+    assert f"({low} to {high}, the 95 % interval)" in text
 
 
 def test_recipe_2_is_the_one_that_was_measured() -> None:

@@ -476,6 +476,15 @@ def test_an_attackers_model_is_refused_in_one_line_and_nothing_is_run_or_written
     assert not (tmp_path / "attacker" / "evil").exists()
 
 
+def test_a_config_that_the_manifest_of_a_model_does_not_list_is_not_read(tmp_path: Path) -> None:
+    from job.model.folder import read_trained_on
+
+    model = sealed_model(place(tmp_path), b"")
+    (tmp_path / "config.json").write_text('{"margin": 0.5}')
+    with pytest.raises(DamageError, match="the manifest must list config.json. Pull the model again"):
+        read_trained_on(model)
+
+
 def test_a_model_of_ours_is_loaded(tmp_path: Path) -> None:
     from job.model.folder import load_model
 

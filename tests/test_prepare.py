@@ -280,6 +280,20 @@ def test_a_damaged_shard_alone_is_made_again(
     assert {name: (copy / name).stat().st_ino for name in before} == before
 
 
+def test_a_damaged_dataset_whose_manifest_lists_other_pages_is_made_again(
+    dataset: Path, pages: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "out"
+    shutil.copytree(dataset, copy)
+    sorted(copy.glob("*train.tfrecord*"))[1].unlink()
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["clipped"].append({"page": "nobody", "box": [0, 0, 1, 1]})
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    source = (place(pages / "train_images"), place(pages / "train.csv"))
+    assert prepare(*source, place(copy), PrepareConfig(coverage=0.5))[1] is True
+    assert contents(copy) == contents(dataset)
+
+
 def test_an_interrupted_run_is_finished_without_making_again_what_is_done(
     dataset: Path, pages: Path, tmp_path: Path
 ) -> None:

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -228,19 +229,30 @@ def test_a_dataset_at_an_address_is_staged_as_from_a_path_and_gone_after_its_las
     assert [path.name for path in here.iterdir()] == ["lock"]
 
 
-def test_a_user_of_a_staged_dataset_ends_while_another_process_stages_one(
-    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_user_of_a_staged_dataset_ends_while_another_process_stages_one_which_removes_what_it_left(
+    fails: bool, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from job.data import staging
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(staging, "SECONDS_TO_REMOVE", 0.3)
-    here = tmp_path / "kuzushiji" / "staged"
+    here, stage = tmp_path / "kuzushiji" / "staged", staging._stage
+    first = ExitStack()
+
+    def stage_while_the_first_ends(*arguments: Any) -> None:
+        first.close()
+        assert len(list(here.iterdir())) == 2  # its folder is still there, and the lock
+        if fails:
+            raise DamageError("the dataset is damaged")
+        stage(*arguments)
+
     with ExitStack() as stack:
-        with staging.staged(place(dataset), ["test"]):
-            stack.enter_context(staging._locked(here))
-        assert len(list(here.iterdir())) == 2  # ended, without the removal
-    with staging.staged(place(dataset), ["train"]):
+        first.enter_context(staging.staged(place(dataset), ["test"]))
+        monkeypatch.setattr(staging, "_stage", stage_while_the_first_ends)
+        if fails:
+            stack.enter_context(pytest.raises(DamageError, match="the dataset is damaged"))
+        stack.enter_context(staging.staged(place(dataset), ["train"]))
         assert len(list(here.iterdir())) == 2  # its own folder, and the lock
     assert [path.name for path in here.iterdir()] == ["lock"]
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 import numpy as np
+import pandas as pd
 import pytest
 from browser import CHROMIUM, look_at
 from conftest import Kuzushiji, reseal
@@ -19,6 +20,7 @@ from job.data.staging import staged
 from job.report.dataset import dataset_report, write_dataset_report
 from job.report.html import page, paragraph
 from job.report.models import model_report
+from job.report.pictures import pairs
 from preprocessing.config import SPLITS
 from preprocessing.dataset import DatasetManifest
 
@@ -133,6 +135,16 @@ def test_what_a_model_gets_wrong_is_listed_as_evaluate_does_and_shown_in_pairs(
     assert "augmented crops" in text
     worst = found.misclassified.groupby(["label", "predicted"]).size().max()
     assert f"({worst})" in text
+
+
+def test_misclassified_crops_that_are_not_of_the_dataset_are_damage(few: Path) -> None:
+    with staged(place(few), ("train", "test")) as data:
+        page_id, (x, y, width, height) = next(data.splits["test"].page_ids()), data.splits["test"].boxes[0].tolist()
+        box = {"x": x, "y": y, "width": width, "height": height}
+        for odd in ({"image_id": "nobody"}, {"predicted": "U+1F600"}, {"x": -1}):
+            row = {"image_id": page_id, **box, "label": "rare", "predicted": "rare"} | odd
+            with pytest.raises(DamageError, match="must be of the dataset that it was trained on"):
+                list(pairs(pd.DataFrame([row]), data))
 
 
 def test_a_report_of_models_needs_no_dataset(two: Path, of_two: str) -> None:

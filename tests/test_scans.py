@@ -438,7 +438,7 @@ def zip_of(path: Path, *names: bytes) -> Path:
     ],
 )
 def test_names_in_an_archive_are_read_as_windows_and_macos_write_them(stored: bytes, name: str, tmp_path: Path) -> None:
-    archive = place(zip_of(tmp_path / "pages.zip", stored, "表\\".encode("cp932")))
+    archive = place(zip_of(tmp_path / "pages.zip", stored, "表\\".encode("cp932"), b"./"))
     assert list(list_pages(archive).scans) == [name]
     with page_reader(archive) as read:
         assert read(name) == stored

@@ -346,7 +346,7 @@ def test_usage_errors_are_reported_before_a_job_starts(head: Head, kuzushiji: Ku
         done = kuzushiji("submit", "--address", head.address, *arguments)
         assert done.code == 2
         assert text in done.stderr
-    for path in ("/x", "file:///x", "local:///x"):
+    for path in ("/x", "file:///x", "local:///x", "file:///x/y://z"):
         elsewhere = kuzushiji("submit", "--", "verify", path)
         assert (elsewhere.code, "each place of a job must be an address" in elsewhere.stderr) == (2, True)
 

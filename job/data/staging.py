@@ -141,8 +141,10 @@ def staged_shards(
     with writing_in(root), _locked(root, check):
         _remove_unused(root, keep=key)
         if not folder.exists():
-            _stage(dataset, manifest, shards, folder, shown, check)
-            _remove_unused(root, keep=key)  # which other processes left meanwhile
+            try:
+                _stage(dataset, manifest, shards, folder, shown, check)
+            finally:
+                _remove_unused(root, keep=key)  # what other processes left meanwhile
         in_use = open(folder / LOCK_FILE)  # noqa: SIM115 - kept open: the file holds the lock
         fcntl.flock(in_use, fcntl.LOCK_SH)
     try:
@@ -156,7 +158,7 @@ def staged_shards(
             if time.monotonic() > until:
                 raise TimeoutError
 
-        # A process that holds the lock for so long is staging, and removes the folder when it has finished.
+        # A process that holds the lock for so long is staging, and removes the folder afterwards.
         with suppress(TimeoutError), _locked(root, give_up):
             _remove_unused(root)
 

@@ -47,7 +47,7 @@ class PredictionsManifest(Manifest):
 
     @model_validator(mode="after")
     def _counts_boxes_and_pages(self) -> Self:
-        if missing := {"boxes", "pages", "read", "uncertain"} - self.counts.keys():
+        if missing := {"boxes", "pages", "read"} - self.counts.keys():
             raise ValueError(f"the counts must have {', '.join(sorted(missing))}")
         return self
 
