@@ -211,14 +211,14 @@ def _has_both(rows: pd.DataFrame) -> bool:
     return {*STUDIED} <= {*rows["recipe"]}
 
 
-def error_ratio(pages: pd.DataFrame, recipe: str, rounds: int = 2000) -> str:
-    """Return the errors of a recipe divided by those of `baseline` with the study's, with the 95 % interval.
+def error_ratio(pages: pd.DataFrame, recipe: str, other: str = STUDIED[0], rounds: int = 2000) -> str:
+    """Return the errors of a recipe divided by those of another one, with the 95 % interval.
 
     Both are on the same folds and seeds. The interval is that of a bootstrap over the pages of each book.
     """
     keys = ["fold", "seed", "book", "page"]
     pages = pages.assign(errors=pages["crops"] - pages["correct"])
-    sides = [pages[pages["recipe"] == name].set_index(keys)["errors"] for name in (recipe, next(iter(RECIPES)))]
+    sides = [pages[pages["recipe"] == name].set_index(keys)["errors"] for name in (recipe, other)]
     both = pd.concat(sides, axis=1, keys=["ours", "theirs"], join="inner").groupby(["book", "page"]).sum()
     if both.empty:
         return ""
