@@ -104,8 +104,16 @@ def test_the_ratios_of_books_are_those_of_their_rows() -> None:
     text = " ".join((ROOT / "docs" / "recognition" / "README.md").read_text().split())
     crops = rows.drop_duplicates("page").groupby("book")["crops"].sum()
     for book, of_book in rows.groupby("book"):
-        assert f", {book} | {crops[book]:,} | {error_ratio(of_book, 'resnet, ours')[:4]} |" in text
-    assert f"| all | {crops.sum():,} | {error_ratio(rows, 'resnet, ours')} |" in text
+        ratios = error_ratio(of_book, "resnet, ours")[:4], error_ratio(of_book, "baseline, ours")[:4] or "not run"
+        assert f", {book} | {crops[book]:,} | {' | '.join(ratios)} |" in text
+    of_baseline = error_ratio(rows, "baseline, ours")
+    assert f"| all | {crops.sum():,} | {error_ratio(rows, 'resnet, ours')} | {of_baseline} |" in text
+    assert f"`baseline` by our recipe makes {of_baseline[:4]}," in " ".join((ROOT / "README.md").read_text().split())
+    of_both = [
+        error_ratio(some, "resnet, ours", "baseline, ours") for some in (rows, rows[rows["book"] != "200010454"])
+    ]
+    assert f"`resnet` makes {of_both[0]} of the errors of `baseline` by the same recipe" in text
+    assert f"without 200010454 {of_both[1]}." in text
     others = error_ratio(rows[rows["book"] != "200010454"], "resnet, ours")
     assert f"on the other five together it is {others}" in text
     untouched = error_ratio(rows[rows["book"].isin(["200021869", "100241706", "200020019"])], "resnet, ours")
@@ -114,8 +122,21 @@ def test_the_ratios_of_books_are_those_of_their_rows() -> None:
         assert f"without the largest book {others[:4]}" in " ".join((ROOT / name).read_text().split())
 
 
+@pytest.mark.parametrize("study", ["hands", "random"])
+def test_the_numbers_of_drawn_pages_are_those_of_their_rows(study: str) -> None:
+    runs, pages = (pd.read_csv(ROOT / "docs" / "recognition" / f"{name}.csv") for name in ("runs", "pages"))
+    runs, pages = (rows[rows["study"] == study] for rows in (runs, pages))
+    accuracy = runs.set_index("recipe")["accuracy"]
+    recipes = ("baseline, the study's", "baseline, ours", "resnet, ours")
+    numbers = " | ".join(f"{accuracy[recipe]:.3f}" for recipe in recipes)
+    crops = pages.drop_duplicates("page")["crops"].sum()
+    row = f"| `{study}` | {crops:,} | {numbers} | {error_ratio(pages, 'resnet, ours', 'baseline, ours')} |"
+    assert row in (ROOT / "docs" / "recognition" / "README.md").read_text()
+
+
 def test_the_accuracies_of_fully_labelled_pages_are_those_of_their_rows() -> None:
     rows = pd.read_csv(ROOT / "docs" / "recognition" / "pages.csv", dtype={"book": str}).query("study == 'books'")
+    rows = rows[rows["recipe"] != "baseline, ours"]
     full = rows["book"].isin(["200021869", "100241706"]) | rows["page"].isin(["200010454_00002_2", "200010454_00016_1"])
     sums = rows.groupby([full, rows["recipe"].str.startswith("resnet")])[["correct", "crops"]].sum()
     right = {key: f"{row['correct'] / row['crops']:.2f}" for key, row in sums.iterrows()}
