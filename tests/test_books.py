@@ -194,6 +194,18 @@ def books_file(tmp_path: Path, text: str) -> BooksFile:
     return read_books(place(tmp_path / "books.csv"))
 
 
+def test_a_file_of_books_or_of_training_pages_is_read_up_to_a_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "page,book\na,b\n"
+    monkeypatch.setattr("preprocessing.books.MAX_FILE_BYTES", len(text))
+    assert books_file(tmp_path, text).books == {"a": "b"}
+    with pytest.raises(InputError, match="--books must have at most 14 bytes"):
+        books_file(tmp_path, text + "\n")
+    with pytest.raises(InputError, match="--train-only must have at most 14 bytes"):
+        read_train_only(place(tmp_path / "books.csv"))
+
+
 def test_a_file_of_books_overrides_the_rule_and_the_longest_prefix_counts(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
