@@ -40,7 +40,7 @@ def one_batch(job: Any, out: Path, steps: dict[str, int]) -> Callable[[Any], Non
         from job.data.partitions import Partitions
         from job.data.staging import staged_shards
         from job.model.start import initial_model
-        from job.train.display import StartUp
+        from job.train.board import StartUp
         from job.train.training import Training
         from preprocessing.dataset import DatasetManifest
 

@@ -183,7 +183,7 @@ def train_narrow(given: dict[str, Any]) -> None:
 
     from job.model import architectures
     from job.model.start import initial_model
-    from job.train.display import StartUp
+    from job.train.board import StartUp
     from job.train.staging_ahead import staged_partitions
     from job.train.strategy import configure_tensorflow, make_strategy
     from job.train.training import Training
@@ -227,7 +227,7 @@ def trained(
     from ray.train import RunConfig, ScalingConfig
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-    from job.train.display import Board
+    from job.train.board import Board
     from job.train.rendezvous import Rendezvous
 
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers can't import this file

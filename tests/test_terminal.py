@@ -136,8 +136,9 @@ def test_events_posted_before_the_actor_starts_are_shown(
 ) -> None:
     """On a busy machine, the actor takes longer to start than the driver waits for its answer."""
     from job.train import display
+    from job.train.board import Board, LogLine
 
-    class Slow(display.Board):
+    class Slow(Board):
         def __init__(self) -> None:
             import time
 
@@ -148,7 +149,7 @@ def test_events_posted_before_the_actor_starts_are_shown(
     monkeypatch.setattr(display, "Board", Slow)
     caplog.set_level("INFO", "kuzushiji")
     with display.watched(["baseline"]) as board:
-        board.post.remote(display.LogLine("baseline", "the first"))
+        board.post.remote(LogLine("baseline", "the first"))
         until = time.monotonic() + 60
         while "the first" not in caplog.text and time.monotonic() < until:
             time.sleep(0.1)

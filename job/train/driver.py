@@ -194,7 +194,8 @@ def _run_concurrently(
         start_limit: seconds, as in `train`.
         session: the Ray session. It is not shut down if runs are given up.
     """
-    from job.train.display import RunState, watched
+    from job.train.board import RunState
+    from job.train.display import watched
 
     importlib.import_module("ray.train.v2.api.data_parallel_trainer")  # takes seconds; imported before threads start
     ended: queue.SimpleQueue[tuple[Run, Exception | None]] = queue.SimpleQueue()

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from job.data.partitions import Partitions
 from job.data.staging import StagedDataset
 from job.metrics import SplitMetrics, metrics, misclassified
-from job.train.display import Reporter
+from job.train.board import Reporter
 from job.train.step import Steps
 from job.train.temperature import SCALES, best_scale
 from job.train.watchdog import StepLimit

@@ -57,7 +57,7 @@ def _set_addresses(addresses: list[str], rank: int) -> None:
 def shared_failure(board: Any, architecture: str, own: Failure | None) -> Failure | None:
     """Return the same failure on all workers: the first one reported, or None if no worker has one.
 
-    All workers call it together. board: handle of the actor `display.Board`. own: the failure of this worker, or None.
+    All workers call it together. board: handle of the actor `board.Board`. own: the failure of this worker, or None.
     """
     attempt = _attempt(architecture)
     try:

@@ -60,7 +60,7 @@ class TrainJob:
     run: str
     """Name of the run."""
     board: Any
-    """Handle of the actor `display.Board`."""
+    """Handle of the actor `board.Board`."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class Run:
         """Train with Ray Train: one process per worker, spread over the hosts.
 
         If a worker fails, all workers restart from the last checkpoint. Call it within `locked`. weights: the
-        pretrained weights; None: random initialization. board: handle of the actor `display.Board`.
+        pretrained weights; None: random initialization. board: handle of the actor `board.Board`.
 
         Raises:
             KuzushijiError: a failure that a restart would not fix; it is not retried.
@@ -169,7 +169,7 @@ class Run:
         from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
         from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-        from job.train.display import LogFailures, ReportStarts
+        from job.train.board import LogFailures, ReportStarts
         from job.train.rendezvous import Rendezvous
 
         self._drop_torn_list()
@@ -277,7 +277,7 @@ def _work(config: dict[str, TrainJob]) -> Failure | None:
     if is_sealed(place(job.folder)):  # a worker failed after the folder was sealed, so all were restarted
         return None
     choose_backend()
-    from job.train.display import LogLine, StartUp
+    from job.train.board import LogLine, StartUp
     from job.train.staging_ahead import staging_ahead
 
     start_up = StartUp()

@@ -11,7 +11,7 @@ from cluster.manifest import read_manifest
 from cluster.storage import place
 from job.data.partitions import Partitions
 from job.data.staging import StagedDataset, staged_shards
-from job.train.display import Reporter
+from job.train.board import Reporter
 from job.train.run import TrainJob
 from preprocessing.config import SPLITS
 from preprocessing.dataset import DatasetManifest

@@ -27,6 +27,7 @@ from job.data.partitions import Partitions
 from job.data.staging import Crops, StagedDataset
 from job.model.architectures import XLA_COMPILES
 from job.model.inference import check_finite
+from job.train.board import Reporter, StartUp
 from job.train.checkpoint import (
     State,
     changing_variables,
@@ -35,7 +36,6 @@ from job.train.checkpoint import (
     upload_checkpoint,
     wait_for_upload,
 )
-from job.train.display import Reporter, StartUp
 from job.train.evaluation import Evaluation, Predicted
 from job.train.optimizer import last_learning_rate, make_optimizer
 from job.train.rendezvous import gathered

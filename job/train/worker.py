@@ -13,7 +13,7 @@ from cluster.storage import place
 from job.data.partitions import Partitions
 from job.data.staging import StagedDataset
 from job.model.start import initial_model
-from job.train.display import StartUp
+from job.train.board import StartUp
 from job.train.rendezvous import shared_failure
 from job.train.run import Failure, TrainJob
 from job.train.step import out_of_memory_message

@@ -40,7 +40,7 @@ def _serve(given: dict[str, Any]) -> None:
     import ray.train
 
     from job.model.start import initial_model
-    from job.train.display import StartUp
+    from job.train.board import StartUp
     from job.train.staging_ahead import staged_partitions
     from job.train.strategy import configure_tensorflow, make_strategy
     from job.train.training import Training
@@ -67,7 +67,7 @@ def ray_train(dataset: Path, folder: Path, config: TrainConfig) -> Iterator[Call
     from ray.train import RunConfig, ScalingConfig
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-    from job.train.display import Board
+    from job.train.board import Board
     from job.train.rendezvous import Rendezvous
     from job.train.run import TrainJob
 
