@@ -333,6 +333,16 @@ def test_a_dataset_that_is_gone_when_it_is_staged_is_one_line(
         pass
 
 
+def test_a_cache_that_cannot_be_written_to_is_an_error_that_train_does_not_retry(
+    few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    says = pytest.raises(OptionError, match=f"{RULE}. Received: {tmp_path}/file/kuzushiji/staged: Not a directory")
+    with says, staged(place(few), ["test"]):
+        pass
+
+
 KILLED_WHILE_IT_REMOVES = """
 import os, signal, sys
 from cluster.storage import place

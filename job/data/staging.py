@@ -22,10 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 from upath import UPath
 
-from cluster.errors import DamageError, InputError, OptionError
+from cluster.errors import DamageError, InputError, KuzushijiError, OptionError
 from cluster.manifest import FileEntry, fault_of, read_manifest, size_fault_of
 from cluster.progress import progress
-from cluster.storage import fetch, is_local, list_files, local_file, writing_in
+from cluster.storage import check_writable, fetch, is_local, list_files, local_file, writing_in
 from job.data.unpacking import PAGES_FILE, SplitWriter, unpack
 from preprocessing.books import volume_of
 from preprocessing.classes import LABELS_FILE, read_class_names
@@ -128,16 +128,14 @@ def staged_shards(
 
     Raises:
         InputError: a split of the dataset has no crops.
-        OptionError: the disk of this machine has too little room.
+        OptionError: the disk of this machine has too little room, or the folder can't be written to.
         DamageError: a file does not match the manifest.
-        KuzushijiError: the disk is full or read-only.
+        KuzushijiError: the disk is full.
     """
     names = {split: [shard.name for shard in shards[split]] for split in sorted(shards)}
     key = hashlib.sha256(f"{dataset}\n{manifest.sha256}\n{names}".encode()).hexdigest()[:32]
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kuzushiji" / "staged"
+    root = _created_root()
     folder = root / key
-    with writing_in(root):
-        root.mkdir(parents=True, exist_ok=True, mode=0o700)
     with writing_in(root), _locked(root, check):
         _remove_unused(root, keep=key)
         if not folder.exists():
@@ -161,6 +159,22 @@ def staged_shards(
         # A process that holds the lock for so long is staging, and removes the folder afterwards.
         with suppress(TimeoutError), _locked(root, give_up):
             _remove_unused(root)
+
+
+def _created_root() -> Path:
+    """Return the folder of all staged datasets, which is created if it is missing.
+
+    Raises:
+        OptionError: it can't be written to. After a plain KuzushijiError, Ray Train would restart the workers.
+    """
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kuzushiji" / "staged"
+    try:
+        with writing_in(root):
+            root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        check_writable(UPath(root))
+    except KuzushijiError as error:
+        raise OptionError(str(error)) from error
+    return root
 
 
 @contextmanager
