@@ -23,8 +23,10 @@ from job.data.partitions import Partitions, deal
 from job.data.staging import staged_shards, unpack
 from job.train.batches import fit_to_dataset
 from job.train.driver import train
-from preprocessing.config import SPLITS
+from preprocessing.config import SPLITS, PrepareConfig
 from preprocessing.dataset import DatasetManifest, Shard
+from preprocessing.prepare import prepare
+from preprocessing.sample.sample import sample
 
 SIZES = st.lists(st.integers(0, 12), min_size=1, max_size=30)
 
@@ -216,10 +218,15 @@ def remembers_what_is_staged(folder: Path) -> Any:
 
 
 def test_two_workers_with_one_partition_each_train_like_one_worker_with_both(
-    dataset: Path, tmp_path: Path, workers_do: WorkersDo
+    ray_here: None, tmp_path: Path, workers_do: WorkersDo
 ) -> None:
+    sample(tmp_path / "pages", num_pages=2, seed=42, scale=0.2)
+    source = place(tmp_path / "pages" / "train_images"), place(tmp_path / "pages" / "train.csv")
+    dataset = tmp_path / "crops"
+    few_classes = PrepareConfig(coverage=0.2, val_fraction=0.35, test_fraction=0.35)
+    assert len(prepare(*source, place(dataset), few_classes)[0].shards_of("train")) == 2
     config = TrainConfig.model_validate(
-        GIVEN | {"partitions": 2, "global_batch_size": 64, "epochs": 2, "class_weights": "balanced"}
+        GIVEN | {"partitions": 2, "global_batch_size": 16, "epochs": 2, "class_weights": "balanced"}
     )
     folders = []
     for workers in (1, 2):
