@@ -45,8 +45,9 @@ class Bucket(Store):
 
     def is_file(self, path: UPath) -> bool:
         # Not gcsfs' `isfile`, which returns False for every failure.
+        blob = _blob(path)
         with explaining():
-            return bool(_blob(path).exists())
+            return bool(blob.name and blob.exists())  # no name: the bucket itself
 
     def size_of(self, path: UPath) -> int:
         blob = _blob(path)
@@ -67,7 +68,8 @@ class Bucket(Store):
             listing = client().list_blobs(_bucket(bucket), prefix=prefix, delimiter="/")
             files = {blob.name.removeprefix(prefix): int(blob.size) for blob in listing}
         files.pop("", None)  # an object that represents the folder itself
-        return files, sorted(found.removeprefix(prefix).rstrip("/") for found in listing.prefixes)
+        folders = {found.removeprefix(prefix).rstrip("/") for found in listing.prefixes}
+        return files, sorted(folders - {""})  # without the folder between two slashes, which no path can name
 
     def open_read(self, path: UPath) -> RangedFile:
         # The stream reads one generation. No checksum is compared.

@@ -4,7 +4,7 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, partial
 
@@ -15,6 +15,7 @@ from cluster.errors import DamageError, InputError
 from cluster.storage import is_local, list_tree, read_at_most
 from preprocessing.archive import list_members, member_reader
 from preprocessing.crop import MAX_PAGE_BYTES, PageFault
+from preprocessing.jpeg import START as START_OF_JPEG
 from preprocessing.matching import Files, Matcher
 from preprocessing.scan import SUFFIXES, scan_size
 
@@ -26,7 +27,7 @@ OTHERS, HIDDEN = "other files", "hidden files"
 # Files that are read ahead from a bucket at once, and their bytes in all.
 READS_AT_ONCE = 4
 AHEAD_BYTES = 32 << 20
-HEADER_BYTES = 1 << 16  # first bytes of a page, which nearly always state its size
+HEADER_BYTES = 1 << 16  # first bytes of a page; those of a JPEG file nearly always state its size
 
 
 ReadPage = Callable[[str], bytes]
@@ -171,12 +172,14 @@ def size_reader(pages: UPath, listed: Callable[[], Listing]) -> Iterator[Callabl
             if path is None:
                 return None
             name = matcher().paths[path]
-            # The size comes later after long metadata, such as a thumbnail.
-            for most in (MAX_PAGE_BYTES,) if is_archive(pages) else (HEADER_BYTES, MAX_PAGE_BYTES):
-                try:
-                    return scan_size(read()(name) if most == MAX_PAGE_BYTES else read_at_most(pages / name, most))
-                except (PageFault, FileNotFoundError):
-                    continue
+            if not is_archive(pages):
+                with suppress(PageFault, FileNotFoundError):
+                    head = read_at_most(pages / name, HEADER_BYTES)
+                    # In other formats, the orientation may come after the image.
+                    if head.startswith(START_OF_JPEG) or len(head) < HEADER_BYTES:
+                        return scan_size(head)
+            with suppress(PageFault, FileNotFoundError):
+                return scan_size(read()(name))  # in JPEG, after long metadata, such as a thumbnail
             return None
 
         yield size_of

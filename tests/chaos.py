@@ -32,6 +32,7 @@ import psutil
 from cluster.runtime import START_TIMED_OUT
 from cluster.storage import TEMPORARY_PREFIX, place
 from job.verify import verify
+from preprocessing.fonts import packaged_font
 
 KUZUSHIJI = Path(sys.executable).with_name("kuzushiji")
 TAG = "KUZUSHIJI_CHAOS"
@@ -422,6 +423,7 @@ def draw_pages(work: Path) -> None:
     """Draw small pages, and keep the labels of the first few boxes of each."""
     pages = work / "pages"
     command = [str(KUZUSHIJI), "sample", "--out", str(pages), "--num-pages", str(PAGES), "--scale", "0.2"]
+    command += ["--fonts", str(Path(packaged_font().path).parent)]  # those of the machine would draw other pages
     subprocess.run(command, check=True, capture_output=True)
     header, *rows = (pages / "train.csv").read_text().splitlines()
     cut = [

@@ -62,6 +62,7 @@ from cluster.runtime import START_TIMED_OUT, ray_session  # noqa: E402
 from cluster.storage import place  # noqa: E402
 from job.cli import main  # noqa: E402
 from preprocessing.config import PrepareConfig  # noqa: E402
+from preprocessing.fonts import packaged_font  # noqa: E402
 from preprocessing.prepare import prepare  # noqa: E402
 from preprocessing.sample.sample import sample  # noqa: E402
 
@@ -226,10 +227,15 @@ def end_what_is_left() -> None:
                 process.kill()
 
 
+def draw(out: Path, num_pages: int, seed: int) -> None:
+    """Draw small pages, with the packaged font alone: the fonts of a machine would draw other pages."""
+    sample(out, num_pages=num_pages, seed=seed, scale=0.2, fonts=Path(packaged_font().path).parent)
+
+
 @pytest.fixture(scope="session")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return twelve small drawn pages of three books or more, in Kaggle's format."""
-    return made_once(tmp_path_factory, "pages", lambda out: sample(out, num_pages=12, seed=7, scale=0.2))
+    return made_once(tmp_path_factory, "pages", lambda out: draw(out, num_pages=12, seed=7))
 
 
 @pytest.fixture(scope="session")
@@ -245,7 +251,7 @@ def few(ray_here: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a dataset of two global batches of 16, with few classes."""
 
     def make(folder: Path) -> None:
-        sample(folder / "pages", num_pages=1, seed=42, scale=0.2)
+        draw(folder / "pages", num_pages=1, seed=42)
         source = place(folder / "pages" / "train_images"), place(folder / "pages" / "train.csv")
         config = PrepareConfig(coverage=0.2, val_fraction=0.35, test_fraction=0.35)
         counts = prepare(*source, place(folder / "crops"), config)[0].counts

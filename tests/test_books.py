@@ -328,7 +328,7 @@ def test_a_million_pages_with_one_percent_of_losses_fit_into_the_manifest(tmp_pa
     encoded(manifest)
 
 
-def test_a_dataset_lists_its_pages_and_losses_and_another_file_of_books_is_refused(
+def test_a_dataset_lists_its_pages_and_losses_and_another_file_of_books_or_of_pages_for_training_is_refused(
     ray_here: None, tmp_path: Path, kuzushiji: Kuzushiji, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("preprocessing.prepare.LISTED_LOSSES", 3)
@@ -367,10 +367,13 @@ def test_a_dataset_lists_its_pages_and_losses_and_another_file_of_books_is_refus
     sorted((tmp_path / "out").glob("*train*"))[0].write_bytes(b"")
     assert kuzushiji("prepare", *given).code == 0  # only the damaged shard is made again
     assert contents(tmp_path / "out") == before
-    (tmp_path / "books.csv").write_text("prefix,book\nb0,zero\nb1,one\nb2,two\nb3,three\n\n")
-    refused = kuzushiji("prepare", *given)
-    assert refused.code == 2
-    assert "these differ: books (was " in refused.lines[-1]
+    for name, option in (("books.csv", "books"), ("alone.txt", "train_only")):
+        content = (tmp_path / name).read_text()
+        (tmp_path / name).write_text(content + "\n")
+        refused = kuzushiji("prepare", *given)
+        (tmp_path / name).write_text(content)
+        assert refused.code == 2
+        assert f"these differ: {option} (was " in refused.lines[-1]
 
 
 def test_a_table_that_was_changed_is_read_or_refused_in_one_line(tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ from cluster.storage import (
     is_inside,
     list_files,
     list_folders,
+    list_tree,
     place,
     reachable_place,
     read_at_most,
@@ -62,6 +63,7 @@ from job.train.run import Failure, Run
 from job.verify import verify
 from preprocessing.config import PrepareConfig
 from preprocessing.groups import group_pages, write_groups, written_groups
+from preprocessing.labels.crops import read_crops
 from preprocessing.labels.table import Labels
 from preprocessing.pages import list_pages, page_reader
 from preprocessing.prepare import prepare
@@ -321,6 +323,21 @@ def test_a_folder_whose_name_reads_like_a_pattern_is_removed_alone(folder: UPath
     assert (list_files(folder / "[x]"), list_files(folder / "x")) == ({}, {"file": 1})
 
 
+def test_a_bucket_itself_is_a_folder(strict: StrictBucket) -> None:
+    strict.create("of-crops")
+    strict.write("of-crops", "\u306f/1.png", b"1")
+    whole = place("gs://of-crops")
+    assert (is_file(whole), read_small(whole, 9)) == (False, None)
+    assert read_crops(whole)[0].code_points.tolist() == [0x306F]
+
+
+def test_an_object_that_no_path_can_name_does_not_hide_the_others(strict: StrictBucket, folder: UPath) -> None:
+    name = folder.path.partition("/")[2]
+    for end in ("x", "/x", "a//x", "a/x"):
+        strict.write("demo", f"{name}/{end}", b"1")
+    assert list_tree(folder) == [("x", 1), ("a/x", 1)]
+
+
 def test_an_empty_object_is_read(folder: UPath) -> None:
     write_bytes(folder / "empty", b"")
     assert read_bytes(folder / "empty") == b""
@@ -341,8 +358,8 @@ def test_a_dataset_on_a_bucket_has_the_bytes_of_one_in_a_folder(
         json.loads((dataset / MANIFEST_FILE).read_bytes()),
         json.loads(read_bytes(folder / "crops/manifest.json")),
     )
-    assert there["shards"] == here["shards"]
-    assert there["losses"] == here["losses"]
+    for key in ("shards", "files", "losses", "counts"):
+        assert there[key] == here[key]
     assert strict.faults.left() == 0
     assert verify(folder / "crops")[1:] == ([], [])
     assert "nothing written" in kuzushiji(*command).stdout
@@ -558,19 +575,16 @@ def test_corrupted_downloads_are_refused(strict: StrictBucket, folder: UPath, tm
     assert read_bytes(folder / "labels.csv") == b"image_id,labels\n"
 
 
-def test_an_object_replaced_while_it_is_read_is_not_mixed(folder: UPath) -> None:
-    write_bytes(folder / "big", BIG)
-    chunks = read_chunks(folder / "big", 0, len(BIG))
-    first = next(chunks)
-    assert first == BIG[:RANGE_BYTES]
-    write_bytes(folder / "big", BIG[::-1])
-    rest = b""
-    try:
-        for chunk in chunks:  # a range may have been requested already
-            rest += chunk
-    except FileNotFoundError:
-        pass
-    assert BIG[RANGE_BYTES:].startswith(rest)
+def test_an_object_replaced_while_it_is_read_is_not_mixed(folder: UPath, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.bucket.RANGE_BYTES", 1000)
+    content = os.urandom(20_000)
+    write_bytes(folder / "big", content)
+    chunks = read_chunks(folder / "big", 0, len(content))
+    received = [next(chunks)]
+    write_bytes(folder / "big", content[::-1])
+    with pytest.raises(FileNotFoundError):  # not at once: some ranges were requested before
+        received.extend(chunks)
+    assert content.startswith(b"".join(received))
 
 
 @pytest.mark.parametrize("content", [None, "", "[]", '{"type": "service_account"}', "\xff"])
@@ -734,6 +748,8 @@ def test_an_archive_replaced_while_it_is_read_is_not_mixed(archive: UPath) -> No
             read(names[-1])
 
 
+# flip and cut change the content of answers, which the answers of some operations do not have.
+HAS_NO_CONTENT = {"flip": ("list", "list folders", "size", "remove file", "remove"), "cut": ("remove file",)}
 ASK = {
     "list": lambda folder, here: list_files(folder / "run"),
     "list folders": lambda folder, here: list_folders(folder),
@@ -747,8 +763,15 @@ ASK = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["429", "503", "cut", "flip", "401", "403"])
-@pytest.mark.parametrize("operation", ASK)
+@pytest.mark.parametrize(
+    ("operation", "kind"),
+    [
+        (operation, kind)
+        for operation in ASK
+        for kind in ("429", "503", "cut", "flip", "401", "403")
+        if operation not in HAS_NO_CONTENT.get(kind, ())
+    ],
+)
 def test_whatever_is_asked_of_a_bucket_is_answered_rightly_or_in_one_line(
     strict: StrictBucket, folder: UPath, operation: str, kind: str, tmp_path: Path
 ) -> None:
@@ -766,7 +789,7 @@ def test_whatever_is_asked_of_a_bucket_is_answered_rightly_or_in_one_line(
     strict.faults.inject(kind, times=100 if refused else 1)
     try:
         assert ask(folder, here) == right
-        assert not refused
+        assert strict.faults.left() == 0
     except Exception as error:  # as the command line reports it
         explanation = explained(error) or error
         assert isinstance(explanation, KuzushijiError)
@@ -774,6 +797,7 @@ def test_whatever_is_asked_of_a_bucket_is_answered_rightly_or_in_one_line(
         assert refused or kind == "flip"
         assert kind != "403" or "gs://demo must grant you access" in str(explanation)
         assert kind != "401" or "needs credentials" in str(explanation)
+        assert refused or strict.faults.left() == 0
         strict.faults.clear()
         assert ask(folder, here) == right
     if operation == "remove":

@@ -12,7 +12,6 @@ from huggingface_hub import DatasetCard, ModelCard
 
 from cluster.errors import DamageError
 from cluster.storage import place, sha256_of
-from job.export.export import export
 from job.model.folder import read_trained_on
 from preprocessing.config import PrepareConfig
 from preprocessing.dataset import DatasetManifest
@@ -46,13 +45,6 @@ def test_a_hub_reads_the_card_of_a_model(trained: Path, few: Path) -> None:
     assert {result.dataset_revision for result in results} == {sha256_of(place(few / "manifest.json"))}
     assert {result.dataset_name for result in results} == {"Kuzushiji crops, split by random"}
     assert card.text.strip().startswith("# baseline, run first\n")
-
-
-def test_a_hub_reads_the_card_of_an_export(trained: Path, tmp_path: Path) -> None:
-    export(place(trained), "onnx", place(tmp_path))
-    card = ModelCard.load(tmp_path / "README.md")
-    assert (card.data.license, card.data.language, card.data.library_name) == ("unknown", ["ja"], "onnx")
-    assert card.text.strip().startswith("# `baseline/first` as onnx\n")
 
 
 def test_models_and_exports_state_the_licence_of_their_pages(trained: Path, few: Path) -> None:

@@ -19,14 +19,13 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import SHARED
+from conftest import SHARED, draw
 from fake_cloud.cloud import FakeCloud
 from fake_cloud.machines import Instance
 from test_docs import commands
 from test_project import ROOT
 
 from cluster.manifest import Manifest
-from preprocessing.sample.sample import sample
 
 pytestmark = pytest.mark.cloud
 
@@ -112,7 +111,7 @@ def cloud() -> Iterator[FakeCloud]:
 def scans(cloud: FakeCloud, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Upload a sample, and the three real pages if they are on this machine."""
     drawn = tmp_path_factory.mktemp("drawn") / "pages"
-    sample(drawn, num_pages=6, seed=7, scale=0.2)
+    draw(drawn, num_pages=6, seed=7)
     real = sorted((SHARED / "pages").glob("*.jpg"))
     for page in [*real, *(drawn / "train_images").iterdir()]:
         cloud.bucket.write(BUCKET, f"scans/train_images/{page.name}", page.read_bytes())

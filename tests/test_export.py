@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Kuzushiji
+from huggingface_hub import ModelCard
 from upath import UPath
 
 from cluster.errors import KuzushijiError, OptionError
@@ -95,8 +96,10 @@ def test_with_a_dataset_the_accuracy_of_export_and_model_is_reported(
     assert done.code == 0, done.stderr
     accuracy = json.loads((trained / "metrics.json").read_text())["test"]["accuracy"]
     assert f"{accuracy:.4f} (model: {accuracy:.4f}); the same class predicted for 100.00%" in done.stdout
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert f"| the model | {accuracy:.4f} |\n| this export | {accuracy:.4f} |" in card
+    card = ModelCard.load(tmp_path / "out" / "README.md")  # as a hub reads it
+    assert f"| the model | {accuracy:.4f} |\n| this export | {accuracy:.4f} |" in card.text
+    assert (card.data.license, card.data.language, card.data.library_name) == ("unknown", ["ja"], form)
+    assert card.text.strip().startswith(f"# `baseline/first` as {form}\n")
 
 
 @pytest.mark.filterwarnings("ignore:.*tf.lite.Interpreter is deprecated")

@@ -12,12 +12,14 @@ import pytest
 from fuzz import LABEL_FORMS, Row, write_form
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from cluster.errors import InputError, OptionError
 from cluster.storage import place
 from preprocessing.books import book_of
 from preprocessing.config import PrepareConfig
 from preprocessing.cutting import cut_boxes
+from preprocessing.exif import ORIENTATION
 from preprocessing.groups import group_pages
 from preprocessing.input import check_sizes_are_stated
 from preprocessing.labels import json_files, table
@@ -26,8 +28,9 @@ from preprocessing.labels.crops import read_crops
 from preprocessing.labels.json_files import shown
 from preprocessing.labels.read import read_labels
 from preprocessing.labels.table import Labels, whole_pixels
-from preprocessing.pages import list_pages, size_reader
+from preprocessing.pages import HEADER_BYTES, list_pages, size_reader
 from preprocessing.plan import make_plan
+from preprocessing.scan import scan_size
 
 SIZE = (2400, 3900)  # of all pages here, unless a test says otherwise
 
@@ -566,6 +569,23 @@ def test_the_size_of_a_page_is_read_from_its_header(tmp_path: Path) -> None:
     archive = place(tmp_path / "pages.zip")
     with size_reader(archive, lambda: list_pages(archive)) as size_of:
         assert size_of("b") == (20, 30)
+
+
+@pytest.mark.parametrize("form", ["webp", "png"])
+def test_the_size_of_a_turned_page_is_right_if_its_orientation_comes_after_the_image(form: str, tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (200, 400), np.uint8)
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    Image.fromarray(noise).save(tmp_path / f"a.{form}", exif=exif, lossless=True)
+    data = (tmp_path / f"a.{form}").read_bytes()
+    assert len(data) > HEADER_BYTES
+    if form == "png":  # Pillow writes it before the image
+        begin = data.index(b"eXIf") - 4
+        end = begin + 12 + int.from_bytes(data[begin : begin + 4], "big")
+        iend = data.index(b"IEND") - 4
+        written(tmp_path / "a.png", data[:begin] + data[end:iend] + data[begin:end] + data[iend:])
+    with size_reader(place(tmp_path), lambda: list_pages(place(tmp_path))) as size_of:
+        assert size_of("a") == scan_size((tmp_path / f"a.{form}").read_bytes()) == (200, 400)
 
 
 # --- IIIF Curations

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import GIVEN, WorkersDo, job_of, mount_small_disk
+from conftest import GIVEN, WorkersDo, draw, job_of, mount_small_disk
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -26,7 +26,6 @@ from job.train.driver import train
 from preprocessing.config import SPLITS, PrepareConfig
 from preprocessing.dataset import DatasetManifest, Shard
 from preprocessing.prepare import prepare
-from preprocessing.sample.sample import sample
 
 SIZES = st.lists(st.integers(0, 12), min_size=1, max_size=30)
 
@@ -220,7 +219,7 @@ def remembers_what_is_staged(folder: Path) -> Any:
 def test_two_workers_with_one_partition_each_train_like_one_worker_with_both(
     ray_here: None, tmp_path: Path, workers_do: WorkersDo
 ) -> None:
-    sample(tmp_path / "pages", num_pages=2, seed=42, scale=0.2)
+    draw(tmp_path / "pages", num_pages=2, seed=42)
     source = place(tmp_path / "pages" / "train_images"), place(tmp_path / "pages" / "train.csv")
     dataset = tmp_path / "crops"
     few_classes = PrepareConfig(coverage=0.2, val_fraction=0.35, test_fraction=0.35)

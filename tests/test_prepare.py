@@ -336,14 +336,36 @@ def test_a_folder_of_another_job_is_refused_with_what_differs(dataset: Path, pag
     other = tmp_path / "other"
     shutil.copytree(pages, other)
     next((other / "train_images").iterdir()).unlink()
-    with pytest.raises(OptionError, match="input"):
+    with pytest.raises(OptionError, match="differ: input"):
         run(other, dataset, PrepareConfig(coverage=0.5))
+    longer = tmp_path / "longer"
+    shutil.copytree(pages, longer)
+    with next((longer / "train_images").iterdir()).open("ab") as scan:
+        scan.write(b"\0")
+    with pytest.raises(OptionError, match="differ: input"):
+        run(longer, dataset, PrepareConfig(coverage=0.5))
     for mine in ("mine/thesis.txt", "my/photos/cat.jpg"):
         file = tmp_path / mine
         file.parent.mkdir(parents=True)
         file.write_text("mine")
         with pytest.raises(OptionError, match="new or empty folder.*, with (thesis.txt|photos). Name"):
             run(pages, tmp_path / mine.partition("/")[0], PrepareConfig(coverage=0.5))
+
+
+def test_a_dataset_of_another_version_of_a_library_is_accepted_whole_and_not_mended(
+    dataset: Path, pages: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(dataset, copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["versions"]["numpy"] = "0"
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    before = contents(copy)
+    run(pages, copy, PrepareConfig(coverage=0.5))
+    assert contents(copy) == before
+    min(copy.glob("*.tfrecord*")).unlink()
+    with pytest.raises(OptionError, match=r"differ: version of numpy .was 0, now"):
+        run(pages, copy, PrepareConfig(coverage=0.5))
 
 
 def test_the_classes_of_an_earlier_dataset_are_used_in_their_order(pages: Path, tmp_path: Path) -> None:

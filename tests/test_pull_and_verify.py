@@ -18,7 +18,7 @@ from cluster.errors import DamageError, InputError, KuzushijiError, OptionError
 from cluster.manifest import MANIFEST_FILE, is_sealed, seal, write_listed
 from cluster.models import ModelManifest, point_to_latest, read_latest, resolve_model
 from cluster.pull import pull
-from cluster.storage import is_local, place, write_bytes
+from cluster.storage import place, write_bytes
 from job.verify import verify
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
@@ -107,14 +107,15 @@ def test_a_changed_file_is_named_and_not_written(models: UPath, tmp_path: Path) 
     assert not (folder / MANIFEST_FILE).exists()
 
 
-def test_models_are_not_pulled_onto_themselves(models: UPath, tmp_path: Path) -> None:
+def test_models_are_not_pulled_onto_themselves(tmp_path: Path) -> None:
     """`pull` would replace a damaged file by itself, and remove the only manifest."""
-    if is_local(models):
-        (tmp_path / "link").symlink_to(models.path)
-        for to in (models, place(tmp_path / "link")):
-            with pytest.raises(OptionError, match="--to must be another folder than --models"):
-                pull(models, to)
-        assert is_sealed(models / "baseline" / "new")
+    models = place(tmp_path / "models")
+    write_run(models, "baseline", "new")
+    (tmp_path / "link").symlink_to(models.path)
+    for to in (models, place(tmp_path / "link")):
+        with pytest.raises(OptionError, match="--to must be another folder than --models"):
+            pull(models, to)
+    assert is_sealed(models / "baseline" / "new")
 
 
 def test_a_missing_file_is_named(models: UPath, tmp_path: Path) -> None:
