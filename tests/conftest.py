@@ -57,11 +57,13 @@ from chaos import Chaos  # noqa: E402
 from cluster import bucket, google_client  # noqa: E402
 from cluster.capacity import Request  # noqa: E402
 from cluster.errors import KuzushijiError  # noqa: E402
+from cluster.manifest import read_manifest  # noqa: E402
 from cluster.progress import log  # noqa: E402
 from cluster.runtime import START_TIMED_OUT, ray_session  # noqa: E402
 from cluster.storage import place  # noqa: E402
 from job.cli import main  # noqa: E402
 from preprocessing.config import PrepareConfig  # noqa: E402
+from preprocessing.dataset import DatasetManifest  # noqa: E402
 from preprocessing.fonts import packaged_font  # noqa: E402
 from preprocessing.prepare import prepare  # noqa: E402
 from preprocessing.sample.sample import sample  # noqa: E402
@@ -271,7 +273,9 @@ def job_of(config: Any, **fields: Any) -> Any:
     """Return a `TrainJob` for a `Training` that is created without `train`."""
     from job.train.run import TrainJob
 
-    nowhere = dict.fromkeys(("dataset", "folder", "checkpoints", "curves"), "/nowhere")
+    nowhere = dict.fromkeys(("dataset", "dataset_manifest_sha256", "folder", "checkpoints", "curves"), "/nowhere")
+    if "dataset" in fields:
+        nowhere["dataset_manifest_sha256"] = read_manifest(place(fields["dataset"]), DatasetManifest).sha256
     return TrainJob(**{"config": config, "weights": None, "run": "test", "board": None} | nowhere | fields)
 
 

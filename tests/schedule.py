@@ -12,8 +12,9 @@ import pytest
 TOGETHER = dict.fromkeys(("test_fake_cloud", "test_storage_faults", "test_pull_and_verify"), "mounts")
 # The longest tests start first. test_survival is not among the first three, because it needs what test_train trains.
 LONGEST = (
-    "test_submit", "test_train", "test_architectures", "test_survival", "test_weights", "mounts", "test_bucket",
-    "test_prepare_survives", "test_terminal", "test_predict", "test_report", "test_hostile", "test_command_line",
+    "test_submit", "test_train", "test_architectures", "test_survival", "test_predict_survives", "test_resources",
+    "test_weights", "mounts", "test_partitions", "test_bucket", "test_prepare_survives", "test_portable",
+    "test_terminal", "test_predict", "test_report", "test_hostile", "test_command_line",
 )  # fmt: skip
 
 

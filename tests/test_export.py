@@ -227,12 +227,12 @@ def test_an_fcn_keeps_its_free_height_and_width(form: Any, tmp_path: Path, monke
         np.testing.assert_allclose(predict(crops), np.asarray(wide(crops)["probabilities"]), atol=1e-4)
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize(("form", "wrong_by"), [*zip(FORMATS, (2e-4, -2e-4, np.nan), strict=True)])
 def test_an_export_that_predicts_differently_is_not_written(
-    form: Any, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    form: Any, wrong_by: float, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def wrong(model: Any, *_: object) -> Callable[[np.ndarray], np.ndarray]:
-        return lambda crops: 1 - np.asarray(model(crops)["probabilities"])
+        return lambda crops: np.asarray(model(crops)["probabilities"]) + wrong_by
 
     name = {"savedmodel": "save_saved_model", "onnx": "save_onnx", "tflite": "save_tflite"}[form]
     monkeypatch.setattr(f"job.export.formats.{name}", wrong)

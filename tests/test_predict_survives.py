@@ -17,10 +17,10 @@ import pytest
 from chaos import Chaos, draw_pages, hashes_of_predictions, predict_command
 from conftest import CPUS
 from test_predict import any_model
+from test_storage_faults import wait_for_tasks
 
 from cluster.errors import InputError, OptionError
 from cluster.manifest import seal
-from cluster.runtime import START_TIMED_OUT
 from cluster.storage import check_writable, place, write_bytes
 from job.predict.predict import _check_tables, predict
 from job.predict.read_group import ReadGroup, resumable, unfinished_pictures
@@ -68,21 +68,16 @@ def finished(to: Path) -> dict[str, int]:
 
 
 def test_a_killed_predict_is_finished_by_the_next_which_reads_nothing_again(
-    chaos: Chaos, source: Path, undisturbed: Path, tmp_path: Path
+    chaos: Chaos, source: Path, undisturbed: Path, ray_address: str, tmp_path: Path
 ) -> None:
     to = tmp_path / "to"
-    command = predict_command(source, source / "models", to)
-    ended = True
-    while ended:
-        attempt = chaos.start(command)
-        reports = to / "read" / ".predict"
-        while not (ended := attempt.process.poll() is not None) and not any(reports.glob("group-*.json")):
-            time.sleep(0.005)
-        assert not ended or attempt.says(START_TIMED_OUT)
+    attempt = chaos.start(predict_command(source, source / "models", to), RAY_ADDRESS=ray_address)
+    while not any((to / "read" / ".predict").glob("group-*.json")):
+        assert attempt.process.poll() is None, attempt.stderr.read_text()
+        time.sleep(0.005)
     attempt.process.kill()
     attempt.process.wait()
-    while chaos.writers():  # tasks of the killed driver still run for a while
-        time.sleep(0.05)
+    wait_for_tasks()  # those of the killed driver still run for a while
     done = finished(to)
     assert done
     assert not (to / "read" / "manifest.json").exists()
@@ -215,11 +210,15 @@ def test_a_folder_of_another_job_is_refused_with_what_differs_finished_or_not(
     shutil.copytree(source / "pages", tmp_path / "other" / "pages")
     with (tmp_path / "other" / "pages" / "train.csv").open("a") as boxes:
         boxes.write("another,1 2 3 4\n")
+    (tmp_path / "of another model").mkdir()
+    (tmp_path / "of another model" / "pages").symlink_to(source / "pages")
+    any_model(tmp_path / "of another model" / "models", LABELS.replace("U+306F", "U+306B"), {})
     for name in ("sealed", "begun"):
         before = written(tmp_path / name)
         for other, options, key in (
             (source, {"min_confidence": 0.5}, "min_confidence (was 0.0, now 0.5)"),
             (source, {"form": "csv"}, "format (was parquet, now csv)"),
+            (tmp_path / "of another model", {}, "model (was "),
             (tmp_path / "other", {}, "input (was "),
         ):
             with pytest.raises(

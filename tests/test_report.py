@@ -173,6 +173,7 @@ def test_a_model_that_was_changed_and_a_dataset_that_it_was_not_trained_on_are_r
         ("history.jsonl", b'{"epoch": 1}'),
         ("per_class.csv", b"label,examples\n"),
         ("misclassified.csv", b"image_id,x,y,width,height,label,predicted\n1,1,1,1,1,nobody,rare\n"),
+        ("misclassified.csv", b"image_id,x,y,width,height,label,predicted\n1,1,1,1,1,U+4E00,rare\n"),
     ],
 )
 def test_a_model_folder_that_others_sealed_with_other_content_is_refused_in_one_line(
@@ -182,6 +183,14 @@ def test_a_model_folder_that_others_sealed_with_other_content_is_refused_in_one_
     shutil.copytree(trained.parent, folder.parent)
     reseal(folder, name, content)
     with pytest.raises(DamageError, match="must not change after it was sealed"):
+        model_report(place(tmp_path))
+
+
+def test_numbers_of_a_model_that_are_not_finite_are_refused_in_one_line(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained.parent, tmp_path / "baseline")
+    metrics = json.loads((trained / "metrics.json").read_text()) | {"parameters": float("inf")}
+    reseal(tmp_path / "baseline" / trained.name, "metrics.json", json.dumps(metrics).encode())
+    with pytest.raises(DamageError, match="numbers in metrics.json that are not finite"):
         model_report(place(tmp_path))
 
 

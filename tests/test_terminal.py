@@ -142,7 +142,7 @@ def test_events_posted_before_the_actor_starts_are_shown(
         def __init__(self) -> None:
             import time
 
-            time.sleep(3)
+            time.sleep(1)
             super().__init__()
 
     monkeypatch.setattr(display, "SECONDS_UNTIL_LATE", 0.2)

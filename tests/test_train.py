@@ -6,6 +6,7 @@ import re
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from cluster.models import ModelManifest
 from cluster.storage import place
 from job.config import MAY_DIFFER, TrainConfig, configs_of
 from job.train.driver import train
+from job.train.run import Failure
 from job.verify import verify
 from preprocessing.config import PrepareConfig
 from preprocessing.prepare import prepare
@@ -82,6 +84,7 @@ def check_equal(ranks: list[dict[str, np.ndarray]], alone: dict[str, np.ndarray]
         if kind != "augmented":  # each step has other copies of the crops
             assert alone[kind][-1] < alone[kind][0] - 1
     assert abs(alone["augmented"][0] - alone["with dropout"][0]) > 1e-2
+    np.testing.assert_allclose(ranks[0]["statistics"], alone["statistics"], rtol=2e-2)
     # The statistics are the same on every rank, so it does not matter which rank saves them.
     for rank in ranks:
         assert np.array_equal(rank["statistics"], ranks[0]["statistics"])
@@ -353,6 +356,31 @@ def test_the_slower_of_two_trainings_of_one_run_fails_in_one_line_without_retry(
     assert isinstance(failure.value.__cause__, RuntimeError)  # the text of a `Failure`: Ray Train does not retry
     assert manifest.read_bytes() == (trained / "manifest.json").read_bytes()
     assert not (tmp_path / "baseline" / "latest.json").exists()
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_a_fault_that_another_worker_found_is_one_line_without_retry(
+    few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise, this worker would wait for the other one in the first collective."""
+    monkeypatch.setattr("job.train.worker.shared_failure", lambda *_: Failure("a shard was changed", ""))
+    with pytest.raises(KuzushijiError, match="^a shard was changed$"):
+        train(place(few), place(tmp_path), [config(epochs=1, global_batch_size=4)], "damaged")
+
+
+def test_a_dataset_that_was_replaced_since_the_run_began_is_not_staged(
+    few: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray.train
+
+    from job.train.staging_ahead import staged_partitions
+
+    context = {"get_world_rank": lambda: 0, "get_world_size": lambda: 1, "get_node_rank": lambda: 0}
+    monkeypatch.setattr(ray.train, "get_context", lambda: SimpleNamespace(**context))
+    job = job_of(config(), dataset=str(few), dataset_manifest_sha256="0" * 64)
+    says = f"--dataset must not change during a training. Received: {few}, replaced"
+    with pytest.raises(DamageError, match=says), staged_partitions(job):
+        pass
 
 
 @pytest.mark.usefixtures("in_this_process")

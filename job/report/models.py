@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -162,6 +163,10 @@ def _parse(folder: UPath, dataset_manifest_sha256: str, content: Callable[[str],
             *trained.misclassified["predicted"],
         }:
             shown(label)  # raises ValueError if it is not the name of a class
+        if unknown := {*trained.misclassified["label"]} - {*trained.per_class["label"]}:
+            raise ValueError(f"misclassified crops of {min(unknown)}, which per_class.csv lacks")
+        if not all(math.isfinite(trained.metrics[key]) for key in RUN_METRICS):
+            raise ValueError(f"numbers in {METRICS_FILE} that are not finite")
         return trained
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamageError(f"{folder} must not change after it was sealed. Received: {one_line(error)}") from error

@@ -51,6 +51,8 @@ class TrainJob:
     """The pretrained weights; None: random initialization."""
     dataset: str
     """Path or URL of the dataset folder."""
+    dataset_manifest_sha256: str
+    """SHA-256 of the manifest with which the run began."""
     folder: str
     """Path or URL of the model folder to write."""
     checkpoints: str
@@ -181,6 +183,7 @@ class Run:
             config=config,
             weights=weights,
             dataset=str(self.dataset),
+            dataset_manifest_sha256=self.dataset_manifest_sha256,
             folder=str(self.folder),
             checkpoints=str(self._checkpoints),
             curves=str(curves_folder(self.models, config.architecture, self.name)),

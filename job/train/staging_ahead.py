@@ -7,6 +7,7 @@ from threading import Event
 
 import ray.train
 
+from cluster.errors import DamageError
 from cluster.manifest import read_manifest
 from cluster.storage import place
 from job.data.partitions import Partitions
@@ -45,10 +46,16 @@ def staged_partitions(job: TrainJob, end: Event | None = None) -> Iterator[tuple
 
     Raises:
         InputError, OptionError, DamageError, KuzushijiError: as `staged_shards`.
+        DamageError: the dataset was replaced since the run began, also if before a restart of the workers.
         StagingEndedError: `end` was set.
     """
     context, config = ray.train.get_context(), job.config
     manifest = read_manifest(place(job.dataset), DatasetManifest)
+    if manifest.sha256 != job.dataset_manifest_sha256:
+        raise DamageError(
+            f"--dataset must not change during a training. Received: {job.dataset}, replaced in the meantime. Put the "
+            "dataset back and run the same command again, or train on the new one with another --run"
+        )
     rank, workers = context.get_world_rank(), context.get_world_size()
     partitions = Partitions.of(
         manifest, config.partitions, config.global_batch_size, config.seed, rank=rank, workers=workers

@@ -11,7 +11,10 @@ import ray
 
 from benchmarks.pairs import Ratio, compare
 from benchmarks.steps import Ask
+from cluster.manifest import read_manifest
+from cluster.storage import place
 from job.config import TrainConfig
+from preprocessing.dataset import DatasetManifest
 
 
 class Gate:
@@ -74,6 +77,7 @@ def ray_train(dataset: Path, folder: Path, config: TrainConfig) -> Iterator[Call
     gate: Any = ray.remote(num_cpus=0)(Gate).remote(config.workers)
     board: Any = ray.remote(num_cpus=0)(Board).remote()
     places = dict.fromkeys(("folder", "checkpoints", "curves"), str(folder))
+    places["dataset_manifest_sha256"] = read_manifest(place(dataset), DatasetManifest).sha256
     job = TrainJob(config=config, weights=None, dataset=str(dataset), run="bench", board=board, **places)
     trainer = DataParallelTrainer(
         _serve,
