@@ -15,7 +15,6 @@ from cluster.errors import DamageError, InputError
 from cluster.storage import is_local, list_tree, read_at_most
 from preprocessing.archive import list_members, member_reader
 from preprocessing.crop import MAX_PAGE_BYTES, PageFault
-from preprocessing.jpeg import START as START_OF_JPEG
 from preprocessing.matching import Files, Matcher
 from preprocessing.scan import SUFFIXES, scan_size
 
@@ -27,7 +26,9 @@ OTHERS, HIDDEN = "other files", "hidden files"
 # Files that are read ahead from a bucket at once, and their bytes in all.
 READS_AT_ONCE = 4
 AHEAD_BYTES = 32 << 20
-HEADER_BYTES = 1 << 16  # first bytes of a page; those of a JPEG file nearly always state its size
+HEADER_BYTES = 1 << 16  # first bytes of a page, which nearly always state its size
+# The first bytes of PNG, WebP and TIFF, where the orientation may come after the image.
+ORIENTATION_MAY_COME_LATER = (b"\x89PNG", b"RIFF", b"II", b"MM")
 
 
 ReadPage = Callable[[str], bytes]
@@ -155,7 +156,7 @@ def page_reader(pages: UPath, option: str = "--pages", expected: Sequence[tuple[
 
 @contextmanager
 def size_reader(pages: UPath, listed: Callable[[], Listing]) -> Iterator[Callable[[str], tuple[int, int] | None]]:
-    """Yield a function that takes a page id and returns the page's width and height in pixels, from its header alone.
+    """Yield a function that takes a page id and returns the page's width and height in pixels, without decoding it.
 
     The function returns None for a page without a file or with one that can't be read.
 
@@ -175,8 +176,7 @@ def size_reader(pages: UPath, listed: Callable[[], Listing]) -> Iterator[Callabl
             if not is_archive(pages):
                 with suppress(PageFault, FileNotFoundError):
                     head = read_at_most(pages / name, HEADER_BYTES)
-                    # In other formats, the orientation may come after the image.
-                    if head.startswith(START_OF_JPEG) or len(head) < HEADER_BYTES:
+                    if len(head) < HEADER_BYTES or not head.startswith(ORIENTATION_MAY_COME_LATER):
                         return scan_size(head)
             with suppress(PageFault, FileNotFoundError):
                 return scan_size(read()(name))  # in JPEG, after long metadata, such as a thumbnail

@@ -111,8 +111,12 @@ def test_the_ratios_of_books_are_those_of_their_rows() -> None:
     first, second = (error_ratio(rows[rows["seed"] == seed], "resnet, ours") for seed in (42, 43))
     assert f"With the first seed `resnet` makes {first}, with the second {second};" in text
     readme = " ".join((ROOT / "README.md").read_text().split())
-    assert f"{first[:4]} with one seed and {second[:4]} with the other," in readme
+    assert f"{first[:4]} with the first seed and {second[:4]} with the second," in readme
     assert f"`baseline` by our recipe makes {of_baseline[:4]}," in readme
+    runs = pd.read_csv(ROOT / "docs" / "recognition" / "runs.csv").query("study == 'books' and seed == 42")
+    means = runs.groupby("recipe")["accuracy"].mean()
+    assert f"`resnet` is {means['resnet, ours']:.3f} as a mean over the books" in text
+    assert f"that of `baseline` by our recipe {means['baseline, ours']:.3f}:" in text
     of_both = [
         error_ratio(some, "resnet, ours", "baseline, ours") for some in (rows, rows[rows["book"] != "200010454"])
     ]

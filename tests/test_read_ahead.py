@@ -3,6 +3,7 @@
 import io
 import random
 import threading
+import time
 import zipfile
 from functools import partial
 from pathlib import Path
@@ -198,19 +199,21 @@ def test_what_is_read_ahead_never_exceeds_its_bounds_and_comes_in_order(sizes: l
 
 
 def test_reads_that_have_not_begun_when_their_reader_stops_never_begin() -> None:
-    hold, begun, before = threading.Event(), [], set(threading.enumerate())
+    hold, begun, threads = threading.Event(), [], []
 
     def request(number: int) -> bytes:
+        threads.append(threading.current_thread())
         begun.append(number)
-        hold.wait()
+        hold.wait(60)
         return b""
 
     with ahead([(1, partial(request, number)) for number in range(9)], at_once=1, most_bytes=100) as answers:
         next(answers)
+        while not threads:
+            time.sleep(0.01)
     hold.set()
-    for thread in set(threading.enumerate()) - before:
-        thread.join()
-    assert begun in ([], [0])
+    threads[0].join(60)
+    assert begun == [0]
 
 
 @pytest.mark.parametrize("size", [0, 1, 1000, RANGE_BYTES, RANGE_BYTES + 1])

@@ -174,6 +174,7 @@ def test_a_model_that_was_changed_and_a_dataset_that_it_was_not_trained_on_are_r
         ("per_class.csv", b"label,examples\n"),
         ("misclassified.csv", b"image_id,x,y,width,height,label,predicted\n1,1,1,1,1,nobody,rare\n"),
         ("misclassified.csv", b"image_id,x,y,width,height,label,predicted\n1,1,1,1,1,U+4E00,rare\n"),
+        ("misclassified.csv", b"image_id,x,y,width,height,label,predicted\n1,%d,1,1,1,rare,rare\n" % 10**20),
     ],
 )
 def test_a_model_folder_that_others_sealed_with_other_content_is_refused_in_one_line(
@@ -186,11 +187,17 @@ def test_a_model_folder_that_others_sealed_with_other_content_is_refused_in_one_
         model_report(place(tmp_path))
 
 
-def test_numbers_of_a_model_that_are_not_finite_are_refused_in_one_line(trained: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", ["1e400", "1" + 400 * "0", '"many"'])
+@pytest.mark.parametrize("key", ["parameters", "accuracy"])
+def test_numbers_of_a_model_that_are_none_are_refused_in_one_line(
+    key: str, value: str, trained: Path, tmp_path: Path
+) -> None:
     shutil.copytree(trained.parent, tmp_path / "baseline")
-    metrics = json.loads((trained / "metrics.json").read_text()) | {"parameters": float("inf")}
-    reseal(tmp_path / "baseline" / trained.name, "metrics.json", json.dumps(metrics).encode())
-    with pytest.raises(DamageError, match="numbers in metrics.json that are not finite"):
+    text = (trained / "metrics.json").read_text()
+    changed = re.sub(rf'"{key}": [0-9.e-]+', f'"{key}": {value}', text)
+    assert changed != text
+    reseal(tmp_path / "baseline" / trained.name, "metrics.json", changed.encode())
+    with pytest.raises(DamageError, match="must not change after it was sealed. Received: [^\n]*$"):
         model_report(place(tmp_path))
 
 

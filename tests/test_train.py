@@ -363,9 +363,16 @@ def test_a_fault_that_another_worker_found_is_one_line_without_retry(
     few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Otherwise, this worker would wait for the other one in the first collective."""
-    monkeypatch.setattr("job.train.worker.shared_failure", lambda *_: Failure("a shard was changed", ""))
+    own: list[Failure | None] = []
+
+    def of_another(board: Any, architecture: str, failure: Failure | None) -> Failure:
+        own.append(failure)
+        return Failure("a shard was changed", "")
+
+    monkeypatch.setattr("job.train.worker.shared_failure", of_another)
     with pytest.raises(KuzushijiError, match="^a shard was changed$"):
         train(place(few), place(tmp_path), [config(epochs=1, global_batch_size=4)], "damaged")
+    assert own == [None]  # once
 
 
 def test_a_dataset_that_was_replaced_since_the_run_began_is_not_staged(
@@ -378,7 +385,7 @@ def test_a_dataset_that_was_replaced_since_the_run_began_is_not_staged(
     context = {"get_world_rank": lambda: 0, "get_world_size": lambda: 1, "get_node_rank": lambda: 0}
     monkeypatch.setattr(ray.train, "get_context", lambda: SimpleNamespace(**context))
     job = job_of(config(), dataset=str(few), dataset_manifest_sha256="0" * 64)
-    says = f"--dataset must not change during a training. Received: {few}, replaced"
+    says = f"--dataset must be the same on all hosts and not change .* Received: another one at {few} on "
     with pytest.raises(DamageError, match=says), staged_partitions(job):
         pass
 

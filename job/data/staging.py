@@ -5,6 +5,7 @@ Gathering rows from a memory-mapped array is faster than parsing records (325,00
 its folder, and removes unlocked folders when it starts and when it ends, so the remains of a crash are removed soon.
 """
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -164,6 +165,8 @@ def staged_shards(
 def _created_root() -> Path:
     """Return the folder of all staged datasets, which is created if it is missing.
 
+    A full disk is no error here: unused folders are removed before anything is written.
+
     Raises:
         OptionError: it can't be written to. After a plain KuzushijiError, Ray Train would restart the workers.
     """
@@ -173,7 +176,8 @@ def _created_root() -> Path:
             root.mkdir(parents=True, exist_ok=True, mode=0o700)
         check_writable(UPath(root))
     except KuzushijiError as error:
-        raise OptionError(str(error)) from error
+        if getattr(error.__cause__, "errno", None) not in (errno.ENOSPC, errno.EDQUOT):
+            raise OptionError(str(error)) from error
     return root
 
 

@@ -127,6 +127,13 @@ def _read(models: UPath, architecture: str) -> Trained:
     return _parse(folder, manifest.dataset_manifest_sha256, content)
 
 
+def _number(value: Any) -> float | None:
+    """Return a finite number of `metrics.json`, or None, as it is. Raise ValueError or OverflowError for others."""
+    if value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
+        raise ValueError(f"{str(value)[:40]!r} instead of a number in {METRICS_FILE}")
+    return value
+
+
 def _parse(folder: UPath, dataset_manifest_sha256: str, content: Callable[[str], bytes]) -> Trained:
     """Parse the files of a model folder. content: returns the bytes of a file, by its name.
 
@@ -147,11 +154,11 @@ def _parse(folder: UPath, dataset_manifest_sha256: str, content: Callable[[str],
             dataset_manifest_sha256,
             str(config.get("augment", "none")),  # models of earlier releases do not have it
             {
-                split: {key: metrics[split][key] for key in SPLIT_METRICS}
-                | {key: metrics[split].get(key) for key in CERTAINTY}
+                split: {key: _number(metrics[split][key]) for key in SPLIT_METRICS}
+                | {key: _number(metrics[split].get(key)) for key in CERTAINTY}
                 for split in SPLITS
             }
-            | {key: float(metrics[key]) for key in RUN_METRICS},
+            | {key: _number(float(metrics[key])) for key in RUN_METRICS},
             [float(value) for value in metrics["test"].get("errors_by_share", [])],
             history[["epoch", *CURVES]].astype(float),
             table("per_class.csv", PER_CLASS),
@@ -165,10 +172,8 @@ def _parse(folder: UPath, dataset_manifest_sha256: str, content: Callable[[str],
             shown(label)  # raises ValueError if it is not the name of a class
         if unknown := {*trained.misclassified["label"]} - {*trained.per_class["label"]}:
             raise ValueError(f"misclassified crops of {min(unknown)}, which per_class.csv lacks")
-        if not all(math.isfinite(trained.metrics[key]) for key in RUN_METRICS):
-            raise ValueError(f"numbers in {METRICS_FILE} that are not finite")
         return trained
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise DamageError(f"{folder} must not change after it was sealed. Received: {one_line(error)}") from error
 
 

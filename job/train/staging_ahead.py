@@ -1,5 +1,6 @@
 """Stage the crops of a worker in a thread, while TensorFlow loads in the main thread."""
 
+import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -53,8 +54,9 @@ def staged_partitions(job: TrainJob, end: Event | None = None) -> Iterator[tuple
     manifest = read_manifest(place(job.dataset), DatasetManifest)
     if manifest.sha256 != job.dataset_manifest_sha256:
         raise DamageError(
-            f"--dataset must not change during a training. Received: {job.dataset}, replaced in the meantime. Put the "
-            "dataset back and run the same command again, or train on the new one with another --run"
+            f"--dataset must be the same on all hosts and not change during a training. Received: another one at "
+            f"{job.dataset} on {socket.gethostname()}. Put the dataset back and run the same command again, or train "
+            "on the new one with another --run"
         )
     rank, workers = context.get_world_rank(), context.get_world_size()
     partitions = Partitions.of(
