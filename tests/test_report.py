@@ -189,7 +189,7 @@ def test_a_model_folder_that_others_sealed_with_other_content_is_refused_in_one_
 
 @pytest.mark.parametrize("value", ["1e400", "1" + 400 * "0", '"many"'])
 @pytest.mark.parametrize("key", ["parameters", "accuracy"])
-def test_numbers_of_a_model_that_are_none_are_refused_in_one_line(
+def test_what_is_no_finite_number_in_the_metrics_of_a_model_is_refused_in_one_line(
     key: str, value: str, trained: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(trained.parent, tmp_path / "baseline")

@@ -54,7 +54,7 @@ def staged_partitions(job: TrainJob, end: Event | None = None) -> Iterator[tuple
     manifest = read_manifest(place(job.dataset), DatasetManifest)
     if manifest.sha256 != job.dataset_manifest_sha256:
         raise DamageError(
-            f"--dataset must be the same on all hosts and not change during a training. Received: another one at "
+            "--dataset must be the same on all hosts and not change during a training. Received: another one at "
             f"{job.dataset} on {socket.gethostname()}. Put the dataset back and run the same command again, or train "
             "on the new one with another --run"
         )
