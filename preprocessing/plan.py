@@ -23,7 +23,7 @@ from preprocessing.input import read_input
 from preprocessing.labels.code_points import name_if_known
 from preprocessing.labels.table import Labels
 from preprocessing.pages import fingerprint
-from preprocessing.split import folds_of_boxes, split_of_boxes
+from preprocessing.split import TEST, folds_of_boxes, split_of_boxes
 
 log = logging.getLogger("kuzushiji")
 
@@ -87,9 +87,11 @@ def make_plan(
     splits = _splits(labels, books, config, train_only)
     names = config.classes or class_names(labels.code_points, config.coverage)
     classes = class_indices(names, labels.code_points)
-    share = np.mean(classes == len(names) - 1)
-    hint = ", a large share: see docs/data.md#classes" if share > LARGE_SHARE_OF_RARE else ""
-    log.info("%d classes; %.0f %% of the boxes are of the class %s%s", len(names), 100 * share, RARE, hint)
+    is_rare = classes == len(names) - 1
+    percent, percent_of_test = 100 * np.mean(is_rare), 100 * np.mean(is_rare[splits == TEST])
+    hint = ", a large share: see docs/data.md#classes" if percent > 100 * LARGE_SHARE_OF_RARE else ""
+    text = "%d classes; %.0f %% of the boxes, and %.0f %% of those of the test, are of the class %s%s"
+    log.info(text, len(names), percent, percent_of_test, RARE, hint)
     if config.split == "random":
         log.info("--split random has crops of one page in several splits: see docs/data.md#which-split")
     # With --split book, the whole book of a page for training is in training.

@@ -114,6 +114,48 @@ def test_strokes_become_thinner_or_bolder(monkeypatch: pytest.MonkeyPatch) -> No
     assert ((ink > 0.5) & (ink < 1.6)).all()
 
 
+def moved(x: int, y: int) -> np.ndarray:
+    """Return where augmentation moves a dot at x, y of a crop, in 512 rows of a step: (512, 2) x and y."""
+    images = np.zeros((512, 80, 80, 1), np.uint8)
+    images[:, y - 1 : y + 2, x - 1 : x + 2] = 255
+    after = augmented(images)[..., 0]
+    shares = after / after.sum(axis=(1, 2), keepdims=True)
+    return np.stack([shares.sum(axis=1) @ np.arange(80), shares.sum(axis=2) @ np.arange(80)], axis=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "least", "most"),
+    [
+        ("ROTATION", -6, 6),  # degrees
+        ("SHEAR", -0.1, 0.1),
+        ("LOG_ZOOM", 1 / 1.14, 1.14),
+        ("SHIFT", -5, 5),  # pixels
+        ("GAIN", 0.8 * 100, 1.2 * 100),  # of grey level 100
+        ("LOG_GAMMA", 255 * (100 / 255) ** 1.4, 255 * (100 / 255) ** (1 / 1.4)),
+    ],
+)
+def test_distortions_reach_the_limits_of_the_docs_and_no_further(
+    name: str, least: float, most: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from job.data import augment
+
+    only(monkeypatch, **{name: getattr(augment, name)})
+    middle, right, below = moved(40, 40), moved(60, 40), moved(40, 60)
+    levels = augmented(np.full((512, 80, 80, 1), 100, np.uint8))[:, 40, 40, 0]
+    measured = {
+        "ROTATION": [np.degrees(np.arctan2((right - middle)[:, 1], (right - middle)[:, 0]))],
+        "SHEAR": [(below - middle)[:, 0] / 20],
+        "LOG_ZOOM": [(right - middle)[:, 0] / 20, (below - middle)[:, 1] / 20],
+        "SHIFT": [*(middle - 40).T],
+        "GAIN": [levels],
+        "LOG_GAMMA": [levels],
+    }
+    for values in measured[name]:
+        room = 0.02 * (most - least)
+        assert least - room / 2 <= values.min() <= least + room  # the dots are interpolated
+        assert most - room <= values.max() <= most + room / 2
+
+
 def test_some_crops_have_a_rectangle_of_their_mean(crops: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
     only(monkeypatch, ERASED=1.0)
     for before, after in zip(crops.astype(np.float32), augmented(crops), strict=True):

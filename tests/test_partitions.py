@@ -1,7 +1,6 @@
 """train --partitions: what a worker holds, trains on and evaluates; the same result for any number of workers."""
 
 import json
-import subprocess
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import GIVEN, WorkersDo, draw, job_of, mount_small_disk
+from conftest import GIVEN, WorkersDo, draw, job_of
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -130,25 +129,6 @@ def test_a_too_large_batch_is_lowered_to_fit_the_smallest_partition_and_crops_pe
     assert fitted.global_batch_size == 4 * smallest
     assert f"is lowered to {4 * smallest}, 4 times the crops of the smallest partition" in caplog.text
     assert f"4 partitions, {4 * smallest} of {crops} training crops in an epoch" in caplog.text
-
-
-def test_a_too_small_disk_is_refused_before_staging_but_fits_one_partition(
-    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    manifest = read_manifest(place(dataset), DatasetManifest)
-    whole, half = (Partitions.of(manifest, count, 64, seed=42, rank=0, workers=2) for count in (1, 2))
-    megabytes = round(0.75 * 6.428e-3 * manifest.counts["train"]["examples"])
-    mount_small_disk(tmp_path, f"{megabytes}m")
-    try:
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-        refused = pytest.raises(OptionError, match=f"must hold the crops that are .* free at {tmp_path}.*--partitions")
-        with refused, staged_shards(place(dataset), manifest, {"train": whole.held_shards("train")}):
-            pass
-        assert [path.name for path in (tmp_path / "kuzushiji" / "staged").iterdir()] == ["lock"]
-        with staged_shards(place(dataset), manifest, {"train": half.held_shards("train")}) as data:
-            assert len(data.splits["train"]) == half.sizes("train")[0]
-    finally:
-        subprocess.run(["umount", "--lazy", tmp_path], check=True)
 
 
 def test_a_slice_of_crops_keeps_its_page_ids(dataset: Path) -> None:

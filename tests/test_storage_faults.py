@@ -27,7 +27,8 @@ from cluster.models import resolve_model
 from cluster.pull import pull
 from cluster.storage import list_files, place, write_bytes
 from job.config import TrainConfig
-from job.data.staging import staged
+from job.data.partitions import Partitions
+from job.data.staging import staged, staged_shards
 from job.evaluate import evaluate
 from job.model.folder import load_model, write_model
 from job.train.driver import train
@@ -331,6 +332,21 @@ def test_a_dataset_that_is_gone_when_it_is_staged_is_one_line(
     change(copy)
     with pytest.raises(InputError, match=f"must hold manifest.json. Received: {copy}"), staged(place(copy), ["test"]):
         pass
+
+
+def test_a_too_small_disk_is_refused_before_staging_but_fits_one_partition(
+    dataset: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = read_manifest(place(dataset), DatasetManifest)
+    whole, half = (Partitions.of(manifest, count, 64, seed=42, rank=0, workers=2) for count in (1, 2))
+    disk.become(f"size={round(0.75 * 6.428e-3 * manifest.counts['train']['examples'])}m")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(disk.folder))
+    refused = pytest.raises(OptionError, match=f"must hold the crops that are .* free at {disk.folder}.*--partitions")
+    with refused, staged_shards(place(dataset), manifest, {"train": whole.held_shards("train")}):
+        pass
+    assert [path.name for path in (disk.folder / "kuzushiji" / "staged").iterdir()] == ["lock"]
+    with staged_shards(place(dataset), manifest, {"train": half.held_shards("train")}) as data:
+        assert len(data.splits["train"]) == half.sizes("train")[0]
 
 
 def test_a_cache_that_cannot_be_written_to_is_an_error_that_train_does_not_retry(

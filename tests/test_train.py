@@ -476,7 +476,7 @@ def test_a_training_fits_the_real_pages_though_they_are_less_than_a_batch(
     given = config(epochs=epochs, global_batch_size=512, learning_rate=1e-3)
     folder = train(place(real_dataset), place(tmp_path), [given], "heart")[0].folder
     assert "--global-batch-size 512 is lowered to 155" in caplog.text
-    assert "baseline: global batch size 155, the recipe's is 512; the learning rate stays 0.001" in caplog.text
+    assert "baseline: global batch size 155, its default is 512; the learning rate stays 0.001" in caplog.text
     parts = ("loading TensorFlow", "connecting and staging", "building the model", "first step")
     listed = ", ".join(rf"{part} [0-9.]+" for part in parts)
     begun = [

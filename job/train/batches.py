@@ -29,13 +29,13 @@ def fit_to_dataset(manifest: DatasetManifest, config: TrainConfig) -> TrainConfi
             f"each worker (and GPU) must get a crop of each batch. Received: {replicas} for a batch of {size}. "
             "Raise --global-batch-size, or lower --workers or --gpus-per-worker"
         )
-    recipe = RECIPES[config.architecture].global_batch_size
-    if size != recipe:
+    default = RECIPES[config.architecture].global_batch_size
+    if size != default:
         log.info(
-            "%s: global batch size %d, the recipe's is %d; the learning rate stays %g, it is not scaled",
+            "%s: global batch size %d, its default is %d; the learning rate stays %g, it is not scaled",
             config.architecture,
             size,
-            recipe,
+            default,
             config.learning_rate,
         )
     return config.model_copy(update={"global_batch_size": size})
