@@ -37,7 +37,7 @@ docs: .venv/.installed
 	.venv/bin/python docs/cli.py > docs/cli.md.new
 	mv docs/cli.md.new docs/cli.md
 
-# The number of test processes (pytest-xdist): more than cores, since they spend much of their time waiting for others.
+# The number of test processes (pytest-xdist), for 2 cores: one more, since they often wait for other processes.
 TEST_PROCESSES ?= 3
 test: .venv/.installed-dev
 	.venv/bin/pytest -q -n $(TEST_PROCESSES) -m 'not cloud and not long'
@@ -59,7 +59,7 @@ bench: .venv/.installed-dev
 	PYTHONPATH=tests .venv/bin/python -m benchmarks $(BENCH)
 
 # How well each recipe reads what it was not trained on: parts of some 20 minutes on 2 cores, as many as fit into half an
-# hour; called again it goes on. FONTS is a folder of five brush fonts, a file each (docs/recognition/README.md).
+# hour; a later call continues. FONTS is a folder of five brush fonts, a file each (docs/recognition/README.md).
 FONTS ?= fonts
 recognition: .venv/.installed-dev
 	PYTHONPATH=tests .venv/bin/python -m benchmarks.recognition --fonts $(FONTS)
@@ -80,7 +80,7 @@ test-image:
 	tests/build_image.sh
 
 # From drawn pages to a checked model and pages that it reads, under demo/ (which git ignores). Without augmentation, which
-# needs more epochs to pay.
+# helps only with more epochs.
 demo: .venv/.installed
 	rm -rf demo
 	$(KUZUSHIJI) sample --out demo/pages --num-pages 56 --scale 0.5

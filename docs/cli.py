@@ -12,7 +12,9 @@ HEAD = """\
 Made by `make docs`. The sections of the commands are their `--help`.
 
 A PLACE is a path or an address: `/data/pages`, `gs://bucket/pages`, or any address that an installed
-[fsspec](https://filesystem-spec.readthedocs.io) file system reads.
+[fsspec](https://filesystem-spec.readthedocs.io) file system reads. A FILE may be an address too, except for `sample`
+and `submit`; a DIR is a local folder. Only folders and `gs://` have locks, checksums and atomic writes
+([what is not promised](guarantees.md#not-promised)).
 
 Each command also takes:
 
@@ -22,9 +24,28 @@ Each command also takes:
 | `--debug` | Show the traceback of a failure. |
 | `-h`, `--help` | Show the help and exit. |
 
-Exit codes: 0 success, 1 failure, 2 usage error. A failure is one line on standard error. Progress is a bar on a
+Exit codes: 0 success; 1 failure; 2 options that are wrong, or do not fit the files, folders or hosts that they name. A
+failure is one line on standard error; `verify` prints a line for each fault on standard output. Progress is a bar on a
 terminal, and elsewhere at most one log line every ten seconds. If standard output is a terminal too, `prepare` and
 `predict` show Ray Data's own bars, whose rows are groups of pages.
+
+The object of `--json` is `{"error": ...}` after a failure. Otherwise it has these fields:
+
+| command | fields |
+|---|---|
+| `sample` | `out`, `fonts`; the numbers `pages`, `characters`, `books` |
+| `prepare` | `dataset`; `written`, false if the folder was complete; `crops` of each split; \
+the numbers `shards`, `losses`, `clipped`, `unlabelled`, `warnings`, `without_ink` |
+| `train` | `models`, each with `architecture`, `model`, `metrics`, and `trained`, false if the run was \
+finished; `faults`, a line for each that failed |
+| `evaluate` | `split`, and the fields of a split in [metrics.json](formats.md#metricsjson) |
+| `report` | `report` |
+| `pull` | `models`, each with `name`, `run`, `folder`, `new_bytes` |
+| `verify` | `place`, `kind`, `faults`; of a folder, also `files`, a number, and `unlisted` |
+| `predict` | `out`, `written`, `accuracy`; the numbers `losses`, `clipped`, `warnings`, `without_ink`, \
+and those of `counts` in [its manifest](formats.md#manifestjson-of-predictions) |
+| `export` | `out`, `files`, `largest_difference`, `accuracy` |
+| `submit` | `job`; without `--no-wait`, also `exit_code` |
 
 **Ray.** Without the environment variable `RAY_ADDRESS`, `prepare`, `train` and `predict` start a local Ray and stop it
 at the end. With it, they join the Ray at that address: `HOST:PORT` of a head node, or `auto` on a machine of its

@@ -84,9 +84,10 @@ def train(
 
 @command
 @click.option("--model", required=True, metavar="PLACE", help="Model folder, or architecture folder (latest run).")
-@click.option("--dataset", required=True, metavar="PLACE", help="Folder made by `prepare`, with the same classes.")
+@click.option("--dataset", required=True, metavar="PLACE",
+              help="Folder made by `prepare`, with the model's classes and margin.")  # fmt: skip
 @click.option("--split", type=click.Choice(SPLITS), default="test", show_default=True, help="Split to evaluate.")
-@click.option("--out", metavar="DIR", help="Folder for metrics.json, per_class.csv and misclassified.csv.")
+@click.option("--out", metavar="PLACE", help="Folder for metrics.json, per_class.csv and misclassified.csv.")
 def evaluate(model: str, dataset: str, split: str, out: str | None) -> Outcome:
     """Evaluate a model on a split, and list its confusions."""
     from cluster.storage import reachable_place
@@ -200,7 +201,8 @@ def predict(
 @click.option("--quantize", type=click.Choice(["none", "float16", "int8"]), default="none", show_default=True,
               help="Precision of a tflite; int8 is calibrated on crops of --dataset.")  # fmt: skip
 @click.option("--out", required=True, metavar="PLACE", help="New or empty folder.")
-@click.option("--dataset", metavar="PLACE", help="Folder made by `prepare`: compares accuracies too.")
+@click.option("--dataset", metavar="PLACE",
+              help="Folder with the model's classes and margin: compares accuracies too.")  # fmt: skip
 @click.option("--split", type=click.Choice(SPLITS), help="Split to compare on.  [default: test]")
 def export(model: str, form: Any, quantize: Any, out: str, dataset: str | None, split: str | None) -> Outcome:
     """Convert a model for other programs, and compare predictions."""
@@ -224,7 +226,7 @@ def export(model: str, form: Any, quantize: Any, out: str, dataset: str | None, 
 
 
 @command
-@click.option("--dataset", metavar="PLACE", help="Folder made by `prepare`; with --models: for pictures of its crops.")
+@click.option("--dataset", metavar="PLACE", help="Folder made by `prepare`; with --models: that of all the runs.")
 @click.option("--models", metavar="PLACE", help="Folder of trained models; shows the latest run of each architecture.")
 @click.option("--out", required=True, metavar="PLACE", help="Folder for report.html.")
 def report(dataset: str | None, models: str | None, out: str) -> Outcome:

@@ -42,7 +42,7 @@ def labels_option(name: str, text: str, required: bool = False) -> Callable[...,
     "--scale", default=1.0, show_default=True, type=float, help="Scale of the pages; 1: about 2,400 x 3,900 px."
 )
 @click.option(
-    "--layouts", metavar="FILE", help="Label file; its first pages are drawn, with their ids, boxes, characters."
+    "--layouts", metavar="FILE", help="Kaggle's train.csv: draw its first pages, with their ids, boxes and characters."
 )
 @click.option("--fonts", metavar="DIR", help="Folder of the fonts to draw with.  [default: those of this machine]")
 def sample(out: str, num_pages: int, seed: int, scale: float, layouts: str | None, fonts: str | None) -> Outcome:

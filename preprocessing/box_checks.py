@@ -72,7 +72,7 @@ def ink_lines(count: InkCount, shown: int = SHOWN_PAGES) -> list[str]:
     for page in count.listed[:shown]:
         lines.append(_line(f"the {page['crops']:,} crops of {page['page']}", page["without_ink"], page["crops"]))
     if count.pages > shown:
-        lines.append(f"... and {count.pages - shown:,} more pages: pages.parquet has the counts of each page")
+        lines.append(f"... and {count.pages - shown:,} more pages: see `ink` in manifest.json")
     return lines
 
 

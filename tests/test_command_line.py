@@ -159,20 +159,31 @@ def test_the_console_script_ends_with_the_code_and_the_line(arguments: list[str]
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (code, "", 1)
 
 
+def fields_in_the_docs(command: str) -> set[str]:
+    """Return the names in a command's row of the table of `--json` in docs/cli.md."""
+    (row,) = re.findall(
+        rf"^\| `{command}` \| (.*) \|$", (Path(__file__).parents[1] / "docs" / "cli.md").read_text(), re.M
+    )
+    return set(re.findall("`([a-z_]+)`", row))
+
+
 def test_a_user_walks_from_pages_to_a_checked_dataset(
     ray_here: None, kuzushiji: Kuzushiji, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert kuzushiji("sample", "--out", "pages", "--num-pages", "3", "--scale", "0.15").code == 0
+    drawn = kuzushiji("sample", "--out", "pages", "--num-pages", "3", "--scale", "0.15", "--json")
+    assert json.loads(drawn.stdout).keys() == fields_in_the_docs("sample")
     source = ["--pages", "pages/train_images", "--labels", "pages/train.csv", "--dataset", "crops"]
     done = kuzushiji("prepare", *source, "--json")
     assert done.code == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
+    assert result.keys() == fields_in_the_docs("prepare")
     assert result["written"] is True
     assert sum(result["crops"].values()) > 300
     assert "nothing written" in kuzushiji("prepare", *source).stdout
     checked = kuzushiji("verify", "crops", "--json")
     assert (checked.code, json.loads(checked.stdout)["faults"]) == (0, [])
+    assert json.loads(checked.stdout).keys() == fields_in_the_docs("verify")
     shard = sorted((tmp_path / "crops").glob("*train.tfrecord*"))[0]
     shard.write_bytes(b"")
     checked = kuzushiji("verify", "crops")

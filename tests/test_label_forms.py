@@ -705,6 +705,19 @@ def test_more_than_the_limits_is_refused_before_it_is_read(tmp_path: Path, monke
     refused(kaggle, says="and 2 boxes")
 
 
+@pytest.mark.parametrize("form", ["kaggle", "codh_csv", "coco", "yolo", "iiif_curation"])
+def test_more_boxes_on_a_page_than_the_limit_are_refused(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their numbers would take many times the memory of the file."""
+    labels = write_form(form, PAGES, tmp_path, SIZE)
+    most = max(len(boxes) for boxes in PAGES.values())
+    monkeypatch.setattr(table, "MAX_PAGE_BOXES", most)
+    assert read(labels).boxes_per_page.max() == most
+    monkeypatch.setattr(table, "MAX_PAGE_BOXES", most - 1)
+    refused(labels, says=f"a page must have at most {most - 1} boxes. Received: more, on ")
+
+
 def test_a_broken_archive_of_labels_is_refused_by_the_name_of_its_option(tmp_path: Path) -> None:
     refused(written(tmp_path / "labels.zip", "x"), says="--labels must be a folder or a valid .zip")
     with zipfile.ZipFile(tmp_path / "labels.zip", "w") as archive:

@@ -585,7 +585,7 @@ def test_pages_and_sets_with_too_many_crops_without_ink_are_reported() -> None:
     lines = ink_lines(count)
     assert lines[0] == "50 % of the 300 crops hold no ink: were the boxes made for another size?"
     assert len(lines) == 1 + 10 + 1
-    assert lines[-1] == "... and 20 more pages: pages.parquet has the counts of each page"
+    assert lines[-1] == "... and 20 more pages: see `ink` in manifest.json"
 
 
 def test_many_boxes_that_are_partly_off_their_page_are_reported() -> None:

@@ -16,6 +16,9 @@ COLUMNS = 5  # of a page's table: code point, x, y, width, height
 # million boxes, 3.5 GB as `Labels`.
 MAX_PAGES = 2_000_000
 MAX_BOXES = 200_000_000
+# 200 times those of any page of CODH. The numbers of one page take up to 26 times the size of its file, so more boxes
+# could take more than 4 GB.
+MAX_PAGE_BOXES = 1_000_000
 MAX_PIXELS = 999_999_999  # of a coordinate or a side: nine digits
 TOLERANCE = 1e-3  # pixels; a coordinate closer than this to a whole number counts as that number
 # The box of a crop: its whole file, whose size is not known before it is read. No label file can contain this box.
@@ -83,8 +86,10 @@ class Collected:
         self.values.setdefault(page_id, array("d"))
 
     def add(self, page_id: str, code_point: int, box: Sequence[float]) -> None:
-        """Add a box to a page. box: x, y, width, height, each at most `MAX_PIXELS`."""
-        self.values.setdefault(page_id, array("d")).extend((code_point, *box))
+        """Add a box to a page. box: x, y, width, height, each at most `MAX_PIXELS`. Raises as `check_page`."""
+        values = self.values.setdefault(page_id, array("d"))
+        values.extend((code_point, *box))
+        check_page(page_id, len(values) // COLUMNS)
 
     def tables(self) -> Iterator[tuple[str, NDArray[np.int32], int]]:
         """Yield each page's id, its table as in `PageBoxes`, and how many of its boxes had fractions of pixels."""
@@ -92,6 +97,12 @@ class Collected:
             table = np.array(values, np.float64).reshape(-1, COLUMNS)
             boxes, widened = whole_pixels(table[:, 1:])
             yield page_id, np.column_stack([table[:, :1].astype(np.int32), boxes]), int(widened.sum())
+
+
+def check_page(page_id: str, boxes: int) -> None:
+    """Raise InputError if a page has too many boxes."""
+    if boxes > MAX_PAGE_BOXES:
+        raise InputError(f"a page must have at most {MAX_PAGE_BOXES} boxes. Received: more, on {page_id}")
 
 
 def whole_pixels(boxes: NDArray[np.float64]) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
@@ -117,12 +128,13 @@ def assemble(pages: Iterable[PageBoxes], digest: Callable[[], str]) -> Labels:
     digest: called after the last page; returns `Labels.sha256`.
 
     Raises:
-        InputError: an id is repeated, there are too many pages or boxes, or there is no box.
+        InputError: an id is repeated, there are too many pages or boxes, also on one page, or there is no box.
     """
     found: list[PageBoxes] = []
     counts: list[int] = []
     numbers = array("i")  # of all tables: joining one array per page would copy all of them
     for page in pages:
+        check_page(page.page_id, len(page.table))
         numbers.frombytes(np.ascontiguousarray(page.table, np.int32).tobytes())
         counts.append(len(page.table))
         found.append(page._replace(table=NO_BOXES))

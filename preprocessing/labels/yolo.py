@@ -19,7 +19,7 @@ from preprocessing.labels.code_points import UNKNOWN, character_if_any, parse_ch
 from preprocessing.labels.files import LabelFile, open_text
 from preprocessing.labels.json_files import shown
 from preprocessing.labels.page_ids import parse_id
-from preprocessing.labels.table import PageBoxes
+from preprocessing.labels.table import PageBoxes, check_page
 
 CLASS_NAMES_FILES = ("classes.txt", "obj.names", "data.yaml", "data.yml")
 MAX_CLASSES_BYTES = 1 << 20
@@ -47,7 +47,7 @@ def read_yolo(
     names: files with class names. bare, size_of: as in `read_labels`.
 
     Raises:
-        InputError: a line is malformed, or the class names are missing or contradict one another.
+        InputError: a line or page has a fault, or class names are missing or contradict one another.
     """
     code_points = _code_points(names, bare)
     if not code_points and not bare:
@@ -56,7 +56,7 @@ def read_yolo(
             f"{files[0].where} without them. See docs/data.md#yolo"
         )
     for file, page_id in zip(files, _page_ids(files), strict=True):
-        classes, shares = _parse(file)
+        classes, shares = _parse(file, page_id)
         size = size_of(page_id)
         boxes = _scaled(shares, *(size or (1, 1)))
         if size is None:  # the boxes become losses; one without an area would get another reason
@@ -79,7 +79,7 @@ def _page_ids(files: Sequence[LabelFile]) -> list[str]:
     return ids
 
 
-def _parse(file: LabelFile) -> tuple[list[int], NDArray[np.float64]]:
+def _parse(file: LabelFile, page_id: str) -> tuple[list[int], NDArray[np.float64]]:
     """Return n classes, and (n, 4) x and y of the centre, width, height as fractions of the page."""
     classes: list[int] = []
     shares: list[list[float]] = []
@@ -93,6 +93,7 @@ def _parse(file: LabelFile) -> tuple[list[int], NDArray[np.float64]]:
                 )
             classes.append(int(fields[0]))
             shares.append(values)
+            check_page(page_id, len(classes))
     return classes, np.array(shares, np.float64).reshape(-1, 4)
 
 
