@@ -15,7 +15,7 @@ def ahead(requests: Iterable[Request], at_once: int, most_bytes: int) -> Iterato
 
     While the caller uses an answer, the next ones are read: at most `at_once`, with at most `most_bytes` in all. A
     request for more bytes starts when its turn comes. When the block ends, requests that have not started are dropped.
-    Running requests are not awaited, since each may take the client's two minutes.
+    Running requests are not awaited, since each may take the client's two minutes. Python awaits them when it exits.
     """
     with closing(_answers(requests, at_once, most_bytes)) as answers:
         yield answers

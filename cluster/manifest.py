@@ -194,8 +194,6 @@ def _parse(folder: UPath, raw: bytes, content: dict[str, Any], form: type[Manife
         manifest = form.model_validate(content)
     except ValidationError as error:
         raise DamageError(f"{folder / MANIFEST_FILE} must be a manifest of format 1. {complaint(error)}") from error
-    except InputError as error:
-        raise DamageError(f"{folder / MANIFEST_FILE} must be a manifest of format 1: {error}") from error
     manifest._raw = raw
     return manifest
 
@@ -204,7 +202,7 @@ def complaint(error: ValidationError) -> str:
     """Describe the first validation error of a JSON file in one line: where, and which rule it breaks."""
     first = error.errors(include_url=False)[0]
     where = ".".join(str(part) for part in first["loc"])
-    return f"Received at {where[:80]!r}: {first['msg']}"
+    return f"Received at {where[:80]!r}: {first['msg'].removeprefix('Value error, ')}"
 
 
 def size_fault_of(entry: FileEntry, sizes: dict[str, int]) -> str | None:

@@ -10,7 +10,7 @@ from upath import UPath
 
 from cluster.errors import DamageError, InputError
 from cluster.manifest import MANIFEST_FILE, Manifest, complaint, is_sealed
-from cluster.storage import change_bytes, plain_name, read_small
+from cluster.storage import change_bytes, list_folders, plain_name, read_small
 
 LATEST_FILE = "latest.json"
 MAX_LATEST_BYTES = 10_000
@@ -57,8 +57,20 @@ def _parse(path: UPath, content: bytes) -> Latest:
         return Latest.model_validate_json(content)
     except ValidationError as error:
         raise DamageError(f"{path} must name a run and when it finished. {complaint(error)}") from error
-    except InputError as error:
-        raise DamageError(f"{path} must name a run and when it finished: {error}") from error
+
+
+def latest_runs(models: UPath) -> dict[str, str]:
+    """Return the latest run of each architecture in a folder of models.
+
+    Raises:
+        InputError: there is none.
+        DamageError: a `latest.json` does not have the expected content.
+    """
+    found = {name: read_latest(models / name) for name in list_folders(models) if not name.startswith(".")}
+    runs = {name: latest.run for name, latest in found.items() if latest}
+    if not runs:
+        raise InputError(f"--models must hold <architecture>/{LATEST_FILE}. Received: {models}, with none")
+    return runs
 
 
 def point_to_latest(folder: UPath, manifest: ModelManifest) -> None:

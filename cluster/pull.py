@@ -12,14 +12,12 @@ from upath import UPath
 
 from cluster.errors import DamageError, InputError, KuzushijiError, OptionError
 from cluster.manifest import MANIFEST_FILE, FileEntry, fault_of, read_manifest
-from cluster.models import LATEST_FILE, ModelManifest, point_to_latest, read_latest
+from cluster.models import LATEST_FILE, ModelManifest, latest_runs, point_to_latest, read_latest
 from cluster.progress import progress
 from cluster.storage import (
-    is_file,
     is_local,
     list_files,
-    list_folders,
-    plain_name,
+    plain_option,
     read_chunks,
     remove_file,
     write_bytes,
@@ -57,7 +55,7 @@ def pull(models: UPath, to: UPath, wanted: Sequence[str] = ()) -> list[Pulled]:
     """
     if is_local(models) and os.path.realpath(models.path) == os.path.realpath(to.path):
         raise OptionError(f"--to must be another folder than --models. Received: {to} for both")
-    chosen = [_resolve(models, name) for name in (wanted or _architectures(models))]
+    chosen = [_resolve(models, name) for name in wanted] or [*latest_runs(models).items()]
     manifests = [read_manifest(models / name / run, ModelManifest) for name, run in chosen]
     total = sum(entry.bytes for manifest in manifests for entry in manifest.entries)
     pulled = []
@@ -70,23 +68,12 @@ def pull(models: UPath, to: UPath, wanted: Sequence[str] = ()) -> list[Pulled]:
     return pulled
 
 
-def _architectures(models: UPath) -> list[str]:
-    names = list_folders(models)
-    architectures = [name for name in names if not name.startswith(".") and is_file(models / name / LATEST_FILE)]
-    if not architectures:
-        raise InputError(f"--models must hold <architecture>/{LATEST_FILE}. Received: {models}, with none")
-    return architectures
-
-
 def _resolve(models: UPath, wanted: str) -> tuple[str, str]:
     """Return the architecture and the run of `NAME` or `NAME/RUN`."""
     name, slash, run = wanted.partition("/")
-    try:
-        plain_name(name, "the name of a model")
-        if slash:
-            return name, plain_name(run, "a run")
-    except InputError as error:
-        raise OptionError(str(error)) from error
+    plain_option(name, "the name of a model")
+    if slash:
+        return name, plain_option(run, "a run")
     latest = read_latest(models / name)
     if latest is None:
         raise InputError(

@@ -117,14 +117,26 @@ def plain_name(name: str, what: str) -> str:
     """Return `name` if it is safe as the name of a file or folder: joined to a folder, it can't leave the folder.
 
     Raises:
-        InputError: the name is empty, contains a character other than ASCII letters, digits, `.`, `_` and `-`, or
+        ValueError: the name is empty, contains a character other than ASCII letters, digits, `.`, `_` and `-`, or
             starts with `.` or `-`.
     """
-    if not isinstance(name, str) or not _PLAIN_NAME.fullmatch(name):
-        raise InputError(
+    if not _PLAIN_NAME.fullmatch(name):
+        raise ValueError(
             f"{what} must be letters, digits, '.', '_' or '-' and not start with '.' or '-'. Received: {name!r}"
         )
     return name
+
+
+def plain_option(name: str, option: str) -> str:
+    """Return `name`, which an option gives, as `plain_name` does.
+
+    Raises:
+        OptionError: as the ValueError of `plain_name`.
+    """
+    try:
+        return plain_name(name, option)
+    except ValueError as error:
+        raise OptionError(str(error)) from error
 
 
 def arrow_filesystem(path: UPath) -> Any:

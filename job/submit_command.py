@@ -5,7 +5,7 @@ import shlex
 
 import click
 
-from cluster.errors import InputError, OptionError
+from cluster.errors import OptionError
 from job.command import Outcome, command, main
 
 # Commands that can run as jobs on a cluster. The others read or write the local disk.
@@ -37,7 +37,7 @@ def submit(
 
     The exit code is that of the job.
     """
-    from cluster.storage import local_path, plain_name
+    from cluster.storage import local_path, plain_option
     from cluster.submit import Head, connected, follow, submit_job
 
     if cluster and address:
@@ -51,10 +51,7 @@ def submit(
     if arguments:
         _check_job(arguments, on_other_machine=not address)
     elif attach:
-        try:
-            plain_name(attach, "--attach")
-        except InputError as error:
-            raise OptionError(str(error)) from error
+        plain_option(attach, "--attach")
     folder = local_path(working_dir, "--working-dir") if working_dir else None
     if folder and not folder.is_dir():
         raise OptionError(f"--working-dir must be an existing folder. Received: {working_dir}")

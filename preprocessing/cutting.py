@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 import cv2
 import numpy as np
@@ -109,7 +110,7 @@ class _Cutter:
         return Cut(self.result["page"], box, square, list(clipped_box) != placed, page=self.result, placed=placed)
 
 
-def scaled(box: Sequence[int], across: float, down: float) -> list[int]:
+def scaled(box: Sequence[int], across: Fraction, down: Fraction) -> list[int]:
     """Scale a box. Left and top edges are rounded down, right and bottom edges up. A box without area stays so.
 
     Args:
@@ -127,7 +128,7 @@ def scaled(box: Sequence[int], across: float, down: float) -> list[int]:
     ]
 
 
-def _scale_of(page: Page, width: int, height: int, rescale: bool) -> tuple[float, float] | None:
+def _scale_of(page: Page, width: int, height: int, rescale: bool) -> tuple[Fraction, Fraction] | None:
     """Return the factors from the boxes of a page to its scan; None if the boxes were made for this size.
 
     Raises:
@@ -135,7 +136,8 @@ def _scale_of(page: Page, width: int, height: int, rescale: bool) -> tuple[float
     """
     if page.made_for in ((0, 0), (width, height)):
         return None
-    across, down = width / page.made_for[0], height / page.made_for[1]
+    # Fractions, because 750 * (482 / 750) is more than 482.
+    across, down = Fraction(width, page.made_for[0]), Fraction(height, page.made_for[1])
     received = f"Received: boxes for {page.made_for[0]} x {page.made_for[1]} pixels, and {page.file_name} of "
     received += f"{width} x {height}"
     if not 1 / MAX_STRETCH <= across / down <= MAX_STRETCH:

@@ -3,6 +3,7 @@
 import logging
 import uuid
 from collections.abc import Sequence
+from fractions import Fraction
 
 import numpy as np
 from upath import UPath
@@ -105,7 +106,7 @@ def _make(plan: Plan, pages: UPath, dataset: UPath, config: PrepareConfig, start
 def _check_losses(losses: Sequence[Loss], lost: int, plan: Plan, config: PrepareConfig, dataset: UPath) -> None:
     """Raise InputError if `lost` boxes are too many. `losses` has the first of them."""
     boxes = len(plan.labels.boxes)
-    if lost > config.max_bad_fraction * boxes:
+    if lost > Fraction(str(config.max_bad_fraction)) * boxes:  # 0.29 * 100 is less than 29
         raise InputError(
             f"at most {config.max_bad_fraction:g} of the boxes may be lost (--max-bad-fraction). "
             f"Received: {lost} of {boxes}, first page {losses[0]['page']}: {losses[0]['what']}. "

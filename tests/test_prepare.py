@@ -1,5 +1,6 @@
 """prepare: boxes = crops + listed losses; always the same bytes; an unfinished folder is not taken for a dataset."""
 
+import hashlib
 import io
 import json
 import shutil
@@ -25,7 +26,7 @@ from preprocessing.groups import write_groups
 from preprocessing.labels.read import read_labels
 from preprocessing.plan import make_plan
 from preprocessing.prepare import prepare
-from preprocessing.shards import CutGroup
+from preprocessing.shards import CutGroup, GroupReport, resumable
 
 pytestmark = pytest.mark.usefixtures("ray_here")
 
@@ -185,6 +186,23 @@ def test_too_many_losses_fail_without_a_manifest_and_may_be_allowed_later(tmp_pa
     assert not (tmp_path / "out" / ".prepare").exists()
     with pytest.raises(InputError, match="Received: 10 of 30"):
         run(tmp_path, tmp_path / "out", PrepareConfig())
+
+
+def test_as_many_losses_as_are_allowed_are_no_error(tmp_path: Path) -> None:
+    """In floating-point numbers, 0.29 x 100 is less than 29."""
+    write_pages(tmp_path, {"a_0.jpg": page(400, 600)}, {"a_0": boxes(71) + " U+306F 1 1 0 9" * 29, "a_1": ""})
+    assert len(run(tmp_path, tmp_path / "out", PrepareConfig(max_bad_fraction=0.29)).losses) == 29
+
+
+def test_a_report_with_a_damaged_file_name_counts_as_missing(tmp_path: Path) -> None:
+    folder = resumable(place(tmp_path))
+    (tmp_path / "kept").write_bytes(b"kept")
+    folder.progress.mkdir(parents=True)
+    for name, is_whole in (("kept", True), ("../kept", False)):
+        shard = {"name": name, "bytes": 4, "sha256": hashlib.sha256(b"kept").hexdigest(), "examples": 1}
+        report = {"losses": [], "shards": {"train": shard}, "clipped": [], "pages": []}
+        folder.report_path(0).write_text(json.dumps(report))
+        assert (folder.finished_report(0, GroupReport) is not None) == is_whole
 
 
 def test_losses_that_labels_and_names_of_pages_show_are_refused_before_a_page_is_read(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import unicodedata
 import warnings
 import zipfile
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -558,9 +559,23 @@ def test_boxes_for_another_size_are_refused_or_scaled(tmp_path: Path) -> None:
 
 
 def test_scaled_boxes_hold_all_of_what_they_held() -> None:
-    assert scaled([10, 20, 30, 40], 2.0, 2.0) == [20, 40, 60, 80]
-    assert scaled([1, 1, 1, 1], 0.5, 1.5) == [0, 1, 1, 2]
-    assert scaled([1, 1, 0, -3], 2.0, 2.0) == [2, 2, 0, -3]
+    two = Fraction(2)
+    assert scaled([10, 20, 30, 40], two, two) == [20, 40, 60, 80]
+    assert scaled([1, 1, 1, 1], Fraction(1, 2), Fraction(3, 2)) == [0, 1, 1, 2]
+    assert scaled([1, 1, 0, -3], two, two) == [2, 2, 0, -3]
+
+
+@pytest.mark.parametrize(("made_for", "size"), [(750, 482), (3000, 300)])
+def test_a_scaled_box_that_ends_at_the_edge_of_its_page_ends_there(made_for: int, size: int, tmp_path: Path) -> None:
+    """In floating-point numbers, 750 x (482 / 750) is more than 482."""
+    (tmp_path / "pages").mkdir()
+    Image.new("L", (size, size)).save(tmp_path / "pages" / "a_1.jpg")
+    sizes = {"a_1": (made_for, made_for)}
+    labels = labels_of(tmp_path, {"a_1": [[10, 10, made_for - 10, made_for - 10]]}, page_sizes=sizes)
+    (cut,) = cuts_of(tmp_path, labels, rescale=True)
+    assert not cut.clipped
+    x, y, width, height = cut.placed
+    assert (x + width, y + height) == (size, size)
 
 
 def test_rescale_without_sizes_to_scale_by_is_refused(tmp_path: Path) -> None:

@@ -388,6 +388,15 @@ def test_a_kill_during_removal_leaves_no_dataset_that_is_reused(
     assert [path.name for path in (tmp_path / "kuzushiji" / "staged").iterdir()] == ["lock"]
 
 
+def test_a_cache_that_is_removed_while_its_crops_are_used_is_no_error(
+    few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with staged(place(few), ["test"]) as data:
+        shutil.rmtree(tmp_path / "cache")
+        assert data.splits["test"].images.any()
+
+
 def test_a_listing_is_complete_while_other_files_come_and_go(tmp_path: Path) -> None:
     """A file that another process removes between its listing and its `stat` must not hide the other files."""
     write_bytes(place(tmp_path / "stands"), b"1")

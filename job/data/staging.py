@@ -157,8 +157,9 @@ def staged_shards(
             if time.monotonic() > until:
                 raise TimeoutError
 
-        # A process that holds the lock for so long is staging, and removes the folder afterwards.
-        with suppress(TimeoutError), _locked(root, give_up):
+        # A process that holds the lock for so long is staging, and removes the folder afterwards. Other errors: the
+        # folder of all staged datasets was removed, or can't be written to any more. The crops have been used.
+        with suppress(OSError), _locked(root, give_up):
             _remove_unused(root)
 
 

@@ -13,10 +13,10 @@ import pandas as pd
 from numpy.typing import NDArray
 from upath import UPath
 
-from cluster.errors import DamageError, InputError, OptionError, counted, one_line
+from cluster.errors import DamageError, OptionError, counted, one_line
 from cluster.manifest import read_manifest
-from cluster.models import ModelManifest, read_latest
-from cluster.storage import list_folders, read_bytes
+from cluster.models import ModelManifest, latest_runs
+from cluster.storage import read_bytes
 from job.config import STUDY
 from job.data.staging import StagedDataset, staged
 from job.metrics import confusions, shown
@@ -70,7 +70,7 @@ def model_report(models: UPath, dataset: UPath | None = None) -> bytes:
         OptionError: a model was trained on another dataset.
         DamageError: a file does not match its manifest.
     """
-    runs = [_read(models, name) for name in _architectures(models)]
+    runs = [_read(models, name, run) for name, run in latest_runs(models).items()]
     title = f"Models: {models.name}"
     if dataset is None:
         sections = (section for run in runs for section in _run_sections(run, None, None))
@@ -99,22 +99,13 @@ def run_report(
     return html.page(f"{run.architecture}, run {folder.name}", _run_sections(run, data, model))
 
 
-def _architectures(models: UPath) -> list[str]:
-    names = [name for name in list_folders(models) if not name.startswith(".") and read_latest(models / name)]
-    if not names:
-        raise InputError(f"--models must hold trained models. Received: {models}, with none")
-    return sorted(names)
-
-
-def _read(models: UPath, architecture: str) -> Trained:
-    """Read the latest run of an architecture, and check each file that is used.
+def _read(models: UPath, architecture: str, run: str) -> Trained:
+    """Read a run, and check each file that is used.
 
     Raises:
         DamageError: a file does not match the manifest, or does not have the expected content.
     """
-    latest = read_latest(models / architecture)
-    assert latest is not None
-    folder = models / architecture / latest.run
+    folder = models / architecture / run
     manifest = read_manifest(folder, ModelManifest)
     listed = {entry.name: entry.sha256 for entry in manifest.files}
 

@@ -1,7 +1,7 @@
 """The driver of trainings: checks the options and the dataset, then starts one Ray Train run per architecture.
 
 Runs are concurrent if the cluster has room for them, else they start one after the other. A failed run does not stop
-the others.
+the others, unless another process has taken it over: its training can't be stopped alone.
 """
 
 import importlib
@@ -19,10 +19,10 @@ from typing import Any
 from upath import UPath
 
 from cluster.capacity import START_LIMIT, Request, Wait, has_autoscaler, hosts
-from cluster.errors import DamageError, InputError, KuzushijiError, OptionError, one_line
+from cluster.errors import DamageError, KuzushijiError, OptionError, one_line
 from cluster.manifest import read_manifest, verify
 from cluster.runtime import Session, ray_session, usable_cpus, uses_cluster
-from cluster.storage import is_local, place, plain_name
+from cluster.storage import is_local, place, plain_option
 from job.config import TrainConfig
 from job.model.pretrained import Weights, obtain
 from job.model.start import check_start
@@ -200,7 +200,7 @@ def _run_concurrently(
     importlib.import_module("ray.train.v2.api.data_parallel_trainer")  # takes seconds; imported before threads start
     ended: queue.SimpleQueue[tuple[Run, Exception | None]] = queue.SimpleQueue()
     waiting, running = deque(ready), dict[Run, Wait]()
-    at_once = MOST_AT_ONCE if uses_cluster() and has_autoscaler() else 1
+    at_once = MOST_AT_ONCE if len(ready) > 1 and uses_cluster() and has_autoscaler() else 1
     with watched([run.config.architecture for run in ready]) as board:
 
         def fit(run: Run) -> None:
@@ -264,7 +264,8 @@ def _check_taken_over(running: Iterable[Run]) -> None:
         if run.lost.is_set():
             raise KuzushijiError(
                 f"a run must renew its lock every minute. Received: no renewal by --run {run.name} of "
-                f"{run.config.architecture}, which another process has taken over. Wait for its end"
+                f"{run.config.architecture}, which another process has taken over. Wait for its end, then run "
+                "this command again for its other architectures, if it has several"
             )
 
 
@@ -278,10 +279,7 @@ def _runs_that_fit(config: TrainConfig) -> int:
 
 
 def _check_run_name(run: str) -> None:
-    try:
-        plain_name(run, "--run")
-    except InputError as error:
-        raise OptionError(str(error)) from error
+    plain_option(run, "--run")
     if run.endswith((".json", REPORT_SUFFIX)):
         raise OptionError(
             f"--run must not end in .json or {REPORT_SUFFIX}, as files next to the runs do. Received: {run}"

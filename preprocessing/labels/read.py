@@ -4,7 +4,7 @@ import csv
 import hashlib
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from enum import Enum
 
@@ -87,6 +87,7 @@ def read_labels(
         form, files, names = _sorted_out(found, option)
         if canvases and form != Form.JSON:
             raise OptionError(f"--canvases must be given with IIIF Curations. Received: {files[0].where}, {form.value}")
+        canvas_ids, canvases_sha256 = _canvases(canvases)
         pages: Iterator[PageBoxes]
         if form == Form.KAGGLE:
             pages = read_kaggle(files, bare)
@@ -95,8 +96,8 @@ def read_labels(
         elif form == Form.YOLO:
             pages = read_yolo(files, names, bare, recorded_size)
         else:
-            pages = _read_json(files, bare, option, canvases)
-        labels = assemble(pages, lambda: _digest(form, [*files, *names], sizes, canvases))
+            pages = _read_json(files, bare, option, canvas_ids)
+        labels = assemble(pages, lambda: _digest(form, [*files, *names], sizes, canvases_sha256))
     if labels.warnings:
         page_id, what = labels.warnings[0]
         of_pages = counted(len(labels.warnings), "page")
@@ -122,16 +123,14 @@ def _with_warnings_of_replaced(labels: Labels) -> Labels:
 
 
 def _digest(
-    form: Form, files: Sequence[LabelFile], sizes: dict[str, tuple[int, int] | None], canvases: UPath | None
+    form: Form, files: Sequence[LabelFile], sizes: dict[str, tuple[int, int] | None], canvases_sha256: str
 ) -> str:
     """Return a hex digest of all input of the labels. For a single Kaggle CSV, it is the SHA-256 of the file."""
     if form == Form.KAGGLE and len(files) == 1:
         return files[0].sha256
     lines = [f"{file.name} {file.sha256}" for file in files] + [f"{page} {sizes[page]}" for page in sorted(sizes)]
-    if canvases:
-        with label_files([canvases], "--canvases") as found:
-            found[0].read()
-            lines.append(f"canvases {found[0].sha256}")
+    if canvases_sha256:
+        lines.append(f"canvases {canvases_sha256}")
     return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
 
 
@@ -226,9 +225,11 @@ def _is_known_other(file: LabelFile) -> bool:
     return file.base_name in NO_LABELS or _header(head_text(file.head())) in OTHER_HEADERS
 
 
-def _read_json(files: Sequence[LabelFile], bare: bool, option: str, canvases: UPath | None) -> Iterator[PageBoxes]:
+def _read_json(
+    files: Sequence[LabelFile], bare: bool, option: str, canvas_ids: Mapping[str, str] | None
+) -> Iterator[PageBoxes]:
     """Yield the pages of COCO files or of IIIF Curations, parsed one at a time."""
-    coco, curations = Coco(bare), Curations(_canvases(canvases), bare)
+    coco, curations = Coco(bare), Curations(canvas_ids, bare)
     kinds: dict[str, LabelFile] = {}
     for file in files:
         if file.base_name in NO_LABELS and not file.given:
@@ -247,7 +248,7 @@ def _read_json(files: Sequence[LabelFile], bare: bool, option: str, canvases: UP
                 f"{file.where} ({kind})"
             )
         kinds.setdefault(kind, file)
-        if canvases and kind == "COCO":
+        if canvas_ids is not None and kind == "COCO":
             raise OptionError(f"--canvases must be given with IIIF Curations. Received: {file.where}, {kind}")
         if kind == "COCO":
             coco.add(content, file.where)
@@ -257,12 +258,13 @@ def _read_json(files: Sequence[LabelFile], bare: bool, option: str, canvases: UP
     yield from coco.pages()
 
 
-def _canvases(place: UPath | None) -> dict[str, str] | None:
+def _canvases(place: UPath | None) -> tuple[dict[str, str] | None, str]:
+    """Return the page id of each canvas, and the SHA-256 of the file; None and "" without `--canvases`."""
     if place is None:
-        return None
+        return None, ""
     with label_files([place], "--canvases") as files:
         if len(files) > 1:
             raise InputError(
                 f"--canvases must be one file. Received: {place} with {len(files)}. Give the file of all canvases"
             )
-        return read_canvases(files[0])
+        return read_canvases(files[0]), files[0].sha256
