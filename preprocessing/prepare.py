@@ -4,16 +4,17 @@ import logging
 import uuid
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 from upath import UPath
 
 from cluster.capacity import START_LIMIT
 from cluster.errors import DamageError, InputError, OptionError
-from cluster.manifest import encoded, seal, write_listed
+from cluster.manifest import MANIFEST_FILE, encoded, seal, write_listed
 from cluster.runtime import map_tasks
 from cluster.storage import list_files
-from preprocessing.attempts import accept_or_begin, sealed_manifest
+from preprocessing.attempts import Attempts
 from preprocessing.box_checks import clipped_line, count_ink, ink_lines
 from preprocessing.card import dataset_card
 from preprocessing.config import SPLITS, PrepareConfig
@@ -23,7 +24,7 @@ from preprocessing.input import check_outside
 from preprocessing.page_results import LISTED_WARNINGS, PageResult, listed_warnings
 from preprocessing.parquet import LISTED_LOSSES, LOSSES_TABLE, PAGES_TABLE, losses_table, pages_table
 from preprocessing.plan import Plan, make_plan
-from preprocessing.shards import CutGroup, GroupReport, resumable
+from preprocessing.shards import CutGroup, GroupReport, resumable, write_reports
 
 log = logging.getLogger("kuzushiji")
 
@@ -66,12 +67,13 @@ def prepare(
     inputs = [("--crops" if labels is None else "--pages", pages), *(("--labels", label) for label in label_places)]
     check_outside("--dataset", dataset, inputs)
     plan = make_plan(pages, labels, config, canvases)
-    manifest = accept_or_begin(dataset, plan)
+    attempts = _attempts(dataset, plan)
+    manifest = attempts.accept_or_begin(lambda manifest: write_reports(dataset, plan.groups, manifest))
     if manifest is None:
         try:
             return _make(plan, pages, dataset, config, start_limit), True
         except Exception:
-            manifest = resumable(dataset).sealed_by_another(lambda: sealed_manifest(dataset, plan))
+            manifest = attempts.sealed_by_another()
             if manifest is None:
                 raise
     _check_losses(manifest.losses, manifest.lost, plan, config, dataset)
@@ -79,10 +81,28 @@ def prepare(
     return manifest, False
 
 
+def _attempts(dataset: UPath, plan: Plan) -> Attempts[DatasetManifest]:
+    """Return the attempts to make the planned dataset in a folder."""
+
+    def identity_of(manifest: DatasetManifest) -> dict[str, Any]:
+        # A package that an earlier release did not record did not affect its shards, so its version counts as equal.
+        versions = plan.identity["versions"] | manifest.versions
+        return manifest.config | {"input": manifest.fingerprint, "versions": versions, "book_rule": manifest.book_rule}
+
+    def check(manifest: DatasetManifest) -> None:
+        planned = {name for names in plan.groups.shard_names for name in names if name}
+        if {shard.name for shard in manifest.shards} != planned:
+            raise DamageError(
+                f"{dataset / MANIFEST_FILE} must list the planned shards. Remove the folder and prepare again"
+            )
+
+    return Attempts(resumable(dataset), DatasetManifest, plan.identity, identity_of, check, new_options={"margin": 0.0})
+
+
 def _make(plan: Plan, pages: UPath, dataset: UPath, config: PrepareConfig, start_limit: float) -> DatasetManifest:
     _check_losses(plan.losses, len(plan.losses), plan, config, dataset)
     encoded(_known_manifest(plan, config))
-    progress_folder, attempt = resumable(dataset).progress, uuid.uuid4().hex
+    progress_folder, attempt = resumable(dataset).progress_folder, uuid.uuid4().hex
     with written_groups(plan.groups, progress_folder, attempt, within=progress_folder) as write:
         reports = map_tasks(
             len(plan.groups),

@@ -9,23 +9,18 @@ The files of `groups.py`, temporary files, and the notes of `tries.py` are there
 folder, so that a task that outlives its command adds nothing to a sealed folder.
 """
 
-import json
-import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 from upath import UPath
 
-from cluster.errors import DamageError, OptionError
-from cluster.manifest import MANIFEST_FILE, FileEntry, ManifestT, is_sealed
+from cluster.errors import DamageError
+from cluster.manifest import FileEntry, is_sealed
 from cluster.storage import (
-    change_bytes,
     is_file,
-    list_files,
-    list_folders,
     read_bytes,
     remove_file,
     remove_folder,
@@ -39,8 +34,6 @@ from preprocessing.groups import Group, read_group
 from preprocessing.tries import Tries
 
 PLAN_FILE = "plan.json"
-
-log = logging.getLogger("kuzushiji")
 
 
 class Report(BaseModel, ABC):
@@ -67,110 +60,17 @@ class Resumable:
     """Name of the hidden folder."""
     option: str
     """The option that names the folder, for error messages."""
-    new_options: Mapping[str, Any] = field(default_factory=dict)
-    """Keys of the identity that earlier releases did not record, with the values that those releases used."""
 
     @property
-    def progress(self) -> UPath:
+    def progress_folder(self) -> UPath:
         """The hidden folder."""
         return self.folder / self.hidden
 
     @property
-    def plan(self) -> UPath:
-        return self.progress / PLAN_FILE
+    def plan_file(self) -> UPath:
+        return self.progress_folder / PLAN_FILE
 
     # --- the command
-
-    def accept_or_begin(
-        self,
-        identity: dict[str, Any],
-        sealed: Callable[[], tuple[ManifestT, list[str]]],
-        repair: Callable[[ManifestT], None],
-    ) -> ManifestT | None:
-        """Return the manifest if the folder is complete and valid. Otherwise prepare the folder for (more) work.
-
-        Args:
-            identity: identity of the job, as JSON. Equal identities give equal bytes.
-            sealed: returns the manifest of the sealed folder and the faults of its files, one line each; raises if the
-                folder belongs to another job.
-            repair: called with the manifest of a folder with faults. Refuses versions that may give other bytes, and
-                recreates the reports of groups where the manifest has what they need.
-
-        Raises:
-            OptionError: the folder is neither empty nor of the same job.
-            DamageError: the plan is damaged.
-        """
-        # In this order: a concurrent attempt writes its plan first and removes it after it has written the manifest.
-        # Folders of the file system itself, such as `lost+found` and `.snapshot`, do not count.
-        folders = [name for name in list_folders(self.folder) if not name.startswith(".") and name != "lost+found"]
-        others = [*list_files(self.folder), *folders]
-        has_plan = is_file(self.plan)
-        if is_sealed(self.folder):
-            manifest, faults = sealed()
-            if not faults:
-                return manifest
-            repair(manifest)
-            log.warning("%s: %s; damaged files are recreated", self.folder, "; ".join(faults))
-            self._unseal(identity)
-        elif others and not has_plan:
-            raise OptionError(
-                f"{self.option} must be a new or empty folder, or one of the same job. Received: {self.folder}, with "
-                f"{sorted(others)[0]}. Name another folder or empty it. See docs/faq.md"
-            )
-        else:
-            self._write_plan_once(identity)
-            if is_sealed(self.folder):  # by a concurrent attempt, after the check above
-                return self.accept_or_begin(identity, sealed, repair)
-        return None
-
-    def _unseal(self, identity: dict[str, Any]) -> None:
-        write_bytes(self.plan, json.dumps(identity).encode())
-        remove_file(self.folder / MANIFEST_FILE)
-
-    def _write_plan_once(self, identity: dict[str, Any]) -> None:
-        """Write the plan, unless there is an equal one. Raises: OptionError, DamageError as `accept_or_begin`."""
-
-        def changed(old: bytes | None) -> bytes | None:
-            if old is None:
-                return json.dumps(identity).encode()
-            self.refuse_other(self._parsed(old), identity)
-            return None
-
-        change_bytes(self.plan, changed)
-
-    def refuse_other(self, earlier: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
-        """Raise OptionError if `earlier`, the identity of an earlier attempt, differs."""
-        there, now = dict(self.new_options) | _flat(earlier), _flat(identity)
-        differing = [key for key, value in now.items() if there.get(key) != value]
-        if differing:
-            differences = ", ".join(f"{k} (was {str(there.get(k))[:40]}, now {str(now[k])[:40]})" for k in differing)
-            raise OptionError(
-                f"{self.option} must be a new folder, or one made with the same options and input. Received: "
-                f"{self.folder}, where these differ: {differences}. Name another folder or remove it. See docs/faq.md"
-            )
-
-    def _parsed(self, plan: bytes) -> dict[str, Any]:
-        try:
-            parsed = json.loads(plan)
-            if not isinstance(parsed, dict):
-                raise ValueError("it is not an object")
-        except ValueError as error:
-            raise DamageError(
-                f"{self.plan} must be a JSON object. Received: {error}. Remove {self.folder} and run the same command "
-                "again"
-            ) from error
-        return parsed
-
-    def sealed_by_another(self, sealed: Callable[[], tuple[ManifestT, list[str]]]) -> ManifestT | None:
-        """Return the manifest if another attempt has sealed the folder, and all files are right; otherwise None.
-
-        Call it when an attempt fails: once a folder is sealed, the files of other attempts are removed. sealed: as in
-        `accept_or_begin`.
-        """
-        if not is_sealed(self.folder):
-            return None
-        manifest, faults = sealed()
-        return None if faults else manifest
 
     def forget_losses(self, reports: Sequence[Report]) -> None:
         """Remove the reports of groups with losses. The next attempt repeats them: their pages may be readable then."""
@@ -188,14 +88,14 @@ class Resumable:
         if not is_sealed(self.folder):
             return False
         for _ in range(2):  # a task of a killed attempt may still add a file during the removal
-            remove_folder(self.progress)
+            remove_folder(self.progress_folder)
         remove_temporaries(self.folder)
         return True
 
     # --- its tasks
 
     def report_path(self, group: int) -> UPath:
-        return self.progress / f"group-{group:05d}.json"
+        return self.progress_folder / f"group-{group:05d}.json"
 
     def finished_report(self, group: int, form: type[ReportT]) -> ReportT | None:
         """Return the report of a group, or None if the work on the group must be repeated.
@@ -235,18 +135,18 @@ class Resumable:
             InputError: too many processes died at the same page.
             KuzushijiError: the folder is full, read-only or missing.
         """
-        if not is_file(self.plan):  # in a bucket, writing would recreate the folder
+        if not is_file(self.plan_file):  # in a bucket, writing would recreate the folder
             raise self._without("its plan")
         report = self.finished_report(number, form)
         if report is not None and is_whole(report):
             return report
         try:
-            group = read_group(self.progress, attempt, number)
+            group = read_group(self.progress_folder, attempt, number)
         except FileNotFoundError as error:
             raise self._without("the groups of pages of this attempt") from error
-        with Tries(group, self.progress, attempt) as tries:
+        with Tries(group, self.progress_folder, attempt) as tries:
             report = work(group, tries.begin)
-            write_bytes(self.report_path(number), report.model_dump_json().encode(), within=self.progress)
+            write_bytes(self.report_path(number), report.model_dump_json().encode(), within=self.progress_folder)
         return report
 
     def _without(self, what: str) -> DamageError:
@@ -254,12 +154,3 @@ class Resumable:
             f"{self.option} must not be removed while it is written, and must be a folder that all workers share. "
             f"Received: {self.folder}, without {what}. Run the same command again"
         )
-
-
-def _flat(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an identity with a key for each package, instead of `versions`."""
-    versions = identity.get("versions")
-    return {key: value for key, value in identity.items() if key != "versions"} | {
-        f"version of {package}": version
-        for package, version in (versions if isinstance(versions, dict) else {}).items()
-    }

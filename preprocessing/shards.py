@@ -27,7 +27,7 @@ from preprocessing.resumable import Report, Resumable
 
 def resumable(dataset: UPath) -> Resumable:
     """Return the `Resumable` of a dataset folder."""
-    return Resumable(dataset, ".prepare", "--dataset", {"margin": 0.0})
+    return Resumable(dataset, ".prepare", "--dataset")
 
 
 class GroupReport(Report):
@@ -131,7 +131,7 @@ def _cut_group(group: Group, pages: UPath, folder: UPath, begin: Callable[[str],
 
 
 def _open_writer(stack: ExitStack, folder: UPath, name: str) -> "_ShardWriter":
-    path = stack.enter_context(new_file(folder / name, within=resumable(folder).progress))
+    path = stack.enter_context(new_file(folder / name, within=resumable(folder).progress_folder))
     return _ShardWriter(name, stack.enter_context(path.open("wb", buffering=CHUNK_BYTES)))
 
 

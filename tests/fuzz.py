@@ -290,8 +290,8 @@ def cut(ids: list[str], pages: Path, folder: Path) -> Counter[str]:
     splits = (np.arange(total) % 3).astype(np.int8)
     groups = group_pages(labels, list_pages(place(pages)).files_of(ids), 1)
     work, dataset = CutGroup(str(pages), str(folder / "crops")), resumable(place(folder / "crops"))
-    write_groups(plan_shards(groups, np.zeros(total, np.int32), splits), dataset.progress, work.attempt)
-    write_bytes(dataset.plan, b"{}")
+    write_groups(plan_shards(groups, np.zeros(total, np.int32), splits), dataset.progress_folder, work.attempt)
+    write_bytes(dataset.plan_file, b"{}")
     report = work(0)
     found: Counter[str] = Counter()
     for shard in report.shards.values():

@@ -330,8 +330,8 @@ def test_a_page_that_ends_each_process_while_it_is_read_or_drawn_ends_predict_in
     with pytest.raises(DamageError, match="--out must not be removed while it is written, and must be a folder that"):
         work(0)
     out = resumable(place(tmp_path / "out"))
-    write_bytes(out.plan, b"{}")
-    write_groups(groups, out.progress, work.attempt)
+    write_bytes(out.plan_file, b"{}")
+    write_groups(groups, out.progress_folder, work.attempt)
     check_writable(unfinished_pictures(place(tmp_path / "annotate"), out.folder))
     monkeypatch.setattr(step, killed)
     for _ in range(4):

@@ -115,7 +115,7 @@ def test_predict_removes_no_file_that_another_predict_writes_before_the_folder_i
 ) -> None:
     """Otherwise, the other one would fail: it accepts only a sealed folder."""
     out, seen = place(tmp_path / "read"), []
-    others = [Path(out.path, ".tmp-0123"), Path(resumable(out).progress.path, ".tmp-4567")]
+    others = [Path(out.path, ".tmp-0123"), Path(resumable(out).progress_folder.path, ".tmp-4567")]
 
     def check_tables(*arguments: Any) -> None:
         for path in others:
@@ -188,7 +188,7 @@ def test_pictures_may_be_removed_and_are_drawn_again_with_damaged_tables(
 def test_cleanup_keeps_the_plan_of_another_attempt(source: Path, tmp_path: Path) -> None:
     assert predict_here(source, tmp_path)
     out = resumable(place(tmp_path / "read"))
-    write_bytes(out.plan, b"{}")
+    write_bytes(out.plan_file, b"{}")
     (tmp_path / "read" / "manifest.json").unlink()
     out.remove_traces()
     assert (tmp_path / "read" / ".predict" / "plan.json").exists()
@@ -284,8 +284,8 @@ def one_group(source: Path, to: Path, annotate: Path | None) -> ReadGroup:
         check_writable(unfinished_pictures(place(annotate), place(to)))
     pictures = str(annotate) if annotate else None
     work = ReadGroup("", "", str(pages), str(to), pictures, form="csv", groups=1, on_gpu=False)
-    write_bytes(resumable(place(to)).plan, b"{}")
-    write_groups(groups, resumable(place(to)).progress, work.attempt)
+    write_bytes(resumable(place(to)).plan_file, b"{}")
+    write_groups(groups, resumable(place(to)).progress_folder, work.attempt)
     return work
 
 

@@ -197,7 +197,7 @@ def test_as_many_losses_as_are_allowed_are_no_error(tmp_path: Path) -> None:
 def test_a_report_with_a_damaged_file_name_counts_as_missing(tmp_path: Path) -> None:
     folder = resumable(place(tmp_path))
     (tmp_path / "kept").write_bytes(b"kept")
-    folder.progress.mkdir(parents=True)
+    folder.progress_folder.mkdir(parents=True)
     for name, is_whole in (("kept", True), ("../kept", False)):
         shard = {"name": name, "bytes": 4, "sha256": hashlib.sha256(b"kept").hexdigest(), "examples": 1}
         report = {"losses": [], "shards": {"train": shard}, "clipped": [], "pages": []}

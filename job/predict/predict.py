@@ -18,10 +18,10 @@ from cluster.models import ModelManifest, resolve_model
 from cluster.runtime import map_tasks
 from cluster.storage import check_writable, list_files, remove_folder
 from job.model.folder import read_trained_on
-from job.predict.attempts import accept_or_begin, sealed_manifest
 from job.predict.folder import PredictionsManifest
 from job.predict.read_group import PICTURE_SUFFIX, GroupReport, ReadGroup, resumable, unfinished_pictures
 from job.predict.readings import accuracy
+from preprocessing.attempts import Attempts
 from preprocessing.box_checks import clipped_line, count_ink, ink_lines
 from preprocessing.groups import Groups, group_pages, written_groups
 from preprocessing.input import Input, check_outside, read_input
@@ -94,7 +94,10 @@ def predict(
     if annotate:  # before a damaged folder is unsealed
         check_writable(annotate)
     _log_unmatched(source)
-    manifest = accept_or_begin(out, identity)
+    attempts = Attempts(resumable(out), PredictionsManifest, identity, _identity_of_folder)
+    # The reports of groups can't be restored from a manifest, which has only the sums over all groups: if a table is
+    # damaged, all groups are read again. Pictures are not checked: users may remove them.
+    manifest = attempts.accept_or_begin()
     new = manifest is None
     if manifest is None:
         number = number_of_groups(len(source.labels.boxes), BOXES_PER_GROUP)
@@ -115,7 +118,7 @@ def predict(
                 check_writable(unfinished_pictures(annotate, out))  # creates it
             manifest = _make(work, groups, source, identity, out, gpus, start_limit)
         except Exception:
-            manifest = resumable(out).sealed_by_another(lambda: sealed_manifest(out, identity))
+            manifest = attempts.sealed_by_another()
             if manifest is None:
                 raise
             new = False
@@ -140,6 +143,15 @@ def identity_of(config: Mapping[str, Any], source: Input, model_sha256: str) -> 
     }
 
 
+def _identity_of_folder(manifest: PredictionsManifest) -> dict[str, Any]:
+    """Return the identity of the job that made a folder, as `identity_of`."""
+    return manifest.config | {
+        "model": manifest.model_manifest_sha256,
+        "input": manifest.fingerprint,
+        "versions": manifest.versions,
+    }
+
+
 def _make(
     work: ReadGroup,
     groups: Groups,
@@ -149,7 +161,7 @@ def _make(
     gpus: int,
     start_limit: float,
 ) -> PredictionsManifest:
-    progress_folder = resumable(out).progress
+    progress_folder = resumable(out).progress_folder
     with written_groups(groups, progress_folder, work.attempt, within=progress_folder) as write:
         reports = map_tasks(
             len(groups),

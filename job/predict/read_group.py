@@ -163,7 +163,8 @@ class ReadGroup:
         # CSV with a byte order mark: without one, Excel takes UTF-8 for another encoding.
         data = table.to_csv(index=False).encode("utf-8-sig") if self.form == "csv" else table.to_parquet(index=False)
         out = resumable(place(self.out))
-        return write_listed(out.folder / table_name(kind, group.number, self.groups, self.form), data, out.progress)
+        path = out.folder / table_name(kind, group.number, self.groups, self.form)
+        return write_listed(path, data, out.progress_folder)
 
 
 @lru_cache(maxsize=1)
