@@ -144,12 +144,12 @@ def usable_cpus() -> int:
 
     The limits are its affinity (`taskset`) and its container's quota (`docker run --cpus`, with cgroup v2).
     """
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cpus = len(os.sched_getaffinity(0))
     try:
         quota, period = CGROUP_QUOTA.read_text().split()  # docs.kernel.org/admin-guide/cgroup-v2.html, cpu.max
         return max(1, min(cpus, int(quota) // int(period)))
     except (OSError, ValueError):  # no cgroup v2, or no quota: "max"
-        return max(1, cpus)
+        return cpus
 
 
 def _set_environment() -> None:

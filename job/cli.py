@@ -18,8 +18,6 @@ from preprocessing.config import SPLITS
 
 __all__ = ["evaluate", "export", "main", "predict", "prepare", "pull", "report", "sample", "submit", "train", "verify"]
 
-SHOWN_CONFUSIONS = 20
-
 log = logging.getLogger("kuzushiji")
 
 
@@ -93,33 +91,14 @@ def evaluate(model: str, dataset: str, split: str, out: str | None) -> Outcome:
     from cluster.storage import reachable_place
     from job.evaluate import evaluate as run
     from job.evaluate import write_evaluation
-    from job.tables import splits_table
+    from job.tables import evaluation_lines
 
     folder = reachable_place(out) if out else None
     evaluation = run(reachable_place(model), reachable_place(dataset), split, folder)
     if folder:
         write_evaluation(evaluation, folder)
-    weakest_first = evaluation.per_class.query("examples > 0").sort_values(
-        ["f1", "examples"], ascending=[True, False], kind="stable"
-    )
-    columns = ["character", "label", "examples", "precision", "recall", "f1"]
-    confusions = evaluation.confusions
-    more = (
-        [f"... and {len(confusions) - SHOWN_CONFUSIONS} more characters, in misclassified.csv (of the model, or --out)"]
-        if len(confusions) > SHOWN_CONFUSIONS
-        else []
-    )
-    return {"split": split} | asdict(evaluation.metrics), [
-        f"the classes with the lowest F1, of {counted(len(weakest_first), 'class', 'classes')} in {split}:",
-        weakest_first.head(10)[columns].to_string(index=False, float_format="{:.3f}".format),
-        "",
-        "confusions, as character (crops): predicted characters",
-        *confusions[:SHOWN_CONFUSIONS],
-        *more,
-        "",
-        *splits_table({split: asdict(evaluation.metrics)}),
-        *([f"tables: {out}"] if out else []),
-    ]
+    lines = evaluation_lines(evaluation, split) + ([f"tables: {out}"] if out else [])
+    return {"split": split} | asdict(evaluation.metrics), lines
 
 
 @command
@@ -154,6 +133,7 @@ def predict(
     """Predict the characters in boxes of new pages, and their text."""
     from cluster.storage import reachable_place
     from job.predict.predict import predict as run
+    from job.tables import predictions_lines, predictions_result
 
     manifest, new = run(
         reachable_place(model),
@@ -168,30 +148,7 @@ def predict(
         canvases=reachable_place(canvases) if canvases else None,
         min_confidence=min_confidence,
     )
-    counts, accuracy, lost = manifest.counts, manifest.accuracy, len(manifest.losses)
-    result = {"out": out, "written": new, "accuracy": accuracy} | counts
-    result |= {"losses": lost, "clipped": len(manifest.clipped)}
-    result |= {"warnings": len(manifest.warnings) + manifest.more_warnings, "without_ink": manifest.ink.without_ink}
-    of_boxes = f"{counts['read']:,} of {counted(counts['boxes'], 'box', 'boxes')}"
-    lines = [f"read: {of_boxes} on {counted(counts['pages'], 'page')}; tables: {out}"]
-    if annotate and new:
-        lines.append(f"pictures: {annotate}")
-    if not new:
-        drawn = "; its pictures were drawn when it was made: for new ones, name another --out" if annotate else ""
-        lines.append(f"the folder is complete and valid: nothing written{drawn}")
-    if accuracy:
-        names = {"accuracy": "accuracy", "accuracy_without_rare": "without rare", "top5": "top 5"}
-        scores = ", ".join(f"{name} {value:.4f}" for key, name in names.items() if (value := accuracy[key]) is not None)
-        lines.append(f"{scores}, {accuracy['examples']:,} boxes with a character")
-    # A folder of an earlier release has no numbers of `rare` and `uncertain`.
-    rare, uncertain, right = counts.get("rare"), counts.get("uncertain", 0), accuracy.get("accuracy_of_shown")
-    if rare is not None and (rare or uncertain):
-        reasons = f"{rare:,} `rare`" + (f", {uncertain:,} less probable than {min_confidence:g}" if uncertain else "")
-        of_shown = "" if right is None else f"; accuracy of the others {right:.4f}"
-        lines.append(f"〓 for {counted(rare + uncertain, 'box', 'boxes')} ({reasons}){of_shown}")
-    lost_boxes = counted(lost, "box", "boxes")
-    lines.append(f"{lost_boxes} lost, {len(manifest.clipped):,} clipped: each is listed in manifest.json")
-    return result, lines
+    return predictions_result(manifest, out, new), predictions_lines(manifest, out, new, annotate)
 
 
 @command

@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 
 from preprocessing.classes import LABELS_FILE, RARE
-from preprocessing.dataset import DESCRIPTION, VOLUMES
+from preprocessing.dataset import DESCRIPTION, VOLUMES, DatasetManifest
 from preprocessing.records import SIDE
 
 TAGS = ["kuzushiji", "japanese", "ocr", "historical-documents"]
@@ -70,26 +70,15 @@ def _license(config: Mapping[str, Any]) -> str:
     return f": {config['license']}, as `--license` says" if config["license"] else ""
 
 
-def dataset_card(
-    class_names: Sequence[str],
-    counts: Mapping[str, Mapping[str, int]],
-    config: Mapping[str, Any],
-    losses: int,
-    clipped: int,
-    book_rule: str,
-    warnings: Sequence[str] = (),
-) -> str:
+def dataset_card(class_names: Sequence[str], manifest: DatasetManifest, warnings: Sequence[str]) -> str:
     """Return the README.md of a dataset folder, in Markdown.
 
     Args:
         class_names: the classes, `rare` last.
-        counts: as in `DatasetManifest.counts`.
-        config: `PrepareConfig`, as JSON.
-        losses: number of lost boxes.
-        clipped: number of clipped boxes.
-        book_rule: as in `DatasetManifest`.
+        manifest: of the dataset; its list of files may still be empty.
         warnings: sentences about the dataset.
     """
+    counts, config, clipped = manifest.counts, manifest.config, len(manifest.clipped)
     rows = "\n".join(
         f"| {split} | {c['examples']:,} | {c['pages']:,} | {c['books']:,} |" for split, c in counts.items()
     )
@@ -111,12 +100,12 @@ def dataset_card(
 |---|---|---|---|
 {rows}
 
-- Split: {split_rule(config, book_rule)}
+- Split: {split_rule(config, manifest.book_rule)}
 - Pages: the book, splits, size and EXIF orientation of each are in `pages.parquet`.
 - Classes: {kept} characters and `{RARE}`, one per line of `{LABELS_FILE}`. The most frequent characters, up to
   {config["coverage"]} of all boxes, have a class of their own, unless the classes of an earlier dataset were given.
 - Crops: the box{_margin(config)} in grayscale, its longer side scaled to {SIDE} pixels, centred on a black square.
-- Boxes lost: {losses}. Boxes clipped at the edge of their page: {clipped}. Each is listed in `manifest.json`,
+- Boxes lost: {manifest.lost}. Boxes clipped at the edge of their page: {clipped}. Each is listed in `manifest.json`,
   losses beyond the first 10,000 in `losses.parquet`.{noted}
 
 Read it with `tfds.builder_from_directory(...)`, `kuzushiji train`, or any reader of TFRecords; each record is a

@@ -66,9 +66,10 @@ def cut_boxes(
     expected = [(page.file_name, page.file_bytes) for page in group.pages if page.boxes and page.file_name]
     with page_reader(pages, expected=expected) as read:
         for page in group.pages:
-            if page.boxes:
-                begin(page.id)
-            scan = _read_page(read, page) if page.boxes else PageFault("page without boxes")
+            if not page.boxes:
+                continue
+            begin(page.id)
+            scan = _read_page(read, page)
             cutter = None
             if isinstance(scan, Scan):
                 cutter = _Cutter(page, scan, group)

@@ -227,12 +227,10 @@ def write_groups(groups: Groups, folder: UPath, prefix: str, within: UPath | Non
 
 
 @contextmanager
-def written_groups(
-    groups: Groups, folder: UPath, prefix: str, within: UPath | None = None
-) -> Iterator[Callable[[], None]]:
-    """Yield a function that calls `write_groups` with these arguments. The files are removed when the block ends."""
+def written_groups(groups: Groups, folder: UPath, prefix: str) -> Iterator[Callable[[], None]]:
+    """Yield a function that calls `write_groups`, within `folder`. The files are removed when the block ends."""
     try:
-        yield lambda: write_groups(groups, folder, prefix, within)
+        yield lambda: write_groups(groups, folder, prefix, within=folder)
     finally:
         with suppress(Exception):  # the folder itself may have failed
             for name in list_files(folder):

@@ -39,7 +39,11 @@ LISTED_WARNINGS = 10_000  # in a manifest
 Ignored = Annotated[dict[str, Count], FailFast()]
 
 
-def listed_warnings(pages: Sequence[PageResult], labels: Sequence[tuple[str, str]] = ()) -> list[PageWarning]:
-    """Return the warnings about all pages: first `labels`, which are `Labels.warnings`, then those of scans."""
-    of_labels: list[PageWarning] = [{"page": page_id, "what": what} for page_id, what in labels]
-    return of_labels + [{"page": page["page"], "what": what} for page in pages for what in page["warnings"]]
+def listed_warnings(pages: Sequence[PageResult], labels: Sequence[tuple[str, str]]) -> tuple[list[PageWarning], int]:
+    """Return the first `LISTED_WARNINGS` warnings, and the number of the others.
+
+    First come `labels`, which are `Labels.warnings`, then those of scans.
+    """
+    warnings: list[PageWarning] = [{"page": page_id, "what": what} for page_id, what in labels]
+    warnings += [{"page": page["page"], "what": what} for page in pages for what in page["warnings"]]
+    return warnings[:LISTED_WARNINGS], max(0, len(warnings) - LISTED_WARNINGS)

@@ -1,7 +1,6 @@
 """Run `prepare`: turn page scans and labels into a sealed dataset folder, or resume an earlier one (`attempts.py`)."""
 
 import logging
-import uuid
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
@@ -21,7 +20,7 @@ from preprocessing.config import SPLITS, PrepareConfig
 from preprocessing.dataset import Clipped, DatasetManifest, Loss, Shard, dataset_files
 from preprocessing.groups import written_groups
 from preprocessing.input import check_outside
-from preprocessing.page_results import LISTED_WARNINGS, PageResult, listed_warnings
+from preprocessing.page_results import PageResult, listed_warnings
 from preprocessing.parquet import LISTED_LOSSES, LOSSES_TABLE, PAGES_TABLE, losses_table, pages_table
 from preprocessing.plan import Plan, make_plan
 from preprocessing.shards import CutGroup, GroupReport, resumable, write_reports
@@ -102,11 +101,11 @@ def _attempts(dataset: UPath, plan: Plan) -> Attempts[DatasetManifest]:
 def _make(plan: Plan, pages: UPath, dataset: UPath, config: PrepareConfig, start_limit: float) -> DatasetManifest:
     _check_losses(plan.losses, len(plan.losses), plan, config, dataset)
     encoded(_known_manifest(plan, config))
-    progress_folder, attempt = resumable(dataset).progress_folder, uuid.uuid4().hex
-    with written_groups(plan.groups, progress_folder, attempt, within=progress_folder) as write:
+    work = CutGroup(str(pages), str(dataset))
+    with written_groups(plan.groups, resumable(dataset).progress_folder, work.attempt) as write:
         reports = map_tasks(
             len(plan.groups),
-            CutGroup(str(pages), str(dataset), attempt),
+            work,
             GroupReport,
             what="pages cut",
             unit="pages",
@@ -152,8 +151,7 @@ def _finish(plan: Plan, dataset: UPath, config: PrepareConfig, reports: Sequence
     results = [result for report in reports for result in report.pages]
     manifest = _manifest(plan, config, shards, losses, clipped, results)
     doubts = ink_lines(manifest.ink) + clipped_line(len(clipped), len(plan.labels.boxes))
-    about = manifest.counts, manifest.config, len(losses), len(clipped), plan.book_rule, doubts
-    card = dataset_card(plan.class_names, *about)
+    card = dataset_card(plan.class_names, manifest, doubts)
     texts = dataset_files(plan.class_names, shards, card)
     contents = {name: text.encode() for name, text in texts.items()}
     results_by_page = {result["page"]: result for result in results}
@@ -188,7 +186,7 @@ def _manifest(
     results: Sequence[PageResult] = (),
 ) -> DatasetManifest:
     """Return the manifest without its files."""
-    warnings = listed_warnings(results, plan.labels.warnings)
+    warnings, more_warnings = listed_warnings(results, plan.labels.warnings)
     return DatasetManifest(
         shards=[shard for split_shards in shards.values() for shard in split_shards],
         files=[],
@@ -198,8 +196,8 @@ def _manifest(
         clipped=list(clipped),
         unlabelled=plan.unlabelled,
         ignored=plan.ignored,
-        warnings=warnings[:LISTED_WARNINGS],
-        more_warnings=max(0, len(warnings) - LISTED_WARNINGS),
+        warnings=warnings,
+        more_warnings=more_warnings,
         ink=count_ink(results),
         seed=config.seed,
         config=config.model_dump(),

@@ -26,7 +26,7 @@ from preprocessing.box_checks import clipped_line, count_ink, ink_lines
 from preprocessing.groups import Groups, group_pages, written_groups
 from preprocessing.input import Input, check_outside, read_input
 from preprocessing.labels.page_ids import MAX_NAME_CHARS
-from preprocessing.page_results import LISTED_WARNINGS, listed_warnings
+from preprocessing.page_results import listed_warnings
 from preprocessing.pages import fingerprint
 from preprocessing.plan import known_losses, number_of_groups
 
@@ -161,8 +161,7 @@ def _make(
     gpus: int,
     start_limit: float,
 ) -> PredictionsManifest:
-    progress_folder = resumable(out).progress_folder
-    with written_groups(groups, progress_folder, work.attempt, within=progress_folder) as write:
+    with written_groups(groups, resumable(out).progress_folder, work.attempt) as write:
         reports = map_tasks(
             len(groups),
             work,
@@ -239,7 +238,7 @@ def _manifest(source: Input, identity: Mapping[str, Any], reports: Sequence[Grou
         raise InputError(f"at least one box must be readable. Received: {len(losses)} lost, first: {losses[0]['what']}")
     of_boxes = {name: sum(getattr(report, name) for report in reports) for name in ("read", "uncertain", "rare")}
     results = [result for report in reports for result in report.pages]
-    warnings = listed_warnings(results, labels.warnings)
+    warnings, more_warnings = listed_warnings(results, labels.warnings)
     return PredictionsManifest(
         files=[entry for report in reports for entry in report.files],
         counts={"boxes": len(labels.boxes), "pages": len(labels.page_ids)} | of_boxes,
@@ -248,8 +247,8 @@ def _manifest(source: Input, identity: Mapping[str, Any], reports: Sequence[Grou
         losses=losses,
         clipped=[box for report in reports for box in report.clipped],
         ignored=source.ignored,
-        warnings=warnings[:LISTED_WARNINGS],
-        more_warnings=max(0, len(warnings) - LISTED_WARNINGS),
+        warnings=warnings,
+        more_warnings=more_warnings,
         ink=count_ink(results),
         config={key: value for key, value in identity.items() if key not in ("model", "input", "versions")},
         model_manifest_sha256=identity["model"],

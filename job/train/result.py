@@ -50,22 +50,15 @@ class EpochRow:
 def write_result(
     job: "TrainJob",
     model: "keras.Model",
-    predictions: Mapping[str, "Predicted"],
-    misclassified: pd.DataFrame,
+    texts: dict[str, str],
     dataset: StagedDataset,
-    history: Sequence[EpochRow],
-    best_epoch: int,
-    temperature: float,
     log: Callable[[str], object],
 ) -> None:
-    """Write and seal the model folder, then write its report next to it. For other parameters, see `folder_texts`.
+    """Write and seal the model folder, then write its report next to it. texts: of `folder_texts`.
 
     If the report can't be written, this is logged; the training does not fail.
     """
     target = place(job.folder)
-    texts = folder_texts(
-        job.config, job.run, model, predictions, misclassified, dataset, history, best_epoch, temperature
-    )
     write_model(target, model, texts, dataset.manifest.sha256)
     report = report_file(target)
     data = dataset if job.config.partitions == 1 else None  # only a part of the crops is staged on this worker

@@ -39,7 +39,7 @@ from job.train.checkpoint import (
 from job.train.evaluation import Evaluation, Predicted
 from job.train.optimizer import last_learning_rate, make_optimizer
 from job.train.rendezvous import gathered
-from job.train.result import EpochRow, write_result
+from job.train.result import EpochRow, folder_texts, write_result
 from job.train.run import TrainJob
 from job.train.step import Steps, balanced_weights, training_form
 from job.train.temperature import scale_logits
@@ -295,8 +295,9 @@ class Training:
         self.reporter.show_activity("writing the model and its report")
         model = keras.Model.from_config(self.plain_config)
         model.set_weights(self.model.get_weights())
-        write_result(
-            self.job,
+        texts = folder_texts(
+            self.config,
+            self.job.run,
             model,
             predictions,
             pd.concat(parts, ignore_index=True),
@@ -304,8 +305,8 @@ class Training:
             self.state.history,
             self.state.best_epoch,
             self.temperature,
-            self.reporter.log,
         )
+        write_result(self.job, model, texts, self.dataset, self.reporter.log)
         if self.curves_thread:
             self.curves_thread.join(timeout=SECONDS_FOR_CURVES)
 
