@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from cluster.errors import InputError
+from cluster.errors import InputError, squeezed
 
 SUFFIXES = (".yaml", ".yml")
 PINNED = ("ray", "tensorflow", "keras")
@@ -77,7 +77,7 @@ def _read(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise InputError(f"the cluster file must exist. Received: {path}. See docs/google-cloud.md") from error
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        raise InputError(f"{path} must be YAML. Received: {' '.join(str(error).split())[:200]}") from error
+        raise InputError(f"{path} must be YAML. Received: {squeezed(error, 200)}") from error
     if not isinstance(config, dict) or not isinstance(config.get("provider"), dict):
         raise InputError(f"{path} must be a cluster file of Ray. Received: a file without `provider`")
     if config["provider"].get("type") != "gcp":
@@ -91,7 +91,7 @@ def _read(path: Path) -> dict[str, Any]:
         validate_config(prepared)
     except Exception as error:  # jsonschema's exceptions, and plain ones of Ray
         text = getattr(error, "message", None) or str(error)
-        raise InputError(f"{path} must be a cluster file of Ray. Received: {' '.join(text.split())[:300]}") from error
+        raise InputError(f"{path} must be a cluster file of Ray. Received: {squeezed(text, 300)}") from error
     return prepared
 
 

@@ -28,6 +28,11 @@ def one_line(error: BaseException) -> str:
     return text if isinstance(error, KuzushijiError | OSError) else f"{type(error).__name__}: {text} (see --debug)"
 
 
+def squeezed(text: object, most: int) -> str:
+    """Return the first `most` characters of a text, or of an exception's message, on one line."""
+    return " ".join(str(text).split())[:most]
+
+
 def counted(number: int, one: str, many: str = "") -> str:
     """Return a number with its noun, such as `1 book` and `1,200 boxes`. many: the plural, if not `one` and an s."""
     return f"{number:,} {one if number == 1 else many or one + 's'}"

@@ -9,7 +9,7 @@ import os
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from cluster.errors import KuzushijiError
+from cluster.errors import KuzushijiError, squeezed
 
 if TYPE_CHECKING:
     from google.cloud.storage import Client
@@ -35,7 +35,7 @@ def credentials() -> Any:
         if file := os.environ.get("GOOGLE_APPLICATION_CREDENTIALS"):
             raise KuzushijiError(
                 "GOOGLE_APPLICATION_CREDENTIALS must name a file with credentials. "
-                f"Received: {file}: {' '.join(str(error).split())[:200]}. Fix the file, or unset the variable"
+                f"Received: {file}: {squeezed(error, 200)}. Fix the file, or unset the variable"
             ) from error
         if isinstance(error, DefaultCredentialsError):
             return None

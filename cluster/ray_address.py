@@ -2,7 +2,7 @@
 
 import re
 
-from cluster.errors import KuzushijiError, OptionError
+from cluster.errors import KuzushijiError, OptionError, squeezed
 
 SECONDS_FOR_ANSWER = 10.0
 
@@ -34,7 +34,7 @@ def check_address(address: str) -> None:
             if address == "auto":  # `ray.init` then looks for a token by itself
                 return
             mend = "Put the cluster's token into ~/.ray/auth_token (mode 600) and set RAY_AUTH_MODE=token"
-        received = " ".join((text or str(code)).split())[:300]
+        received = squeezed(text or str(code), 300)
         raise KuzushijiError(
             f"a Ray cluster must answer at RAY_ADDRESS. Received: {address}: {received}. {mend}. See docs/faq.md"
         ) from error

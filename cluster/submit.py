@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from cluster.cluster_file import faults_of_cluster_file
-from cluster.errors import InputError, KuzushijiError, OptionError
+from cluster.errors import InputError, KuzushijiError, OptionError, squeezed
 from cluster.job_log import print_log
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def _client(address: str) -> "JobSubmissionClient":
     except (OSError, RuntimeError, ValueError, LookupError, TypeError) as error:  # the last two: JSON not from Ray
         raise KuzushijiError(
             f"the address must be a Ray head's, such as http://127.0.0.1:{DASHBOARD_PORT}. Received: {address}: "
-            f"{' '.join(str(error).split())[:200]}"
+            f"{squeezed(error, 200)}"
         ) from error
 
 
@@ -249,7 +249,7 @@ def _check_taken(client: "JobSubmissionClient", job: str, head: Head, error: Exc
     Raises:
         KuzushijiError: the head does not have the job, or does not answer.
     """
-    received = " ".join(str(error).split())[:300]
+    received = squeezed(error, 300)
     try:
         client.get_job_info(job)
     except (RuntimeError, OSError) as failed:
@@ -282,7 +282,7 @@ def follow(client: "JobSubmissionClient", job: str, head: Head) -> int:
         log.warning(continues)
         raise
     except (RuntimeError, OSError) as error:  # exceptions of requests are OSErrors
-        text = " ".join(str(error).split())[:200]
+        text = squeezed(error, 200)
         if "does not exist" in text:
             raise InputError(
                 "--attach must be the id of a job that the head knows; after a restart it knows none. "

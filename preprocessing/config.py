@@ -46,7 +46,8 @@ class TrainOnlyFile(_OptionFile):
 class PrepareConfig(BaseModel):
     """Options of `prepare`. All but `max_bad_fraction` determine the bytes of the dataset, with pages and labels.
 
-    The docstring of a field is the `--help` text of its option.
+    The docstring of a field is the `--help` text of its option. An option that a dataset of an earlier release may lack
+    is None by default, also a flag: a missing key counts as None when options are compared (`attempts.py`).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)

@@ -78,7 +78,7 @@ class Group:
     boxes: NDArray[np.int32]
     """(N, 4): x, y, width and height of each box in pixels, page by page."""
     code_points: NDArray[np.int32]
-    """(N,); `labels.UNKNOWN` where the label file has none."""
+    """(N,); `code_points.UNKNOWN` where the label file has none."""
     rescale: bool
     """Whether boxes that were made for another size of their page are scaled to it."""
     margin: float

@@ -271,7 +271,7 @@ def real_dataset(ray_here: None, shared: Path, tmp_path_factory: pytest.TempPath
 
 def job_of(config: Any, **fields: Any) -> Any:
     """Return a `TrainJob` for a `Training` that is created without `train`."""
-    from job.train.run import TrainJob
+    from job.train.job import TrainJob
 
     nowhere = dict.fromkeys(("dataset", "dataset_manifest_sha256", "folder", "checkpoints", "curves"), "/nowhere")
     if "dataset" in fields:

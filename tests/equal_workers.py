@@ -89,8 +89,8 @@ def then(measure: Callable[[Any], None], out: Path) -> Callable[[dict[str, Any]]
         import ray.train
 
         from job.train import worker
+        from job.train.job import Failure
         from job.train.rendezvous import shared_failure
-        from job.train.run import Failure
 
         train_worker, make_strategy = worker.train_worker, worker.make_strategy
         strategies: list[Any] = []

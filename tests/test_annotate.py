@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageColor
 
 from job.colours import BLACK, BLUE, GRAY, VERMILLION
-from job.predict.annotate import MAX_PIXELS, annotated, small_page
+from job.predict.annotate import LONGER_SIDE, annotated, small_page
 from preprocessing.fonts import coverage, packaged_font
 
 BOXES = np.array([[40, 60, 200, 160], [40, 300, 200, 160], [40, 540, 200, 160]])
@@ -66,9 +66,9 @@ def test_other_candidates_are_small_and_gray_and_a_character_without_a_glyph_is_
 
 
 def test_a_large_page_is_scaled_down_with_its_boxes() -> None:
-    page = np.full((2 * MAX_PIXELS, MAX_PIXELS), 255, np.uint8)
+    page = np.full((2 * LONGER_SIDE, LONGER_SIDE), 255, np.uint8)
     picture = drawn(page, 4 * BOXES[:1], ["の"], [0.9], [False])
     x, y, width, height = (2 * BOXES[0]).tolist()
-    assert picture.size[0] == MAX_PIXELS
+    assert picture.size[0] == LONGER_SIDE
     assert ink(picture, (x, y, width, 2))[0] > 0.6
-    assert ink(picture, (MAX_PIXELS // 2 + x, y, width, height))[0] > 0.05
+    assert ink(picture, (LONGER_SIDE // 2 + x, y, width, height))[0] > 0.05

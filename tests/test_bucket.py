@@ -59,7 +59,8 @@ from cluster.storage import (
 from job.config import TrainConfig
 from job.data.staging import staged
 from job.model.folder import load_model, write_model
-from job.train.run import Failure, Run
+from job.train.job import Failure
+from job.train.run import Run
 from job.verify import verify
 from preprocessing.config import PrepareConfig
 from preprocessing.groups import group_pages, write_groups, written_groups

@@ -22,7 +22,7 @@ from cluster.models import ModelManifest
 from cluster.storage import place
 from job.config import MAY_DIFFER, TrainConfig, configs_of
 from job.train.driver import train
-from job.train.run import Failure
+from job.train.job import Failure
 from job.verify import verify
 from preprocessing.config import PrepareConfig
 from preprocessing.prepare import prepare

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from upath import UPath
 
-from cluster.errors import DamageError
+from cluster.errors import DamageError, squeezed
 from cluster.manifest import (
     FileEntry,
     fault_of,
@@ -123,7 +123,7 @@ def load_checked(folder: UPath) -> tuple["keras.Model", list[str]]:
         except Exception as error:  # zipfile, h5py and Keras raise many types for invalid files
             raise DamageError(
                 f"{folder / MODEL_FILE} must be a classifier written by `kuzushiji train`. "
-                f"Received: {' '.join(str(error).split())[:300]}. Ask the owner of the models"
+                f"Received: {squeezed(error, 300)}. Ask the owner of the models"
             ) from error
     return model, names
 

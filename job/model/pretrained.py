@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from upath import UPath
 
-from cluster.errors import DamageError, InputError, OptionError
+from cluster.errors import DamageError, InputError, OptionError, squeezed
 from cluster.manifest import MANIFEST_FILE, fault_of, is_sealed, read_manifest
 from cluster.models import ModelManifest
 from cluster.storage import fetch, is_file, list_files, md5_of, new_file, place, sha256_of, write_bytes
@@ -207,7 +207,7 @@ def _check_fit(architecture: str, file: Weights) -> None:
             raise InputError(
                 f"--weights must be a file of the base of {architecture} without its top, as Keras saves it "
                 f"({KERAS_SUFFIX}, or {LEGACY_SUFFIX} in its legacy format). Received: {file.place}: "
-                f"{' '.join(str(error).split())[:200]}"
+                f"{squeezed(error, 200)}"
             ) from error
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from upath import UPath
 
-from cluster.errors import InputError, OptionError
+from cluster.errors import InputError, OptionError, squeezed
 from cluster.storage import place
 from job.config import TRANSFER, TrainConfig
 from job.model.folder import CONFIG_FILE, LABELS_FILE, load_checked, read_json, read_trained_on
@@ -90,6 +90,5 @@ def start_from(model: Any, class_names: Sequence[str], folder: UPath) -> None:
                 variable.assign(value)
     except (ValueError, IndexError) as error:  # the numbers of layers or weights differ, or the shapes
         raise InputError(
-            f"--weights must be a model with the layers of {model.name}. Received: {folder}: "
-            f"{' '.join(str(error).split())[:200]}"
+            f"--weights must be a model with the layers of {model.name}. Received: {folder}: {squeezed(error, 200)}"
         ) from error

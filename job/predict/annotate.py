@@ -15,7 +15,7 @@ from preprocessing.crop import clip_box
 from preprocessing.fonts import coverage, packaged_font
 from preprocessing.labels.code_points import code_point_name
 
-MAX_PIXELS = 2400  # of the longer side of the page
+LONGER_SIDE = 2400  # pixels of the page, at most
 CONFIDENT = 0.5  # minimum probability
 LEGEND = "black: probability at least 50 %; blue: less; red: wrong; 〓: rare or uncertain; gray: the best characters"
 
@@ -24,7 +24,7 @@ class SmallPage(NamedTuple):
     """A page that waits for its predictions. It is scaled down, because several pages may wait."""
 
     image: NDArray[np.uint8]
-    """(height, width), grayscale, upright; the longer side has at most `MAX_PIXELS`."""
+    """(height, width), grayscale, upright; the longer side has at most `LONGER_SIDE`."""
     shape: tuple[int, int]
     """Height and width of the page itself."""
 
@@ -32,7 +32,7 @@ class SmallPage(NamedTuple):
 def small_page(page: NDArray[np.uint8]) -> SmallPage:
     """Scale a page down for a picture. page: (height, width) uint8, upright."""
     height, width = page.shape
-    ratio = min(1.0, MAX_PIXELS / max(height, width))
+    ratio = min(1.0, LONGER_SIDE / max(height, width))
     size = max(1, round(width * ratio)), max(1, round(height * ratio))
     return SmallPage(cv2.resize(page, size, interpolation=cv2.INTER_AREA), (height, width))
 
@@ -53,7 +53,7 @@ def annotated(
         probabilities: (n,) of the best character.
         wrong: (n,) True if the labels have another character.
     """
-    ratio = min(1.0, MAX_PIXELS / max(small.shape))
+    ratio = min(1.0, LONGER_SIDE / max(small.shape))
     height, width = small.image.shape
     size = max(12, height // 80)
     sheet = Image.new("RGB", (2 * width, height + 2 * size), (255, 255, 255))

@@ -17,7 +17,7 @@ from cluster.errors import one_line
 from cluster.runtime import cause_of, is_collateral
 
 if TYPE_CHECKING:
-    from job.train.run import Failure
+    from job.train.job import Failure
 
 SECONDS_BETWEEN_POSTS = 1.0
 

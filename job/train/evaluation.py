@@ -1,4 +1,4 @@
-"""Evaluation during a training: all workers predict a split together, each crop once.
+"""Evaluator during a training: all workers predict a split together, each crop once.
 
 Each worker predicts crops of the partitions that it holds. The results are shared with all workers.
 """
@@ -34,7 +34,7 @@ class Predicted(NamedTuple):
 
 
 @dataclass
-class Evaluation:
+class Evaluator:
     """One worker's part of an evaluation. All workers call its methods together."""
 
     steps: Steps

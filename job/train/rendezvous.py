@@ -17,7 +17,7 @@ from ray.exceptions import RayActorError
 from ray.train.backend import Backend, BackendConfig
 from ray.train.collective import barrier
 
-from job.train.run import Failure
+from job.train.job import Failure
 
 T = TypeVar("T")
 

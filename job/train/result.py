@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import keras
 
     from job.train.evaluation import Predicted
-    from job.train.run import TrainJob
+    from job.train.job import TrainJob
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from job.config import MAY_DIFFER, TrainConfig
 from job.model.folder import METRICS_FILE, finished_config, read_json
 from job.model.load_tensorflow import choose_backend
 from job.model.pretrained import Weights
+from job.train.job import Failure, TrainJob
 from job.train.tensorboard import curves_folder
 
 log = logging.getLogger("kuzushiji")
@@ -40,39 +41,6 @@ RUNS_FOLDER = ".runs"
 # `relax_collectives_on_preemption` stays off: with it, a check for drained nodes would not wait for all workers, and a
 # worker that is late would hang in it (Ray 2.60, `SynchronizationActor.set_required_ranks`).
 UPLOAD_GRACE_SECONDS = 60
-
-
-@dataclass(frozen=True)
-class TrainJob:
-    """Input of each worker of a run."""
-
-    config: TrainConfig
-    weights: Weights | None
-    """The pretrained weights; None: random initialization."""
-    dataset: str
-    """Path or URL of the dataset folder."""
-    dataset_manifest_sha256: str
-    """SHA-256 of the manifest with which the run began."""
-    folder: str
-    """Path or URL of the model folder to write."""
-    checkpoints: str
-    """Path or URL of the folder with all checkpoints of the run."""
-    curves: str
-    """Path or URL of the folder with the curves for TensorBoard."""
-    run: str
-    """Name of the run."""
-    board: Any
-    """Handle of the actor `board.Board`."""
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A failure that ends all workers, because a restart would not fix it. (Ray Train would retry an exception.)"""
-
-    message: str
-    """One line for the user."""
-    traceback: str
-    """Shown with --debug."""
 
 
 @dataclass(frozen=True)

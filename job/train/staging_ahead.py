@@ -14,7 +14,7 @@ from cluster.storage import place
 from job.data.partitions import Partitions
 from job.data.staging import StagedDataset, staged_shards
 from job.train.board import Reporter
-from job.train.run import TrainJob
+from job.train.job import TrainJob
 from preprocessing.config import SPLITS
 from preprocessing.dataset import DatasetManifest
 

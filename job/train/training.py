@@ -36,11 +36,11 @@ from job.train.checkpoint import (
     upload_checkpoint,
     wait_for_upload,
 )
-from job.train.evaluation import Evaluation, Predicted
+from job.train.evaluation import Evaluator, Predicted
+from job.train.job import TrainJob
 from job.train.optimizer import last_learning_rate, make_optimizer
 from job.train.rendezvous import gathered
 from job.train.result import EpochRow, folder_texts, write_result
-from job.train.run import TrainJob
 from job.train.step import Steps, balanced_weights, training_form
 from job.train.temperature import scale_logits
 from job.train.tensorboard import write_in_background
@@ -105,7 +105,7 @@ class Training:
         self.reporter = Reporter(job.board, config.architecture, self.rank)
         self.step_limit = StepLimit(config.step_limit, self.reporter.log_from_any)
         self.preemption = Preemption()
-        self.evaluation = Evaluation(self.steps, dataset, partitions, self.step_limit, self.reporter)
+        self.evaluation = Evaluator(self.steps, dataset, partitions, self.step_limit, self.reporter)
         if config.class_weights == "balanced":
             self.steps.class_weights = balanced_weights(self.evaluation.examples_of_classes())
 

@@ -14,8 +14,8 @@ from job.data.partitions import Partitions
 from job.data.staging import StagedDataset
 from job.model.start import initial_model
 from job.train.board import StartUp
+from job.train.job import Failure, TrainJob
 from job.train.rendezvous import shared_failure
-from job.train.run import Failure, TrainJob
 from job.train.step import out_of_memory_message
 from job.train.strategy import configure_tensorflow, make_strategy
 from job.train.training import Training

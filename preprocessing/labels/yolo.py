@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cluster.errors import InputError
+from cluster.errors import InputError, squeezed
 from preprocessing.labels.code_points import UNKNOWN, character_if_any, parse_character
 from preprocessing.labels.files import LabelFile, open_text
 from preprocessing.labels.json_files import shown
@@ -167,4 +167,4 @@ def _parse_yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader)  # noqa: S506 - makes no objects but lists, dicts and texts
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
-        raise InputError(f"{where} must be YAML. Received: {' '.join(str(error).split())[:200]}") from error
+        raise InputError(f"{where} must be YAML. Received: {squeezed(error, 200)}") from error

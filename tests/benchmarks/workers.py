@@ -71,8 +71,8 @@ def ray_train(dataset: Path, folder: Path, config: TrainConfig) -> Iterator[Call
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
     from job.train.board import Board
+    from job.train.job import TrainJob
     from job.train.rendezvous import Rendezvous
-    from job.train.run import TrainJob
 
     gate: Any = ray.remote(num_cpus=0)(Gate).remote(config.workers)
     board: Any = ray.remote(num_cpus=0)(Board).remote()
