@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from cluster.bucket import explained
+from cluster.bucket_errors import explained
 from cluster.capacity import START_LIMIT, Request, Wait, check_room, hosts
 from cluster.errors import KuzushijiError, OptionError, one_line
 from cluster.progress import on_terminal, progress, waiting

@@ -92,7 +92,7 @@ def command(function: Callable[..., Outcome]) -> click.Command:
         except Exception as error:
             if debug:
                 traceback.print_exc()
-            from cluster.bucket import explained
+            from cluster.bucket_errors import explained
 
             error = explained(error) or error
             _echo_error(one_line(error), as_json)

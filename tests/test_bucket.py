@@ -29,7 +29,8 @@ from PIL import Image
 from upath import UPath
 
 from cluster import bucket, google_client
-from cluster.bucket import DELETED_AT_ONCE, RANGE_BYTES, explained
+from cluster.bucket import DELETED_AT_ONCE, RANGE_BYTES
+from cluster.bucket_errors import explained
 from cluster.errors import DamageError, KuzushijiError, OptionError
 from cluster.lock import locked
 from cluster.manifest import MANIFEST_FILE, is_sealed, read_manifest, seal, write_listed
