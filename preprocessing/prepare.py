@@ -18,7 +18,7 @@ from preprocessing.box_checks import clipped_line, count_ink, ink_lines
 from preprocessing.card import dataset_card
 from preprocessing.config import SPLITS, PrepareConfig
 from preprocessing.dataset import Clipped, DatasetManifest, Loss, Shard, dataset_files
-from preprocessing.groups import written_groups
+from preprocessing.group_files import written_groups
 from preprocessing.input import check_outside
 from preprocessing.page_results import PageResult, listed_warnings
 from preprocessing.parquet import LISTED_LOSSES, LOSSES_TABLE, PAGES_TABLE, losses_table, pages_table

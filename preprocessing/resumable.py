@@ -5,7 +5,7 @@ Until the folder is sealed, a hidden folder in it contains:
 plan.json             the identity of the job: everything that the bytes depend on; another job is refused
 group-00000.json ...  the report of each finished group, with the files that it wrote; the next attempt skips the group
 
-The files of `groups.py`, temporary files, and the notes of `tries.py` are there, too. Tasks do not create the hidden
+The files of `group_files.py`, temporary files, and the notes of `tries.py` are there, too. Tasks do not create the hidden
 folder, so that a task that outlives its command adds nothing to a sealed folder.
 """
 
@@ -30,7 +30,8 @@ from cluster.storage import (
     write_bytes,
 )
 from preprocessing.dataset import Loss
-from preprocessing.groups import Group, read_group
+from preprocessing.group_files import read_group
+from preprocessing.groups import Group
 from preprocessing.tries import Tries
 
 PLAN_FILE = "plan.json"

@@ -40,7 +40,8 @@ from job.verify import KINDS, verify
 from preprocessing.classes import read_class_names
 from preprocessing.crop import MAX_PAGE_BYTES, PageFault
 from preprocessing.dataset import DatasetManifest
-from preprocessing.groups import group_pages, plan_shards, write_groups
+from preprocessing.group_files import write_groups
+from preprocessing.groups import group_pages, plan_shards
 from preprocessing.labels.read import read_labels
 from preprocessing.pages import list_pages, page_reader
 from preprocessing.records import encode_example, frame, read_frames

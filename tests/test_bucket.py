@@ -64,7 +64,8 @@ from job.train.job import Failure
 from job.train.run import Run
 from job.verify import verify
 from preprocessing.config import PrepareConfig
-from preprocessing.groups import group_pages, write_groups, written_groups
+from preprocessing.group_files import write_groups, written_groups
+from preprocessing.groups import group_pages
 from preprocessing.labels.crops import read_crops
 from preprocessing.labels.table import Labels
 from preprocessing.pages import list_pages, page_reader

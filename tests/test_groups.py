@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from cluster.errors import DamageError
 from cluster.storage import place
 from preprocessing.classes import class_indices, class_names
-from preprocessing.groups import GROUPS_PER_FILE, Groups, group_pages, plan_shards, read_group, write_groups
+from preprocessing.group_files import GROUPS_PER_FILE, read_group, write_groups
+from preprocessing.groups import Groups, group_pages, plan_shards
 from preprocessing.labels.code_points import LARGEST, UNKNOWN
 from preprocessing.labels.read import read_labels
 from preprocessing.labels.table import Labels

@@ -28,7 +28,8 @@ from job.predict.readings import Readings
 from job.verify import verify
 from preprocessing.config import SPLITS, PrepareConfig
 from preprocessing.cutting import Cut, cut_boxes
-from preprocessing.groups import group_pages, write_groups
+from preprocessing.group_files import write_groups
+from preprocessing.groups import group_pages
 from preprocessing.labels.read import read_labels
 from preprocessing.pages import list_pages
 from preprocessing.prepare import prepare

@@ -24,7 +24,8 @@ from cluster.manifest import seal
 from cluster.storage import check_writable, place, write_bytes
 from job.predict.predict import _check_tables, predict
 from job.predict.read_group import ReadGroup, resumable, unfinished_pictures
-from preprocessing.groups import group_pages, write_groups
+from preprocessing.group_files import write_groups
+from preprocessing.groups import group_pages
 from preprocessing.labels.read import read_labels
 from preprocessing.pages import list_pages
 

@@ -22,7 +22,7 @@ from job.verify import verify
 from preprocessing.config import PrepareConfig
 from preprocessing.crop import MAX_PAGE_BYTES
 from preprocessing.dataset import DatasetManifest
-from preprocessing.groups import write_groups
+from preprocessing.group_files import write_groups
 from preprocessing.labels.read import read_labels
 from preprocessing.plan import make_plan
 from preprocessing.prepare import prepare

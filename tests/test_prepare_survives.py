@@ -24,7 +24,7 @@ from cluster.storage import place
 from job.verify import verify
 from preprocessing.config import PrepareConfig
 from preprocessing.dataset import DatasetManifest
-from preprocessing.groups import write_groups
+from preprocessing.group_files import write_groups
 from preprocessing.plan import make_plan
 from preprocessing.prepare import _finish, prepare
 from preprocessing.shards import CutGroup

@@ -35,7 +35,7 @@ from job.train.driver import train
 from job.verify import verify
 from preprocessing.config import PrepareConfig
 from preprocessing.dataset import DatasetManifest
-from preprocessing.groups import write_groups
+from preprocessing.group_files import write_groups
 from preprocessing.plan import make_plan
 from preprocessing.prepare import prepare
 from preprocessing.shards import CutGroup

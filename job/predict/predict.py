@@ -23,7 +23,8 @@ from job.predict.read_group import PICTURE_SUFFIX, GroupReport, ReadGroup, resum
 from job.predict.readings import accuracy
 from preprocessing.attempts import Attempts
 from preprocessing.box_checks import clipped_line, count_ink, ink_lines
-from preprocessing.groups import Groups, group_pages, written_groups
+from preprocessing.group_files import written_groups
+from preprocessing.groups import Groups, group_pages
 from preprocessing.input import Input, check_outside, read_input
 from preprocessing.labels.page_ids import MAX_NAME_CHARS
 from preprocessing.page_results import listed_warnings
