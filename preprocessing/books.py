@@ -29,6 +29,7 @@ from cluster.errors import InputError
 from cluster.storage import read_small
 from preprocessing.archive import decode_name
 from preprocessing.config import BooksFile, TrainOnlyFile
+from preprocessing.labels.files import open_text
 from preprocessing.labels.table import Labels
 
 # Names of folders that do not name a book: they hold the pages of one book or of all.
@@ -190,7 +191,7 @@ def read_train_only(path: UPath) -> TrainOnlyFile:
     """Read a file of `--train-only`: a page id or a book on each line.
 
     Raises:
-        InputError: the file does not exist, is not UTF-8 text, or has no line.
+        InputError: the file does not exist, is not text, or has no line.
     """
     data, text = _read(path, "--train-only")
     names = frozenset(_normal(line) for line in text.splitlines() if line.strip())
@@ -205,7 +206,4 @@ def _read(path: UPath, option: str) -> tuple[bytes, str]:
         raise InputError(f"{option} must be a file. Received: {path}, where there is none")
     if len(data) > MAX_FILE_BYTES:
         raise InputError(f"{option} must have at most {MAX_FILE_BYTES} bytes. Received: {path}")
-    try:
-        return data, data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} must be UTF-8 text. Received: {error}. Save it as UTF-8") from error
+    return data, open_text(data, str(path)).read()

@@ -5,8 +5,8 @@ Until the folder is sealed, a hidden folder in it contains:
 plan.json             the identity of the job: everything that the bytes depend on; another job is refused
 group-00000.json ...  the report of each finished group, with the files that it wrote; the next attempt skips the group
 
-The files of `group_files.py`, temporary files, and the notes of `tries.py` are there, too. Tasks do not create the hidden
-folder, so that a task that outlives its command adds nothing to a sealed folder.
+The files of `group_files.py`, temporary files, and the notes of `tries.py` are there, too. Tasks do not create the
+hidden folder, so that a task that outlives its command adds nothing to a sealed folder.
 """
 
 from abc import ABC, abstractmethod

@@ -243,12 +243,20 @@ def test_a_file_that_is_no_list_of_books_is_refused_in_one_line(text: str, says:
 def test_an_option_s_file_that_is_not_there_or_not_text_is_refused(read: Callable[..., Any], tmp_path: Path) -> None:
     with pytest.raises(InputError, match="must be a file. Received: .*, where there is none"):
         read(place(tmp_path / "none"))
-    (tmp_path / "utf16").write_bytes("page,book".encode("utf-16"))
-    with pytest.raises(InputError, match="must be UTF-8 text"):
-        read(place(tmp_path / "utf16"))
+    (tmp_path / "scan").write_bytes(b"\xff\xd8\xff\xe0" + bytes(range(256)))
+    with pytest.raises(InputError, match="must be text in UTF-8, UTF-16 or CP932"):
+        read(place(tmp_path / "scan"))
     (tmp_path / "empty").write_bytes(b"\n")
     with pytest.raises(InputError, match="Received: no line|header"):
         read(place(tmp_path / "empty"))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp932"])
+def test_a_list_of_books_and_one_of_pages_for_training_may_come_from_excel(encoding: str, tmp_path: Path) -> None:
+    (tmp_path / "books.csv").write_bytes("prefix,book\r\na_,源氏物語\r\n".encode(encoding))
+    assert read_books(place(tmp_path / "books.csv")).books == {"a_": "源氏物語"}
+    (tmp_path / "pages.txt").write_bytes("源氏物語\r\na_1\r\n".encode(encoding))
+    assert read_train_only(place(tmp_path / "pages.txt")).names == {"源氏物語", "a_1"}
 
 
 def train_only(*names: str) -> TrainOnlyFile:
