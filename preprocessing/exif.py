@@ -10,7 +10,7 @@ EXIF = b"Exif\0\0"  # precedes the TIFF header of the metadata
 UPRIGHT = 1
 ORIENTATION = 0x0112
 SHORT = 3  # type of the value
-TURNED = (5, 6, 7, 8)  # orientations that swap width and height
+_TURNED = (5, 6, 7, 8)  # orientations that swap width and height
 
 
 def orientation_of(exif: bytes) -> int:
@@ -34,9 +34,14 @@ def orientation_of(exif: bytes) -> int:
     return UPRIGHT
 
 
+def upright_size(width: int, height: int, orientation: int) -> tuple[int, int]:
+    """Return width and height of an upright image. width, height: as stored."""
+    return (height, width) if orientation in _TURNED else (width, height)
+
+
 def upright(image: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
     """Turn an image, (height, width) or (height, width, 3), upright by its EXIF orientation. It may be overwritten."""
-    if orientation in TURNED:
+    if orientation in _TURNED:
         image = cv2.transpose(image)
     flip = {2: 1, 3: -1, 4: 0, 6: 1, 7: -1, 8: 0}.get(orientation)
     if flip is None:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import BmpImagePlugin, Image, ImageFile, Jpeg2KImagePlugin, PngImagePlugin, TiffImagePlugin
 
 from preprocessing.crop import MAX_PAGE_PIXELS, PageFault
-from preprocessing.exif import EXIF, ORIENTATION, TURNED, UPRIGHT, orientation_of
+from preprocessing.exif import EXIF, ORIENTATION, UPRIGHT, orientation_of, upright_size
 from preprocessing.jpeg import too_large
 
 # Not Image.open, which tries the plugins of all formats and warns of large pages.
@@ -131,7 +131,7 @@ def _open(data: bytes) -> Raster:
     if isinstance(image, PngImagePlugin.PngImageFile):
         orientation = orientation_of(_chunk(data, 8, b"eXIf", ">L4s", 4))
     width, height = image.size
-    return Raster(*((height, width) if orientation in TURNED else (width, height)), orientation, image)
+    return Raster(*upright_size(width, height, orientation), orientation, image)
 
 
 def _chunk(data: bytes, offset: int, name: bytes, form: str, checksum: int = 0, padding: int = 1) -> bytes:
@@ -221,7 +221,7 @@ def _open_webp(data: bytes) -> Raster:
         width, height = (int.from_bytes(head[at : at + 2], "little") & 0x3FFF for at in (6, 8))
     else:
         raise ValueError("WebP of an unknown kind")
-    return Raster(*((height, width) if orientation in TURNED else (width, height)), orientation, None)
+    return Raster(*upright_size(width, height, orientation), orientation, None)
 
 
 def _decode_webp(data: bytes, raster: Raster) -> NDArray[np.uint8]:

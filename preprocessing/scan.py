@@ -7,7 +7,7 @@ import simplejpeg
 from numpy.typing import NDArray
 
 from preprocessing.crop import MAX_PAGE_BYTES, PageFault
-from preprocessing.exif import TURNED, upright
+from preprocessing.exif import upright, upright_size
 from preprocessing.jpeg import START, decode_jpeg, read_header
 from preprocessing.raster import decode_raster, is_raster, is_turned, open_raster
 
@@ -53,7 +53,7 @@ def scan_size(data: bytes) -> tuple[int, int]:
             height, width, _, _ = simplejpeg.decode_jpeg_header(data, strict=False)
         except (ValueError, KeyError) as error:  # KeyError: simplejpeg, for a header that is cut off
             raise PageFault(f"page can't be decoded: {error}") from error
-    return (height, width) if header.orientation in TURNED else (width, height)
+    return upright_size(width, height, header.orientation)
 
 
 def _checked(data: bytes) -> bytes:

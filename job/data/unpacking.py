@@ -17,10 +17,10 @@ from cluster.storage import size_of
 from preprocessing.dataset import Shard
 from preprocessing.labels.code_points import parse_code_point
 from preprocessing.labels.page_ids import parse_id
+from preprocessing.labels.table import MAX_PIXELS
 from preprocessing.records import SIDE, decode_example, read_frames
 
 PARSE_RECORDS = 1024
-MAX_PIXELS = 10**9  # exclusive bound of x, y, width and height of a box: labels have at most nine digits
 PAGES_FILE = "page_ids.txt"
 
 
@@ -52,7 +52,7 @@ class SplitWriter:
             raise ValueError(f"an image that is not {SIDE} x {SIDE} pixels")
         if not 0 <= min(labels) <= max(labels) < self.classes:
             raise ValueError(f"a label that is none of the {self.classes} classes")
-        if ((numbers <= -MAX_PIXELS) | (numbers >= MAX_PIXELS)).any():
+        if ((numbers < -MAX_PIXELS) | (numbers > MAX_PIXELS)).any():
             raise ValueError("a box with more than nine digits")
         self.images[rows] = np.frombuffer(b"".join(images), np.uint8).reshape(-1, SIDE, SIDE, 1)
         self.labels[rows] = labels

@@ -12,9 +12,10 @@ import numpy as np
 from upath import UPath
 
 from cluster.errors import InputError, OptionError, counted
+from preprocessing.books import HEADERS as BOOKS_HEADERS
 from preprocessing.labels.coco import Coco, is_coco
 from preprocessing.labels.codh import BOX, PAGE, is_codh_header, read_codh
-from preprocessing.labels.curation import Curations, is_curation, read_canvases
+from preprocessing.labels.curation import CANVASES_HEADER, Curations, is_curation, read_canvases
 from preprocessing.labels.files import LabelFile, head_text, label_files, open_text
 from preprocessing.labels.json_files import parse_json, shown
 from preprocessing.labels.kaggle import HEADER, read_kaggle
@@ -30,7 +31,7 @@ log = logging.getLogger("kuzushiji")
 STRICT_SUFFIXES = (".csv", ".json")
 # Exceptions: files that Kaggle and Label Studio provide next to the labels, and files for other options.
 NO_LABELS = ("unicode_translation.csv", "sample_submission.csv", "notes.json")
-OTHER_HEADERS = (["canvas", "file"], ["page", "book"], ["prefix", "book"])
+OTHER_HEADERS = (CANVASES_HEADER, *map(list, BOOKS_HEADERS))
 READ_ME = ("readme", "license", "licence", "notice")
 # Labels of other tools must be converted to COCO.
 FORMS = (
