@@ -10,9 +10,7 @@ The first of these that names the book of a page counts:
 5. the part of the id before the first `_` or `-`: `100241706` for `100241706_00004_2`.
 """
 
-import csv
 import hashlib
-import io
 import itertools
 import logging
 import os
@@ -29,7 +27,7 @@ from cluster.errors import InputError
 from cluster.storage import read_small
 from preprocessing.archive import decode_name
 from preprocessing.config import BooksFile, TrainOnlyFile
-from preprocessing.labels.files import open_text
+from preprocessing.labels.files import csv_rows, open_text
 from preprocessing.labels.table import Labels
 
 # Names of folders that do not name a book: they hold the pages of one book or of all.
@@ -161,10 +159,9 @@ def read_books(path: UPath) -> BooksFile:
     Raises:
         InputError: the file does not exist, or is not such a CSV file.
     """
-    data, text = _read(path, "--books")
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    data = _read(path, "--books")
     books: dict[str, str] = {}
-    try:
+    with csv_rows(data, str(path), "docs/data.md#books") as reader:
         header = tuple(next(reader, []))
         if header not in HEADERS:
             raise InputError(
@@ -178,10 +175,6 @@ def read_books(path: UPath) -> BooksFile:
             if name in books:
                 raise ValueError(f"a {header[0]} must have one row only. Received: {name[:80]!r} twice")
             books[name] = book
-    except csv.Error as error:
-        raise InputError(f"{path}, line {reader.line_num}: not CSV ({error})") from error
-    except ValueError as error:
-        raise InputError(f"{path}, line {reader.line_num}: {error}. Fix that row") from error
     if not books:
         raise InputError(f"{path} must name the book of at least one page. Received: no row")
     return BooksFile(sha256=hashlib.sha256(data).hexdigest(), by=HEADERS[header], books=books)
@@ -193,17 +186,17 @@ def read_train_only(path: UPath) -> TrainOnlyFile:
     Raises:
         InputError: the file does not exist, is not text, or has no line.
     """
-    data, text = _read(path, "--train-only")
-    names = frozenset(_normal(line) for line in text.splitlines() if line.strip())
+    data = _read(path, "--train-only")
+    names = frozenset(_normal(line) for line in open_text(data, str(path)).read().splitlines() if line.strip())
     if not names:
         raise InputError(f"{path} must name a page or book on each line. Received: no line")
     return TrainOnlyFile(sha256=hashlib.sha256(data).hexdigest(), names=names)
 
 
-def _read(path: UPath, option: str) -> tuple[bytes, str]:
+def _read(path: UPath, option: str) -> bytes:
     data = read_small(path, MAX_FILE_BYTES)
     if data is None:
         raise InputError(f"{option} must be a file. Received: {path}, where there is none")
     if len(data) > MAX_FILE_BYTES:
         raise InputError(f"{option} must have at most {MAX_FILE_BYTES} bytes. Received: {path}")
-    return data, open_text(data, str(path)).read()
+    return data

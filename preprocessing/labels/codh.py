@@ -6,13 +6,11 @@ U+306F,100241706_00004_2,1231,3465,B0001,C0001,133,53
 Six columns are read, in any order. The character may be written as itself, so a spreadsheet can have this form.
 """
 
-import csv
 from collections.abc import Iterator, Sequence
 
-from cluster.errors import InputError
 from preprocessing.labels.code_points import UNKNOWN, parse_character
-from preprocessing.labels.files import LabelFile, open_text
-from preprocessing.labels.kaggle import MAX_CELL_CHARS, parse_integer
+from preprocessing.labels.files import LabelFile, csv_rows
+from preprocessing.labels.kaggle import parse_integer
 from preprocessing.labels.page_ids import id_of_file
 from preprocessing.labels.table import Collected, PageBoxes
 
@@ -42,10 +40,8 @@ def read_codh(files: Sequence[LabelFile], bare: bool) -> Iterator[PageBoxes]:
 
 
 def _parse(file: LabelFile, bare: bool) -> Collected:
-    csv.field_size_limit(MAX_CELL_CHARS)
-    reader = csv.reader(open_text(file.read(), file.where), strict=True)
     collected, ids = Collected(), dict[str, str]()
-    try:
+    with csv_rows(file.read(), file.where, "docs/data.md#a-spreadsheet") as reader:
         header = next(reader, [])
         if len(set(header)) != len(header) or (CHARACTER not in header and not bare):
             raise ValueError(
@@ -62,10 +58,4 @@ def _parse(file: LabelFile, bare: bool) -> Collected:
             text = row[character] if character is not None else ""
             code_point = UNKNOWN if bare and not text else parse_character(text)
             collected.add(ids[name], code_point, [parse_integer(row[i]) for i in box])
-    except csv.Error as error:
-        raise InputError(f"{file.where}, line {reader.line_num}: not CSV ({error})") from error
-    except ValueError as error:
-        raise InputError(
-            f"{file.where}, line {reader.line_num}: {error}. Fix that row. See docs/data.md#a-spreadsheet"
-        ) from error
     return collected

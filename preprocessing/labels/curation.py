@@ -7,7 +7,6 @@
 The last part of a canvas's address is the page's id, unless a CSV with the columns `canvas,file` names the files.
 """
 
-import csv
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -15,7 +14,7 @@ from urllib.parse import unquote
 
 from cluster.errors import InputError
 from preprocessing.labels.code_points import UNKNOWN, character_if_any, parse_character
-from preprocessing.labels.files import LabelFile, open_text
+from preprocessing.labels.files import LabelFile, csv_rows
 from preprocessing.labels.json_files import Fault, member, page_size, pixels
 from preprocessing.labels.page_ids import id_of_file
 from preprocessing.labels.table import Collected, PageBoxes
@@ -115,8 +114,7 @@ def read_canvases(file: LabelFile) -> dict[str, str]:
         InputError: the file does not have this form, or names a canvas twice.
     """
     canvases: dict[str, str] = {}
-    reader = csv.reader(open_text(file.read(), file.where), strict=True)
-    try:
+    with csv_rows(file.read(), file.where, "docs/data.md#iiif-curations") as reader:
         for number, row in enumerate(filter(None, reader)):
             if number == 0 and row != CANVASES_HEADER:
                 raise ValueError(f"--canvases must begin with the header canvas,file. Received: {','.join(row)[:80]!r}")
@@ -127,8 +125,4 @@ def read_canvases(file: LabelFile) -> dict[str, str]:
                 raise ValueError(f"a canvas must have one row only. Received: {canvas[:200]!r} twice")
             if number:
                 canvases[canvas] = id_of_file(row[1])
-    except (csv.Error, ValueError) as error:
-        raise InputError(
-            f"{file.where}, line {reader.line_num}: {error}. Fix that row. See docs/data.md#iiif-curations"
-        ) from error
     return canvases

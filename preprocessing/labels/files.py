@@ -1,6 +1,7 @@
 """Label files: one, several, or those in a folder or zip archive. Each is read up to a limit of size."""
 
 import codecs
+import csv
 import hashlib
 import io
 import os
@@ -18,6 +19,8 @@ from preprocessing.crop import PageFault
 from preprocessing.labels.page_ids import is_image
 from preprocessing.pages import OTHER_FOLDERS, is_archive, page_reader
 
+# Kaggle's page with the most boxes has 614. This limit of a cell of a CSV allows 400 times as many.
+MAX_CELL_CHARS = 8_000_000
 # Files are read one at a time, each as a whole. `page_reader` reads at most 100 MB of a member of an archive.
 MAX_FILE_BYTES = 1 << 29
 HEAD_BYTES = 1 << 14
@@ -122,6 +125,25 @@ def _member(archive: UPath, name: str, size: int, read_member: Callable[[str], b
 
 def _printable(text: str) -> str:
     return text if text.isprintable() else ascii(text)
+
+
+@contextmanager
+def csv_rows(data: bytes, where: str, see: str) -> Iterator[Iterator[list[str]]]:
+    """Yield the rows of a CSV file, also empty ones. A ValueError of the block is taken for a fault of the last row.
+
+    where: the file, for error messages. see: the page of the docs to name in them.
+
+    Raises:
+        InputError: the file is not text or CSV, or the block raised a ValueError.
+    """
+    csv.field_size_limit(MAX_CELL_CHARS)
+    reader = csv.reader(open_text(data, where), strict=True)
+    try:
+        yield reader
+    except csv.Error as error:
+        raise InputError(f"{where}, line {reader.line_num}: not CSV ({error})") from error
+    except ValueError as error:
+        raise InputError(f"{where}, line {reader.line_num}: {error}. Fix that row. See {see}") from error
 
 
 def open_text(data: bytes, where: str) -> io.TextIOWrapper:

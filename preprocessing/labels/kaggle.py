@@ -9,7 +9,6 @@ A malformed row stops the job before any work, because guessing its meaning coul
 that need the page to be detected (a box off its page, a scan that can't be read) are found later and listed as losses.
 """
 
-import csv
 import re
 from collections.abc import Iterator, Sequence
 
@@ -18,14 +17,11 @@ from numpy.typing import NDArray
 
 from cluster.errors import InputError
 from preprocessing.labels.code_points import UNKNOWN, parse_code_point
-from preprocessing.labels.files import LabelFile, open_text
+from preprocessing.labels.files import LabelFile, csv_rows
 from preprocessing.labels.page_ids import parse_id
 from preprocessing.labels.table import COLUMNS, PageBoxes
 
 HEADER = ["image_id", "labels"]
-# Kaggle's page with the most boxes has 614. This limit allows 400 times as many, and rejects files of other formats.
-MAX_CELL_CHARS = 8_000_000
-
 _INTEGER = re.compile(r"-?[0-9]{1,9}(?:\.0{1,9})?")
 
 
@@ -45,9 +41,7 @@ def parse_rows(data: bytes, where: str, bare: bool = False) -> Iterator[tuple[st
     Raises:
         InputError: the file is not text or CSV, has a wrong header, or has a malformed row (raised at that row).
     """
-    csv.field_size_limit(MAX_CELL_CHARS)
-    reader = csv.reader(open_text(data, where), strict=True)
-    try:
+    with csv_rows(data, where, "docs/data.md#kaggles-csv") as reader:
         header = next(reader, [])
         if header != HEADER:
             raise InputError(f"{where} must begin with the header image_id,labels. Received: {','.join(header)[:80]!r}")
@@ -55,12 +49,6 @@ def parse_rows(data: bytes, where: str, bare: bool = False) -> Iterator[tuple[st
             if len(row) != len(HEADER):
                 raise ValueError(f"a row must have 2 columns. Received: {len(row)}")
             yield parse_id(row[0]), _parse_cell(row[1], bare)
-    except csv.Error as error:
-        raise InputError(f"{where}, line {reader.line_num}: not CSV ({error})") from error
-    except ValueError as error:
-        raise InputError(
-            f"{where}, line {reader.line_num}: {error}. Fix that row. See docs/data.md#kaggles-csv"
-        ) from error
 
 
 def _parse_cell(cell: str, bare: bool) -> NDArray[np.int32]:
