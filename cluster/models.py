@@ -64,12 +64,17 @@ def latest_runs(models: UPath) -> dict[str, str]:
 
     Raises:
         InputError: there is none.
-        DamageError: a `latest.json` does not have the expected content.
+        DamageError: a `latest.json` does not have the expected content, or the name of its folder is not plain.
     """
     found = {name: read_latest(models / name) for name in list_folders(models) if not name.startswith(".")}
     runs = {name: latest.run for name, latest in found.items() if latest}
     if not runs:
         raise InputError(f"--models must hold <architecture>/{LATEST_FILE}. Received: {models}, with none")
+    for name in runs:
+        try:
+            plain_name(name, "the name of a model")
+        except ValueError as error:
+            raise DamageError(f"{error}. Rename the folder in {models}") from error
     return runs
 
 

@@ -29,7 +29,8 @@ failure is one line on standard error; `verify` prints a line for each fault on 
 terminal, and elsewhere at most one log line every ten seconds. If standard output is a terminal too, `prepare` and
 `predict` show Ray Data's own bars, whose rows are groups of pages.
 
-The object of `--json` is `{"error": ...}` after a failure. Otherwise it has these fields:
+The object of `--json` is `{"error": ...}` if the command fails as a whole. Otherwise it has these fields;
+`faults`, and an `exit_code` that is not 0, are failures too:
 
 | command | fields |
 |---|---|

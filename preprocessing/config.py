@@ -47,7 +47,8 @@ class PrepareConfig(BaseModel):
     """Options of `prepare`. All but `max_bad_fraction` determine the bytes of the dataset, with pages and labels.
 
     The docstring of a field is the `--help` text of its option. An option that a dataset of an earlier release may lack
-    is None by default, also a flag: a missing key counts as None when options are compared (`attempts.py`).
+    is None by default, also a flag, or has the value of that release in `Attempts.new_options`: a missing key counts as
+    None when options are compared.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)

@@ -715,7 +715,7 @@ def test_more_boxes_on_a_page_than_the_limit_are_refused(
     monkeypatch.setattr(table, "MAX_PAGE_BOXES", most)
     assert read(labels).boxes_per_page.max() == most
     monkeypatch.setattr(table, "MAX_PAGE_BOXES", most - 1)
-    refused(labels, says=f"a page must have at most {most - 1} boxes. Received: more, on ")
+    refused(labels, says=f"a page must have at most {most - 1} boxes. Received: more, on page 1002")
 
 
 def test_a_broken_archive_of_labels_is_refused_by_the_name_of_its_option(tmp_path: Path) -> None:

@@ -195,9 +195,10 @@ def test_as_many_losses_as_are_allowed_are_no_error(tmp_path: Path) -> None:
 
 
 def test_a_report_with_a_damaged_file_name_counts_as_missing(tmp_path: Path) -> None:
-    folder = resumable(place(tmp_path))
-    (tmp_path / "kept").write_bytes(b"kept")
+    folder = resumable(place(tmp_path / "out"))
     folder.progress_folder.mkdir(parents=True)
+    for kept in (tmp_path / "kept", tmp_path / "out" / "kept"):
+        kept.write_bytes(b"kept")
     for name, is_whole in (("kept", True), ("../kept", False)):
         shard = {"name": name, "bytes": 4, "sha256": hashlib.sha256(b"kept").hexdigest(), "examples": 1}
         report = {"losses": [], "shards": {"train": shard}, "clipped": [], "pages": []}

@@ -136,6 +136,10 @@ def test_names_that_leave_the_folder_are_refused(models: UPath, tmp_path: Path) 
     write_bytes(models / "other" / "latest.json", b'{"run": "../one", "finished_at": "2026-01-01T00:00:00Z"}')
     with pytest.raises(DamageError, match=r"latest.json must name a run"):
         pull(models, place(tmp_path / "to"), ["other"])
+    write_bytes(models / "other" / "latest.json", b'{"run": "one", "finished_at": "2026-01-01T00:00:00Z"}')
+    write_bytes(models / "my model" / "latest.json", b'{"run": "one", "finished_at": "2026-01-01T00:00:00Z"}')
+    with pytest.raises(DamageError, match="the name of a model must be letters.* Rename the folder"):
+        pull(models, place(tmp_path / "to"))
 
 
 @pytest.mark.parametrize(

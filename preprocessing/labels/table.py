@@ -102,7 +102,10 @@ class Collected:
 def check_page(page_id: str, boxes: int) -> None:
     """Raise InputError if a page has too many boxes."""
     if boxes > MAX_PAGE_BOXES:
-        raise InputError(f"a page must have at most {MAX_PAGE_BOXES} boxes. Received: more, on {page_id}")
+        raise InputError(
+            f"a page must have at most {MAX_PAGE_BOXES} boxes. Received: more, on page {page_id}. Fix the label file. "
+            "See docs/data.md#limits"
+        )
 
 
 def whole_pixels(boxes: NDArray[np.float64]) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
