@@ -1,6 +1,7 @@
 """Run `prepare`: turn page scans and labels into a sealed dataset folder, or resume an earlier one (`attempts.py`)."""
 
 import logging
+import uuid
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
@@ -101,11 +102,11 @@ def _attempts(dataset: UPath, plan: Plan) -> Attempts[DatasetManifest]:
 def _make(plan: Plan, pages: UPath, dataset: UPath, config: PrepareConfig, start_limit: float) -> DatasetManifest:
     _check_losses(plan.losses, len(plan.losses), plan, config, dataset)
     encoded(_known_manifest(plan, config))
-    work = CutGroup(str(pages), str(dataset))
-    with written_groups(plan.groups, resumable(dataset).progress_folder, work.attempt) as write:
+    attempt = uuid.uuid4().hex
+    with written_groups(plan.groups, resumable(dataset).progress_folder, attempt) as write:
         reports = map_tasks(
             len(plan.groups),
-            work,
+            CutGroup(str(pages), str(dataset), attempt),
             GroupReport,
             what="pages cut",
             unit="pages",
