@@ -76,6 +76,7 @@ def test_the_numbers_of_recognition_are_those_of_its_tables(name: str) -> None:
     assert f"accuracy {accuracy:.2f} and top 5 {top5:.2f}, where `baseline` by the study's recipe reaches" in text
     assert f"reaches {of_study:.2f} and {top5_of_study:.2f} from as many crops; {errors} of its errors" in text
     assert f"({low} to {high}, the 95 % interval)" in text
+    assert f"the mean of `ece` was {float(ours[5]):.2f} on those of recipe 2" in text
 
 
 def test_recipe_2_is_the_one_that_was_measured() -> None:
@@ -108,11 +109,19 @@ def test_the_ratios_of_books_are_those_of_their_rows() -> None:
         assert f", {book} | {crops[book]:,} | {' | '.join(ratios)} |" in text
     of_baseline = error_ratio(rows, "baseline, ours")
     assert f"| all | {crops.sum():,} | {error_ratio(rows, 'resnet, ours')} | {of_baseline} |" in text
-    first, second = (error_ratio(rows[rows["seed"] == seed], "resnet, ours") for seed in (42, 43))
-    assert f"With the first seed `resnet` makes {first}, with the second {second};" in text
+    largest = rows[rows["book"] == "200010454"]
+    seeds, of_largest = (
+        [error_ratio(some[some["seed"] == seed], "resnet, ours") for seed in (42, 43, 44)] for some in (rows, largest)
+    )
+    assert "With seed 42 `resnet` makes {}, with 43 {}, with 44 {};".format(*seeds) in text
+    assert "; on 200010454 {}, {} and {}.".format(*(ratio[:4] for ratio in of_largest)) in text
     readme = " ".join((ROOT / "README.md").read_text().split())
-    assert f"{first[:4]} with the first seed and {second[:4]} with the second," in readme
+    assert "{}, {} and {} by seed,".format(*(ratio[:4] for ratio in seeds)) in readme
     assert f"`baseline` by our recipe makes {of_baseline[:4]}," in readme
+    by_book = sorted(error_ratio(of_book, "resnet, ours")[:4] for _, of_book in rows.groupby("book"))
+    changes = " ".join((ROOT / "CHANGELOG.md").read_text().split())
+    assert f"{error_ratio(rows, 'resnet, ours')[:4]} of the errors of `baseline` by the study's recipe" in changes
+    assert f"from {by_book[0]} to {by_book[-1]} by book" in changes
     runs = pd.read_csv(ROOT / "docs" / "recognition" / "runs.csv").query("study == 'books' and seed == 42")
     means = runs.groupby("recipe")["accuracy"].mean()
     assert f"`resnet` is {means['resnet, ours']:.3f} as a mean over the books" in text
@@ -123,7 +132,7 @@ def test_the_ratios_of_books_are_those_of_their_rows() -> None:
     assert f"`resnet` makes {of_both[0]} of the errors of `baseline` by the same recipe" in text
     assert f"without 200010454 {of_both[1]}." in text
     others = error_ratio(rows[rows["book"] != "200010454"], "resnet, ours")
-    assert f"on the other five together it is {others}" in text
+    assert f"On the other five together it is {others}" in text
     untouched = error_ratio(rows[rows["book"].isin(["200021869", "100241706", "200020019"])], "resnet, ours")
     assert f"on the three that were no validation split of a trial {untouched}" in text
     for name in ("README.md", "docs/models.md"):
