@@ -110,8 +110,8 @@ def _client(address: str) -> "JobSubmissionClient":
         return JobSubmissionClient(address)
     except (OSError, RuntimeError, ValueError, LookupError, TypeError) as error:  # the last two: JSON not from Ray
         raise KuzushijiError(
-            f"the address must be a Ray head's, such as http://127.0.0.1:{DASHBOARD_PORT}. Received: {address}: "
-            f"{squeezed(error, 200)}"
+            f"the address must be a Ray head's, such as http://127.0.0.1:{DASHBOARD_PORT}. "
+            f"Received: {address}: {squeezed(error, 200)}"
         ) from error
 
 

@@ -159,7 +159,7 @@ def predict(
               help="Precision of a tflite; int8 is calibrated on crops of --dataset.")  # fmt: skip
 @click.option("--out", required=True, metavar="PLACE", help="New or empty folder.")
 @click.option("--dataset", metavar="PLACE",
-              help="Folder with the model's classes and margin: compares accuracies too.")  # fmt: skip
+              help="Folder made by `prepare`, with the model's classes and margin; compares accuracies.")  # fmt: skip
 @click.option("--split", type=click.Choice(SPLITS), help="Split to compare on.  [default: test]")
 def export(model: str, form: Any, quantize: Any, out: str, dataset: str | None, split: str | None) -> Outcome:
     """Convert a model for other programs, and compare predictions."""
@@ -183,7 +183,8 @@ def export(model: str, form: Any, quantize: Any, out: str, dataset: str | None, 
 
 
 @command
-@click.option("--dataset", metavar="PLACE", help="Folder made by `prepare`; with --models: that of all the runs.")
+@click.option("--dataset", metavar="PLACE",
+              help="Folder made by `prepare`; with --models: the dataset of all the runs, for pictures.")  # fmt: skip
 @click.option("--models", metavar="PLACE", help="Folder of trained models; shows the latest run of each architecture.")
 @click.option("--out", required=True, metavar="PLACE", help="Folder for report.html.")
 def report(dataset: str | None, models: str | None, out: str) -> Outcome:

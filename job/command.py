@@ -72,7 +72,8 @@ def _echo_error(text: str, as_json: bool) -> None:
 def main() -> None:
     """From scans of old Japanese pages to a trained classifier of their characters.
 
-    A PLACE is a path or an address (/data/pages, gs://bucket/pages). Exit codes: 0 success, 1 failure, 2 usage error.
+    A PLACE is a path or an address (/data/pages, gs://bucket/pages). Exit codes: 0 success, 1 failure, 2 options
+    that are wrong, or do not fit what they name.
     """
 
 

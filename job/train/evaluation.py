@@ -1,4 +1,4 @@
-"""Evaluator during a training: all workers predict a split together, each crop once.
+"""Evaluation during a training: all workers predict a split together, each crop once.
 
 Each worker predicts crops of the partitions that it holds. The results are shared with all workers.
 """

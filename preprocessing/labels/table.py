@@ -16,8 +16,8 @@ COLUMNS = 5  # of a page's table: code point, x, y, width, height
 # million boxes, 3.5 GB as `Labels`.
 MAX_PAGES = 2_000_000
 MAX_BOXES = 200_000_000
-# 200 times those of any page of CODH. The numbers of one page take up to 26 times the size of its file, so more boxes
-# could take more than 4 GB.
+# 1,600 times the boxes of Kaggle's page with the most. While a page is read, its numbers take up to 26 times the size
+# of its lines, so a large file with one page would take more than 4 GB.
 MAX_PAGE_BOXES = 1_000_000
 MAX_PIXELS = 999_999_999  # of a coordinate or a side: nine digits
 TOLERANCE = 1e-3  # pixels; a coordinate closer than this to a whole number counts as that number
