@@ -101,8 +101,8 @@ class TrainConfig(BaseModel):
     """Precision of layers: float32 or mixed_bfloat16."""
     deterministic: bool = True
     """Bit-identical results, or faster kernels.  [default: --fast on GPUs]"""
-    class_weights: Literal["none", "balanced"] = "none"
-    """balanced: each class has the same total weight."""
+    sampling: Literal["uniform", "balanced"] = "uniform"
+    """balanced: draw each class equally often."""
     seed: int = Field(42, ge=0, lt=2**31)
     """Random seed of weights, order, dropout and augmentation."""
     patience: PositiveInt | None = None

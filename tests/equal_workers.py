@@ -60,8 +60,8 @@ def one_batch(job: Any, out: Path, steps: dict[str, int]) -> Callable[[Any], Non
                 keras.utils.set_random_seed(config.seed)
                 changes = {"dropout": kind != "without", "augment": "standard" if kind == "augmented" else "none"}
                 as_told = replace(job, config=config.model_copy(update=changes))
-                plain = initial_model(as_told.config, None, data.class_names)
-                training = Training(as_told, strategy, partitions, data, StartUp(), plain)
+                start = initial_model(as_told.config, None, data.class_names)
+                training = Training(as_told, strategy, partitions, data, StartUp(), *start)
                 training.step_limit.stop()
                 first, images, labels = training.rows_of(crops, order, 0)
                 losses[kind] = []

@@ -157,8 +157,8 @@ def xception_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 CONFIGS = {
     "xception": {"unfreeze": "last"},
     "resnet152v2": {"unfreeze": "all", "precision": "mixed_bfloat16"},
-    "inceptionresnetv2": {"unfreeze": "last", "class_weights": "balanced"},
-    "fcn": {"precision": "mixed_bfloat16", "class_weights": "balanced"},
+    "inceptionresnetv2": {"unfreeze": "last", "sampling": "balanced"},
+    "fcn": {"precision": "mixed_bfloat16", "sampling": "balanced"},
 }
 FEWER = ("xception", "fcn")  # enough for `make test`: the transfer architectures differ only in their base
 
@@ -204,8 +204,8 @@ def train_narrow(given: dict[str, Any]) -> None:
                 keras.config.set_dtype_policy(config.precision)
                 keras.utils.set_random_seed(config.seed)
                 weights = given["weights"] if config.architecture == "xception" else None
-                plain = initial_model(config, weights, data.class_names)
-                training = Training(job, strategy, partitions, data, StartUp(), plain)
+                start = initial_model(config, weights, data.class_names)
+                training = Training(job, strategy, partitions, data, StartUp(), *start)
                 training.run_epoch()
                 training.write(training.predict_best())
                 keras.utils.clear_session()

@@ -30,7 +30,7 @@ SURFACE = {
     "train": {
         "--dataset", "--models", "--architecture", "--workers", "--gpus-per-worker", "--cpus-per-worker", "--epochs",
         "--global-batch-size", "--learning-rate", "--seed", "--patience", "--run", "--weights", "--unfreeze",
-        "--precision", "--class-weights", "--checkpoint-every", "--max-failures", "--step-limit", "--partitions",
+        "--precision", "--sampling", "--checkpoint-every", "--max-failures", "--step-limit", "--partitions",
         "--deterministic", "--start-limit", "--schedule", "--augment", "--weight-decay", "--label-smoothing",
     },
     "evaluate": {"--model", "--dataset", "--split", "--out"},

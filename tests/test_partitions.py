@@ -18,6 +18,7 @@ from cluster.manifest import read_manifest
 from cluster.storage import place
 from job.config import TrainConfig
 from job.data import staging
+from job.data.order import balanced_order
 from job.data.partitions import Partitions, deal
 from job.data.staging import staged_shards, unpack
 from job.train.batches import fit_to_dataset
@@ -59,6 +60,36 @@ def test_batches_are_the_same_for_any_number_of_workers_and_draw_equally_from_ea
     partition = np.searchsorted(ends, expected.ravel(), side="right").reshape(-1, count, each)
     assert (partition == np.arange(count)[None, :, None]).all()
     assert sorted(alone.held_shards("train"), key=str) == sorted(shards_of(sizes), key=str)
+
+
+@given(st.lists(st.integers(0, 6), max_size=60), st.integers(0, 3))
+def test_balanced_sampling_draws_each_class_equally_often_and_no_crop_again_before_all_others_of_its_class(
+    of_crops: list[int], epoch: int
+) -> None:
+    labels = np.array(of_crops, np.int64)
+    order = balanced_order(labels, seed=1, epoch=epoch)
+    assert len(order) == len(labels)
+    assert np.array_equal(order, balanced_order(labels, seed=1, epoch=epoch))
+    of_classes = [np.bincount(order, minlength=len(labels))[labels == name] for name in set(of_crops)]
+    totals = [int(appearances.sum()) for appearances in of_classes]
+    assert max(totals, default=0) - min(totals, default=0) <= 1
+    assert all(np.ptp(appearances) <= 1 for appearances in of_classes)
+
+
+def test_balanced_sampling_differs_by_epoch_and_draws_the_classes_of_each_partition_for_any_number_of_workers() -> None:
+    sizes, labels = [40, 20, 25, 35], np.repeat([0, 1, 2], [90, 20, 10])
+    (alone,) = dealt(sizes, 2, 8, 1)
+    assert not np.array_equal(alone.batches(3, labels), alone.batches(4, labels))
+    parts = dealt(sizes, 2, 8, 3)
+    held = [part.held_rows("train") for part in parts]
+    together = [rows.start + part.batches(3, labels[rows]) for part, rows in zip(parts, held, strict=True)]
+    expected = alone.batches(3, labels)
+    assert np.array_equal(np.concatenate(together, axis=1), expected)
+    for partition, first in enumerate((0, 60)):
+        drawn = expected[:, 8 * partition : 8 * partition + 8].ravel()
+        assert set(drawn) <= set(range(first, first + 60))
+        counts = np.bincount(labels[drawn], minlength=3)
+        assert np.ptp(counts[counts > 0]) <= 60 - 56 + 1  # seven batches of 8 do not have the last four of 60 rows
 
 
 @given(SIZES, st.integers(1, 6), st.integers(1, 4), st.integers(1, 6), st.integers(1, 5))
@@ -205,7 +236,7 @@ def test_two_workers_with_one_partition_each_train_like_one_worker_with_both(
     few_classes = PrepareConfig(coverage=0.2, val_fraction=0.35, test_fraction=0.35)
     assert len(prepare(*source, place(dataset), few_classes)[0].shards_of("train")) == 2
     config = TrainConfig.model_validate(
-        GIVEN | {"partitions": 2, "global_batch_size": 16, "epochs": 2, "class_weights": "balanced"}
+        GIVEN | {"partitions": 2, "global_batch_size": 16, "epochs": 2, "sampling": "balanced"}
     )
     folders = []
     for workers in (1, 2):

@@ -15,6 +15,9 @@ from cluster.errors import DamageError, InputError, OptionError
 from cluster.storage import place
 from job.config import configs_of
 from job.model.pretrained import obtain, weights_option
+from job.train.driver import train
+from preprocessing.config import PrepareConfig
+from preprocessing.prepare import prepare
 
 OLD, NEW = ["A", "B", "C", "D", "rare"], ["D", "E", "B", "rare"]
 
@@ -31,8 +34,8 @@ def named(classes: list[str]) -> list[str]:
     return [name if name == "rare" else f"U+{ord(name):04X}" for name in classes]
 
 
-def write(folder: Path, architecture: str, margin: float = 0.0) -> Any:
-    """Write and seal a model folder with the classes `OLD`. Return the model."""
+def write(folder: Path, architecture: str, margin: float = 0.0, classes: list[str] | None = None) -> Any:
+    """Write and seal a model folder with as many classes as `OLD`. Return the model."""
     import keras
 
     from job.model.architectures import ARCHITECTURES
@@ -43,7 +46,7 @@ def write(folder: Path, architecture: str, margin: float = 0.0) -> Any:
     for variable in model.variables:
         variable.assign(np.random.default_rng(1).uniform(0.5, 1.5, variable.shape))
     texts = {
-        "labels.txt": "".join(f"{name}\n" for name in named(OLD)),
+        "labels.txt": "".join(f"{name}\n" for name in classes or named(OLD)),
         "config.json": json.dumps({"architecture": architecture, "margin": margin}),
     }
     write_model(place(folder), model, texts, "0" * 64)
@@ -67,10 +70,12 @@ def test_shared_classes_keep_their_weights_and_new_ones_start_fresh(architecture
     assert shared
     assert shared.place == str(tmp_path / "models" / ".weights" / given.sha256)
     keras.utils.set_random_seed(2)
-    fresh = initial_model(config, None, named(NEW))
+    fresh, none = initial_model(config, None, named(NEW))
     keras.utils.set_random_seed(2)
     tf32 = tf.config.experimental.tensor_float_32_execution_enabled()
-    model = initial_model(config, shared, named(NEW))
+    model, known = initial_model(config, shared, named(NEW))
+    assert not none.any()
+    assert known.tolist() == [True, False, True, True]
     # TF32 stays as a worker has set it. `load_model` would configure the process for inference, without TF32.
     assert tf.config.experimental.tensor_float_32_execution_enabled() == tf32
     of_classes = 0
@@ -84,6 +89,30 @@ def test_shared_classes_keep_their_weights_and_new_ones_start_fresh(architecture
             assert np.array_equal(values[..., [0, 2, 3]], trained[..., [3, 1, 4]])  # D, B and rare
             assert np.array_equal(values[..., 1], new.numpy()[..., 1])
     assert of_classes == (6 if architecture == "fcn" else 2)  # kernel and bias; with fcn, batch norm too
+
+
+@pytest.mark.usefixtures("narrow", "in_this_process")
+def test_a_class_without_training_crops_is_not_unlearned_unless_it_starts_fresh(
+    pages: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    import keras
+
+    names = ["U+3044", "U+306B", "U+0041", "U+0042", "rare"]  # the pages have no A and no B, the model knows no B
+    source = place(pages / "train_images"), place(pages / "train.csv")
+    prepare(*source, place(tmp_path / "crops"), PrepareConfig(classes=names))
+    write(tmp_path / "baseline" / "first", "baseline", classes=["U+0041", *names[:2], "U+0043", "rare"])
+    given = weights_option(str(tmp_path / "baseline" / "first"))
+    assert given
+    (config,) = configs_of(["baseline"], given.identity, None, epochs=1, global_batch_size=64, learning_rate=1e-3)
+    caplog.set_level("INFO", "kuzushiji")
+    folder = train(place(tmp_path / "crops"), place(tmp_path / "models"), [config], "next", weights=given)[0].folder
+    assert "1 of the classes that keep their weights have no training crops: not in the loss" in caplog.text
+    trained = keras.saving.load_model(Path(folder.path) / "model.keras", compile=False).layers[-1].bias.numpy()
+    first = keras.saving.load_model(tmp_path / "baseline" / "first" / "model.keras").layers[-1].bias.numpy()
+    trained *= json.loads((Path(folder.path) / "metrics.json").read_text())["temperature"]
+    assert trained[2] == pytest.approx(first[0], rel=1e-5)
+    assert trained[3] < -0.001  # B began at 0, and no crop is of it
+    assert all(abs(trained[[0, 1, 4]] - first[[1, 2, 4]]) > 0.001)
 
 
 @pytest.mark.usefixtures("narrow")

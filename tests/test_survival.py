@@ -177,13 +177,16 @@ def test_a_run_of_partitions_resumes_with_another_number_of_workers(
 def test_a_run_of_an_earlier_release_is_resumed_with_what_later_options_are_by_default(tmp_path: Path) -> None:
     config = TrainConfig(architecture="baseline", epochs=3, global_batch_size=7, learning_rate=1e-4)
     run = Run("old", config, place(tmp_path), "0" * 64, place(tmp_path))
-    later = {"schedule", "augment", "weight_decay", "label_smoothing", "partitions"}
-    earlier = {name: value for name, value in run._options().items() if name not in later}
+    later = {"schedule", "augment", "weight_decay", "label_smoothing", "partitions", "sampling"}
+    earlier = {name: value for name, value in run._options().items() if name not in later} | {"class_weights": "none"}
     (tmp_path / ".runs").mkdir()
     (tmp_path / ".runs" / "baseline-old.json").write_text(json.dumps(earlier))
     assert not run.is_finished()
     with pytest.raises(OptionError, match=r"augment \(was none, now standard\)"):
         replace(run, config=config.model_copy(update={"augment": "standard"})).is_finished()
+    (tmp_path / ".runs" / "baseline-old.json").write_text(json.dumps(earlier | {"class_weights": "balanced"}))
+    with pytest.raises(OptionError, match=r"class_weights \(was balanced, now none\)"):
+        run.is_finished()
 
 
 def test_an_incomplete_checkpoint_list_restarts_the_run_but_an_unknown_format_is_refused(

@@ -18,7 +18,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from job.data.order import permutation, share
+from job.data.order import balanced_order, permutation, share
 from preprocessing.config import SPLITS
 from preprocessing.dataset import DatasetManifest, Shard
 
@@ -118,17 +118,23 @@ class Partitions:
         first = self.held_rows(split).start
         return slice(rows.start - first, rows.stop - first)
 
-    def batches(self, epoch: int) -> NDArray[np.int64]:
+    def batches(self, epoch: int, labels: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
         """Return the rows of this worker in each global batch of an epoch, (steps, n) int64.
 
         They are positions among the training crops that the worker holds.
+
+        labels: (held,) of these crops, so that each class of a partition appears equally often. None: each crop appears
+        at most once.
         """
         first, end = share(self.global_batch_size, self.rank, self.workers)
         sizes, each, parts, start = self.sizes("train"), self._rows_of_each, [], 0
         for number in self.held_by(self.rank):
-            order = permutation(sizes[number], self.seed, epoch, number)[: self.steps * each]
+            if labels is None:
+                order = permutation(sizes[number], self.seed, epoch, number)
+            else:
+                order = balanced_order(labels[start : start + sizes[number]], self.seed, epoch, number)
             of_worker = slice(max(0, first - number * each), min(each, end - number * each))
-            parts.append(start + order.reshape(self.steps, each)[:, of_worker])
+            parts.append(start + order[: self.steps * each].reshape(self.steps, each)[:, of_worker])
             start += sizes[number]
         return np.concatenate(parts, axis=1)
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from upath import UPath
 
 from cluster.errors import InputError, OptionError, squeezed
@@ -18,8 +20,12 @@ from preprocessing.classes import LABELS_FILE as DATASET_LABELS_FILE
 from preprocessing.classes import read_class_names
 
 
-def initial_model(config: TrainConfig, weights: Weights | None, class_names: Sequence[str]) -> Any:
-    """Build the model of a training with its initial weights. weights: what `obtain` returned.
+def initial_model(
+    config: TrainConfig, weights: Weights | None, class_names: Sequence[str]
+) -> tuple[Any, NDArray[np.bool_]]:
+    """Build the model of a training with its initial weights.
+
+    Return it, and which of its K classes have the weights of a trained model, (K,). weights: what `obtain` returned.
 
     Raises:
         DamageError: the weights have changed since `obtain`.
@@ -29,14 +35,14 @@ def initial_model(config: TrainConfig, weights: Weights | None, class_names: Seq
 
     options = {"unfreeze": config.unfreeze} if config.architecture in TRANSFER else {}
     build = partial(ARCHITECTURES[config.architecture], len(class_names), **options)
+    none = np.zeros(len(class_names), bool)
     if weights is None:
-        return build()
+        return build(), none
     if not weights.is_model:
         with local_copy(weights) as file:
-            return build(weights=file)
+            return build(weights=file), none
     model = build()
-    start_from(model, class_names, place(weights.place))
-    return model
+    return model, start_from(model, class_names, place(weights.place))
 
 
 def check_start(folder: UPath, architecture: str, dataset: UPath, margin: float) -> str:
@@ -63,8 +69,10 @@ def check_start(folder: UPath, architecture: str, dataset: UPath, margin: float)
     return f"starts from {folder}: {both} classes keep their weights, {len(names) - both} start fresh"
 
 
-def start_from(model: Any, class_names: Sequence[str], folder: UPath) -> None:
+def start_from(model: Any, class_names: Sequence[str], folder: UPath) -> NDArray[np.bool_]:
     """Copy the weights of a trained model into a new one of the same architecture.
+
+    Return which of the K classes got trained weights, (K,).
 
     In the last layer with a kernel, and in the batch norm that follows it in `fcn`, only classes that both models have
     get the trained weights; the others keep those of the new model.
@@ -92,3 +100,4 @@ def start_from(model: Any, class_names: Sequence[str], folder: UPath) -> None:
         raise InputError(
             f"--weights must be a model with the layers of {model.name}. Received: {folder}: {squeezed(error, 200)}"
         ) from error
+    return np.isin(np.arange(len(class_names)), own)

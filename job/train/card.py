@@ -49,7 +49,7 @@ many crops. At 99 %: largest share of crops, the most certain ones first, of whi
   {OLDEST_KERAS} and later and any of its backends, and does not need the kuzushiji package.
 - Training: {_optimizer(config)}, global batch size {config["global_batch_size"]},
   at most {config["epochs"]} epochs, seed {config["seed"]}, precision {config["precision"]},
-  augmentation: {config["augment"]}, class weights: {config["class_weights"]}. The weights are those of epoch
+  augmentation: {config["augment"]}, sampling: {config["sampling"]}. The weights are those of epoch
   {metrics["best_epoch"]}, which has the best validation accuracy. The logits are divided by
   {metrics["temperature"]:.3f}, the temperature{_limited(metrics)} that fits the validation split best.{_base(config)}
 - Split of the dataset: {dataset.split_by}. The class `rare` stands for all characters that have no class of their own.

@@ -42,6 +42,8 @@ RUNS_FOLDER = ".runs"
 # worker that is late would hang in it (Ray 2.60, `SynchronizationActor.set_required_ranks`).
 UPLOAD_GRACE_SECONDS = 60
 
+REMOVED = {"class_weights": "none"}  # options of earlier releases, with the only value that a run can be resumed with
+
 
 @dataclass(frozen=True)
 class Run:
@@ -111,11 +113,11 @@ class Run:
         return self.config.model_dump() | {"dataset_manifest_sha256": self.dataset_manifest_sha256}
 
     def _check_same_options(self, earlier: dict[str, Any]) -> None:
-        now = self._options()
+        now = self._options() | REMOVED
         # An option that is missing was added after the release that started the run. The run used what is now its
         # default.
         fields = TrainConfig.model_fields.items()
-        earlier = {name: field.default for name, field in fields if not field.is_required()} | earlier
+        earlier = REMOVED | {name: field.default for name, field in fields if not field.is_required()} | earlier
         differing = [key for key in now if key not in MAY_DIFFER and earlier.get(key) != now[key]]
         if differing:
             changes = ", ".join(

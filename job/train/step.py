@@ -23,17 +23,6 @@ from job.train.dropout import SharedDropout, dropout_masks
 from job.train.temperature import SCALES, losses_of
 
 
-def balanced_weights(counts: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Return (K,) float32 weights of a crop of each class: equal totals of all classes, mean 1 over the crops.
-
-    counts: (K,) crops of each class. A class without crops gets 0.
-
-    King and Zeng, Logistic Regression in Rare Events Data, 2001; scikit-learn's `class_weight="balanced"`.
-    """
-    weights = counts.sum() / (np.count_nonzero(counts) * np.maximum(counts, 1))
-    return np.where(counts > 0, weights, 0.0).astype(np.float32)
-
-
 def training_form(model: keras.Model, seed: int, dropout: bool, synchronized: bool = True) -> keras.Model:
     """Return a copy with batch norm synchronized over replicas, and dropout that is independent of their number.
 
@@ -91,8 +80,8 @@ class Steps:
         """
         self.strategy, self.model, self.optimizer = strategy, model, optimizer
         self.global_batch_size, self.xla = global_batch_size, xla
-        self.class_weights: NDArray[np.float32] | None = None
-        """(K,) weight of a crop of each class in the minimized loss; None: 1. Set it before the first step."""
+        self.classes_in_loss: NDArray[np.float32] | None = None
+        """(K,), 1 for classes in the minimized loss, 0 for others; None: all. Set it before the first step."""
         self.label_smoothing, self.augment_seed = label_smoothing, augment_seed
         self.predict_rows = crops_per_step(model)
         self.local_replicas = strategy.num_replicas_in_sync // workers
@@ -113,7 +102,7 @@ class Steps:
         images: (n, 80, 80, 1) uint8. labels: (n,) int64.
 
         Returns:
-            (2,) float32 sums over the rows, computed before the update: cross-entropy without class weights and label
+            (2,) float32 sums over the rows, computed before the update: cross-entropy over all classes, without label
             smoothing (comparable with other splits), and correct predictions.
         """
 
@@ -133,15 +122,17 @@ class Steps:
         """Train one step on a replica's rows. Return the sums of `_train` over these rows."""
         with dropout_masks(masks), tf.GradientTape() as tape:
             probabilities = self.model(images, training=True)
-            losses = keras.losses.sparse_categorical_crossentropy(labels, probabilities)
-            weighted = losses
+            losses = minimized = keras.losses.sparse_categorical_crossentropy(labels, probabilities)
+            in_loss = probabilities
+            if self.classes_in_loss is not None:
+                in_loss *= self.classes_in_loss
+                in_loss /= tf.reduce_sum(in_loss, axis=-1, keepdims=True)
+                minimized = keras.losses.sparse_categorical_crossentropy(labels, in_loss)
             if self.label_smoothing:
-                everywhere = -tf.reduce_mean(tf.math.log(probabilities + keras.config.epsilon()), axis=-1)
-                weighted = (1 - self.label_smoothing) * losses + self.label_smoothing * everywhere
-            if self.class_weights is not None:
-                weighted *= tf.gather(self.class_weights, labels)
+                everywhere = -tf.reduce_mean(tf.math.log(in_loss + keras.config.epsilon()), axis=-1)
+                minimized = (1 - self.label_smoothing) * minimized + self.label_smoothing * everywhere
             # `apply` sums gradients over all replicas, so the loss is divided by B, not by the rows of this replica.
-            loss = tf.reduce_sum(weighted) / self.global_batch_size
+            loss = tf.reduce_sum(minimized) / self.global_batch_size
         variables = self.model.trainable_variables
         self.optimizer.apply(tape.gradient(loss, [v.value for v in variables]), variables)
         correct = tf.argmax(probabilities, axis=-1) == labels

@@ -41,7 +41,7 @@ from job.train.job import TrainJob
 from job.train.optimizer import last_learning_rate, make_optimizer
 from job.train.rendezvous import gathered
 from job.train.result import EpochRow, folder_texts, write_result
-from job.train.step import Steps, balanced_weights, training_form
+from job.train.step import Steps, training_form
 from job.train.temperature import scale_logits
 from job.train.tensorboard import write_in_background
 from job.train.watchdog import Preemption, StepLimit
@@ -68,12 +68,13 @@ class Training:
         dataset: StagedDataset,
         start_up: StartUp,
         plain: keras.Model,
+        known: NDArray[np.bool_],
     ) -> None:
         """Build the model, the optimizer and the steps.
 
         dataset: the staged shards of the partitions that this worker holds. start_up: timer, logged after the first
-        step. plain: the model with its initial weights, built outside the strategy, so that the same seed gives the
-        same weights under every strategy.
+        step. plain, known: what `initial_model` returned. It is built outside the strategy, so that the same seed gives
+        the same weights under every strategy.
         """
         context = ray.train.get_context()
         self.rank, self.workers = context.get_world_rank(), context.get_world_size()
@@ -106,8 +107,8 @@ class Training:
         self.step_limit = StepLimit(config.step_limit, self.reporter.log_from_any)
         self.preemption = Preemption()
         self.evaluation = Evaluator(self.steps, dataset, partitions, self.step_limit, self.reporter)
-        if config.class_weights == "balanced":
-            self.steps.class_weights = balanced_weights(self.evaluation.examples_of_classes())
+        if known.any():
+            self.steps.classes_in_loss = self.evaluation.classes_in_loss(known)
 
     # --- checkpoints
 
@@ -152,7 +153,7 @@ class Training:
         """
         crops, size = self.dataset.splits["train"], self.config.global_batch_size
         epoch, steps = self.state.epoch + 1, self.partitions.steps
-        order = self.partitions.batches(epoch)
+        order = self.partitions.batches(epoch, crops.labels if self.config.sampling == "balanced" else None)
         self._add_to_totals(self._train(crops, order, steps))
         loss, accuracy = (np.array(self.state.totals, np.float32) / (steps * size)).tolist()
         seconds, waited = self.state.seconds, self.state.waited

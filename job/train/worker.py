@@ -33,21 +33,21 @@ def train_worker(
     # Before any computation: collectives can be configured only before TensorFlow runs operations.
     strategy = make_strategy(ray.train.get_context().get_world_size())
     with ExitStack() as stack:
-        own, partitions, dataset, model = None, None, None, None
+        own, partitions, dataset, start = None, None, None, None
         try:
             partitions, dataset = staged()
             start_up.ends("connecting and staging")
             # Set the seed again: Keras draws the seeds of initial weights from Python's `random`, and so do retried
             # requests.
             keras.utils.set_random_seed(job.config.seed)
-            model = initial_model(job.config, job.weights, dataset.class_names)
+            start = initial_model(job.config, job.weights, dataset.class_names)
         except (DamageError, InputError, OptionError) as error:
             own = Failure(str(error), traceback.format_exc())
         # If any worker has a failure, all return it: otherwise they would wait for that worker in the first collective.
         failure = shared_failure(job.board, job.config.architecture, own)
-        if failure or not partitions or not dataset or not model:
+        if failure or not partitions or not dataset or not start:
             return failure
-        training = Training(job, strategy, partitions, dataset, start_up, model)
+        training = Training(job, strategy, partitions, dataset, start_up, *start)
         stack.callback(training.step_limit.stop)
         training.resume(place(job.checkpoints))
         start_up.ends("building the model")

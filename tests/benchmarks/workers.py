@@ -53,7 +53,7 @@ def _serve(given: dict[str, Any]) -> None:
     configure_tensorflow(config)
     strategy = make_strategy(config.workers)
     with staged_partitions(job) as (partitions, data):
-        training = Training(job, strategy, partitions, data, StartUp(), initial_model(config, None, data.class_names))
+        training = Training(job, strategy, partitions, data, StartUp(), *initial_model(config, None, data.class_names))
         crops = data.splits["train"]
         order = partitions.batches(epoch=1)
         while steps := ray.get(gate.asked.remote(training.rank)):
