@@ -63,7 +63,7 @@ def test_batches_are_the_same_for_any_number_of_workers_and_draw_equally_from_ea
 
 
 @given(st.lists(st.integers(0, 6), max_size=60), st.integers(0, 3))
-def test_balanced_sampling_draws_each_class_equally_often_and_no_crop_again_before_all_others_of_its_class(
+def test_balanced_sampling_draws_each_class_and_each_crop_of_a_class_equally_often(
     of_crops: list[int], epoch: int
 ) -> None:
     labels = np.array(of_crops, np.int64)

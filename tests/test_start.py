@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Kuzushiji
+from conftest import Kuzushiji, WorkersDo, draw
 from PIL import Image, ImageOps
 
 from cluster.errors import DamageError, InputError, OptionError
 from cluster.storage import place
 from job.config import configs_of
+from job.data.staging import staged
 from job.model.pretrained import obtain, weights_option
 from job.train.driver import train
 from preprocessing.config import PrepareConfig
@@ -35,18 +36,19 @@ def named(classes: list[str]) -> list[str]:
 
 
 def write(folder: Path, architecture: str, margin: float = 0.0, classes: list[str] | None = None) -> Any:
-    """Write and seal a model folder with as many classes as `OLD`. Return the model."""
+    """Write and seal a model folder. Return the model. classes: their names; None: those of `OLD`."""
     import keras
 
     from job.model.architectures import ARCHITECTURES
     from job.model.folder import write_model
 
     keras.utils.set_random_seed(1)
-    model = ARCHITECTURES[architecture](len(OLD))
+    classes = classes or named(OLD)
+    model = ARCHITECTURES[architecture](len(classes))
     for variable in model.variables:
         variable.assign(np.random.default_rng(1).uniform(0.5, 1.5, variable.shape))
     texts = {
-        "labels.txt": "".join(f"{name}\n" for name in classes or named(OLD)),
+        "labels.txt": "".join(f"{name}\n" for name in classes),
         "config.json": json.dumps({"architecture": architecture, "margin": margin}),
     }
     write_model(place(folder), model, texts, "0" * 64)
@@ -106,13 +108,42 @@ def test_a_class_without_training_crops_is_not_unlearned_unless_it_starts_fresh(
     (config,) = configs_of(["baseline"], given.identity, None, epochs=1, global_batch_size=64, learning_rate=1e-3)
     caplog.set_level("INFO", "kuzushiji")
     folder = train(place(tmp_path / "crops"), place(tmp_path / "models"), [config], "next", weights=given)[0].folder
-    assert "1 of the classes that keep their weights have no training crops: not in the loss" in caplog.text
+    assert "1 classes that keep their weights have no training crops: left out of the loss" in caplog.text
     trained = keras.saving.load_model(Path(folder.path) / "model.keras", compile=False).layers[-1].bias.numpy()
     first = keras.saving.load_model(tmp_path / "baseline" / "first" / "model.keras").layers[-1].bias.numpy()
     trained *= json.loads((Path(folder.path) / "metrics.json").read_text())["temperature"]
-    assert trained[2] == pytest.approx(first[0], rel=1e-5)
-    assert trained[3] < -0.001  # B began at 0, and no crop is of it
-    assert all(abs(trained[[0, 1, 4]] - first[[1, 2, 4]]) > 0.001)
+    assert trained[2] == pytest.approx(first[0], abs=5e-4)  # Adam enlarges gradients that are only rounding
+    assert trained[3] < -0.005  # B began at 0, and no crop is of it
+    assert all(abs(trained[[0, 1, 4]] - first[[1, 2, 4]]) > 0.005)
+
+
+@pytest.mark.usefixtures("narrow", "ray_here")
+def test_two_workers_leave_out_the_classes_that_neither_has_training_crops_of(
+    tmp_path: Path, workers_do: WorkersDo, caplog: pytest.LogCaptureFixture
+) -> None:
+    draw(tmp_path / "pages", num_pages=2, seed=42)
+    source, crops = (place(tmp_path / "pages" / name) for name in ("train_images", "train.csv")), tmp_path / "crops"
+    prepare(*source, place(crops), PrepareConfig(coverage=0.9, val_fraction=0.35, test_fraction=0.35))
+    with staged(place(crops), ["train"]) as data:
+        classes, labels = list(data.class_names), data.splits["train"].labels
+        left_out = len(classes) - len(np.unique(labels))
+    assert len(np.unique(labels)) > len(np.unique(labels[: len(labels) // 2]))  # one worker's crops do not tell
+    write(tmp_path / "baseline" / "first", "baseline", classes=classes)
+    given = weights_option(str(tmp_path / "baseline" / "first"))
+    assert given
+    options = {"epochs": 1, "global_batch_size": 16, "workers": 2, "partitions": 2}
+    (config,) = configs_of(["baseline"], given.identity, None, **options)
+
+    def narrow_head(_: object) -> None:
+        from job.model import architectures
+
+        architectures.BASELINE_HEAD = (6, 5)
+
+    workers_do(narrow_head)
+    caplog.set_level("INFO", "kuzushiji")
+    train(place(crops), place(tmp_path / "models"), [config], "both", weights=given)
+    assert left_out > 1
+    assert f"{left_out} classes that keep their weights have no training crops: left out of the loss" in caplog.text
 
 
 @pytest.mark.usefixtures("narrow")

@@ -41,9 +41,25 @@ def test_a_step_minimizes_the_smoothed_loss_over_some_classes_and_reports_the_pl
     assert loss == pytest.approx(-np.log(before[np.arange(8), labels]).sum(), rel=1e-5)
     # The gradient of cross-entropy with respect to the bias before a softmax: the prediction minus the target.
     predicted = in_loss * before / (in_loss * before).sum(axis=1, keepdims=True)
-    gradient = (predicted - np.eye(5)[labels]).sum(axis=0)
-    gradient = (1 - smoothing) * gradient + smoothing * (predicted * in_loss.sum() - in_loss).sum(axis=0) / 5
+    so = (1 - smoothing) * np.eye(5)[labels] + smoothing * in_loss / in_loss.sum()
+    gradient = (predicted - so).sum(axis=0)
     assert steps.model.layers[-1].bias.numpy() == pytest.approx(-gradient / 8, abs=1e-5)
+
+
+@pytest.mark.parametrize("left_out_by", [20, 200])
+def test_a_crop_that_is_far_from_its_class_still_has_a_gradient_if_classes_are_left_out_of_the_loss(
+    left_out_by: int,
+) -> None:
+    images, labels = np.zeros((8, 80, 80, 1), np.uint8), np.zeros(8, np.int64)
+    steps = linear_steps(4, 8)
+    steps.classes_in_loss = np.array([1, 1, 1, 0], np.float32)
+    before = np.array([-25, 0, 0, left_out_by], np.float32)
+    steps.model.layers[-1].bias.assign(before)
+    steps.train(images, labels, 0)
+    change = steps.model.layers[-1].bias.numpy() - before
+    # If float32 can't hold the probabilities of the classes in the loss, all classes count.
+    expected = [1, -0.5, -0.5, 0] if left_out_by == 20 else [1, 0, 0, -1]
+    assert change == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_training_step_sees_augmented_crops_and_a_prediction_the_crops_as_they_are() -> None:
@@ -97,7 +113,7 @@ def test_xla_computes_the_same_step() -> None:
     from job.train.step import Steps, training_form
 
     rng = np.random.default_rng(0)
-    images, labels = rng.integers(0, 256, (16, 80, 80, 1), dtype=np.uint8), rng.integers(0, 10, 16)
+    images, labels = rng.integers(0, 256, (16, 80, 80, 1), dtype=np.uint8), rng.integers(1, 10, 16)
     found = []
     for xla in (False, True):
         with pytest.MonkeyPatch.context() as patch:

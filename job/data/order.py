@@ -1,4 +1,7 @@
-"""Order of the crops: a function of (seed, epoch, partition). Any number of workers gets the same global batches."""
+"""Order of the crops: a function of (seed, epoch, partition), and of the labels if classes are drawn equally often.
+
+Any number of workers gets the same global batches.
+"""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,8 +19,8 @@ def permutation(crops: int, seed: int, epoch: int, partition: int = 0) -> NDArra
 def balanced_order(labels: NDArray[np.int64], seed: int, epoch: int, partition: int = 0) -> NDArray[np.int64]:
     """Return an order of the crops of a partition in which each class appears equally often, (crops,) int64.
 
-    The numbers of two classes differ by at most 1. A crop appears again when all others of its class have appeared.
-    With stochastic gradients, this is better than weights in the loss (arxiv.org/abs/2009.13447).
+    The numbers of appearances of two classes differ by at most 1, and so do those of two crops of a class. With
+    stochastic gradients, this is better than weights in the loss (arxiv.org/abs/2009.13447).
 
     labels: (crops,) int64.
     """

@@ -77,23 +77,23 @@ class Evaluator:
         crops = self.dataset.splits[split][self.partitions.local(split, own)]
         return misclassified(predicted.predictions[own], crops, self.dataset.class_names)
 
-    def classes_in_loss(self, known: NDArray[np.bool_]) -> NDArray[np.float32]:
+    def classes_in_loss(self, known: NDArray[np.bool_]) -> NDArray[np.float32] | None:
         """Return 0 for classes that the model of --weights knows and that have no training crops, 1 for others, (K,).
 
-        If the former were in the loss, each crop would teach the model that it is of none of them.
+        If the former were in the loss, each crop would teach the model that it is of none of them. None: all classes
+        are in the loss. All workers call it together.
 
         known: (K,), what `initial_model` returned.
         """
         left_out = known & (self._examples_of_classes() == 0)
-        if left_out.any():
-            count = np.count_nonzero(left_out)
-            self.reporter.log(
-                f"{count:,} of the classes that keep their weights have no training crops: not in the loss"
-            )
+        if not left_out.any():
+            return None
+        count = np.count_nonzero(left_out)
+        self.reporter.log(f"{count:,} classes that keep their weights have no training crops: left out of the loss")
         return np.where(left_out, 0, 1).astype(np.float32)
 
     def _examples_of_classes(self) -> NDArray[np.int64]:
-        """Return the number of training crops of each class, (K,). All workers call it together."""
+        """Return the number of training crops of each class, (K,)."""
         own = self.partitions.local("train", self.partitions.own_rows("train"))
         labels, classes = self.dataset.splits["train"].labels[own], len(self.dataset.class_names)
         # Float32 is exact up to 16 million crops of a class.

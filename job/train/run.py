@@ -42,7 +42,7 @@ RUNS_FOLDER = ".runs"
 # worker that is late would hang in it (Ray 2.60, `SynchronizationActor.set_required_ranks`).
 UPLOAD_GRACE_SECONDS = 60
 
-REMOVED = {"class_weights": "none"}  # options of earlier releases, with the only value that a run can be resumed with
+REMOVED = {"class_weights": "none"}  # options of earlier releases, with the only value that a run may have
 
 
 @dataclass(frozen=True)
@@ -113,11 +113,16 @@ class Run:
         return self.config.model_dump() | {"dataset_manifest_sha256": self.dataset_manifest_sha256}
 
     def _check_same_options(self, earlier: dict[str, Any]) -> None:
-        now = self._options() | REMOVED
+        if removed := [name for name, value in REMOVED.items() if earlier.get(name, value) != value]:
+            raise OptionError(
+                f"a run must have no option that was removed since it began. Received: {removed[0]} "
+                f"{str(earlier[removed[0]])[:16]}. Use another --run than {self.name}"
+            )
+        now = self._options()
         # An option that is missing was added after the release that started the run. The run used what is now its
         # default.
         fields = TrainConfig.model_fields.items()
-        earlier = REMOVED | {name: field.default for name, field in fields if not field.is_required()} | earlier
+        earlier = {name: field.default for name, field in fields if not field.is_required()} | earlier
         differing = [key for key in now if key not in MAY_DIFFER and earlier.get(key) != now[key]]
         if differing:
             changes = ", ".join(

@@ -76,7 +76,8 @@ class Steps:
         """Set up the functions. The model and the built optimizer must be created within `strategy.scope()`.
 
         xla: compile a replica's computation with XLA; for a single replica only. label_smoothing: share of the label
-        that is spread evenly over all classes. augment_seed: random seed of the augmentation; None: no augmentation.
+        that is spread evenly over the classes in the loss. augment_seed: random seed of the augmentation; None: no
+        augmentation.
         """
         self.strategy, self.model, self.optimizer = strategy, model, optimizer
         self.global_batch_size, self.xla = global_batch_size, xla
@@ -123,14 +124,18 @@ class Steps:
         with dropout_masks(masks), tf.GradientTape() as tape:
             probabilities = self.model(images, training=True)
             losses = minimized = keras.losses.sparse_categorical_crossentropy(labels, probabilities)
-            in_loss = probabilities
-            if self.classes_in_loss is not None:
-                in_loss *= self.classes_in_loss
-                in_loss /= tf.reduce_sum(in_loss, axis=-1, keepdims=True)
-                minimized = keras.losses.sparse_categorical_crossentropy(labels, in_loss)
+            in_loss = self.classes_in_loss
             if self.label_smoothing:
-                everywhere = -tf.reduce_mean(tf.math.log(in_loss + keras.config.epsilon()), axis=-1)
-                minimized = (1 - self.label_smoothing) * minimized + self.label_smoothing * everywhere
+                logs = tf.math.log(probabilities + keras.config.epsilon())
+                everywhere = -tf.reduce_mean(logs, axis=-1)
+                if in_loss is not None:
+                    everywhere = -tf.reduce_sum(in_loss * logs, axis=-1) / in_loss.sum()
+                minimized = (1 - self.label_smoothing) * losses + self.label_smoothing * everywhere
+            if in_loss is not None:
+                # -log(p / sum) = -log(p) + log(sum), where the sum is over the classes in the loss. Keras computes the
+                # first term from logits; it would clip p / sum, and a clipped crop has no gradient.
+                sums = tf.reduce_sum(in_loss * probabilities, axis=-1)
+                minimized += tf.math.log(tf.maximum(sums, np.finfo(np.float32).tiny))
             # `apply` sums gradients over all replicas, so the loss is divided by B, not by the rows of this replica.
             loss = tf.reduce_sum(minimized) / self.global_batch_size
         variables = self.model.trainable_variables

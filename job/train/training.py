@@ -73,8 +73,8 @@ class Training:
         """Build the model, the optimizer and the steps.
 
         dataset: the staged shards of the partitions that this worker holds. start_up: timer, logged after the first
-        step. plain, known: what `initial_model` returned. It is built outside the strategy, so that the same seed gives
-        the same weights under every strategy.
+        step. plain, known: what `initial_model` returned. The model is built outside the strategy, so that the same
+        seed gives the same weights under every strategy.
         """
         context = ray.train.get_context()
         self.rank, self.workers = context.get_world_rank(), context.get_world_size()
