@@ -17,6 +17,7 @@ def linear_steps(classes: int, batch: int, **options: Any) -> Any:
 
     from job.train.step import Steps
 
+    keras.utils.set_random_seed(1)
     crops = keras.Input((80, 80, 1))
     x = keras.layers.Flatten()(keras.layers.Rescaling(1 / 255, dtype="float32")(crops))
     model = keras.Model(crops, keras.layers.Dense(classes, activation="softmax")(x))
@@ -74,7 +75,7 @@ def test_a_training_step_sees_augmented_crops_and_a_prediction_the_crops_as_they
     copies = augmented(images, BatchRows(tf.constant(0, tf.int64), 2, 10), 7)
     of_copies, of_crops = (-np.log(steps.model.predict(x, verbose=0)[np.arange(8), labels]) for x in (copies, images))
     assert steps.predict(images, labels)[:, 3] == pytest.approx(of_crops, rel=1e-4)
-    assert of_copies.sum() != pytest.approx(of_crops.sum(), rel=1e-2)
+    assert of_copies != pytest.approx(of_crops, rel=1e-1)
     assert float(steps.train(images, labels, 2)[0]) == pytest.approx(of_copies.sum(), rel=1e-4)
 
 
