@@ -96,7 +96,7 @@ class TrainConfig(BaseModel):
     weight_decay: float = Field(0.0, ge=0, lt=1)
     """Weight decay of AdamW; 0: Adam.  [default: from the recipe]"""
     label_smoothing: float = Field(0.0, ge=0, le=0.05)
-    """Share of the label spread over all classes.  [default: from the recipe]"""
+    """Share of the label spread over the classes.  [default: from the recipe]"""
     precision: Literal["float32", "mixed_bfloat16"] = "float32"
     """Precision of layers: float32 or mixed_bfloat16."""
     deterministic: bool = True

@@ -89,7 +89,7 @@ class Evaluator:
         if not left_out.any():
             return None
         count = np.count_nonzero(left_out)
-        self.reporter.log(f"{count:,} classes that keep their weights have no training crops: left out of the loss")
+        self.reporter.log(f"left out of the loss: {count:,} of the classes that keep their weights; no training crops")
         return np.where(left_out, 0, 1).astype(np.float32)
 
     def _examples_of_classes(self) -> NDArray[np.int64]:
