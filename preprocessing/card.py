@@ -11,7 +11,10 @@ from preprocessing.records import SIDE
 
 TAGS = ["kuzushiji", "japanese", "ocr", "historical-documents"]
 # Hugging Face's size categories (huggingface.co/docs/hub/datasets-cards), by their upper limit.
-SIZES = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M", 10_000_000: "1M<n<10M"}
+SIZES = {
+    1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M", 10_000_000: "1M<n<10M",
+    100_000_000: "10M<n<100M",
+}  # fmt: skip
 
 
 def front_matter(license_id: str | None, fields: Mapping[str, Any]) -> str:
@@ -85,7 +88,7 @@ def dataset_card(class_names: Sequence[str], manifest: DatasetManifest, warnings
     kept = len(class_names) - 1
     noted = "".join(f"\n- Warning: {warning}" for warning in warnings)
     crops = sum(split["examples"] for split in counts.values())
-    size = next((name for limit, name in SIZES.items() if crops < limit), "n>10M")
+    size = next((name for limit, name in SIZES.items() if crops < limit), "100M<n<1B")
     head = {
         "pretty_name": "Kuzushiji crops",
         "task_categories": ["image-classification"],

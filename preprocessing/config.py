@@ -44,7 +44,7 @@ class TrainOnlyFile(_OptionFile):
 
 
 class PrepareConfig(BaseModel):
-    """Options of `prepare`. All but `max_bad_fraction` determine the bytes of the dataset, with pages and labels.
+    """Options of `prepare`. All but `max_bad_fraction` determine the bytes of shards and tables, with pages and labels.
 
     The docstring of a field is the `--help` text of its option. An option that a dataset of an earlier release may lack
     is None by default, also a flag, or has the value of that release in `Attempts.new_options`: a missing key counts as

@@ -5,6 +5,7 @@ its aspect ratio, and is centred on a black square.
 """
 
 from collections.abc import Sequence
+from fractions import Fraction
 
 import cv2
 import numpy as np
@@ -67,7 +68,7 @@ def widened(box: Sequence[int], margin: float) -> tuple[int, int, int, int]:
     box: x, y, width, height in pixels.
     """
     x, y, width, height = box
-    by = int(margin * max(width, height))
+    by = int(Fraction(str(margin)) * max(width, height))  # 0.29 * 100 is less than 29
     return x - by, y - by, width + 2 * by, height + 2 * by
 
 

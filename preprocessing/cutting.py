@@ -148,7 +148,7 @@ def _scale_of(page: Page, width: int, height: int, rescale: bool) -> tuple[Fract
         )
     if not rescale:
         raise InputError(
-            f"boxes must be made for the size of their scan. {received}. Give --rescale and another --dataset to "
+            f"boxes must be made for the size of their scan. {received}. Give --rescale and a new folder to "
             "scale the boxes, or give the scans that they were made for. "
             "See docs/data.md#boxes-for-another-size-of-the-scan"
         )

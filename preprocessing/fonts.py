@@ -1,5 +1,6 @@
 """Fonts with Japanese characters: the packaged font, and the fonts installed on this machine."""
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -8,10 +9,7 @@ from pathlib import Path
 
 from fontTools.ttLib import TTCollection, TTFont
 
-FONT_FOLDERS = tuple(
-    Path(folder).expanduser()
-    for folder in ("/usr/share/fonts", "/usr/local/share/fonts", "~/.fonts", "~/.local/share/fonts")
-)
+FONT_FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.fonts", "~/.local/share/fonts")
 HIRAGANA = frozenset(range(0x3042, 0x3094))
 
 
@@ -26,7 +24,8 @@ class Font:
 
 def find_fonts() -> tuple[Font, ...]:
     """Return the fonts of this machine that have all hiragana, or the packaged font if there are none."""
-    return japanese_fonts(FONT_FOLDERS) or (packaged_font(),)
+    # `Path.expanduser` raises for a user without a home directory, as in some containers.
+    return japanese_fonts(Path(os.path.expanduser(folder)) for folder in FONT_FOLDERS) or (packaged_font(),)
 
 
 def japanese_fonts(folders: Iterable[Path]) -> tuple[Font, ...]:

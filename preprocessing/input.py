@@ -24,7 +24,7 @@ class Input(NamedTuple):
     labels: Labels
     files: Files
     ignored: dict[str, int]
-    """Number of files that are not scans, by kind, see `pages.Listing`."""
+    """Number of files that are not read, by kind, see `pages.Listing`."""
 
 
 def check_outside(option: str, folder: UPath, others: Sequence[tuple[str, UPath]]) -> None:
@@ -51,7 +51,7 @@ def read_input(
     rescale: bool = False,
     canvases: UPath | None = None,
 ) -> Input:
-    """Read the labels and list the pages. Log how many files are not scans.
+    """Read the labels and list the pages. Log how many files are ignored.
 
     Args:
         pages: folder or archive of the pages.
@@ -73,7 +73,7 @@ def read_input(
     if rescale:
         check_sizes_are_stated(found.labels)
     if found.ignored:
-        log.info("ignoring files in %s that are not scans: %s", pages, ignored_line(found.ignored))
+        log.info("ignoring files in %s: %s", pages, ignored_line(found.ignored))
     return found
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from preprocessing.crop import MAX_PAGE_PIXELS, MAX_PAGE_SCANS, MAX_SEQUENTIAL_PIXELS, PageFault
 from preprocessing.exif import EXIF, UPRIGHT, orientation_of
-from preprocessing.mend import mend
+from preprocessing.mend import EXTRANEOUS, mend
 
 START = b"\xff\xd8"
 SCAN = b"\xff\xda"  # marker "start of scan"; these two bytes do not occur inside the data of a scan
@@ -80,6 +80,19 @@ def read_header(data: bytes) -> JpegHeader:
             break
         offset = end
     return JpegHeader(width, height, components, one_scan, orientation or UPRIGHT, adobe)
+
+
+def with_mended_header(data: bytes) -> bytes:
+    """Return a file, or its first bytes, without the extraneous bytes in its header that `decode_jpeg` drops.
+
+    `read_header` stops at such bytes, and would miss an orientation after them.
+    """
+    try:
+        simplejpeg.decode_jpeg_header(data, strict=True)
+    except (ValueError, KeyError) as error:  # KeyError: simplejpeg, for a header that is cut off
+        mended = mend(data, str(error)) if EXTRANEOUS in str(error) else None
+        return mended.data if mended else data
+    return data
 
 
 def decode_jpeg(data: bytes) -> tuple[NDArray[np.uint8], int, list[str]]:

@@ -28,7 +28,8 @@ ALL_COEFFICIENTS = b"\0\x3f\0"  # first and last coefficient, and bit positions,
 
 _MARKER = re.compile(rb"\xff+([^\x00\xff])", re.DOTALL)
 _END_OF_SCAN = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]", re.DOTALL)
-_EXTRANEOUS = re.compile("extraneous bytes before marker 0x(..)")
+EXTRANEOUS = "extraneous bytes before marker"  # libjpeg's message, after which it names the marker
+_BEFORE = re.compile(f"{EXTRANEOUS} 0x(..)")
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def mend(data: bytes, complaint: str) -> Mend | None:
         return _with_end(data)
     if "Invalid SOS parameters" in complaint:
         return _with_right_parameters(data)
-    if found := _EXTRANEOUS.search(complaint):
+    if found := _BEFORE.search(complaint):
         return _without_extraneous(data, at_end=found[1] == "d9")
     return None
 

@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 from upath import UPath
 
-from cluster.errors import OptionError
+from cluster.errors import InputError, OptionError
 from preprocessing.books import books_digest, books_of_pages, pages_for_training
 from preprocessing.classes import RARE, class_indices, class_names
-from preprocessing.config import PrepareConfig
+from preprocessing.config import SPLITS, PrepareConfig
 from preprocessing.crop import NO_AREA, NO_FILE
 from preprocessing.dataset import Loss
 from preprocessing.groups import Groups, group_pages, plan_shards
@@ -57,7 +57,7 @@ class Plan:
     losses: list[Loss]
     """Boxes that are lost whatever the scans contain, see `known_losses`."""
     identity: dict[str, Any]
-    """Options, input fingerprint and package versions, as JSON. Equal identities give equal bytes.
+    """Options, input fingerprint and package versions, as JSON. Equal identities give equal shards and tables.
 
     The fingerprint has the ids and file sizes of the pages, not their content: it does not change if a page is replaced
     with another one of the same size.
@@ -77,7 +77,8 @@ def make_plan(
 
     Raises:
         OptionError: a split would be empty, there are too few books or folds, or crops are to be split by page.
-        InputError: labels or pages can't be used, or the files of `--books` and `--train-only` do not fit them.
+        InputError: labels or pages can't be used, the files of `--books` and `--train-only` do not fit them, or all
+            boxes of a split lack a scan or an area.
     """
     if label_places is None and config.split == "page":
         raise OptionError("--split must be random or book with --crops, which have no pages. Received: page")
@@ -112,6 +113,7 @@ def make_plan(
         identity |= {"book_rule": book_rule}
     unlabelled = sorted(os.fsencode(page).decode(errors="replace") for page in set(files) - set(labels.page_ids))
     lost = known_losses(labels, files)
+    _check_splits(splits, labels, files)
     return Plan(labels, names, splits, books, book_rule, groups, unlabelled, ignored, lost, identity)
 
 
@@ -125,6 +127,29 @@ def _splits(
     return split_of_boxes(labels, config.split, config.seed, *fractions, books, train_only)
 
 
+def _check_splits(splits: NDArray[np.int8], labels: Labels, files: Mapping[str, tuple[str, int]]) -> None:
+    """Raise InputError if all boxes of a split are lost whatever the scans contain.
+
+    Otherwise a title whose scans are all missing could become the whole test.
+    """
+    lost = _known_lost(labels, files)
+    for split, name in enumerate(SPLITS):
+        boxes = np.flatnonzero(splits == split)
+        if len(boxes) and lost[boxes].all():
+            page = labels.page_ids[int(np.searchsorted(labels.starts, boxes[0], "right")) - 1]
+            raise InputError(
+                f"each split must have a box that can be cut. Received: {name}, whose {len(boxes)} boxes all lack a "
+                f"scan or an area, first page {page}. Add the scans, remove the rows, or name the book with --books"
+            )
+
+
+def _known_lost(labels: Labels, files: Mapping[str, tuple[str, int]]) -> NDArray[np.bool_]:
+    """Return which of the N boxes are those of `known_losses`, (N,) bool."""
+    has_no_file = np.repeat([page_id not in files for page_id in labels.page_ids], labels.boxes_per_page)
+    lost: NDArray[np.bool_] = has_no_file | (labels.boxes[:, 2] <= 0) | (labels.boxes[:, 3] <= 0)
+    return lost
+
+
 def known_losses(labels: Labels, files: Mapping[str, tuple[str, int]]) -> list[Loss]:
     """Return the boxes that are lost whatever the scans contain: those on pages without a file, and those without area.
 
@@ -132,15 +157,14 @@ def known_losses(labels: Labels, files: Mapping[str, tuple[str, int]]) -> list[L
         labels: the pages and their boxes.
         files: as in `Groups`.
     """
-    has_no_file = np.repeat([page_id not in files for page_id in labels.page_ids], labels.boxes_per_page)
-    lost = np.flatnonzero(has_no_file | (labels.boxes[:, 2] <= 0) | (labels.boxes[:, 3] <= 0))
+    lost = np.flatnonzero(_known_lost(labels, files))
     pages = np.searchsorted(labels.starts, lost, "right") - 1
     return [
         {
             "box": labels.boxes[i].tolist(),
             "page": labels.page_ids[page],
             "unicode": name_if_known(int(labels.code_points[i])),
-            "what": NO_FILE if has_no_file[i] else NO_AREA,
+            "what": NO_AREA if labels.page_ids[page] in files else NO_FILE,
         }
         for i, page in zip(lost, pages, strict=True)
     ]

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from preprocessing.crop import MAX_PAGE_BYTES, PageFault
 from preprocessing.exif import upright, upright_size
-from preprocessing.jpeg import START, decode_jpeg, read_header
+from preprocessing.jpeg import START, decode_jpeg, read_header, with_mended_header
 from preprocessing.raster import decode_raster, is_raster, is_turned, open_raster
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".jp2", ".webp", ".bmp")
@@ -46,7 +46,7 @@ def scan_size(data: bytes) -> tuple[int, int]:
     if not data.startswith(START):
         raster = open_raster(_checked(data))
         return raster.width, raster.height
-    header = read_header(data)
+    header = read_header(with_mended_header(data))
     width, height = header.width, header.height
     if not width or not height:
         try:

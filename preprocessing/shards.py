@@ -91,8 +91,7 @@ class CutGroup:
 
         Raises:
             DamageError, KuzushijiError: as `Resumable.report_of`.
-            InputError: a page file was removed or changed after the pages were listed, or too many processes died at
-                the same page.
+            InputError: as `cut_boxes`, or too many processes died at the same page.
             OSError: pages can't be read.
         """
         return resumable(place(self.dataset)).report_of(number, self.attempt, GroupReport, self._cut)

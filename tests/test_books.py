@@ -328,6 +328,26 @@ def test_few_books_and_a_large_share_of_rare_are_logged_with_the_page_of_the_doc
     assert "2 books can be in the test: the accuracy depends on which are. See docs/data.md#few-books" in caplog.text
 
 
+def test_a_split_of_pages_that_all_lack_their_scans_is_refused(tmp_path: Path) -> None:
+    rows = {f"b{i}_{j}": boxes(9) for i in range(3) for j in range(9)} | {"lost_1": boxes(3)}
+    files = {f"{page_id}.jpg": page() for page_id in rows if page_id != "lost_1"}
+    write_pages(tmp_path, files, rows)
+    (tmp_path / "books.csv").write_text("prefix,book\nb0,zero\nb1,one\nb2,two\n")
+    config = PrepareConfig(split="book", folds=4, fold=0, books=read_books(place(tmp_path / "books.csv")))
+    refused = []
+    for fold in range(4):
+        try:
+            make_plan(
+                place(tmp_path / "train_images"),
+                place(tmp_path / "train.csv"),
+                config.model_copy(update={"fold": fold}),
+            )
+        except InputError as error:
+            assert re.search("whose 3 boxes all lack a scan or an area, first page lost_1. Add the scans", str(error))
+            refused.append(fold)
+    assert len(refused) == 2  # where it is the test, and where it is validation
+
+
 def test_a_million_pages_with_one_percent_of_losses_fit_into_the_manifest(tmp_path: Path) -> None:
     write_pages(tmp_path, {"a_0.jpg": page()}, {"a_0": boxes(10)})
     config = PrepareConfig(max_bad_fraction=1)

@@ -104,6 +104,7 @@ def test_a_margin_is_a_fraction_of_the_longer_side_on_each_side() -> None:
     assert widened((10, 20, 30, 41), 0.0) == (10, 20, 30, 41)
     assert widened((10, 20, 30, 41), 0.1) == (6, 16, 38, 49)
     assert widened((10, 20, 41, 30), 0.5) == (-10, 0, 81, 70)
+    assert widened((0, 0, 100, 10), 0.29) == (-29, -29, 158, 68)  # 0.29 * 100 is less than 29 in floating point
 
 
 @pytest.mark.parametrize("box", [(100, 0, 5, 5), (0, 200, 5, 5), (-5, 0, 5, 5), (0, -9, 5, 9), (999, 999, 1, 1)])

@@ -164,8 +164,10 @@ def test_unknown_label_files_are_refused_and_notes_are_ignored(
         (tmp_path / name).write_text("nothing")
     read(tmp_path)
     assert "3 files next to the labels are ignored: " in caplog.text
-    (tmp_path / "more.csv").write_text("image,labels\n")
-    refused(tmp_path, says="more.csv must begin with the header image_id,labels, or be labels of another form")
+    for name in ("more.csv", "MORE.CSV", "more.Json"):
+        (tmp_path / name).write_text("image,labels\n")
+        refused(tmp_path, says=f"{name} must begin with the header image_id,labels, or be labels of another form")
+        (tmp_path / name).unlink()
     assert "'<xml/>'" in refused(written(tmp_path / "x.xml", "<xml/>"), says="must begin with the header")
 
 
@@ -499,6 +501,25 @@ def test_yolo_pages_without_boxes_and_notes_are_told_apart(tmp_path: Path) -> No
     refused(tmp_path, says=r"c_3.txt, line 1: a box must be its class and four fractions")
 
 
+def test_notes_json_of_a_yolo_export_is_ignored_and_upper_case_names_are_read(tmp_path: Path) -> None:
+    yolo_of(tmp_path, "1 0.5 0.25 0.1 0.01\n")
+    written(tmp_path / "notes.json", '{"categories": []}')
+    written(tmp_path / "labels" / "B_2.TXT", "")
+    assert read(tmp_path).page_ids == ["B_2", "a_1"]
+    written(tmp_path / "labels" / "C_3.TXT", "one 0.5 0.25 0.1 0.01\n")
+    refused(tmp_path, says=r"C_3.TXT, line 1: a box must be its class and four fractions")
+    refused(tmp_path / "notes.json", says="notes.json must have `images` and `annotations`")
+
+
+def test_the_digest_of_labels_does_not_depend_on_the_folders_of_files_of_one_name(tmp_path: Path) -> None:
+    texts = [f"image_id,labels\n{page_id},U+306F 1 2 3 4\n" for page_id in "pq"]
+    digests = set()
+    for way, order in (("there", texts), ("back", texts[::-1])):
+        files = [written(tmp_path / way / folder / "train.csv", text) for folder, text in zip("ab", order, strict=True)]
+        digests.add(read(*files).sha256)
+    assert len(digests) == 1
+
+
 @pytest.mark.parametrize(
     ("lines", "names", "says"),
     [
@@ -758,7 +779,7 @@ def test_each_file_of_a_folder_of_crops_is_a_box_of_the_folders_character(tmp_pa
     assert labels.books == dict(zip(ids, map(book_of, ("brsk001-003", "100241706_1", "hnsd001-003")), strict=True)) | {
         "306F_0001": "unknown"
     }
-    assert ignored == {".db": 1, ".jpg": 1, ".txt": 1}
+    assert ignored == {".db": 1, "images outside of folders of characters": 1, ".txt": 1}
     groups = group_pages(labels, listed, 1)
     cuts = [cut for group in groups for cut in cut_boxes(group, place(folder))]
     assert [cut.box for cut in cuts] == [[0, 0, 20, 33], [0, 0, 20, 30], [0, 0, 20, 31], [0, 0, 20, 32]]
@@ -807,7 +828,9 @@ def test_pages_and_hidden_files_next_to_crops_are_left_aside(name: str, tmp_path
         for path in sorted(tmp_path.rglob("*.jpg")):
             archive.write(path, path.relative_to(tmp_path))
     labels, _, ignored = read_crops(place(tmp_path / "crops.zip"))
-    assert (labels.page_ids, ignored) == (["306F_a"], {} if name.startswith(".trash/") else {".jpg": 1})
+    kind = "hidden files" if "/." in name else "images outside of folders of characters"
+    ignored_as = {} if name.startswith(".trash/") else {kind: 1}
+    assert (labels.page_ids, ignored) == (["306F_a"], ignored_as)
 
 
 def test_crops_of_one_name_in_several_folders_have_the_folders_in_their_ids(tmp_path: Path) -> None:

@@ -179,6 +179,9 @@ def test_real_layouts_are_drawn_with_ink_in_their_boxes(tmp_path: Path) -> None:
         "image_id,labels\n../a,U+306F 1 2 3 4\n",
         "image_id,labels\na,\n",
         "image_id,labels\na,\na,\n",
+        "image_id,labels\na,\nb,U+306F 70000 1 9 9\n",
+        "image_id,labels\na,\nb,U+306F 1 65400 9 99\n",
+        "image_id,labels\na,\nb,U+306F 20000 20000 9 9\n",
     ],
 )
 def test_malformed_or_short_layouts_are_refused_before_anything_is_drawn(tmp_path: Path, content: str) -> None:

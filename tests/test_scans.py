@@ -96,6 +96,18 @@ def test_a_page_is_turned_as_its_exif_orientation_says(form: str, orientation: i
     assert scan_size(data) == (WIDTH, HEIGHT)
 
 
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_the_size_of_a_turned_jpeg_with_extraneous_bytes_before_its_orientation_is_that_of_its_scan(
+    orientation: int,
+) -> None:
+    data = saved(picture(), "JPEG", exif=exif(orientation), quality=95)
+    data = data[:2] + bytes(7) + data[2:]
+    scan = decode_scan(data)
+    assert scan.warnings == ["7 extraneous bytes before a marker were dropped"]
+    assert scan_size(data) == scan.image.shape[::-1]
+    assert scan_size(data[:2000]) == scan.image.shape[::-1]
+
+
 @pytest.mark.parametrize(
     "broken",
     [

@@ -21,9 +21,10 @@ from preprocessing.labels.code_points import code_point_name, parse_character
 from preprocessing.labels.page_ids import is_image, parse_id
 from preprocessing.labels.table import MAX_PAGES, WHOLE_FILE, Labels
 from preprocessing.matching import Files
-from preprocessing.pages import count_kinds, is_archive, kind_of
+from preprocessing.pages import HIDDEN, count_kinds, is_archive, kind_of
 
 NO_BOOK = "unknown"  # the book of all crops whose names do not contain one
+PAGES = "images outside of folders of characters"
 # The names of CODH's files: code point, page, position on the page.
 _CODH_NAME = re.compile(r"U\+[0-9A-F]{4,6}_(.+)_X[0-9]+_Y[0-9]+")
 
@@ -32,7 +33,7 @@ def read_crops(crops: UPath) -> tuple[Labels, Files, dict[str, int]]:
     """List a folder or zip archive of crops. The folder of a file is named after its character.
 
     Returns:
-        The labels, the files, and the number of skipped files of each kind, as in `Listing.ignored`.
+        The labels, the files, and the number of skipped files of each kind, as `Listing.ignored`.
 
     Raises:
         InputError: there are no crops or too many, a folder of images is not named after a character, the id of a crop
@@ -66,7 +67,7 @@ def read_crops(crops: UPath) -> tuple[Labels, Files, dict[str, int]]:
         digest.hexdigest(),
         books={crop_id: _book_of(found[crop_id][0]) for crop_id in ids},
     )
-    return labels, found, count_kinds(map(kind_of, aside))
+    return labels, found, count_kinds(map(_ignored_as, aside))
 
 
 def _list_images(crops: UPath) -> tuple[list[tuple[str, int, int]], list[str]]:
@@ -112,6 +113,13 @@ def _class_of(name: str, crops: UPath) -> int | None:
             "each image of --crops must be in a folder named after its character, は or U+306F. "
             f"Received: {name!r} in {crops}. {what}. See docs/data.md#crops"
         ) from error
+
+
+def _ignored_as(name: str) -> str:
+    """Return the kind of a file that `_class_of` skips."""
+    if name.rpartition("/")[2].startswith("."):
+        return HIDDEN
+    return PAGES if is_image(name) else kind_of(name)
 
 
 def _crop_id(name: str, code_point: int, crops: UPath, with_folders: bool = False) -> str:

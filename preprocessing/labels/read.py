@@ -98,7 +98,7 @@ def read_labels(
             pages = read_yolo(files, names, bare, recorded_size)
         else:
             pages = _read_json(files, bare, option, canvas_ids)
-        labels = assemble(pages, lambda: _digest(form, [*files, *names], sizes, canvases_sha256))
+        labels = assemble(pages, lambda: _digest(form, files, names, sizes, canvases_sha256))
     if labels.warnings:
         page_id, what = labels.warnings[0]
         of_pages = counted(len(labels.warnings), "page")
@@ -123,13 +123,23 @@ def _with_warnings_of_replaced(labels: Labels) -> Labels:
     return replace(labels, warnings=[*labels.warnings, *added])
 
 
+def _by_content(files: Sequence[LabelFile]) -> list[LabelFile]:
+    """Return files in an order that does not depend on where they are, also if two of them have the same name."""
+    return sorted(files, key=lambda file: (file.name, file.sha256))
+
+
 def _digest(
-    form: Form, files: Sequence[LabelFile], sizes: dict[str, tuple[int, int] | None], canvases_sha256: str
+    form: Form,
+    files: Sequence[LabelFile],
+    names: Sequence[LabelFile],
+    sizes: dict[str, tuple[int, int] | None],
+    canvases_sha256: str,
 ) -> str:
     """Return a hex digest of all input of the labels. For a single Kaggle CSV, it is the SHA-256 of the file."""
     if form == Form.KAGGLE and len(files) == 1:
         return files[0].sha256
-    lines = [f"{file.name} {file.sha256}" for file in files] + [f"{page} {sizes[page]}" for page in sorted(sizes)]
+    ordered = _by_content(files) + _by_content(names)
+    lines = [f"{file.name} {file.sha256}" for file in ordered] + [f"{page} {sizes[page]}" for page in sorted(sizes)]
     if canvases_sha256:
         lines.append(f"canvases {canvases_sha256}")
     return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
@@ -151,7 +161,7 @@ def _sorted_out(found: Sequence[LabelFile], option: str) -> tuple[Form, list[Lab
         for form in (Form.EMPTY, Form.OTHER):
             of_form[form] = [file for file in of_form[form] if id(file) not in chosen]
     for file in of_form[Form.OTHER] + of_form[Form.EMPTY]:
-        if file.given or (file.name.endswith(STRICT_SUFFIXES) and not _is_known_other(file)):
+        if file.given or (kind_of(file.name) in STRICT_SUFFIXES and not _is_known_other(file)):
             # Raises if the encoding is unknown, which is then the cause.
             header = open_text(file.read(), file.where).readline().strip("\r\n")
             raise InputError(
@@ -176,6 +186,8 @@ def _sorted_out(found: Sequence[LabelFile], option: str) -> tuple[Form, list[Lab
 
 
 def _form_of(file: LabelFile) -> Form:
+    if file.base_name in NO_LABELS and not file.given:
+        return Form.OTHER
     if file.base_name in CLASS_NAMES_FILES:
         return Form.CLASS_NAMES
     text = head_text(file.head())
@@ -185,7 +197,7 @@ def _form_of(file: LabelFile) -> Form:
     if content[0] in "{[":
         return Form.JSON
     header = _header(text)
-    if header == HEADER and file.base_name not in NO_LABELS:
+    if header == HEADER:
         return Form.KAGGLE
     if is_codh_header(header):
         return Form.CODH
@@ -217,7 +229,7 @@ def _first_line(file: LabelFile) -> str:
 
 def _may_be_yolo(file: LabelFile) -> bool:
     """Return whether an empty or unrecognized file next to YOLO files is one of them: no note, no list of images."""
-    return file.name.endswith(".txt") and not (
+    return kind_of(file.name) == ".txt" and not (
         file.base_name.lower().startswith(READ_ME) or is_image(_first_line(file))
     )
 
@@ -233,8 +245,6 @@ def _read_json(
     coco, curations = Coco(bare), Curations(canvas_ids, bare)
     kinds: dict[str, LabelFile] = {}
     for file in files:
-        if file.base_name in NO_LABELS and not file.given:
-            continue
         content = parse_json(file)
         kind = "COCO" if is_coco(content) else "a IIIF Curation" if is_curation(content) else ""
         if not kind:

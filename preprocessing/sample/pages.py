@@ -1,12 +1,13 @@
 """Compose drawn pages: random characters in columns, with the frequencies of real books, or a given layout.
 
-All pages of a book have the same handwriting (`Hand`). A page depends only on the seed, its id, its layout, the scale
-and the fonts.
+All pages of a book have the same handwriting (`Hand`); each volume in the ids of a layout counts as a book. A page
+depends only on the seed, its id, its layout, the scale and the fonts.
 """
 
 import itertools
 import zlib
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,6 +18,7 @@ from PIL import Image
 
 from cluster.errors import InputError, OptionError
 from preprocessing.books import volume_of
+from preprocessing.crop import MAX_PAGE_PIXELS
 from preprocessing.fonts import Font
 from preprocessing.labels.kaggle import parse_rows
 from preprocessing.sample.hand import Box, Hand, Ink, Tones, draw_glyph, fit, join, new_hand, scan
@@ -28,6 +30,7 @@ INVENTORY = 4212  # number of distinct characters in the competition's data
 # matches the competition's frequencies within a few percent: 3.6 % for the first character, 0.018 % for the 513th.
 SHIFT, EXPONENT = 14.7, 1.5
 CROWDING = 1.75  # area per character, with the space around it, in square ems; found by trial
+MAX_SIDE = 65_500  # px; libjpeg writes no more
 MARGIN = 60  # px at full size between the boxes of a layout and the right and lower edges of its page
 
 # Ordered by their approximate frequency in books of the time. The other hiragana, katakana and kanji follow in the
@@ -76,8 +79,8 @@ def read_layouts(layouts: Path, num_pages: int) -> list[Page]:
 
     Raises:
         OptionError: the file has fewer rows.
-        InputError: the file can't be read or is not in Kaggle's format, an id is repeated, or a box has no area or a
-            negative coordinate.
+        InputError: the file can't be read or is not in Kaggle's format, an id is repeated, a box has no area or a
+            negative coordinate, or a page would be too large.
     """
     try:
         rows = list(itertools.islice(parse_rows(layouts.read_bytes(), str(layouts)), num_pages))
@@ -90,6 +93,12 @@ def read_layouts(layouts: Path, num_pages: int) -> list[Page]:
         if any(min(x, y, width - 1, height - 1) < 0 for _, (x, y, width, height) in page.layout or ()):
             raise InputError(
                 f"a box must have an area and no negative coordinate. Received: others in {page.image_id} of {layouts}"
+            )
+        width, height = _page_size(page.layout or (), 1.0)
+        if max(width, height) > MAX_SIDE or width * height > MAX_PAGE_PIXELS:
+            raise InputError(
+                f"a page of --layouts must have at most {MAX_SIDE} pixels on a side and {MAX_PAGE_PIXELS} in all. "
+                f"Received: {page.image_id} of {layouts}, whose boxes need {width} x {height}. Divide the page"
             )
     repeated = [image_id for image_id, count in Counter(page.image_id for page in pages).items() if count > 1]
     if repeated:
@@ -159,12 +168,18 @@ def _trace(layout: tuple[Glyph, ...], hand: Hand, rng: np.random.Generator, scal
         The ink, (height, width) uint8, and the characters with their scaled boxes, in the order of the layout.
     """
     glyphs = [(code_point, _scaled(box, scale)) for code_point, box in layout]
-    width = max([1, round(scale * PAGE_WIDTH), *(x + w + round(scale * MARGIN) for _, (x, _, w, _) in glyphs)])
-    height = max([1, round(scale * PAGE_HEIGHT), *(y + h + round(scale * MARGIN) for _, (_, y, _, h) in glyphs)])
+    width, height = _page_size(glyphs, scale)
     ink = np.zeros((height, width), np.uint8)
     for code_point, (x, y, w, h) in glyphs:
         _put(ink, fit(draw_glyph(code_point, hand, rng, max(w, h)), w, h), x, y)
     return ink, glyphs
+
+
+def _page_size(glyphs: Sequence[Glyph], scale: float) -> tuple[int, int]:
+    """Return width and height in px of the page for a layout whose boxes are scaled already."""
+    width = max([1, round(scale * PAGE_WIDTH), *(x + w + round(scale * MARGIN) for _, (x, _, w, _) in glyphs)])
+    height = max([1, round(scale * PAGE_HEIGHT), *(y + h + round(scale * MARGIN) for _, (_, y, _, h) in glyphs)])
+    return width, height
 
 
 def _scaled(box: Box, scale: float) -> Box:
