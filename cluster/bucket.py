@@ -19,7 +19,7 @@ from upath import UPath
 
 from cluster.ahead import ahead
 from cluster.bucket_errors import explaining
-from cluster.errors import DamageError
+from cluster.errors import DamageError, InputError
 from cluster.google_client import client, paying_project
 from cluster.local import temporary_file
 from cluster.ranged_file import RangedFile
@@ -73,9 +73,7 @@ class Bucket(Store):
 
     def open_read(self, path: UPath) -> RangedFile:
         # The stream reads one generation. No checksum is compared.
-        blob = _blob(path)
-        with explaining():
-            blob.reload()
+        blob = _loaded(path)
         return RangedFile(partial(_range, blob), int(blob.size), RANGE_BYTES)
 
     def read_bytes(self, path: UPath) -> bytes:
@@ -83,9 +81,7 @@ class Bucket(Store):
         return _download(_blob(path))
 
     def read_chunks(self, path: UPath, begin: int, end: int) -> Iterator[bytes]:
-        blob = _blob(path)
-        with explaining():
-            blob.reload()
+        blob = _loaded(path)
         checksum = google_crc32c.Checksum()
         for chunk in _ranges(blob, begin, min(end, blob.size)):
             checksum.update(chunk)
@@ -121,7 +117,7 @@ class Bucket(Store):
 
         with temporary_file(Path(tempfile.gettempdir())) as temporary:
             yield temporary
-            with explaining():
+            with explaining(f"gs://{target.path.partition('/')[0]}"):
                 _blob(target).upload_from_filename(str(temporary), checksum="crc32c", retry=DEFAULT_RETRY)
 
     def change_bytes(self, target: UPath, update: Callable[[bytes | None], bytes | None]) -> None:
@@ -195,6 +191,23 @@ def reach(bucket: str) -> None:
 def _blob(path: UPath) -> "Blob":
     bucket, _, name = path.path.partition("/")
     return _bucket(bucket).blob(name)
+
+
+def _loaded(path: UPath) -> "Blob":
+    """Return an object with its generation, size and checksum.
+
+    Raises:
+        InputError: it is stored compressed, so that its size and parts are not those of the file.
+    """
+    blob = _blob(path)
+    with explaining():
+        blob.reload()
+    if blob.content_encoding == "gzip":
+        raise InputError(
+            f"{path} must be stored as it is. Received: Content-Encoding gzip. Upload it again without gcloud's "
+            "--gzip-local (-Z, -z)"
+        )
+    return blob
 
 
 def _bucket(name: str) -> "GoogleBucket":

@@ -12,8 +12,10 @@ from cluster.errors import DamageError, KuzushijiError
 
 
 @contextmanager
-def explaining() -> Iterator[None]:
+def explaining(bucket: str = "") -> Iterator[None]:
     """Replace a failure of the client with the exception that `explained` returns for it.
+
+    bucket: as in `explained`.
 
     Raises:
         FileNotFoundError: the object does not exist, or was replaced while it was read.
@@ -29,7 +31,7 @@ def explaining() -> Iterator[None]:
             raise FileNotFoundError(" ".join(str(error).split())) from error
         raise
     except Exception as error:
-        explanation = explained(error)
+        explanation = explained(error, bucket)
         if explanation is None and isinstance(error, NotFound):
             raise FileNotFoundError(" ".join(str(error).split())) from error
         if explanation is None:
@@ -37,19 +39,25 @@ def explaining() -> Iterator[None]:
         raise explanation from error
 
 
-def explained(error: BaseException) -> KuzushijiError | None:
-    """Return an exception of Google's client or of gcsfs as one line that says what to run; None for all others."""
+def explained(error: BaseException, bucket: str = "") -> KuzushijiError | None:
+    """Return an exception of Google's client or of gcsfs as one line that says what to run; None for all others.
+
+    bucket: address of the bucket, for a failure whose text does not name it.
+    """
     if "google.auth" not in sys.modules:  # neither of them has run in this process
         return None
     from google.api_core.exceptions import RetryError
     from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError, TransportError
-    from google.cloud.storage.exceptions import DataCorruption
+    from google.cloud.storage.exceptions import DataCorruption, InvalidResponse
     from requests import RequestException
 
     cause = error.cause if isinstance(error, RetryError) and error.cause else error
     text = " ".join(str(cause).split())
     text = re.sub(r'\{ ?"error": ?\{.*?"message": ?"(.*?)".*', r"\1", text).rstrip(".")  # of JSON, only the message
+    text = re.sub(r"upload_id=[^&\s:)'\"]+", "upload_id=...", text)  # whoever has it can write to the object
     code = getattr(cause, "code", None)
+    if isinstance(cause, InvalidResponse):  # of an upload in parts
+        code, text = cause.response.status_code, f"HTTP {cause.response.status_code}"
     if isinstance(cause, OSError) and text.startswith("Forbidden: "):  # gcsfs, for a 403
         code = 403
     if isinstance(cause, DefaultCredentialsError) or code == 401:
@@ -62,7 +70,7 @@ def explained(error: BaseException) -> KuzushijiError | None:
             f"Google Cloud must accept the credentials. Received: {text[:200]}. "
             "Run `gcloud auth application-default login`"
         )
-    bucket = _bucket_in(text)
+    bucket = _bucket_in(text, bucket)
     if isinstance(cause, DataCorruption):
         return DamageError(
             f"data from {bucket} must arrive unchanged. Received: {text[:200]}. Run the same command again"
@@ -108,7 +116,7 @@ def _refused(bucket: str, text: str) -> str:
     )
 
 
-def _bucket_in(text: str) -> str:
-    """Return the `gs://` address of the bucket that the text of a failure names, or `the bucket` if it names none."""
+def _bucket_in(text: str, known: str) -> str:
+    """Return the `gs://` address of the bucket that the text of a failure names, or else `known` or `the bucket`."""
     found = re.search(r"\bb/([a-z0-9][a-z0-9._-]+)", text) or re.search(r"Forbidden: ([a-z0-9._-]+)", text)
-    return f"gs://{found[1]}" if found else "the bucket"
+    return f"gs://{found[1]}" if found else known or "the bucket"

@@ -133,6 +133,14 @@ def temporary_file(folder: Path, create_folder: bool = True) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def is_at(descriptor: int, path: Path) -> bool:
+    """Return whether an open file is still the one at `path`, which other processes may have removed or replaced."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
 @contextmanager
 def _locked(folder: UPath) -> Iterator[None]:
     """Lock a folder against other threads and processes while the block runs. Create the folder if it is missing.
@@ -146,7 +154,7 @@ def _locked(folder: UPath) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             # The lock is on the folder that was opened, which another process may have removed and created again.
-            if not os.path.samestat(os.fstat(descriptor), os.stat(folder.path)):
+            if not is_at(descriptor, Path(folder.path)):
                 raise FileNotFoundError(errno.ENOENT, "removed and created again by another process", folder.path)
             yield
         finally:

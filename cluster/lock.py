@@ -17,6 +17,7 @@ from pathlib import Path
 from upath import UPath
 
 from cluster.errors import OptionError, one_line
+from cluster.local import is_at
 from cluster.storage import change_bytes, is_local, read_bytes, remove_file, writing_in
 
 log = logging.getLogger("kuzushiji")
@@ -60,7 +61,8 @@ def _file_lock(path: Path, what: str) -> Iterator[None]:
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)
+        if is_at(descriptor, path):  # otherwise it was removed, and another process may hold a new one
+            path.unlink(missing_ok=True)
         os.close(descriptor)
 
 
@@ -70,16 +72,13 @@ def _locked_descriptor(path: Path, what: str) -> int | None:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(os.fstat(descriptor), os.stat(path)):
-            return descriptor
-    except BlockingIOError as error:
+    except OSError as error:
         os.close(descriptor)
-        raise _refused(what) from error
-    except FileNotFoundError:
-        pass
-    except OSError:
-        os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            raise _refused(what) from error
         raise
+    if is_at(descriptor, path):
+        return descriptor
     os.close(descriptor)
     return None
 

@@ -7,7 +7,9 @@ Each kind of folder has a subclass of `Manifest`.
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
@@ -24,7 +26,17 @@ from upath import UPath
 
 from cluster.errors import DamageError, InputError
 from cluster.progress import progress
-from cluster.storage import change_bytes, is_file, list_files, plain_name, read_small, sha256_of, write_bytes
+from cluster.storage import (
+    change_bytes,
+    is_file,
+    is_local,
+    list_files,
+    plain_name,
+    read_small,
+    sha256_of,
+    write_bytes,
+    writing_in,
+)
 
 MANIFEST_FILE = "manifest.json"
 # A manifest that exceeds these limits is rejected before parsing. Within them, parsing takes at most 2 GB of memory.
@@ -103,6 +115,7 @@ def seal(folder: UPath, manifest: Manifest) -> None:
     Raises:
         InputError: the manifest would exceed the limits for reading one.
         DamageError: another job sealed the folder with a different manifest in the meantime.
+        KuzushijiError: the folder, on this machine, is full, read-only or missing.
     """
     new = encoded(manifest)
 
@@ -114,6 +127,9 @@ def seal(folder: UPath, manifest: Manifest) -> None:
             )
         return new
 
+    if is_local(folder):
+        with writing_in(Path(folder.path)):
+            os.stat(folder.path)  # `change_bytes` would make a removed folder anew, and seal it without its files
     change_bytes(folder / MANIFEST_FILE, refuse_other_content)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from upath import UPath
 
 from cluster.errors import DamageError, InputError, KuzushijiError, OptionError
+from cluster.local import is_at
 from cluster.manifest import MANIFEST_FILE, FileEntry, fault_of, read_manifest
 from cluster.models import LATEST_FILE, ModelManifest, latest_runs, point_to_latest, read_latest
 from cluster.progress import progress
@@ -113,7 +114,7 @@ def _fetch(source: UPath, target: Path, entry: FileEntry, advance: Callable[[int
         try:
             fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.stat(target)  # raises FileNotFoundError if the folder was removed meanwhile
-            if not os.path.exists(part) or os.fstat(out.fileno()).st_ino != os.stat(part).st_ino:
+            if not is_at(out.fileno(), part):
                 raise BlockingIOError  # another pull renamed the part between `open` and `flock`
         except BlockingIOError as error:
             raise KuzushijiError(

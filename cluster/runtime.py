@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from cluster.bucket_errors import explained
-from cluster.capacity import START_LIMIT, Request, Wait, check_room, hosts
+from cluster.capacity import START_LIMIT, Request, Wait, check_room
 from cluster.errors import KuzushijiError, OptionError, one_line
 from cluster.progress import on_terminal, progress, waiting
 from cluster.ray_address import check_address
@@ -190,14 +190,14 @@ def map_tasks(
         sizes: number of units in each task.
         begin: called once, before the first task starts, when there is room for that task.
         gpus: number of actors with one GPU each; 0: tasks with one CPU each.
-        start_limit: seconds within which a cluster must have a host for a task.
+        start_limit: seconds within which a cluster must have room for the first task.
 
     Returns:
         The reports, in the order of the tasks.
 
     Raises:
         OptionError: Ray has no room, see `ray_session`.
-        KuzushijiError: no host was ready in time.
+        KuzushijiError: there was no room in time.
         Exception: whatever `work` raised. An OSError becomes a KuzushijiError.
     """
     reports: dict[int, ReportT] = {}
@@ -224,16 +224,16 @@ def map_tasks(
 
 
 def _wait_for_first_host(request: Request, limit: float) -> None:
-    """Wait until a cluster has a host for one of the processes. Ray Data would wait for it without a log line.
+    """Wait until a cluster has room for one of the processes. Ray Data would wait for it without a log line.
 
     Raises:
-        KuzushijiError: no host was ready in time.
+        KuzushijiError: there was no room in time.
     """
-    if not uses_cluster() or request.held_by(hosts()):
+    if not uses_cluster():
         return
     import ray
 
-    # An autoscaler adds hosts for tasks that wait.
+    # An autoscaler adds hosts for tasks that wait. Present hosts may be in use by other jobs.
     first = ray.remote(num_cpus=request.cpus, num_gpus=request.gpus)(lambda: None).remote()
     wait = Wait(replace(request, processes=1), limit)
     try:
@@ -255,6 +255,8 @@ def _mapped(tasks: int, work: Callable[[int], ReportT], show_bar: bool, gpus: in
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = context.enable_rich_progress_bars = show_bar
     context.use_ray_tqdm = context.enable_operator_progress_bars = False  # one bar is enough
+    # By default, Ray Data ends after half an hour without a finished task: on a busy cluster, or with long tasks.
+    context.execution_no_progress_timeout_s = -1
     context.raise_original_map_exception = True  # otherwise the cause is lost between processes
     dataset = ray.data.from_items([{"index": index} for index in range(tasks)], override_num_blocks=tasks)
     if gpus:

@@ -27,6 +27,7 @@ from urllib.parse import urlsplit
 from cluster.cluster_file import faults_of_cluster_file
 from cluster.errors import InputError, KuzushijiError, OptionError, squeezed
 from cluster.job_log import print_log
+from cluster.progress import waiting
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -61,9 +62,12 @@ class Head:
         """Return the commands that follow or stop a job that this process no longer follows."""
         if self.address:
             stop = ["ray", "job", "stop", "--address", self.address, job]
+            token = "RAY_AUTH_MODE=token " if os.environ.get("RAY_AUTH_MODE") == "token" else ""
         else:
             stop = ["ray", "exec", str(self.cluster_file), f"RAY_AUTH_MODE=token ray job stop {job}"]
-        return f"Follow it: kuzushiji submit {self.option} --attach {job}; stop it: {shlex.join(stop)}"
+            token = ""
+        follow = f"{token}kuzushiji submit {self.option} --attach {job}"
+        return f"Follow it: {follow}; stop it: {token}{shlex.join(stop)}"
 
 
 @contextmanager
@@ -176,7 +180,8 @@ def _tunnel(cluster_file: Path) -> Iterator[str]:
         start_new_session=True,
     ) as tunnel:  # fmt: skip
         try:
-            _wait_for(tunnel, port, cluster_file)
+            with waiting("Connecting to the head ..."):
+                _wait_for(tunnel, port, cluster_file)
             yield f"http://127.0.0.1:{port}"
         finally:
             with suppress(ProcessLookupError):  # it has ended

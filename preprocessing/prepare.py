@@ -159,7 +159,8 @@ def _finish(plan: Plan, dataset: UPath, config: PrepareConfig, reports: Sequence
     contents[PAGES_TABLE] = pages_table(plan.labels, plan.books, plan.splits, results_by_page)
     if len(losses) > LISTED_LOSSES:
         contents[LOSSES_TABLE] = losses_table(losses[LISTED_LOSSES:])
-    files = [write_listed(dataset / name, contents[name]) for name in sorted(contents)]
+    begun_in = resumable(dataset).progress_folder  # if the folder was removed meanwhile, it is not made anew
+    files = [write_listed(dataset / name, contents[name], begun_in) for name in sorted(contents)]
     manifest = manifest.model_copy(update={"files": files})
     for line in doubts:
         log.warning("%s", line)

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,18 +21,20 @@ import fsspec
 import keras
 import numpy as np
 import pytest
+import requests
 from conftest import Kuzushiji, forget, in_fresh_process
 from fake_cloud.bucket import StrictBucket
 from fsspec.implementations.memory import MemoryFileSystem
 from google.api_core.exceptions import BadRequest, Forbidden, RetryError, ServiceUnavailable
 from google.auth.exceptions import DefaultCredentialsError, RefreshError
+from google.cloud.storage.exceptions import InvalidResponse
 from PIL import Image
 from upath import UPath
 
 from cluster import bucket, google_client
 from cluster.bucket import DELETED_AT_ONCE, RANGE_BYTES
 from cluster.bucket_errors import explained
-from cluster.errors import DamageError, KuzushijiError, OptionError
+from cluster.errors import DamageError, InputError, KuzushijiError, OptionError
 from cluster.lock import locked
 from cluster.manifest import MANIFEST_FILE, is_sealed, read_manifest, seal, write_listed
 from cluster.models import Latest, ModelManifest, point_to_latest, read_latest, resolve_model
@@ -45,6 +48,7 @@ from cluster.storage import (
     list_files,
     list_folders,
     list_tree,
+    open_read,
     place,
     reachable_place,
     read_at_most,
@@ -144,6 +148,9 @@ def test_an_object_that_was_uploaded_as_gzip_is_read_unpacked(folder: UPath) -> 
     blob.content_encoding = "gzip"
     blob.upload_from_string(gzip.compress(b"prefix,book\n"))
     assert read_small(folder / "books.csv", 100) == b"prefix,book\n"
+    for read in (sha256_of, open_read):  # its parts and its size are not those of the file
+        with pytest.raises(InputError, match="must be stored as it is. Received: Content-Encoding gzip. Upload"):
+            read(folder / "books.csv")
 
 
 def test_a_file_is_written_sized_changed_and_removed_alike_in_each_kind_of_storage(anywhere: UPath) -> None:
@@ -949,6 +956,19 @@ def test_what_google_says_is_one_line_with_what_to_run(error: Exception, says: s
     assert explanation is not None
     assert says in str(explanation)
     assert "\n" not in str(explanation)
+
+
+def test_a_failed_upload_in_parts_names_the_bucket_and_no_secret(strict: StrictBucket, folder: UPath) -> None:
+    strict.faults.inject("403", times=100, method="PUT")
+    with pytest.raises(KuzushijiError, match="gs://demo must grant you access.*upload_id=\\.\\.\\.") as refused:
+        write_bytes(folder / "big", BIG)
+    secrets = [re.search("upload_id=([^&]+)", logged.path) for logged in strict.requests]
+    assert not any(secret and secret[1] in str(refused.value) for secret in secrets)
+    answer = requests.Response()
+    answer.status_code = 503
+    last = InvalidResponse(answer, "Request failed with status code", 503, "Expected one of", 200)
+    error = explained(RetryError("Timeout of 120.0s exceeded", last), "gs://demo")
+    assert str(error) == "gs://demo must answer. Received, after retries: HTTP 503. Run the same command again"
 
 
 def test_other_failures_are_left_as_they_are() -> None:

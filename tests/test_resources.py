@@ -98,6 +98,27 @@ def test_gpus_that_tensorflow_does_not_see_end_the_command_in_a_line_that_says_w
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".predict"]
 
 
+def test_tasks_that_wait_for_hosts_in_use_are_logged_and_end_at_the_start_limit(
+    ray_here: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import ray
+
+    from cluster import capacity, runtime
+    from cluster.capacity import Request
+
+    caplog.set_level("INFO", "kuzushiji")
+    monkeypatch.setattr(runtime, "uses_cluster", lambda: True)
+    monkeypatch.setattr(capacity, "SECONDS_BETWEEN_WAITS", 1.0)
+    all_cpus = ray.util.placement_group([{"CPU": ray.cluster_resources()["CPU"]}])
+    try:
+        assert all_cpus.wait(60)
+        with pytest.raises(KuzushijiError, match=r"must start within 2 s .--start-limit.. Received: 1 process with"):
+            runtime._wait_for_first_host(Request(1), 2.0)
+    finally:
+        ray.util.remove_placement_group(all_cpus)
+    assert "waiting for 2 s: 1 process with 1 CPU each requested; the hosts have room for" in caplog.text
+
+
 def test_the_task_that_waits_for_the_first_host_is_not_cancelled_once_it_has_ended(
     ray_here: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -108,7 +129,6 @@ def test_the_task_that_waits_for_the_first_host_is_not_cancelled_once_it_has_end
     from cluster.capacity import Request
 
     monkeypatch.setattr(runtime, "uses_cluster", lambda: True)
-    monkeypatch.setattr(runtime, "hosts", list)  # none yet
     monkeypatch.setattr(ray, "cancel", lambda _: pytest.fail("it has ended"))
     runtime._wait_for_first_host(Request(1), 600.0)
 

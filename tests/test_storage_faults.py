@@ -322,6 +322,16 @@ def test_a_dataset_folder_that_goes_while_prepare_runs_ends_in_one_line_or_after
     assert final_files(out) == final_files(dataset)
 
 
+def test_a_dataset_folder_that_goes_after_its_pages_were_cut_is_not_sealed_without_them(
+    pages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    monkeypatch.setattr("preprocessing.prepare.dataset_card", lambda *_: shutil.rmtree(out) or "")
+    with pytest.raises(KuzushijiError, match=f"{RULE}. Received: {out}"):
+        prepare(place(pages / "train_images"), place(pages / "train.csv"), place(out), PrepareConfig(coverage=0.5))
+    assert not out.exists()
+
+
 @pytest.mark.parametrize("change", [shutil.rmtree, become_a_file], ids=["removed", "a file"])
 def test_a_dataset_that_is_gone_when_it_is_staged_is_one_line(
     change: Callable[[Path], None], few: Path, tmp_path: Path
