@@ -244,6 +244,20 @@ def fault_of(folder: UPath, entry: FileEntry, sizes: dict[str, int]) -> str | No
     return None
 
 
+def faults_of(folder: UPath, manifest: Manifest, sizes: dict[str, int]) -> list[str]:
+    """Check size and SHA-256 of all listed files, and show the progress. Return the faults, one line per file.
+
+    sizes: as for `size_fault_of`.
+    """
+    faults = []
+    with progress("bytes checked", sum(entry.bytes for entry in manifest.entries), "bytes") as advance:
+        for entry in manifest.entries:
+            if fault := fault_of(folder, entry, sizes):
+                faults.append(fault)
+            advance(entry.bytes)
+    return faults
+
+
 def verify(folder: UPath, kinds: Sequence[type[Manifest]]) -> tuple[Manifest, list[str], list[str]]:
     """Check each file of a sealed folder of one of `kinds` against the manifest.
 
@@ -255,11 +269,6 @@ def verify(folder: UPath, kinds: Sequence[type[Manifest]]) -> tuple[Manifest, li
     """
     manifest = read_any_manifest(folder, kinds)
     sizes = list_files(folder)
-    faults = []
-    with progress("bytes checked", sum(entry.bytes for entry in manifest.entries), "bytes") as advance:
-        for entry in manifest.entries:
-            if fault := fault_of(folder, entry, sizes):
-                faults.append(fault)
-            advance(entry.bytes)
+    faults = faults_of(folder, manifest, sizes)
     listed = {entry.name for entry in manifest.entries} | {MANIFEST_FILE}
     return manifest, faults, sorted(set(sizes) - listed)

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from cluster.errors import OptionError, counted
-from job.command import Outcome, command, main, option
+from job.command import Output, command, main, option
 from job.config import TrainConfig
 from job.data_commands import canvases_option, labels_option, prepare, sample, start_limit_option
 from job.submit_command import submit
@@ -62,7 +62,7 @@ def train(
     run: str | None,
     start_limit: float,
     **options: Any,
-) -> Outcome:
+) -> Output:
     """Train and evaluate classifiers with Ray Train."""
     from cluster.storage import reachable_place
     from job.config import configs_of
@@ -86,7 +86,7 @@ def train(
               help="Folder made by `prepare`, with the model's classes and margin.")  # fmt: skip
 @click.option("--split", type=click.Choice(SPLITS), default="test", show_default=True, help="Split to evaluate.")
 @click.option("--out", metavar="PLACE", help="Folder for metrics.json, per_class.csv and misclassified.csv.")
-def evaluate(model: str, dataset: str, split: str, out: str | None) -> Outcome:
+def evaluate(model: str, dataset: str, split: str, out: str | None) -> Output:
     """Evaluate a model on a split, and list its confusions."""
     from cluster.storage import reachable_place
     from job.evaluate import evaluate as run
@@ -129,7 +129,7 @@ def predict(
     gpus: int,
     rescale: bool,
     start_limit: float,
-) -> Outcome:
+) -> Output:
     """Predict the characters in boxes of new pages, and their text."""
     from cluster.storage import reachable_place
     from job.predict.predict import predict as run
@@ -161,7 +161,7 @@ def predict(
 @click.option("--dataset", metavar="PLACE",
               help="Folder made by `prepare`, with the model's classes and margin; compares accuracies.")  # fmt: skip
 @click.option("--split", type=click.Choice(SPLITS), help="Split to compare on.  [default: test]")
-def export(model: str, form: Any, quantize: Any, out: str, dataset: str | None, split: str | None) -> Outcome:
+def export(model: str, form: Any, quantize: Any, out: str, dataset: str | None, split: str | None) -> Output:
     """Convert a model for other programs, and compare predictions."""
     from cluster.storage import reachable_place
     from job.export.export import export as run
@@ -187,7 +187,7 @@ def export(model: str, form: Any, quantize: Any, out: str, dataset: str | None, 
               help="Folder made by `prepare`; with --models: the dataset of all the runs, for pictures.")  # fmt: skip
 @click.option("--models", metavar="PLACE", help="Folder of trained models; shows the latest run of each architecture.")
 @click.option("--out", required=True, metavar="PLACE", help="Folder for report.html.")
-def report(dataset: str | None, models: str | None, out: str) -> Outcome:
+def report(dataset: str | None, models: str | None, out: str) -> Output:
     """Write a self-contained HTML report of a dataset or of models."""
     from cluster.storage import reachable_place, write_bytes
     from job.evaluate import check_out
@@ -211,7 +211,7 @@ def report(dataset: str | None, models: str | None, out: str) -> Outcome:
 @click.option("--models", required=True, metavar="PLACE", help="Folder of trained models.")
 @click.option("--to", required=True, metavar="DIR", help="Local folder; gets the same structure.")
 @click.argument("names", nargs=-1, metavar="[NAME[/RUN]]...")
-def pull(models: str, to: str, names: tuple[str, ...]) -> Outcome:
+def pull(models: str, to: str, names: tuple[str, ...]) -> Output:
     """Download trained models, and verify them.
 
     Without names, the latest run of each architecture.
@@ -229,7 +229,7 @@ def pull(models: str, to: str, names: tuple[str, ...]) -> Outcome:
 
 @command
 @click.argument("folder", metavar="PLACE")
-def verify(folder: str) -> Outcome:
+def verify(folder: str) -> Output:
     """Verify a folder that a command wrote, or a cluster file.
 
     Folders (datasets, models, predictions) are verified against their manifest. A cluster file (.yaml) is checked

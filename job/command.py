@@ -1,6 +1,7 @@
 """What all commands share: one-line failures, `--json`, `--debug`, exit codes."""
 
 import functools
+import io
 import json
 import sys
 import traceback
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
 # What a command returns: an object for `--json`, and lines for the terminal.
-Outcome = tuple[dict[str, Any], list[str]]
+Output = tuple[dict[str, Any], list[str]]
 
 # The commands in the order in which they are used, as the help lists them.
 ORDER = ("sample", "prepare", "train", "evaluate", "report", "pull", "verify", "predict", "export", "submit")
@@ -37,6 +38,9 @@ class OneLine(click.Group):
         **extra: Any,
     ) -> Any:
         """As in click, except for how errors are printed."""
+        for stream in (sys.stdout, sys.stderr):  # a locale's encoding may lack characters that are printed, such as 〱
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
         if not standalone_mode:
             return super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
         try:
@@ -77,7 +81,7 @@ def main() -> None:
     """
 
 
-def command(function: Callable[..., Outcome]) -> click.Command:
+def command(function: Callable[..., Output]) -> click.Command:
     """Register a command. Its result is printed, and its failures in one line.
 
     The command exits with `exit_code` of the result if it has one, with 1 if the result has `faults`, else with 0.
@@ -87,6 +91,7 @@ def command(function: Callable[..., Outcome]) -> click.Command:
     def run(as_json: bool, debug: bool, **options: Any) -> None:
         log_to_stderr(debug)
         try:
+            _refuse_empty(options)
             result, lines = function(**options)
         except (click.ClickException, click.Abort, click.exceptions.Exit):
             raise
@@ -108,6 +113,17 @@ def command(function: Callable[..., Outcome]) -> click.Command:
         click.Option(["--debug"], is_flag=True, help="Show the traceback of a failure."),
     ]
     return registered
+
+
+def _refuse_empty(options: dict[str, Any]) -> None:
+    """Raise OptionError for an option with an empty value. Otherwise it would count as not given.
+
+    `train --run "$RUN"` with an unset variable would begin another run after each restart.
+    """
+    for parameter in click.get_current_context().command.params:
+        values = options.get(parameter.name or "")
+        if isinstance(parameter, click.Option) and "" in (values if isinstance(values, tuple) else (values,)):
+            raise OptionError(f"{parameter.opts[-1]} must have a value. Received: an empty one. Is a variable unset?")
 
 
 def option(model: "type[BaseModel]", field: str, *names: str, **settings: Any) -> Callable[..., Any]:

@@ -58,8 +58,9 @@ STUDY: dict[str, Study] = {
 }
 
 # Options that may change when a run is resumed: they change the weights by rounding alone, or not at all.
-OF_ROUNDING = {"workers", "gpus_per_worker", "cpus_per_worker", "deterministic"}
-MAY_DIFFER = OF_ROUNDING | {"checkpoint_every", "max_failures", "step_limit"}
+MAY_DIFFER = {
+    "workers", "gpus_per_worker", "cpus_per_worker", "deterministic", "checkpoint_every", "max_failures", "step_limit"
+}  # fmt: skip
 
 
 class TrainConfig(BaseModel):

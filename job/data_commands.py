@@ -8,7 +8,7 @@ from click.core import ParameterSource
 
 from cluster.capacity import START_LIMIT
 from cluster.errors import OptionError, counted
-from job.command import Outcome, command, config_of, option
+from job.command import Output, command, config_of, option
 from preprocessing.config import SPLITS, PrepareConfig
 
 start_limit_option = click.option(
@@ -45,7 +45,7 @@ def labels_option(name: str, text: str, required: bool = False) -> Callable[...,
     "--layouts", metavar="FILE", help="Kaggle's train.csv: draw its first pages, with their ids, boxes and characters."
 )
 @click.option("--fonts", metavar="DIR", help="Folder of the fonts to draw with.  [default: those of this machine]")
-def sample(out: str, num_pages: int, seed: int, scale: float, layouts: str | None, fonts: str | None) -> Outcome:
+def sample(out: str, num_pages: int, seed: int, scale: float, layouts: str | None, fonts: str | None) -> Output:
     """Draw synthetic pages in Kaggle's format, to test without data."""
     from cluster.storage import local_path
     from preprocessing.sample.sample import sample as draw
@@ -93,7 +93,7 @@ def prepare(
     dataset: str,
     start_limit: float,
     **options: Any,
-) -> Outcome:
+) -> Output:
     """Cut labelled pages into crops, written as TFRecords."""
     from cluster.storage import reachable_place
     from job.report.dataset import write_dataset_report

@@ -1,19 +1,22 @@
 """Evaluation of a finished model on a split of a dataset, in this process."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import pandas as pd
 from upath import UPath
 
 from cluster.errors import OptionError
-from cluster.manifest import is_sealed
+from cluster.manifest import is_sealed, read_manifest
 from cluster.progress import progress
 from cluster.storage import check_writable, write_bytes
 from job.data.staging import StagedDataset, staged
 from job.metrics import SplitMetrics, confusions, metrics, misclassified, per_class
 from job.model.folder import load_model, read_trained_on
+from preprocessing.classes import LABELS_FILE, read_class_names
+from preprocessing.dataset import DatasetManifest
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,7 @@ def evaluate(model_place: UPath, dataset_place: UPath, split: str, out: UPath | 
     if out:
         check_out(out)
     model, class_names, folder = load_model(model_place)
-    with staged(dataset_place, [split]) as dataset:
-        check_dataset(dataset, class_names, read_trained_on(folder).margin, folder)
+    with staged_for(folder, class_names, read_trained_on(folder).margin, dataset_place, [split]) as dataset:
         from job.model.inference import Inference
 
         crops = dataset.splits[split]
@@ -54,23 +56,42 @@ def evaluate(model_place: UPath, dataset_place: UPath, split: str, out: UPath | 
         )
 
 
-def check_dataset(dataset: StagedDataset, class_names: Sequence[str], margin: float, folder: UPath) -> None:
-    """Check that a dataset has the classes of a model, and crops with its margin. folder: the model folder.
+@contextmanager
+def staged_for(
+    folder: UPath, class_names: Sequence[str], margin: float, dataset: UPath, splits: Sequence[str]
+) -> Iterator[StagedDataset]:
+    """Stage splits of a dataset, see `staged`, that has the classes of a model, and crops with its margin.
+
+    Args:
+        folder: the model folder, for messages.
+        class_names: the model's.
+        margin: that of the model's crops.
+        dataset: the dataset folder.
+        splits: the splits to stage.
 
     Raises:
         OptionError: the classes or margins differ.
+        InputError, DamageError: as `staged`.
     """
-    if dataset.class_names != class_names:
-        raise OptionError(
-            f"the classes of --dataset must be the model's. Received: {len(dataset.class_names)} and "
-            f"{len(class_names)} classes, which differ. Prepare the dataset with --classes {folder / 'labels.txt'}. "
-            "See docs/data.md#classes"
-        )
-    if dataset.manifest.margin != margin:
-        raise OptionError(
-            f"--dataset must have the margin of the model's crops, {margin:g}. Received: "
-            f"{dataset.manifest.margin:g}. Prepare it with --margin {margin:g}. See docs/data.md#margin"
-        )
+
+    def check(of_dataset: Sequence[str], margin_of_dataset: float) -> None:
+        if of_dataset != class_names:
+            raise OptionError(
+                f"the classes of --dataset must be the model's. Received: {len(of_dataset)} and {len(class_names)} "
+                f"classes, which differ. Prepare the dataset with --classes {folder / 'labels.txt'}. "
+                "See docs/data.md#classes"
+            )
+        if margin_of_dataset != margin:
+            raise OptionError(
+                f"--dataset must have the margin of the model's crops, {margin:g}. Received: {margin_of_dataset:g}. "
+                f"Prepare it with --margin {margin:g}. See docs/data.md#margin"
+            )
+
+    manifest = read_manifest(dataset, DatasetManifest)
+    check(read_class_names(dataset / LABELS_FILE), manifest.margin)  # before the shards are downloaded
+    with staged(dataset, splits) as data:
+        check(data.class_names, data.manifest.margin)  # another one may have replaced it
+        yield data
 
 
 def write_evaluation(evaluation: Evaluation, out: UPath) -> None:

@@ -16,6 +16,7 @@ from preprocessing.labels.code_points import code_point_name, parse_code_point
 BINS = 15
 RIGHT = 0.99
 SHARES = 20
+MAX_PREDICTIONS = 60  # of a class in a list of confusions
 
 RARE_SHOWN = "〓"  # geta mark: the printers' sign for a missing character
 
@@ -151,13 +152,15 @@ def misclassified(predictions: NDArray[np.float32], crops: Crops, class_names: S
 def confusions(misclassified: pd.DataFrame, per_class: pd.DataFrame) -> list[str]:
     """Return the study's list of confusions, one line per class, most errors first.
 
-    `王 (12): 玉 玉 玉 ヱ`: a character, its number of crops, and the prediction of each misclassified crop.
+    `王 (12): 玉 玉 玉 ヱ`: a character, its number of crops, and the prediction of each misclassified crop, up to 60.
     """
     examples = dict(zip(per_class["label"], per_class["examples"], strict=True))
     lines = []
     for label, group in misclassified.groupby("label", sort=False):
         counts = group["predicted"].value_counts(sort=False)
         order = sorted(counts.index, key=lambda name: (-counts[name], name))
-        predicted = " ".join(shown(name) for name in order for _ in range(counts[name]))
+        wrong = [shown(name) for name in order for _ in range(counts[name])]
+        more = f" ... and {len(wrong) - MAX_PREDICTIONS:,} more" if len(wrong) > MAX_PREDICTIONS else ""
+        predicted = f"{' '.join(wrong[:MAX_PREDICTIONS])}{more}"
         lines.append((len(group), str(label), f"{shown(str(label))} ({examples[label]}): {predicted}"))
     return [line for _, _, line in sorted(lines, key=lambda entry: (-entry[0], entry[1]))]

@@ -6,7 +6,7 @@ import shlex
 import click
 
 from cluster.errors import OptionError
-from job.command import Outcome, command, main
+from job.command import Output, command, main
 
 # Commands that can run as jobs on a cluster. The others read or write the local disk.
 JOBS = ("prepare", "train", "evaluate", "predict", "report", "export", "verify")
@@ -32,7 +32,7 @@ def submit(
     no_wait: bool,
     attach: str | None,
     arguments: tuple[str, ...],
-) -> Outcome:
+) -> Output:
     """Run a command as a job on a cluster, and follow its log.
 
     The exit code is that of the job.

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic
 
 from cluster.errors import DamageError, OptionError
-from cluster.manifest import MANIFEST_FILE, ManifestT, fault_of, is_sealed, read_manifest
+from cluster.manifest import MANIFEST_FILE, ManifestT, faults_of, is_sealed, read_manifest
 from cluster.storage import change_bytes, is_file, list_files, list_folders, remove_file, write_bytes
 from preprocessing.resumable import Resumable
 
@@ -92,8 +92,7 @@ class Attempts(Generic[ManifestT]):
         manifest = read_manifest(folder, self.form)
         self._refuse_other(self.identity_of(manifest) | {"versions": self.identity["versions"]})
         self.check(manifest)
-        sizes = list_files(folder)
-        return manifest, [fault for entry in manifest.entries if (fault := fault_of(folder, entry, sizes))]
+        return manifest, faults_of(folder, manifest, list_files(folder))
 
     def _write_plan_once(self) -> None:
         """Write the plan, unless there is an equal one. Raises: OptionError, DamageError as `accept_or_begin`."""

@@ -448,14 +448,14 @@ def test_a_training_begins_in_the_root_of_an_empty_bucket_of_which_only_objects_
     def begin(trainer: Any) -> Any:  # what Ray Train does first, in another process
         config = trainer.run_config
         StorageContext(config.storage_path, config.name, config.storage_filesystem)
-        return SimpleNamespace(return_value=Failure("it began", ""))
+        return SimpleNamespace(return_value=Failure("it began", "", OptionError))
 
     strict.create("empty")
     strict.faults.inject("403", times=100, matching=r"/b/empty(\?|$)")
     monkeypatch.setattr("ray.train.v2.api.data_parallel_trainer.DataParallelTrainer.fit", begin)
     given = TrainConfig(architecture="baseline", epochs=1, global_batch_size=4, learning_rate=1e-4)
     try:
-        with pytest.raises(KuzushijiError, match="it began"):
+        with pytest.raises(OptionError, match="it began"):
             Run("first", given, place("gs://demo/x"), "0" * 64, reachable_place("gs://empty")).fit(None, None)
     finally:
         strict.faults.clear()

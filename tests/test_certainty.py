@@ -3,9 +3,10 @@
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
-from job.metrics import metrics
+from job.metrics import confusions, metrics
 
 NAMES = ["U+3042", "U+3044", "U+3046", "rare"]
 
@@ -70,6 +71,13 @@ def test_the_temperature_is_the_one_of_the_least_cross_entropy() -> None:
     rising = np.arange(65.0)
     assert best_scale(rising) == SCALES[0]
     assert best_scale(rising[::-1].copy()) == SCALES[-1]
+    assert best_scale(np.array([2.0] * 30 + [0.0] * 35)) == SCALES[-1]  # all crops right: the loss rounds to 0
+
+
+def test_a_line_of_confusions_has_at_most_60_predictions() -> None:
+    classes = pd.DataFrame({"label": ["U+304B", "rare"], "examples": [70, 9]})
+    wrong = pd.DataFrame({"label": ["U+304B"] * 63 + ["rare"] * 2, "predicted": ["rare"] * 63 + ["U+304B"] * 2})
+    assert confusions(wrong, classes) == [f"か (70): {' '.join('〓' * 60)} ... and 3 more", "〓 (9): か か"]
 
 
 @pytest.mark.parametrize("architecture", ["resnet", "fcn", "baseline"])

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 import re
 import subprocess
 import sys
@@ -70,6 +71,14 @@ for command in sys.argv[1:]:
 """
 
 
+@pytest.mark.parametrize("encoding", ["latin-1", "euc_jp"])
+def test_characters_that_the_encoding_of_standard_output_lacks_are_printed_as_escapes(encoding: str) -> None:
+    environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+    shown = subprocess.run([KUZUSHIJI, "predict", "--help"], capture_output=True, env=environment, check=False)
+    assert (shown.returncode, shown.stderr) == (0, b"")
+    assert (b"\\u3013" in shown.stdout) == (encoding != "euc_jp")  # the sign for `rare`
+
+
 def test_help_loads_neither_tensorflow_nor_ray() -> None:
     done = subprocess.run([sys.executable, "-c", LIGHT, "", *SURFACE], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -123,6 +132,9 @@ XCEPTION = ["train", "--dataset", "x", "--models", "y", "--architecture", "xcept
         (["verify", "gs://Bad_Name/x"], 2, "must be gs://BUCKET/"),
         (["verify", "s3://bucket/x"], 2, "Install s3fs"),
         (["pull", "--models", "x", "--to", "gs://demo/y"], 2, "--to must be a path on this machine"),
+        (["train", "--dataset", "x", "--models", "y", "--architecture", "resnet", "--run", ""], 2, "--run must have a"),
+        (["evaluate", "--model", "x", "--dataset", "y", "--out", ""], 2, "--out must have a value. Received: an empty"),
+        (["predict", "--model", "x", "--pages", "y", "--boxes", "", "--out", "z"], 2, "--boxes must have a value"),
         (["submit", "--address", "http://192.0.2.1:8265", "--attach", "x"], 2, "--address must be https://, or on"),
         (["submit", "--address", "http://127.example.com:1", "--attach", "x"], 2, "--address must be https://, or"),
     ],

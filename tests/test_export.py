@@ -17,9 +17,11 @@ from upath import UPath
 
 from cluster.errors import KuzushijiError, OptionError
 from cluster.storage import TEMPORARY_PREFIX, new_file, place
+from job.evaluate import evaluate
 from job.export import export as command
 from job.export.export import MAX_DIFFERENCE, _accuracy, _convert, _difference, export
 from job.model.folder import load_model
+from job.report.models import model_report
 from preprocessing.config import PrepareConfig
 from preprocessing.prepare import prepare
 
@@ -298,7 +300,9 @@ def test_the_temporary_file_of_a_killed_export_is_removed(trained: Path, tmp_pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "README.md", "labels.txt"]
 
 
-def test_options_that_do_not_fit_are_refused(trained: Path, few: Path, tmp_path: Path, kuzushiji: Kuzushiji) -> None:
+def test_options_that_do_not_fit_are_refused(
+    trained: Path, few: Path, tmp_path: Path, kuzushiji: Kuzushiji, monkeypatch: pytest.MonkeyPatch
+) -> None:
     given = ("export", "--model", trained, "--format", "onnx", "--out", tmp_path / "out")
     assert "--split must be given with --dataset. Received: --split test alone" in (
         kuzushiji(*given, "--split", "test").stderr
@@ -310,6 +314,14 @@ def test_options_that_do_not_fit_are_refused(trained: Path, few: Path, tmp_path:
         export(place(trained), "tflite", out, "int8")
     source = place(few.parent / "pages" / "train_images"), place(few.parent / "pages" / "train.csv")
     prepare(*source, place(tmp_path / "other"), PrepareConfig(coverage=0.9))
-    with pytest.raises(OptionError, match="the classes of --dataset must be the model's"):
-        export(place(trained), "onnx", out, dataset=place(tmp_path / "other"))
+    other = place(tmp_path / "other")
+    with monkeypatch.context() as patched:  # found in files of some kB, before the shards are fetched
+        patched.setattr("job.evaluate.staged", lambda *_: pytest.fail("not needed"))
+        patched.setattr("job.report.models.staged", lambda *_: pytest.fail("not needed"))
+        with pytest.raises(OptionError, match="the classes of --dataset must be the model's"):
+            export(place(trained), "onnx", out, dataset=other)
+        with pytest.raises(OptionError, match="the classes of --dataset must be the model's"):
+            evaluate(place(trained), other, "test")
+        with pytest.raises(OptionError, match="must be the one that the models were trained on"):
+            model_report(place(trained.parents[1]), other)
     assert not (tmp_path / "out").exists()

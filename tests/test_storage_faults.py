@@ -369,6 +369,29 @@ def test_a_cache_that_cannot_be_written_to_is_an_error_that_train_does_not_retry
         pass
 
 
+def test_a_wait_for_another_process_that_stages_is_logged(
+    few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "kuzushiji")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("job.data.staging.SECONDS_UNTIL_SAID", 0.1)
+    root = tmp_path / "kuzushiji" / "staged"
+    root.mkdir(parents=True)
+    with open(root / "lock", "w") as lock, ThreadPoolExecutor(1) as pool:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+
+        def stage() -> int:
+            with staged(place(few), ["test"]) as data:
+                return len(data.splits["test"])
+
+        staging = pool.submit(stage)
+        while "waiting for another process of this machine" not in caplog.text and not staging.done():
+            time.sleep(0.01)
+        assert not staging.done()
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        assert staging.result()
+
+
 KILLED_WHILE_IT_REMOVES = """
 import os, signal, sys
 from cluster.storage import place

@@ -289,7 +289,7 @@ def test_a_finished_run_is_left_as_it_is_and_keeps_no_checkpoints(
 
 
 def test_what_cannot_be_trained_is_refused_before_ray_train_starts(dataset: Path, tmp_path: Path) -> None:
-    for run in ("..", "a/b", "", "a.json", "a.report.html"):
+    for run in ("..", "a/b", "", "a.json", "a.lock", "a.report.html"):
         with pytest.raises(OptionError, match="--run must"):
             train(place(dataset), place(tmp_path), [config()], run)
     with pytest.raises(OptionError, match="must get a crop of each batch. Received: 3 for a batch of 2"):

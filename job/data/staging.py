@@ -8,6 +8,7 @@ its folder, and removes unlocked folders when it starts and when it ends, so the
 import errno
 import fcntl
 import hashlib
+import logging
 import os
 import shutil
 import socket
@@ -34,7 +35,10 @@ from preprocessing.dataset import VOLUMES, DatasetManifest, Shard
 from preprocessing.parquet import PAGES_TABLE, books_of_table
 from preprocessing.records import FRAME_BYTES, SIDE
 
+log = logging.getLogger("kuzushiji")
+
 SECONDS_BETWEEN_TRIES = 0.1  # to get the lock while another process stages
+SECONDS_UNTIL_SAID = 2.0  # that it waits for the lock
 SECONDS_TO_REMOVE = 10.0  # limit of the wait for the lock at the end
 MIN_RECORD_BYTES = FRAME_BYTES + SIDE * SIDE
 LOCK_FILE = "in-use"
@@ -188,6 +192,7 @@ def _locked(root: Path, check: Callable[[], None] = lambda: None) -> Iterator[No
 
     check: see `staged_shards`.
     """
+    began, said = time.monotonic(), False
     with open(root / "lock", "w") as lock:
         while True:
             check()
@@ -195,6 +200,9 @@ def _locked(root: Path, check: Callable[[], None] = lambda: None) -> Iterator[No
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
+                if not said and time.monotonic() - began > SECONDS_UNTIL_SAID:
+                    log.info("waiting for another process of this machine, which stages crops in %s", root)
+                    said = True
                 time.sleep(SECONDS_BETWEEN_TRIES)
         yield
 

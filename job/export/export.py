@@ -30,8 +30,8 @@ from cluster.storage import (
     remove_temporaries,
     writing_in,
 )
-from job.data.staging import Crops, staged
-from job.evaluate import check_dataset
+from job.data.staging import Crops
+from job.evaluate import staged_for
 from job.export.card import CARD_FILE, export_card
 from job.model.folder import LABELS_FILE, load_model, read_trained_on
 from job.model.load_tensorflow import without_chatter
@@ -112,16 +112,15 @@ def export(
         if dataset is None:
             predict, accuracy = _convert(wide, names, form, quantize, local), None
         else:
-            with staged(dataset, sorted({split, "validation"} if quantize == "int8" else {split})) as data:
-                check_dataset(data, names, trained_on.margin, folder)
+            splits = sorted({split, "validation"} if quantize == "int8" else {split})
+            with staged_for(folder, names, trained_on.margin, dataset, splits) as data:
                 calibration = _some(data.splits["validation"]) if quantize == "int8" else None
                 predict = _convert(wide, names, form, quantize, local, calibration)
                 accuracy = _accuracy(model, predict, split, data.splits[split])
         difference = _difference(wide, predict, quantize)
         (local / LABELS_FILE).write_text("".join(f"{name}\n" for name in names))
-        (local / CARD_FILE).write_text(
-            export_card(folder, trained_on, form, quantize, accuracy, wide.input_shape, len(names))
-        )
+        card = export_card(folder, trained_on, form, quantize, accuracy, wide.input_shape, len(names))
+        (local / CARD_FILE).write_text(card, encoding="utf-8")  # it names the model's folder
         sizes = {path.relative_to(local).as_posix(): path.stat().st_size for path in local.rglob("*") if path.is_file()}
         with _emptied_on_failure(out, sizes):
             for name in sorted(sizes, key=lambda name: (name in WRITTEN_LAST, name)):
@@ -223,7 +222,8 @@ def _some(crops: Crops) -> NDArray[np.float32]:
 def _accuracy(model: "keras.Model", predict: "Predict", split: str, crops: Crops) -> Accuracy:
     from job.model.inference import Inference, crops_per_step
 
-    expected = Inference(model).predict(crops.images, crops.labels)[:, 0]
+    with progress(f"{split} crops read by the model", len(crops), "crops") as advance:
+        expected = Inference(model).predict(crops.images, crops.labels, advance)[:, 0]
     step, classes = crops_per_step(model), []
     with progress(f"{split} crops read by the export", len(crops), "crops") as advance:
         for start in range(0, len(crops), step):

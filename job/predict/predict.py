@@ -82,11 +82,7 @@ def predict(
     """
     if not 0 <= min_confidence <= 1:
         raise OptionError(f"--min-confidence must be a number from 0 to 1. Received: {min_confidence}")
-    box_places = [boxes] if isinstance(boxes, UPath) else boxes
-    inputs = [("--pages", pages), *(("--boxes", place) for place in box_places)]
-    check_outside("--out", out, inputs)
-    if annotate:
-        check_outside("--annotate", annotate, [*inputs, ("--out", out)])
+    _check_places(pages, [boxes] if isinstance(boxes, UPath) else boxes, out, annotate)
     folder = resolve_model(model)
     source = read_input(pages, boxes, "--boxes", bare=True, rescale=rescale, canvases=canvases)
     config = {"format": form, "min_confidence": min_confidence, "rescale": rescale, "annotate": annotate is not None}
@@ -126,6 +122,13 @@ def predict(
     if resumable(out).remove_traces() and annotate:
         remove_folder(unfinished_pictures(annotate, out))
     return manifest, new
+
+
+def _check_places(pages: UPath, boxes: Sequence[UPath], out: UPath, annotate: UPath | None) -> None:
+    inputs = [("--pages", pages), *(("--boxes", place) for place in boxes)]
+    check_outside("--out", out, inputs)
+    if annotate:
+        check_outside("--annotate", annotate, [*inputs, ("--out", out)])
 
 
 def identity_of(config: Mapping[str, Any], source: Input, model_sha256: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from upath import UPath
 
-from cluster.errors import DamageError, OptionError, counted, one_line
+from cluster.errors import DamageError, OptionError, one_line
 from cluster.manifest import read_manifest
 from cluster.models import ModelManifest, latest_runs
 from cluster.storage import read_bytes
@@ -24,6 +24,7 @@ from job.model.folder import CONFIG_FILE, METRICS_FILE, load_model
 from job.model.load_tensorflow import load_tensorflow
 from job.report import html, pictures, plots
 from preprocessing.config import SPLITS
+from preprocessing.dataset import DatasetManifest
 
 if TYPE_CHECKING:
     import keras
@@ -75,16 +76,21 @@ def model_report(models: UPath, dataset: UPath | None = None) -> bytes:
     if dataset is None:
         sections = (section for run in runs for section in _run_sections(run, None, None))
         return html.page(title, [*_comparison(runs), *sections])
+    _check_dataset(runs, dataset, read_manifest(dataset, DatasetManifest))  # before any download
     load_tensorflow()
     with staged(dataset, SPLITS) as data:
-        for run in runs:
-            if run.dataset_manifest_sha256 != data.manifest.sha256:
-                raise OptionError(
-                    f"--dataset must be the one that the models were trained on. Received: {dataset}, which is not "
-                    f"that of {run.folder}"
-                )
+        _check_dataset(runs, dataset, data.manifest)  # another one may have replaced it
         sections = (section for run in runs for section in _run_sections(run, data, load_model(run.folder)[0]))
         return html.page(title, [*_comparison(runs), *sections])
+
+
+def _check_dataset(runs: Sequence[Trained], dataset: UPath, manifest: DatasetManifest) -> None:
+    for run in runs:
+        if run.dataset_manifest_sha256 != manifest.sha256:
+            raise OptionError(
+                f"--dataset must be the one that the models were trained on. Received: {dataset}, which is not that "
+                f"of {run.folder}"
+            )
 
 
 def run_report(
@@ -274,5 +280,6 @@ def _books(misclassified: pd.DataFrame, data: StagedDataset) -> Iterator[str]:
     examples = pd.Series(list(data.splits["test"].page_ids())).map(book_of_page).value_counts()
     errors = misclassified["image_id"].map(book_of_page).value_counts().reindex(examples.index, fill_value=0)
     accuracy = (1 - errors / examples).sort_values(kind="stable")
-    caption = f"Test accuracy per book: the lowest of {counted(len(accuracy), 'book')}."
+    few = len(accuracy) <= plots.MAX_BARS
+    caption = "Test accuracy per book." if few else f"Test accuracy per book: the lowest of {len(accuracy):,} books."
     yield html.plots((plots.shares(list(accuracy.index), np.asarray(accuracy, np.float64), "accuracy"), caption))

@@ -105,10 +105,9 @@ def _any_size(config: Mapping[str, Any]) -> str:
 
 
 def _base(config: Mapping[str, Any]) -> str:
-    from_model = config["weights"].startswith("model:")
-    if config["architecture"] not in TRANSFER and not from_model:
-        return ""
-    if config["architecture"] not in TRANSFER:
-        return f"\n- Initial weights: {config['weights']}, by the SHA-256 of its manifest. Its licence may differ."
-    trained = {"last": "its last layers were trained", "all": "all its layers were trained"}[config["unfreeze"]]
-    return f"\n- Initial weights of the base: {config['weights']}; {trained}."
+    trained = {"last": "its last layers were trained", "all": "all its layers were trained"}.get(config["unfreeze"], "")
+    of_base = config["architecture"] in TRANSFER
+    if config["weights"].startswith("model:"):
+        line = f"\n- Initial weights: {config['weights']}, by the SHA-256 of its manifest. Its licence may differ."
+        return f"{line} Of the base, {trained}." if of_base else line
+    return f"\n- Initial weights of the base: {config['weights']}; {trained}." if of_base else ""

@@ -280,9 +280,9 @@ def _runs_that_fit(config: TrainConfig) -> int:
 
 def _check_run_name(run: str) -> None:
     plain_option(run, "--run")
-    if run.endswith((".json", REPORT_SUFFIX)):
+    if run.endswith((".json", ".lock", REPORT_SUFFIX)):
         raise OptionError(
-            f"--run must not end in .json or {REPORT_SUFFIX}, as files next to the runs do. Received: {run}"
+            f"--run must not end in .json, .lock or {REPORT_SUFFIX}, as files next to the runs do. Received: {run}"
         )
 
 

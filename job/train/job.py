@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from cluster.errors import KuzushijiError
 from job.config import TrainConfig
 from job.model.pretrained import Weights
 
@@ -38,3 +39,5 @@ class Failure:
     """One line for the user."""
     traceback: str
     """Shown with --debug."""
+    kind: type[KuzushijiError] = KuzushijiError
+    """What the command raises, which decides its exit code."""

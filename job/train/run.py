@@ -10,7 +10,7 @@ from typing import Any
 
 from upath import UPath
 
-from cluster.errors import DamageError, KuzushijiError, OptionError
+from cluster.errors import DamageError, OptionError
 from cluster.lock import locked
 from cluster.manifest import is_sealed, read_manifest
 from cluster.models import ModelManifest, point_to_latest
@@ -191,7 +191,7 @@ class Run:
             with writing_in(self.models):
                 raise cause_of(error) from error  # `error` holds the worker's traceback, for --debug
         if failure:
-            raise KuzushijiError(failure.message) from RuntimeError(failure.traceback)
+            raise failure.kind(failure.message) from RuntimeError(failure.traceback)
         self._tidy()
 
     def _drop_torn_list(self) -> None:

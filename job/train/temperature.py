@@ -27,8 +27,11 @@ def losses_of(model: keras.Model, images: Any, labels: Any) -> Any:
 
 
 def best_scale(losses: NDArray[np.float64]) -> float:
-    """Return the scale of logits with the least cross-entropy, interpolated by a parabola. losses: (65,)."""
-    least = int(losses.argmin())
+    """Return the scale of logits with the least cross-entropy, interpolated by a parabola. losses: (65,).
+
+    If all crops are right, the loss falls with the scale until it rounds to 0: of equal losses, the last one counts.
+    """
+    least = len(losses) - 1 - int(losses[::-1].argmin())
     if least in (0, len(SCALES) - 1):
         return float(SCALES[least])
     before, at, after = losses[least - 1 : least + 2]

@@ -42,7 +42,7 @@ def train_worker(
             keras.utils.set_random_seed(job.config.seed)
             start = initial_model(job.config, job.weights, dataset.class_names)
         except (DamageError, InputError, OptionError) as error:
-            own = Failure(str(error), traceback.format_exc())
+            own = Failure(str(error), traceback.format_exc(), type(error))
         # If any worker has a failure, all return it: otherwise they would wait for that worker in the first collective.
         failure = shared_failure(job.board, job.config.architecture, own)
         if failure or not partitions or not dataset or not start:
