@@ -27,7 +27,7 @@ from preprocessing.fonts import packaged_font
 SMALLER = {
     "--num-pages 240": "--num-pages 12 --scale 0.2",
     "--num-pages 40 --layouts": "--num-pages 4 --layouts",
-    "--out drawn --num-pages 40": "--out drawn --num-pages 12 --scale 0.2",
+    "--out trial --num-pages 40": "--out trial --num-pages 12 --scale 0.2",
     "--folds 5": "--folds 3",
     "--epochs 20": "--epochs 1",
     "--val-fraction 0.02 --test-fraction 0.02": "--val-fraction 0.1 --test-fraction 0.1",
