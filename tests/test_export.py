@@ -19,7 +19,7 @@ from cluster.errors import KuzushijiError, OptionError
 from cluster.storage import TEMPORARY_PREFIX, new_file, place
 from job.evaluate import evaluate
 from job.export import export as command
-from job.export.export import MAX_DIFFERENCE, _accuracy, _convert, _difference, export
+from job.export.export import MAX_DIFFERENCE, Export, _accuracy, _convert, _difference, export
 from job.model.folder import load_model
 from job.report.models import model_report
 from preprocessing.config import PrepareConfig
@@ -42,51 +42,61 @@ def expected(trained: Path, crops: np.ndarray) -> np.ndarray:
     return np.asarray(load_model(place(trained))[0].predict(crops, verbose=0))
 
 
+@pytest.fixture(scope="module")
+def exports(trained: Path, few: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Export]]:
+    """The model in each format: its folder, and what `export` returned."""
+    made = {}
+    for form in FORMATS:
+        folder = tmp_path_factory.mktemp(form)
+        made[form] = folder, export(place(trained), form, place(folder), dataset=place(few))
+    return made
+
+
 def test_a_saved_model_is_what_tensorflow_serving_reads(
-    trained: Path, crops: np.ndarray, expected: np.ndarray, tmp_path: Path
+    trained: Path, exports: dict[str, tuple[Path, Export]], crops: np.ndarray, expected: np.ndarray
 ) -> None:
     """Read by TensorFlow's loader, because TensorFlow Serving is in no package registry."""
     import tensorflow as tf
 
-    export(place(trained), "savedmodel", place(tmp_path))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "README.md", "labels.txt"]
-    signature = tf.saved_model.load(str(tmp_path / "1")).signatures["serving_default"]
+    folder, _ = exports["savedmodel"]
+    assert sorted(path.name for path in folder.iterdir()) == ["1", "README.md", "labels.txt"]
+    signature = tf.saved_model.load(str(folder / "1")).signatures["serving_default"]
     assert set(signature.structured_input_signature[1]) == {"crops"}
     served = signature(crops=tf.constant(crops))
     assert set(served) == {"probabilities", "label"}
     np.testing.assert_allclose(served["probabilities"], expected, atol=1e-4)
     names = (trained / "labels.txt").read_text().split()
     assert [label.decode() for label in served["label"].numpy()] == [names[row] for row in expected.argmax(axis=1)]
-    assert (tmp_path / "labels.txt").read_text().split() == names
+    assert (folder / "labels.txt").read_text().split() == names
     weights = 4 * load_model(place(trained))[0].count_params()
-    stored = (tmp_path / "1" / "variables" / "variables.data-00000-of-00001").stat().st_size
+    stored = (folder / "1" / "variables" / "variables.data-00000-of-00001").stat().st_size
     assert weights <= stored < 1.1 * weights  # each weight once
 
 
 def test_an_onnx_model_predicts_what_the_model_does(
-    trained: Path, crops: np.ndarray, expected: np.ndarray, tmp_path: Path
+    exports: dict[str, tuple[Path, Export]], crops: np.ndarray, expected: np.ndarray
 ) -> None:
     import onnx
     import onnxruntime
 
-    export(place(trained), "onnx", place(tmp_path))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "labels.txt", "model.onnx"]
-    (opset,) = [entry.version for entry in onnx.load(tmp_path / "model.onnx").opset_import if entry.domain == ""]
-    assert f"opset {opset} " in (tmp_path / "README.md").read_text()
-    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    folder, _ = exports["onnx"]
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "labels.txt", "model.onnx"]
+    (opset,) = [entry.version for entry in onnx.load(folder / "model.onnx").opset_import if entry.domain == ""]
+    assert f"opset {opset} " in (folder / "README.md").read_text()
+    session = onnxruntime.InferenceSession(folder / "model.onnx")
     (probabilities,) = session.run(["probabilities"], {"crops": crops})
     np.testing.assert_allclose(probabilities, expected, atol=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore:.*tf.lite.Interpreter is deprecated")
 def test_a_tflite_model_predicts_what_the_model_does(
-    trained: Path, crops: np.ndarray, expected: np.ndarray, tmp_path: Path
+    exports: dict[str, tuple[Path, Export]], crops: np.ndarray, expected: np.ndarray
 ) -> None:
     import tensorflow as tf
 
-    export(place(trained), "tflite", place(tmp_path))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "labels.txt", "model.tflite"]
-    run = tf.lite.Interpreter(str(tmp_path / "model.tflite")).get_signature_runner()
+    folder, _ = exports["tflite"]
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "labels.txt", "model.tflite"]
+    run = tf.lite.Interpreter(str(folder / "model.tflite")).get_signature_runner()
     np.testing.assert_allclose(run(crops=crops)["probabilities"], expected, atol=1e-4)
 
 
@@ -107,13 +117,19 @@ def test_with_a_dataset_the_accuracy_of_export_and_model_is_reported(
 @pytest.mark.filterwarnings("ignore:.*tf.lite.Interpreter is deprecated")
 @pytest.mark.parametrize("form", FORMATS)
 def test_the_script_of_a_card_reads_a_crop(
-    form: Any, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    form: str,
+    trained: Path,
+    exports: dict[str, tuple[Path, Export]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    export(place(trained), form, place(tmp_path))
-    (tmp_path / "script.py").write_text((tmp_path / "README.md").read_text().split("```python\n")[1].split("```")[0])
-    monkeypatch.chdir(tmp_path)
+    folder, _ = exports[form]
+    script = tmp_path / "script.py"
+    script.write_text((folder / "README.md").read_text().split("```python\n")[1].split("```")[0])
+    monkeypatch.chdir(folder)
     capsys.readouterr()
-    runpy.run_path("script.py")
+    runpy.run_path(str(script))
     label, probability = capsys.readouterr().out.split()
     predicted = np.asarray(load_model(place(trained))[0](np.zeros((1, 80, 80, 1), np.float32)))[0]
     assert label == (trained / "labels.txt").read_text().split()[predicted.argmax()]
@@ -122,9 +138,14 @@ def test_the_script_of_a_card_reads_a_crop(
 
 @pytest.mark.parametrize(("quantize", "size"), [("float16", 0.55), ("int8", 0.35)])
 def test_a_quantized_model_is_smaller_and_its_accuracy_is_told(
-    quantize: Any, size: float, trained: Path, few: Path, tmp_path: Path
+    quantize: Any,
+    size: float,
+    trained: Path,
+    exports: dict[str, tuple[Path, Export]],
+    few: Path,
+    tmp_path: Path,
 ) -> None:
-    whole = export(place(trained), "tflite", place(tmp_path / "whole"), dataset=place(few))
+    _, whole = exports["tflite"]
     small = export(place(trained), "tflite", place(tmp_path / "small"), quantize, place(few))
     assert small.files["model.tflite"] < size * whole.files["model.tflite"]
     assert whole.accuracy

@@ -108,6 +108,7 @@ def started_head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     # The job finds its command in PATH, as in the image.
     environment["PATH"] = f"{KUZUSHIJI.parent}:{environment['PATH']}"
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0"}
+    environment["RAY_enable_metrics_collection"] = "0"
     environment |= {"HOME": str(home), "NO_PROXY": "127.0.0.1"}
     command = [
         str(RAY), "start", "--head", "--block", "--num-cpus=1", "--node-ip-address=127.0.0.1", f"--port={ports['gcs']}",
@@ -357,7 +358,8 @@ def test_a_job_that_is_not_waited_for_can_be_followed_later(head: Head, kuzushij
     assert handed_in.code == 0, handed_in.stderr
     (hint,) = handed_in.stdout.splitlines()
     job = hint.split()[-1]
-    assert f"--attach {job}; stop it: ray job stop --address {head.address} {job}" in hint
+    assert f"--attach {job}; stop it: RAY_AUTH_MODE=token ray job stop --address {head.address} {job}" in hint
+    assert "Follow it: RAY_AUTH_MODE=token kuzushiji submit --address" in hint
     followed = kuzushiji(*submit, "--attach", job)
     assert (followed.code, "files are valid" in followed.stdout) == (0, True)
     unknown = kuzushiji(*submit, "--attach", "nobody")
@@ -388,8 +390,8 @@ def test_ctrl_c_leaves_the_job_running_and_says_how_to_follow_it(head: Head, pag
         here.send_signal(signal.SIGINT)
         said = here.communicate(timeout=SECONDS_AT_MOST)[1]
     assert here.returncode == 1
-    (line,) = [line for line in said.splitlines() if "continues. Follow it: kuzushiji submit --address" in line]
-    assert "stop it: ray job stop --address" in line
+    (line,) = [line for line in said.splitlines() if "continues. Follow it: RAY_AUTH_MODE=token kuzushiji" in line]
+    assert "stop it: RAY_AUTH_MODE=token ray job stop --address" in line
     followed = head.submit("--attach", job_of(line))
     assert followed.returncode == 0, followed.stdout
     assert (tmp_path / "crops" / "manifest.json").is_file()
@@ -412,7 +414,9 @@ def test_ctrl_c_before_the_head_has_answered_names_the_job_that_it_may_have_take
         here.send_signal(signal.SIGINT)
         said = here.communicate(timeout=SECONDS_AT_MOST)[1]
     assert here.returncode == 1
-    (line,) = [line for line in said.splitlines() if "may have been submitted. Follow it: kuzushiji submit" in line]
+    (line,) = [
+        line for line in said.splitlines() if "may have been submitted. Follow it: RAY_AUTH_MODE=token kuzu" in line
+    ]
     assert head.submit("--attach", job_of(line)).returncode == 7
 
 
@@ -451,7 +455,7 @@ def test_a_job_whose_answer_was_lost_is_not_submitted_twice(monkeypatch: pytest.
 
     with in_this_process(lose) as address, submit.connected(head := submit.Head(address)) as client:
         assert {submit.submit_job(client, ["taken"], None, head)} == taken
-        with pytest.raises(KuzushijiError, match="which may have been submitted. .* Follow it: kuzushiji") as unknown:
+        with pytest.raises(KuzushijiError, match="which may have been submitted. .* Follow it: .*kuzushiji") as unknown:
             submit.submit_job(client, ["unknown"], None, head)
         assert job_of(str(unknown.value)) in taken
         with pytest.raises(KuzushijiError, match="the head must accept the job.* Run the same command again"):
@@ -505,7 +509,7 @@ def test_closing_the_log_does_not_stop_the_job(head: Head, going_on: str) -> Non
         said = here.stderr.read().splitlines()
     assert here.returncode == 1
     assert f"job {going_on}" in said[-2], said
-    assert "continues. Follow it: kuzushiji submit" in said[-1]
+    assert "continues. Follow it: RAY_AUTH_MODE=token kuzushiji submit" in said[-1]
     assert "reach" not in said[-1]
     assert is_running(head, going_on)
 

@@ -239,7 +239,8 @@ def test_the_first_worker_whose_node_stays_saves_the_checkpoints(monkeypatch: py
 def test_a_repeated_worker_failure_is_logged_once() -> None:
     import ray
 
-    from job.train.board import Board, LogFailures
+    from job.train.board import Board
+    from job.train.callbacks import LogFailures
 
     board: Any = ray.remote(num_cpus=0)(Board).remote()
     tell = LogFailures(board, "baseline")

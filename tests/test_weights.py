@@ -25,13 +25,19 @@ from job.verify import verify
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Write the weights of an Xception base in both formats that Keras reads; published files have the older one."""
+def base() -> Any:
+    """An Xception base."""
     import keras
-    from keras.src.legacy.saving.legacy_h5_format import save_weights_to_hdf5_group
 
     keras.utils.set_random_seed(1)
-    base = keras.applications.Xception(include_top=False, weights=None, input_shape=(80, 80, 3))
+    return keras.applications.Xception(include_top=False, weights=None, input_shape=(80, 80, 3))
+
+
+@pytest.fixture(scope="module")
+def made(base: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Write the weights of the base in both formats that Keras reads; published files have the older one."""
+    from keras.src.legacy.saving.legacy_h5_format import save_weights_to_hdf5_group
+
     folder = tmp_path_factory.mktemp("made")
     base.save_weights(folder / "new.weights.h5")
     with h5py.File(folder / "old.h5", "w") as file:
@@ -47,10 +53,8 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize("form", ["new", "old"])
 def test_a_weights_file_is_stored_by_its_hash_and_read_in_both_formats(
-    form: str, made: dict[str, Path], tmp_path: Path
+    form: str, base: Any, made: dict[str, Path], tmp_path: Path
 ) -> None:
-    import keras
-
     from job.model.architectures import ARCHITECTURES
 
     handed = weights_option(str(made[form]))
@@ -62,8 +66,6 @@ def test_a_weights_file_is_stored_by_its_hash_and_read_in_both_formats(
     assert [path.name for path in (tmp_path / ".weights").iterdir()] == [shared.sha256 + handed.suffix]
     with local_copy(shared) as local:
         model = ARCHITECTURES["xception"](5, weights=local)
-    base = keras.applications.Xception(include_top=False, weights=None, input_shape=(80, 80, 3))
-    base.load_weights(made[form])
     for mine, given in zip(model.weights, base.weights, strict=False):
         assert np.array_equal(mine, given), given.path
     Path(shared.place).write_bytes(b"changed")

@@ -1,6 +1,7 @@
 """What the workers of running trainings tell the driver and each other, through a small actor on the driver's host.
 
-Posting never waits and never fails, because losing an event must not stop a training.
+Posting never waits and never fails, because losing an event must not stop a training. This module does
+not import Ray Train: each training waits for the start of the actor's process.
 """
 
 import time
@@ -9,12 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-
-from ray.train import UserCallback
-from ray.train.v2._internal.execution.callback import ControllerCallback
-
-from cluster.errors import one_line
-from cluster.runtime import cause_of, is_collateral
 
 if TYPE_CHECKING:
     from job.train.job import Failure
@@ -179,30 +174,3 @@ class StartUp:
 
     def __str__(self) -> str:
         return f"{self._last - self._began:.1f} s ({', '.join(self._parts)})"
-
-
-class LogFailures(UserCallback):  # type: ignore[misc]  # Ray has no types
-    """Logs why workers failed: Ray Train restarts them without a message to the user."""
-
-    def __init__(self, board: Any, architecture: str) -> None:
-        self._board, self._architecture, self._last = board, architecture, ""
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        rank, error = min(worker_exceptions.items(), key=lambda item: (is_collateral(item[1]), item[0]))
-        cause = one_line(cause_of(error))[:300]
-        text = (
-            f"worker {rank} failed; up to --max-failures times, all workers restart from the last checkpoint: {cause}"
-        )
-        if text != self._last:  # Ray repeats the failure of a drained host that is gone until the host's deadline
-            self._last = text
-            self._board.post.remote(LogLine(self._architecture, text))
-
-
-class ReportStarts(ControllerCallback):  # type: ignore[misc]  # Ray has no types
-    """Reports to the board that workers are about to start or restart."""
-
-    def __init__(self, board: Any, architecture: str) -> None:
-        self._board, self._architecture = board, architecture
-
-    def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
-        self._board.set_workers.remote(self._architecture, False)

@@ -146,7 +146,7 @@ class Run:
         from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
         from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-        from job.train.board import LogFailures, ReportStarts
+        from job.train.callbacks import LogFailures, ReportStarts
         from job.train.rendezvous import Rendezvous
 
         self._drop_torn_list()
