@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from cluster.errors import DamageError, KuzushijiError
+from cluster.errors import DamageError, KuzushijiError, without_secrets
 
 
 @contextmanager
@@ -54,7 +54,7 @@ def explained(error: BaseException, bucket: str = "") -> KuzushijiError | None:
     cause = error.cause if isinstance(error, RetryError) and error.cause else error
     text = " ".join(str(cause).split())
     text = re.sub(r'\{ ?"error": ?\{.*?"message": ?"(.*?)".*', r"\1", text).rstrip(".")  # of JSON, only the message
-    text = re.sub(r"upload_id=[^&\s:)'\"]+", "upload_id=...", text)  # whoever has it can write to the object
+    text = without_secrets(text)
     code = getattr(cause, "code", None)
     if isinstance(cause, InvalidResponse):  # of an upload in parts
         code, text = cause.response.status_code, f"HTTP {cause.response.status_code}"

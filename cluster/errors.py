@@ -8,6 +8,7 @@ KuzushijiError      base class; the command line prints its message in one line 
 Messages state the rule, then what was received, then the fix and, where there is one, the page of docs/ that helps.
 """
 
+import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,8 +25,13 @@ def one_line(error: BaseException) -> str:
     Types other than KuzushijiError and OSError are unexpected: their message starts with the type's name and ends with
     a hint at `--debug`.
     """
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = without_secrets(" ".join(str(error).split())) or type(error).__name__
     return text if isinstance(error, KuzushijiError | OSError) else f"{type(error).__name__}: {text} (see --debug)"
+
+
+def without_secrets(text: str) -> str:
+    """Return a text without the ids of upload sessions, with which anybody can write the object."""
+    return re.sub(r"upload_id=[^&\s:)'\"]+", "upload_id=...", text)
 
 
 def squeezed(text: object, most: int) -> str:

@@ -137,7 +137,9 @@ def is_at(descriptor: int, path: Path) -> bool:
     """Return whether an open file is still the one at `path`, which other processes may have removed or replaced."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
-    except FileNotFoundError:
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE):  # the last: NFS, if another host removed it
+            raise
         return False
 
 
@@ -155,7 +157,7 @@ def _locked(folder: UPath) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             # The lock is on the folder that was opened, which another process may have removed and created again.
             if not is_at(descriptor, Path(folder.path)):
-                raise FileNotFoundError(errno.ENOENT, "removed and created again by another process", folder.path)
+                raise FileNotFoundError(errno.ENOENT, "removed by another process", folder.path)
             yield
         finally:
             os.close(descriptor)

@@ -61,9 +61,11 @@ def _file_lock(path: Path, what: str) -> Iterator[None]:
     try:
         yield
     finally:
-        if is_at(descriptor, path):  # otherwise it was removed, and another process may hold a new one
-            path.unlink(missing_ok=True)
-        os.close(descriptor)
+        try:
+            if is_at(descriptor, path):  # otherwise it was removed, and another process may hold a new one
+                path.unlink(missing_ok=True)
+        finally:
+            os.close(descriptor)
 
 
 def _locked_descriptor(path: Path, what: str) -> int | None:
@@ -72,13 +74,14 @@ def _locked_descriptor(path: Path, what: str) -> int | None:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+        if is_at(descriptor, path):
+            return descriptor
+    except BlockingIOError as error:
         os.close(descriptor)
-        if isinstance(error, BlockingIOError):
-            raise _refused(what) from error
+        raise _refused(what) from error
+    except OSError:
+        os.close(descriptor)
         raise
-    if is_at(descriptor, path):
-        return descriptor
     os.close(descriptor)
     return None
 

@@ -37,6 +37,9 @@ START_TIMED_OUT = (
 )
 
 
+# Ray Data's own limit is half an hour. A task of `predict` with `fcn` takes longer on a CPU, and other jobs may use all
+# hosts of a cluster.
+SECONDS_WITHOUT_PROGRESS = 86_400
 CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 MOST_DECLARED = 8  # CPUs that a local Ray may declare for each CPU that this process can use
 
@@ -206,7 +209,7 @@ def map_tasks(
     request = Request(processes=gpus or 1, gpus=1 if gpus else 0)
     with ray_session(request), bar as advance:
         try:
-            _wait_for_first_host(request, start_limit)
+            _wait_for_room(request, start_limit)
             begin()
             for row in _mapped(tasks, work, rays_own_bar, gpus).iter_rows():
                 reports[row["index"]] = report.model_validate_json(row["report"])
@@ -223,7 +226,7 @@ def map_tasks(
     return [reports[index] for index in range(tasks)]
 
 
-def _wait_for_first_host(request: Request, limit: float) -> None:
+def _wait_for_room(request: Request, limit: float) -> None:
     """Wait until a cluster has room for one of the processes. Ray Data would wait for it without a log line.
 
     Raises:
@@ -255,8 +258,7 @@ def _mapped(tasks: int, work: Callable[[int], ReportT], show_bar: bool, gpus: in
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = context.enable_rich_progress_bars = show_bar
     context.use_ray_tqdm = context.enable_operator_progress_bars = False  # one bar is enough
-    # By default, Ray Data ends after half an hour without a finished task: on a busy cluster, or with long tasks.
-    context.execution_no_progress_timeout_s = -1
+    context.execution_no_progress_timeout_s = SECONDS_WITHOUT_PROGRESS
     context.raise_original_map_exception = True  # otherwise the cause is lost between processes
     dataset = ray.data.from_items([{"index": index} for index in range(tasks)], override_num_blocks=tasks)
     if gpus:

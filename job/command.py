@@ -1,5 +1,6 @@
 """What all commands share: one-line failures, `--json`, `--debug`, exit codes."""
 
+import codecs
 import functools
 import io
 import json
@@ -39,7 +40,7 @@ class OneLine(click.Group):
     ) -> Any:
         """As in click, except for how errors are printed."""
         for stream in (sys.stdout, sys.stderr):  # a locale's encoding may lack characters that are printed, such as 〱
-            if isinstance(stream, io.TextIOWrapper):
+            if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
                 stream.reconfigure(errors="backslashreplace")
         if not standalone_mode:
             return super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
@@ -63,7 +64,12 @@ class OneLine(click.Group):
 def _echo_error(text: str, as_json: bool) -> None:
     click.echo(f"kuzushiji: {text}", err=True)
     if as_json:
-        click.echo(json.dumps({"error": text}, ensure_ascii=False))
+        click.echo(_as_json({"error": text}))
+
+
+def _as_json(value: dict[str, Any]) -> str:
+    """Return JSON that can be printed: outside of UTF-8, with JSON's own escapes."""
+    return json.dumps(value, ensure_ascii=codecs.lookup(sys.stdout.encoding or "ascii").name != "utf-8")
 
 
 @click.group(
@@ -103,7 +109,7 @@ def command(function: Callable[..., Output]) -> click.Command:
             error = explained(error) or error
             _echo_error(one_line(error), as_json)
             sys.exit(2 if isinstance(error, OptionError) else 1)
-        for line in lines if not as_json else [json.dumps(result, ensure_ascii=False)]:
+        for line in lines if not as_json else [_as_json(result)]:
             click.echo(line)
         sys.exit(result.get("exit_code", 1 if result.get("faults") else 0))
 

@@ -17,7 +17,7 @@ start_limit_option = click.option(
     show_default=True,
     type=click.IntRange(min=1),
     metavar="SECONDS",
-    help="Longest wait for hosts of a cluster.",
+    help="Longest wait for room on a cluster.",
 )
 
 canvases_option = click.option(

@@ -1,5 +1,6 @@
 """Evaluation of a finished model on a split of a dataset, in this process."""
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,10 +13,10 @@ from cluster.errors import OptionError
 from cluster.manifest import is_sealed, read_manifest
 from cluster.progress import progress
 from cluster.storage import check_writable, write_bytes
-from job.data.staging import StagedDataset, staged
+from job.data.staging import StagedDataset, staged_shards
 from job.metrics import SplitMetrics, confusions, metrics, misclassified, per_class
 from job.model.folder import load_model, read_trained_on
-from preprocessing.classes import LABELS_FILE, read_class_names
+from preprocessing.classes import LABELS_FILE, labels_text
 from preprocessing.dataset import DatasetManifest
 
 
@@ -60,7 +61,7 @@ def evaluate(model_place: UPath, dataset_place: UPath, split: str, out: UPath | 
 def staged_for(
     folder: UPath, class_names: Sequence[str], margin: float, dataset: UPath, splits: Sequence[str]
 ) -> Iterator[StagedDataset]:
-    """Stage splits of a dataset, see `staged`, that has the classes of a model, and crops with its margin.
+    """Stage splits of a dataset that has the classes of a model, and crops with its margin. Both are checked first.
 
     Args:
         folder: the model folder, for messages.
@@ -71,26 +72,21 @@ def staged_for(
 
     Raises:
         OptionError: the classes or margins differ.
-        InputError, DamageError: as `staged`.
+        InputError, DamageError, KuzushijiError: as `staged_shards`, and if the folder is not sealed or no dataset.
     """
-
-    def check(of_dataset: Sequence[str], margin_of_dataset: float) -> None:
-        if of_dataset != class_names:
-            raise OptionError(
-                f"the classes of --dataset must be the model's. Received: {len(of_dataset)} and {len(class_names)} "
-                f"classes, which differ. Prepare the dataset with --classes {folder / 'labels.txt'}. "
-                "See docs/data.md#classes"
-            )
-        if margin_of_dataset != margin:
-            raise OptionError(
-                f"--dataset must have the margin of the model's crops, {margin:g}. Received: {margin_of_dataset:g}. "
-                f"Prepare it with --margin {margin:g}. See docs/data.md#margin"
-            )
-
     manifest = read_manifest(dataset, DatasetManifest)
-    check(read_class_names(dataset / LABELS_FILE), manifest.margin)  # before the shards are downloaded
-    with staged(dataset, splits) as data:
-        check(data.class_names, data.manifest.margin)  # another one may have replaced it
+    of_model = hashlib.sha256(labels_text(class_names).encode()).hexdigest()
+    if any(entry.name == LABELS_FILE and entry.sha256 != of_model for entry in manifest.files):
+        raise OptionError(
+            f"the classes of --dataset must be the model's. Received: others than the {len(class_names)} of {folder}. "
+            f"Prepare the dataset with --classes {folder / 'labels.txt'}. See docs/data.md#classes"
+        )
+    if manifest.margin != margin:
+        raise OptionError(
+            f"--dataset must have the margin of the model's crops, {margin:g}. Received: {manifest.margin:g}. "
+            f"Prepare it with --margin {margin:g}. See docs/data.md#margin"
+        )
+    with staged_shards(dataset, manifest, {split: manifest.shards_of(split) for split in splits}) as data:
         yield data
 
 

@@ -1,5 +1,6 @@
 """The classes of a dataset: one for each frequent character, and `rare` for all others."""
 
+from collections.abc import Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -68,6 +69,11 @@ def parse_class_names(text: str, where: str) -> list[str]:
     if len(set(names)) != len(names):
         raise InputError(f"{where} must hold each class once. Received: {len(names)} lines, {len(set(names))} classes")
     return names
+
+
+def labels_text(names: Sequence[str]) -> str:
+    """Return the content of a file of class names."""
+    return "".join(f"{name}\n" for name in names)
 
 
 def read_class_names(path: UPath, where: UPath | None = None) -> list[str]:

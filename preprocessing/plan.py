@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from upath import UPath
 
-from cluster.errors import InputError, OptionError
+from cluster.errors import OptionError
 from preprocessing.books import books_digest, books_of_pages, pages_for_training
 from preprocessing.classes import RARE, class_indices, class_names
 from preprocessing.config import SPLITS, PrepareConfig
@@ -56,6 +56,8 @@ class Plan:
     """Number of files that are not read, by kind, see `pages.Listing`."""
     losses: list[Loss]
     """Boxes that are lost whatever the scans contain, see `known_losses`."""
+    splits_without_crops: list[str]
+    """Names of the splits whose boxes are all among them."""
     identity: dict[str, Any]
     """Options, input fingerprint and package versions, as JSON. Equal identities give equal shards and tables.
 
@@ -77,8 +79,7 @@ def make_plan(
 
     Raises:
         OptionError: a split would be empty, there are too few books or folds, or crops are to be split by page.
-        InputError: labels or pages can't be used, the files of `--books` and `--train-only` do not fit them, or all
-            boxes of a split lack a scan or an area.
+        InputError: labels or pages can't be used, or the files of `--books` and `--train-only` do not fit them.
     """
     if label_places is None and config.split == "page":
         raise OptionError("--split must be random or book with --crops, which have no pages. Received: page")
@@ -112,9 +113,8 @@ def make_plan(
     if config.split == "book" or config.train_only:  # otherwise it does not affect the bytes of the shards
         identity |= {"book_rule": book_rule}
     unlabelled = sorted(os.fsencode(page).decode(errors="replace") for page in set(files) - set(labels.page_ids))
-    lost = known_losses(labels, files)
-    _check_splits(splits, labels, files)
-    return Plan(labels, names, splits, books, book_rule, groups, unlabelled, ignored, lost, identity)
+    lost, empty = known_losses(labels, files), _splits_without_crops(splits, _known_lost(labels, files))
+    return Plan(labels, names, splits, books, book_rule, groups, unlabelled, ignored, lost, empty, identity)
 
 
 def _splits(
@@ -127,20 +127,9 @@ def _splits(
     return split_of_boxes(labels, config.split, config.seed, *fractions, books, train_only)
 
 
-def _check_splits(splits: NDArray[np.int8], labels: Labels, files: Mapping[str, tuple[str, int]]) -> None:
-    """Raise InputError if all boxes of a split are lost whatever the scans contain.
-
-    Otherwise a title whose scans are all missing could become the whole test.
-    """
-    lost = _known_lost(labels, files)
-    for split, name in enumerate(SPLITS):
-        boxes = np.flatnonzero(splits == split)
-        if len(boxes) and lost[boxes].all():
-            page = labels.page_ids[int(np.searchsorted(labels.starts, boxes[0], "right")) - 1]
-            raise InputError(
-                f"each split must have a box that can be cut. Received: {name}, whose {len(boxes)} boxes all lack a "
-                f"scan or an area, first page {page}. Add the scans, remove the rows, or name the book with --books"
-            )
+def _splits_without_crops(splits: NDArray[np.int8], lost: NDArray[np.bool_]) -> list[str]:
+    """Return the splits that have boxes, all of which are lost. For example, the only title of a test has no scans."""
+    return [name for i, name in enumerate(SPLITS) if np.any(splits == i) and np.all(lost[splits == i])]
 
 
 def _known_lost(labels: Labels, files: Mapping[str, tuple[str, int]]) -> NDArray[np.bool_]:

@@ -44,7 +44,7 @@ def prepare(
         labels: label files, see `read_labels`; None: `pages` has crops, in a folder for each character.
         dataset: folder to write.
         config: the options.
-        start_limit: seconds to wait for a host of a cluster.
+        start_limit: seconds to wait for room on a cluster.
         canvases: see `read_labels`.
 
     Returns:
@@ -53,8 +53,9 @@ def prepare(
     Raises:
         OptionError: a split would be empty; or the folder contains other files or another dataset, or is inside of
             the input.
-        InputError: labels or pages can't be used; more than `max_bad_fraction` of the boxes are lost; or the manifest
-            would be too large. If the plan shows this already, the error is raised before a page is read.
+        InputError: labels or pages can't be used; more than `max_bad_fraction` of the boxes are lost, or all of a
+            split; or the manifest would be too large. If the plan shows this already, the error is raised before a page
+            is read.
         DamageError: the manifest or plan in the folder is damaged, or the workers do not share the folder.
         KuzushijiError: the folder is full, read-only or missing, or a page can't be read.
     """
@@ -101,6 +102,12 @@ def _attempts(dataset: UPath, plan: Plan) -> Attempts[DatasetManifest]:
 
 def _make(plan: Plan, pages: UPath, dataset: UPath, config: PrepareConfig, start_limit: float) -> DatasetManifest:
     _check_losses(plan.losses, len(plan.losses), plan, config, dataset)
+    if plan.splits_without_crops:
+        hint = ", or join its book with another one by --books" if config.split == "book" else ""
+        raise InputError(
+            f"each split must have a box that can be cut. Received: {plan.splits_without_crops[0]}, whose boxes all "
+            f"lack a scan or an area. Add the scans, or remove the rows{hint}. See docs/data.md#lost-and-clipped-boxes"
+        )
     encoded(_known_manifest(plan, config))
     attempt = uuid.uuid4().hex
     with written_groups(plan.groups, resumable(dataset).progress_folder, attempt) as write:

@@ -34,7 +34,7 @@ from upath import UPath
 from cluster import bucket, google_client
 from cluster.bucket import DELETED_AT_ONCE, RANGE_BYTES
 from cluster.bucket_errors import explained
-from cluster.errors import DamageError, InputError, KuzushijiError, OptionError
+from cluster.errors import DamageError, InputError, KuzushijiError, OptionError, one_line
 from cluster.lock import locked
 from cluster.manifest import MANIFEST_FILE, is_sealed, read_manifest, seal, write_listed
 from cluster.models import Latest, ModelManifest, point_to_latest, read_latest, resolve_model
@@ -964,6 +964,8 @@ def test_a_failed_upload_in_parts_names_the_bucket_and_no_secret(strict: StrictB
         write_bytes(folder / "big", BIG)
     secrets = [re.search("upload_id=([^&]+)", logged.path) for logged in strict.requests]
     assert not any(secret and secret[1] in str(refused.value) for secret in secrets)
+    other = BadRequest(f"PUT https://x/upload?upload_id={BIG[:8].hex()}: no")  # not explained
+    assert BIG[:8].hex() not in one_line(other)
     answer = requests.Response()
     answer.status_code = 503
     last = InvalidResponse(answer, "Request failed with status code", 503, "Expected one of", 200)

@@ -77,6 +77,9 @@ def test_characters_that_the_encoding_of_standard_output_lacks_are_printed_as_es
     shown = subprocess.run([KUZUSHIJI, "predict", "--help"], capture_output=True, env=environment, check=False)
     assert (shown.returncode, shown.stderr) == (0, b"")
     assert (b"\\u3013" in shown.stdout) == (encoding != "euc_jp")  # the sign for `rare`
+    command = [KUZUSHIJI, "verify", "/dé/\U0001b001", "--json"]
+    refused = subprocess.run(command, capture_output=True, env=environment, check=False)
+    assert "/dé/\U0001b001" in json.loads(refused.stdout)["error"]
 
 
 def test_help_loads_neither_tensorflow_nor_ray() -> None:

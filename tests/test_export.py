@@ -337,8 +337,8 @@ def test_options_that_do_not_fit_are_refused(
     prepare(*source, place(tmp_path / "other"), PrepareConfig(coverage=0.9))
     other = place(tmp_path / "other")
     with monkeypatch.context() as patched:  # found in files of some kB, before the shards are fetched
-        patched.setattr("job.evaluate.staged", lambda *_: pytest.fail("not needed"))
-        patched.setattr("job.report.models.staged", lambda *_: pytest.fail("not needed"))
+        patched.setattr("job.evaluate.staged_shards", lambda *_: pytest.fail("not needed"))
+        patched.setattr("job.report.models.staged_shards", lambda *_: pytest.fail("not needed"))
         with pytest.raises(OptionError, match="the classes of --dataset must be the model's"):
             export(place(trained), "onnx", out, dataset=other)
         with pytest.raises(OptionError, match="the classes of --dataset must be the model's"):

@@ -113,10 +113,10 @@ def test_tasks_that_wait_for_hosts_in_use_are_logged_and_end_at_the_start_limit(
     try:
         assert all_cpus.wait(60)
         with pytest.raises(KuzushijiError, match=r"must start within 2 s .--start-limit.. Received: 1 process with"):
-            runtime._wait_for_first_host(Request(1), 2.0)
+            runtime._wait_for_room(Request(1), 2.0)
     finally:
         ray.util.remove_placement_group(all_cpus)
-    assert "waiting for 2 s: 1 process with 1 CPU each requested; the hosts have room for" in caplog.text
+    assert re.search("waiting for [0-9]+ s: 1 process with 1 CPU each requested", caplog.text)
 
 
 def test_the_task_that_waits_for_the_first_host_is_not_cancelled_once_it_has_ended(
@@ -130,7 +130,7 @@ def test_the_task_that_waits_for_the_first_host_is_not_cancelled_once_it_has_end
 
     monkeypatch.setattr(runtime, "uses_cluster", lambda: True)
     monkeypatch.setattr(ray, "cancel", lambda _: pytest.fail("it has ended"))
-    runtime._wait_for_first_host(Request(1), 600.0)
+    runtime._wait_for_room(Request(1), 600.0)
 
 
 def test_more_cpus_than_a_local_ray_can_have_are_refused_at_once(

@@ -322,6 +322,12 @@ def test_a_dataset_folder_that_goes_while_prepare_runs_ends_in_one_line_or_after
     assert final_files(out) == final_files(dataset)
 
 
+def test_a_removed_folder_is_not_sealed(few: Path, tmp_path: Path) -> None:
+    with pytest.raises(KuzushijiError, match=f"{RULE}. Received: {tmp_path / 'gone'}: No such file"):
+        seal(place(tmp_path / "gone"), read_manifest(place(few), DatasetManifest))
+    assert not (tmp_path / "gone").exists()
+
+
 def test_a_dataset_folder_that_goes_after_its_pages_were_cut_is_not_sealed_without_them(
     pages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -121,6 +121,7 @@ def staged_shards(
     shards: Mapping[str, Sequence[Shard]],
     shown: Progress = progress,
     check: Callable[[], None] = lambda: None,
+    say: Callable[[str], object] = log.info,
 ) -> Iterator[StagedDataset]:
     """Stage shards of a dataset, or share them with another process of this machine. The last user removes them.
 
@@ -130,6 +131,7 @@ def staged_shards(
         shards: split to the shards to stage.
         shown: shows the progress.
         check: called repeatedly while this process stages, or waits for another one that stages; may raise to end it.
+        say: called with a line for the log, if it waits.
 
     Raises:
         InputError: a split of the dataset has no crops.
@@ -141,7 +143,7 @@ def staged_shards(
     key = hashlib.sha256(f"{dataset}\n{manifest.sha256}\n{names}".encode()).hexdigest()[:32]
     root = _created_root()
     folder = root / key
-    with writing_in(root), _locked(root, check):
+    with writing_in(root), _locked(root, check, say):
         _remove_unused(root, keep=key)
         if not folder.exists():
             try:
@@ -187,10 +189,10 @@ def _created_root() -> Path:
 
 
 @contextmanager
-def _locked(root: Path, check: Callable[[], None] = lambda: None) -> Iterator[None]:
+def _locked(root: Path, check: Callable[[], None], say: Callable[[str], object] = log.info) -> Iterator[None]:
     """Hold the exclusive lock for staging datasets, for locking them as a user, and for removing them.
 
-    check: see `staged_shards`.
+    check, say: see `staged_shards`.
     """
     began, said = time.monotonic(), False
     with open(root / "lock", "w") as lock:
@@ -201,7 +203,7 @@ def _locked(root: Path, check: Callable[[], None] = lambda: None) -> Iterator[No
                 break
             except BlockingIOError:
                 if not said and time.monotonic() - began > SECONDS_UNTIL_SAID:
-                    log.info("waiting for another process of this machine, which stages crops in %s", root)
+                    say(f"waiting for another process of this machine, which writes to {root}")
                     said = True
                 time.sleep(SECONDS_BETWEEN_TRIES)
         yield

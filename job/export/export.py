@@ -35,6 +35,7 @@ from job.evaluate import staged_for
 from job.export.card import CARD_FILE, export_card
 from job.model.folder import LABELS_FILE, load_model, read_trained_on
 from job.model.load_tensorflow import without_chatter
+from preprocessing.classes import labels_text
 
 if TYPE_CHECKING:
     import keras
@@ -118,7 +119,7 @@ def export(
                 predict = _convert(wide, names, form, quantize, local, calibration)
                 accuracy = _accuracy(model, predict, split, data.splits[split])
         difference = _difference(wide, predict, quantize)
-        (local / LABELS_FILE).write_text("".join(f"{name}\n" for name in names))
+        (local / LABELS_FILE).write_text(labels_text(names))
         card = export_card(folder, trained_on, form, quantize, accuracy, wide.input_shape, len(names))
         (local / CARD_FILE).write_text(card, encoding="utf-8")  # it names the model's folder
         sizes = {path.relative_to(local).as_posix(): path.stat().st_size for path in local.rglob("*") if path.is_file()}

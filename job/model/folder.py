@@ -70,7 +70,8 @@ def write_model(
         entry = FileEntry(name=MODEL_FILE, bytes=saved.stat().st_size, sha256=sha256_of(UPath(saved)))
         with new_file(folder / MODEL_FILE) as target:
             shutil.copyfile(saved, target)
-    written = [write_listed(folder / name, text.encode()) for name, text in texts.items()]
+    # `within`: a folder that was removed meanwhile is not made anew, without the model.
+    written = [write_listed(folder / name, text.encode(), within=folder) for name, text in texts.items()]
     manifest = ModelManifest(
         files=sorted([entry, *written], key=lambda file: file.name),
         dataset_manifest_sha256=dataset_manifest_sha256,

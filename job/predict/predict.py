@@ -61,7 +61,7 @@ def predict(
         form: `parquet` or `csv`.
         annotate: folder for pictures of the pages with the predictions; None: no pictures.
         gpus: number of processes with one GPU each; 0: one process on each CPU.
-        start_limit: seconds to wait for a host of a cluster.
+        start_limit: seconds to wait for room on a cluster.
         rescale: whether to scale boxes that were made for another size of their page.
         canvases: see `read_labels`.
         min_confidence: texts and pictures show 〓 for a character whose probability is lower.

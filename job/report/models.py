@@ -4,7 +4,7 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from cluster.manifest import read_manifest
 from cluster.models import ModelManifest, latest_runs
 from cluster.storage import read_bytes
 from job.config import STUDY
-from job.data.staging import StagedDataset, staged
+from job.data.staging import StagedDataset, staged_shards
 from job.metrics import confusions, shown
 from job.model.folder import CONFIG_FILE, METRICS_FILE, load_model
 from job.model.load_tensorflow import load_tensorflow
@@ -76,21 +76,17 @@ def model_report(models: UPath, dataset: UPath | None = None) -> bytes:
     if dataset is None:
         sections = (section for run in runs for section in _run_sections(run, None, None))
         return html.page(title, [*_comparison(runs), *sections])
-    _check_dataset(runs, dataset, read_manifest(dataset, DatasetManifest))  # before any download
-    load_tensorflow()
-    with staged(dataset, SPLITS) as data:
-        _check_dataset(runs, dataset, data.manifest)  # another one may have replaced it
-        sections = (section for run in runs for section in _run_sections(run, data, load_model(run.folder)[0]))
-        return html.page(title, [*_comparison(runs), *sections])
-
-
-def _check_dataset(runs: Sequence[Trained], dataset: UPath, manifest: DatasetManifest) -> None:
+    manifest = read_manifest(dataset, DatasetManifest)
     for run in runs:
         if run.dataset_manifest_sha256 != manifest.sha256:
             raise OptionError(
                 f"--dataset must be the one that the models were trained on. Received: {dataset}, which is not that "
                 f"of {run.folder}"
             )
+    load_tensorflow()
+    with staged_shards(dataset, manifest, {split: manifest.shards_of(split) for split in SPLITS}) as data:
+        sections = (section for run in runs for section in _run_sections(run, data, load_model(run.folder)[0]))
+        return html.page(title, [*_comparison(runs), *sections])
 
 
 def run_report(

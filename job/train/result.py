@@ -16,6 +16,7 @@ from job.metrics import per_class
 from job.model.folder import CONFIG_FILE, LABELS_FILE, METRICS_FILE, write_model
 from job.report.side_files import report_file, write_side_file
 from job.train.card import model_card
+from preprocessing.classes import labels_text
 from preprocessing.config import SPLITS
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def folder_texts(
         "versions": {package: version(package) for package in ("kuzushiji", "keras", "ray", "tensorflow")},
     }
     return {
-        LABELS_FILE: "".join(f"{name}\n" for name in names),
+        LABELS_FILE: labels_text(names),
         CONFIG_FILE: json.dumps(recorded, indent=2) + "\n",
         METRICS_FILE: json.dumps(numbers, indent=2) + "\n",
         "history.jsonl": "".join(json.dumps(asdict(row)) + "\n" for row in history),

@@ -70,5 +70,5 @@ def staged_partitions(job: TrainJob, end: Event | None = None) -> Iterator[tuple
         if end and end.is_set():
             raise StagingEndedError
 
-    with staged_shards(place(job.dataset), manifest, shards, reporter.progress, check) as dataset:
+    with staged_shards(place(job.dataset), manifest, shards, reporter.progress, check, reporter.log) as dataset:
         yield partitions, dataset

@@ -56,7 +56,7 @@ def train_worker(
                 training.run_epoch()
             predictions = training.predict_best()
         except KuzushijiError as error:
-            return Failure(str(error), traceback.format_exc())
+            return Failure(str(error), traceback.format_exc(), type(error))
         except tf.errors.ResourceExhaustedError as error:
             if training.workers > 1:  # the other workers wait for this one in a collective until its process exits
                 raise
@@ -64,5 +64,5 @@ def train_worker(
         try:
             training.write(predictions)
         except DamageError as error:  # another training of the same name was faster
-            return Failure(str(error), traceback.format_exc())
+            return Failure(str(error), traceback.format_exc(), type(error))
     return None

@@ -186,9 +186,9 @@ def _sorted_out(found: Sequence[LabelFile], option: str) -> tuple[Form, list[Lab
 
 
 def _form_of(file: LabelFile) -> Form:
-    if file.base_name in NO_LABELS and not file.given:
+    if file.base_name.lower() in NO_LABELS and not file.given:
         return Form.OTHER
-    if file.base_name in CLASS_NAMES_FILES:
+    if file.base_name.lower() in CLASS_NAMES_FILES:
         return Form.CLASS_NAMES
     text = head_text(file.head())
     content = text.lstrip()
@@ -235,7 +235,7 @@ def _may_be_yolo(file: LabelFile) -> bool:
 
 
 def _is_known_other(file: LabelFile) -> bool:
-    return file.base_name in NO_LABELS or _header(head_text(file.head())) in OTHER_HEADERS
+    return file.base_name.lower() in NO_LABELS or _header(head_text(file.head())) in OTHER_HEADERS
 
 
 def _read_json(

@@ -137,7 +137,7 @@ def _names_in(file: LabelFile) -> list[str]:
     if file.size > MAX_CLASSES_BYTES:
         raise InputError(f"{file.where} must have at most {MAX_CLASSES_BYTES} bytes. Received: {file.size}")
     text = open_text(file.read(), file.where).read()
-    if not file.base_name.endswith((".yaml", ".yml")):
+    if not file.base_name.lower().endswith((".yaml", ".yml")):
         return [line.strip(" \r\t") or line for line in text.rstrip("\r\n").split("\n")]
     content = _parse_yaml(text, file.where)
     names = content.get("names") if isinstance(content, dict) else None
