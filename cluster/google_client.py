@@ -1,7 +1,7 @@
 """The client of Google Cloud Storage and its credentials, and the configuration of gcsfs.
 
 This package reads and writes a bucket with Google's own client. Only Ray Train needs an fsspec file system, which is
-gcsfs: see `cluster.storage.arrow_filesystem`.
+gcsfs: see `cluster.places.arrow_filesystem`.
 """
 
 import logging

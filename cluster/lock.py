@@ -18,7 +18,8 @@ from upath import UPath
 
 from cluster.errors import OptionError, one_line
 from cluster.local import is_at
-from cluster.storage import change_bytes, is_local, read_bytes, remove_file, writing_in
+from cluster.places import is_local
+from cluster.storage import change_bytes, read_bytes, remove_file, writing_in
 
 log = logging.getLogger("kuzushiji")
 

@@ -25,18 +25,9 @@ from pydantic import (
 from upath import UPath
 
 from cluster.errors import DamageError, InputError
+from cluster.places import is_local, plain_name
 from cluster.progress import progress
-from cluster.storage import (
-    change_bytes,
-    is_file,
-    is_local,
-    list_files,
-    plain_name,
-    read_small,
-    sha256_of,
-    write_bytes,
-    writing_in,
-)
+from cluster.storage import change_bytes, is_file, list_files, read_small, sha256_of, write_bytes, writing_in
 
 MANIFEST_FILE = "manifest.json"
 # A manifest that exceeds these limits is rejected before parsing. Within them, parsing takes at most 2 GB of memory.

@@ -10,7 +10,8 @@ from upath import UPath
 
 from cluster.errors import DamageError, InputError
 from cluster.manifest import MANIFEST_FILE, Manifest, complaint, is_sealed
-from cluster.storage import change_bytes, list_folders, plain_name, read_small
+from cluster.places import plain_name
+from cluster.storage import change_bytes, list_folders, read_small
 
 LATEST_FILE = "latest.json"
 MAX_LATEST_BYTES = 10_000

@@ -14,16 +14,9 @@ from cluster.errors import DamageError, InputError, KuzushijiError, OptionError
 from cluster.local import is_at
 from cluster.manifest import MANIFEST_FILE, FileEntry, fault_of, read_manifest
 from cluster.models import LATEST_FILE, ModelManifest, latest_runs, point_to_latest, read_latest
+from cluster.places import is_local, plain_option
 from cluster.progress import progress
-from cluster.storage import (
-    is_local,
-    list_files,
-    plain_option,
-    read_chunks,
-    remove_file,
-    write_bytes,
-    writing_in,
-)
+from cluster.storage import list_files, read_chunks, remove_file, write_bytes, writing_in
 
 FLUSHED_BYTES = 16 << 20  # flushed to the disk while the download continues, instead of everything at the end
 

@@ -1,154 +1,26 @@
 """Files in a local folder, in a bucket, or on another fsspec file system, through the same functions.
 
-`_store` picks the implementation of `Store` for a path: `Local`, `Bucket` or `Fsspec`. `Local` and `Bucket` never show
-an incomplete file under its final name; whether `Fsspec` does depends on the file system.
+`places.store_of` picks the implementation of `Store` for a path: `Local`, `Bucket` or `Fsspec`. `Local` and `Bucket`
+never show an incomplete file under its final name; whether `Fsspec` does depends on the file system.
 """
 
 import hashlib
-import os
-import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-from fsspec import get_filesystem_class
 from upath import UPath
 
-from cluster import bucket, local
-from cluster.bucket import Bucket
-from cluster.errors import InputError, OptionError
-from cluster.fsspec_storage import Fsspec
-from cluster.google_client import gcsfs_options
+from cluster import local
+from cluster.errors import InputError
 from cluster.local import TEMPORARY_PREFIX as TEMPORARY_PREFIX
-from cluster.local import Local
+from cluster.places import is_local, store_of
 from cluster.ranged_file import RangedFile
 from cluster.storage_interface import CHUNK_BYTES as CHUNK_BYTES
-from cluster.storage_interface import Store
-
-_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
-
 
 _MAX_DEPTH = 32
-
-
-_LOCAL: Store = Local()
-_BUCKET: Store = Bucket()
-_FSSPEC: Store = Fsspec()
-_STORES = {"": _LOCAL, "file": _LOCAL, "local": _LOCAL, "gs": _BUCKET, "gcs": _BUCKET}
-
-
-def _store(path: UPath) -> Store:
-    """Return the store of a path. Only this function chooses by protocol."""
-    return _STORES.get(path.protocol, _FSSPEC)
-
-
-# --- addresses
-
-
-def place(text: str | os.PathLike[str]) -> UPath:
-    """Return a path or address as a UPath. A local path becomes absolute, since workers run in other folders.
-
-    Raises:
-        OptionError: the text is empty, has a protocol that fsspec does not know or can't import, or has an invalid
-            bucket name.
-        KuzushijiError: the file that GOOGLE_APPLICATION_CREDENTIALS names can't be used.
-    """
-    if not str(text):
-        raise OptionError("a place must be a path or an address. Received: an empty one")
-    try:
-        path: UPath = UPath(text)
-        store = _store(path)
-        if store is _FSSPEC:
-            get_filesystem_class(path.protocol)  # imports the package of the protocol
-    except (ValueError, ImportError) as error:
-        raise OptionError(f"a place must be a path or an address. Received: {text}: {error}") from error
-    if store is _LOCAL:
-        return UPath(os.path.abspath(path.path))
-    if store is _BUCKET:
-        if not bucket.has_valid_name(path):
-            raise OptionError(
-                f"an address of Google Cloud Storage must be gs://BUCKET/..., in lower case. Received: {text}"
-            )
-        path = UPath(str(text).rstrip("/"), **gcsfs_options())
-    return path
-
-
-def reachable_place(text: str | os.PathLike[str]) -> UPath:
-    """Return `place(text)`. If it is in a bucket, first check with one request that the bucket can be listed.
-
-    Raises:
-        OptionError: as `place`.
-        KuzushijiError: the bucket does not exist, may not be listed, or does not answer.
-    """
-    path = place(text)
-    if _store(path) is _BUCKET:
-        bucket.reach(path.path.partition("/")[0])
-    return path
-
-
-def is_local(path: UPath) -> bool:
-    """Return whether a path is on a file system of this machine, which may be a network mount."""
-    return _store(path) is _LOCAL
-
-
-def is_inside(path: UPath, folder: UPath) -> bool:
-    """Return whether a path is the folder itself or below it. Links of this machine are followed."""
-    if _store(path) is not _store(folder) or (_store(path) is _FSSPEC and path.protocol != folder.protocol):
-        return False
-    inner, outer = (os.path.realpath(one.path) if is_local(one) else one.path for one in (path, folder))
-    return f"{inner}/".startswith(f"{outer.rstrip('/')}/")
-
-
-def local_path(text: str, option: str) -> Path:
-    """Return the local path that a command line option names.
-
-    Raises:
-        OptionError: `text` is an address.
-    """
-    path = place(text)
-    if not is_local(path):
-        raise OptionError(f"{option} must be a path on this machine. Received: {text}")
-    return Path(path.path)
-
-
-def plain_name(name: str, what: str) -> str:
-    """Return `name` if it is safe as the name of a file or folder: joined to a folder, it can't leave the folder.
-
-    Raises:
-        ValueError: the name is empty, contains a character other than ASCII letters, digits, `.`, `_` and `-`, or
-            starts with `.` or `-`.
-    """
-    if not _PLAIN_NAME.fullmatch(name):
-        raise ValueError(
-            f"{what} must be letters, digits, '.', '_' or '-' and not start with '.' or '-'. Received: {name!r}"
-        )
-    return name
-
-
-def plain_option(name: str, option: str) -> str:
-    """Return `name`, which an option gives, as `plain_name` does.
-
-    Raises:
-        OptionError: as the ValueError of `plain_name`.
-    """
-    try:
-        return plain_name(name, option)
-    except ValueError as error:
-        raise OptionError(str(error)) from error
-
-
-def arrow_filesystem(path: UPath) -> Any:
-    """Return the pyarrow file system of a path, for Ray Train's `storage_filesystem`; None for a local path.
-
-    Only this function uses gcsfs, since Ray Train can't use Google's client.
-    """
-    if is_local(path):
-        return None
-    from pyarrow.fs import FSSpecHandler, PyFileSystem
-
-    return PyFileSystem(FSSpecHandler(path.fs))
 
 
 # --- writing
@@ -190,7 +62,7 @@ def new_file(target: UPath, within: UPath | None = None) -> AbstractContextManag
     Raises:
         KuzushijiError: the folder is full, read-only or missing, or the upload failed.
     """
-    return _store(target).new_file(target, within)
+    return store_of(target).new_file(target, within)
 
 
 def write_bytes(target: UPath, data: bytes, within: UPath | None = None) -> None:
@@ -209,17 +81,17 @@ def change_bytes(target: UPath, update: Callable[[bytes | None], bytes | None]) 
     Raises:
         KuzushijiError: the folder is full, read-only, or removed in between; or the request failed.
     """
-    _store(target).change_bytes(target, update)
+    store_of(target).change_bytes(target, update)
 
 
 def remove_file(path: UPath) -> None:
     """Remove a file, if it exists."""
-    _store(path).remove_file(path)
+    store_of(path).remove_file(path)
 
 
 def remove_folder(folder: UPath) -> None:
     """Remove a folder and everything in it, if it exists. Local files that can't be removed are left."""
-    _store(folder).remove_folder(folder)
+    store_of(folder).remove_folder(folder)
 
 
 def remove_temporaries(folder: UPath) -> None:
@@ -238,22 +110,22 @@ def is_file(path: UPath) -> bool:
     Raises:
         KuzushijiError: the bucket does not answer, or refuses the request.
     """
-    return _store(path).is_file(path)
+    return store_of(path).is_file(path)
 
 
 def size_of(path: UPath) -> int:
     """Return the size of a file in bytes. Raises: FileNotFoundError if there is none; KuzushijiError as `is_file`."""
-    return _store(path).size_of(path)
+    return store_of(path).size_of(path)
 
 
 def list_files(folder: UPath) -> dict[str, int]:
     """Return name to size in bytes of the files directly in a folder; empty if it is missing. Raises: as `is_file`."""
-    return _store(folder).list_files(folder)
+    return store_of(folder).list_files(folder)
 
 
 def list_folders(folder: UPath) -> list[str]:
     """Return the sorted names of the folders directly in a folder; empty if it is missing. Raises: as `is_file`."""
-    return _store(folder).list_folders(folder)
+    return store_of(folder).list_folders(folder)
 
 
 def list_tree(folder: UPath) -> list[tuple[str, int]]:
@@ -272,7 +144,7 @@ def list_tree(folder: UPath) -> list[tuple[str, int]]:
         if prefix.count("/") > _MAX_DEPTH:
             raise InputError(f"{folder} must have folders at most {_MAX_DEPTH} deep. Received: {prefix[:200]}")
         here = folder / prefix if prefix else folder
-        files, folders = _store(here).listing(here)
+        files, folders = store_of(here).listing(here)
         found += ((prefix + name, size) for name, size in files.items())
         waiting += (f"{prefix}{name}/" for name in folders if not name.startswith("."))
     return found
@@ -288,7 +160,7 @@ def open_read(path: UPath) -> BinaryIO | RangedFile:
         FileNotFoundError: the file does not exist, or, in a bucket, was replaced since it was opened.
         KuzushijiError: as `is_file`.
     """
-    return _store(path).open_read(path)
+    return store_of(path).open_read(path)
 
 
 def read_chunks(path: UPath, begin: int, end: int) -> Iterator[bytes]:
@@ -301,7 +173,7 @@ def read_chunks(path: UPath, begin: int, end: int) -> Iterator[bytes]:
         DamageError: the range covers a whole object of a bucket, and the CRC32C of the bytes is not the object's.
         KuzushijiError: as `is_file`.
     """
-    return _store(path).read_chunks(path, begin, end)
+    return store_of(path).read_chunks(path, begin, end)
 
 
 def read_at_most(path: UPath, most: int) -> bytes:
@@ -311,7 +183,7 @@ def read_at_most(path: UPath, most: int) -> bytes:
         FileNotFoundError, KuzushijiError: as `read_chunks`.
         DamageError: in a bucket, the object has fewer than `most` bytes, and their CRC32C is not the object's.
     """
-    return _store(path).read_at_most(path, most)
+    return store_of(path).read_at_most(path, most)
 
 
 def read_small(path: UPath, most: int) -> bytes | None:
@@ -335,7 +207,7 @@ def read_bytes(path: UPath) -> bytes:
         DamageError: the CRC32C of the bytes is not that of the object in the bucket.
         KuzushijiError: as `is_file`.
     """
-    return _store(path).read_bytes(path)
+    return store_of(path).read_bytes(path)
 
 
 def fetch(path: UPath, target: Path) -> None:

@@ -64,7 +64,7 @@ def train(
     **options: Any,
 ) -> Output:
     """Train and evaluate classifiers with Ray Train."""
-    from cluster.storage import reachable_place
+    from cluster.places import reachable_place
     from job.config import configs_of
     from job.model.pretrained import weights_option
     from job.tables import outcome_lines, outcome_result
@@ -88,7 +88,7 @@ def train(
 @click.option("--out", metavar="PLACE", help="Folder for metrics.json, per_class.csv and misclassified.csv.")
 def evaluate(model: str, dataset: str, split: str, out: str | None) -> Output:
     """Evaluate a model on a split, and list its confusions."""
-    from cluster.storage import reachable_place
+    from cluster.places import reachable_place
     from job.evaluate import evaluate as run
     from job.evaluate import write_evaluation
     from job.tables import evaluation_lines
@@ -131,7 +131,7 @@ def predict(
     start_limit: float,
 ) -> Output:
     """Predict the characters in boxes of new pages, and their text."""
-    from cluster.storage import reachable_place
+    from cluster.places import reachable_place
     from job.predict.predict import predict as run
     from job.tables import predictions_lines, predictions_result
 
@@ -163,7 +163,7 @@ def predict(
 @click.option("--split", type=click.Choice(SPLITS), help="Split to compare on.  [default: test]")
 def export(model: str, form: Any, quantize: Any, out: str, dataset: str | None, split: str | None) -> Output:
     """Convert a model for other programs, and compare predictions."""
-    from cluster.storage import reachable_place
+    from cluster.places import reachable_place
     from job.export.export import export as run
 
     if split and dataset is None:
@@ -189,7 +189,8 @@ def export(model: str, form: Any, quantize: Any, out: str, dataset: str | None, 
 @click.option("--out", required=True, metavar="PLACE", help="Folder for report.html.")
 def report(dataset: str | None, models: str | None, out: str) -> Output:
     """Write a self-contained HTML report of a dataset or of models."""
-    from cluster.storage import reachable_place, write_bytes
+    from cluster.places import reachable_place
+    from cluster.storage import write_bytes
     from job.evaluate import check_out
     from job.report.dataset import dataset_report
     from job.report.models import model_report
@@ -216,8 +217,8 @@ def pull(models: str, to: str, names: tuple[str, ...]) -> Output:
 
     Without names, the latest run of each architecture.
     """
+    from cluster.places import local_path, place, reachable_place
     from cluster.pull import pull as fetch
-    from cluster.storage import local_path, place, reachable_place
 
     pulled = fetch(reachable_place(models), place(local_path(to, "--to")), names)
     lines = [
@@ -237,7 +238,7 @@ def verify(folder: str) -> Output:
     """
     from cluster.cluster_file import SUFFIXES, faults_of_cluster_file
     from cluster.models import resolve_model
-    from cluster.storage import local_path, reachable_place
+    from cluster.places import local_path, reachable_place
     from job.verify import verify as check
 
     if folder.endswith(SUFFIXES):

@@ -47,7 +47,7 @@ def labels_option(name: str, text: str, required: bool = False) -> Callable[...,
 @click.option("--fonts", metavar="DIR", help="Folder of the fonts to draw with.  [default: those of this machine]")
 def sample(out: str, num_pages: int, seed: int, scale: float, layouts: str | None, fonts: str | None) -> Output:
     """Draw synthetic pages in Kaggle's format, to test without data."""
-    from cluster.storage import local_path
+    from cluster.places import local_path
     from preprocessing.sample.sample import sample as draw
 
     layouts_file = local_path(layouts, "--layouts") if layouts else None
@@ -95,7 +95,7 @@ def prepare(
     **options: Any,
 ) -> Output:
     """Cut labelled pages into crops, written as TFRecords."""
-    from cluster.storage import reachable_place
+    from cluster.places import reachable_place
     from job.report.dataset import write_dataset_report
     from preprocessing.books import read_books, read_train_only
     from preprocessing.box_checks import ink_line

@@ -37,7 +37,7 @@ def submit(
 
     The exit code is that of the job.
     """
-    from cluster.storage import local_path, plain_option
+    from cluster.places import local_path, plain_option
     from cluster.submit import Head, connected, follow, submit_job
 
     if cluster and address:

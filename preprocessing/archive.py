@@ -19,8 +19,9 @@ from upath import UPath
 
 from cluster.ahead import ahead
 from cluster.errors import InputError
+from cluster.places import is_local
 from cluster.ranged_file import RangedFile
-from cluster.storage import CHUNK_BYTES, is_local, open_read
+from cluster.storage import CHUNK_BYTES, open_read
 from preprocessing.crop import MAX_PAGE_BYTES, PageFault
 
 # Exceptions that zipfile and its decompressors raise for members that are broken, encrypted or of an unknown method.

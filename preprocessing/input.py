@@ -8,7 +8,7 @@ from typing import NamedTuple
 from upath import UPath
 
 from cluster.errors import OptionError
-from cluster.storage import is_inside
+from cluster.places import is_inside
 from preprocessing.labels.crops import read_crops
 from preprocessing.labels.read import read_labels
 from preprocessing.labels.table import Labels

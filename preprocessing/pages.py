@@ -12,7 +12,8 @@ from upath import UPath
 
 from cluster.ahead import ahead
 from cluster.errors import DamageError, InputError
-from cluster.storage import is_local, list_tree, read_at_most
+from cluster.places import is_local
+from cluster.storage import list_tree, read_at_most
 from preprocessing.archive import list_members, member_reader
 from preprocessing.crop import MAX_PAGE_BYTES, PageFault
 from preprocessing.matching import Files, Matcher

@@ -13,7 +13,8 @@ from typing import BinaryIO
 from upath import UPath
 
 from cluster.manifest import fault_of
-from cluster.storage import CHUNK_BYTES, list_files, new_file, place, write_bytes
+from cluster.places import place
+from cluster.storage import CHUNK_BYTES, list_files, new_file, write_bytes
 from preprocessing.config import SPLITS
 from preprocessing.cutting import cut_boxes
 from preprocessing.dataset import Clipped, DatasetManifest, Loss, Shard

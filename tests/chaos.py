@@ -29,8 +29,9 @@ from pathlib import Path
 
 import psutil
 
+from cluster.places import place
 from cluster.runtime import START_TIMED_OUT
-from cluster.storage import TEMPORARY_PREFIX, place
+from cluster.storage import TEMPORARY_PREFIX
 from job.verify import verify
 from preprocessing.fonts import packaged_font
 

@@ -58,9 +58,9 @@ from cluster import bucket, google_client  # noqa: E402
 from cluster.capacity import Request  # noqa: E402
 from cluster.errors import KuzushijiError  # noqa: E402
 from cluster.manifest import read_manifest  # noqa: E402
+from cluster.places import place  # noqa: E402
 from cluster.progress import log  # noqa: E402
 from cluster.runtime import START_TIMED_OUT, ray_session  # noqa: E402
-from cluster.storage import place  # noqa: E402
 from job.cli import main  # noqa: E402
 from preprocessing.config import PrepareConfig  # noqa: E402
 from preprocessing.dataset import DatasetManifest  # noqa: E402

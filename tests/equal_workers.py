@@ -28,7 +28,7 @@ def one_batch(job: Any, out: Path, steps: dict[str, int]) -> Callable[[Any], Non
 
     import pytest
 
-    from cluster.storage import place
+    from cluster.places import place
 
     folder = str(out)
 

@@ -35,7 +35,8 @@ from PIL import Image
 from cluster.errors import DamageError, InputError, KuzushijiError
 from cluster.manifest import read_any_manifest, read_manifest
 from cluster.models import ModelManifest, read_latest, resolve_model
-from cluster.storage import place, write_bytes
+from cluster.places import place
+from cluster.storage import write_bytes
 from job.verify import KINDS, verify
 from preprocessing.classes import read_class_names
 from preprocessing.crop import MAX_PAGE_BYTES, PageFault

@@ -14,7 +14,7 @@ from conftest import in_fresh_process, job_of, save_test_crops
 from test_project import ROOT
 
 from cluster.errors import OptionError
-from cluster.storage import place
+from cluster.places import place
 from job.config import NAMES, RECIPES, TRANSFER, TrainConfig, configs_of
 from job.model.pretrained import weights_option
 from job.verify import verify

@@ -20,7 +20,7 @@ from test_prepare import boxes, contents, page, write_pages
 
 from cluster.errors import DamageError, InputError, OptionError
 from cluster.manifest import encoded, read_manifest
-from cluster.storage import place
+from cluster.places import place
 from job.report.dataset import dataset_report
 from job.verify import verify
 from preprocessing.books import book_of, books_of_pages, pages_for_training, read_books, read_train_only, volume_of

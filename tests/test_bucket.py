@@ -38,19 +38,16 @@ from cluster.errors import DamageError, InputError, KuzushijiError, OptionError,
 from cluster.lock import locked
 from cluster.manifest import MANIFEST_FILE, is_sealed, read_manifest, seal, write_listed
 from cluster.models import Latest, ModelManifest, point_to_latest, read_latest, resolve_model
+from cluster.places import arrow_filesystem, is_inside, place, reachable_place
 from cluster.pull import pull
 from cluster.storage import (
-    arrow_filesystem,
     change_bytes,
     fetch,
     is_file,
-    is_inside,
     list_files,
     list_folders,
     list_tree,
     open_read,
-    place,
-    reachable_place,
     read_at_most,
     read_bytes,
     read_chunks,
@@ -300,10 +297,9 @@ def test_a_bucket_is_used_without_gcsfs(folder: UPath, tmp_path: Path) -> None:
     """Only Ray Train needs gcsfs, which takes 1.5 s to import."""
     script = """
 import sys
+from cluster.places import arrow_filesystem, reachable_place
 from cluster.storage import (
-    arrow_filesystem,
-    change_bytes, is_file, list_files, list_folders, reachable_place, read_bytes, remove_file, remove_folder, size_of,
-    write_bytes,
+    change_bytes, is_file, list_files, list_folders, read_bytes, remove_file, remove_folder, size_of, write_bytes
 )
 
 folder = reachable_place(sys.argv[1])
@@ -468,7 +464,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from cluster.models import ModelManifest
 from cluster.models import point_to_latest
-from cluster.storage import place
+from cluster.places import place
 
 def finish(minute):
     at = datetime(2026, 1, 1, 12, minute, tzinfo=UTC)

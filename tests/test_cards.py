@@ -11,7 +11,8 @@ from conftest import Kuzushiji, reseal
 from huggingface_hub import DatasetCard, ModelCard
 
 from cluster.errors import DamageError
-from cluster.storage import place, sha256_of
+from cluster.places import place
+from cluster.storage import sha256_of
 from job.model.folder import read_trained_on
 from preprocessing.config import PrepareConfig
 from preprocessing.dataset import DatasetManifest

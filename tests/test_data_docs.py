@@ -12,7 +12,7 @@ import pytest
 from conftest import Kuzushiji
 from fuzz import Row, write_form
 
-from cluster.storage import place
+from cluster.places import place
 from job.cli import main
 from preprocessing.config import PrepareConfig
 from preprocessing.labels.read import read_labels

@@ -16,7 +16,8 @@ from huggingface_hub import ModelCard
 from upath import UPath
 
 from cluster.errors import KuzushijiError, OptionError
-from cluster.storage import TEMPORARY_PREFIX, new_file, place
+from cluster.places import place
+from cluster.storage import TEMPORARY_PREFIX, new_file
 from job.evaluate import evaluate
 from job.export import export as command
 from job.export.export import MAX_DIFFERENCE, Export, _accuracy, _convert, _difference, export

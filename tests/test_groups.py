@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.errors import DamageError
-from cluster.storage import place
+from cluster.places import place
 from preprocessing.classes import class_indices, class_names
 from preprocessing.group_files import GROUPS_PER_FILE, read_group, write_groups
 from preprocessing.groups import Groups, group_pages, plan_shards

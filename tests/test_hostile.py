@@ -23,7 +23,7 @@ from upath import UPath
 from cluster.errors import DamageError, InputError, KuzushijiError
 from cluster.manifest import MAX_MANIFEST_VALUES, is_sealed, read_any_manifest, seal, write_listed
 from cluster.models import ModelManifest, read_latest
-from cluster.storage import place
+from cluster.places import place
 from job.verify import KINDS
 from preprocessing.classes import read_class_names
 from preprocessing.crop import MAX_PAGE_SCANS, PageFault

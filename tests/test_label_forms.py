@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cluster.errors import InputError, OptionError
-from cluster.storage import place
+from cluster.places import place
 from preprocessing.books import book_of
 from preprocessing.config import PrepareConfig
 from preprocessing.cutting import cut_boxes

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.errors import InputError
-from cluster.storage import place
+from cluster.places import place
 from preprocessing.labels.code_points import UNKNOWN, parse_code_point
 from preprocessing.labels.read import read_labels
 from preprocessing.labels.table import Labels

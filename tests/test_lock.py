@@ -20,8 +20,9 @@ from upath import UPath
 from cluster import lock
 from cluster.errors import KuzushijiError, OptionError
 from cluster.lock import locked
+from cluster.places import place
 from cluster.pull import pull
-from cluster.storage import is_file, place, read_bytes, write_bytes
+from cluster.storage import is_file, read_bytes, write_bytes
 from job.config import TrainConfig
 from job.data.staging import staged
 from job.train.driver import _check_taken_over, train
@@ -31,7 +32,7 @@ HOLD = """
 import sys, time
 from threading import Event
 from cluster.lock import locked
-from cluster.storage import place
+from cluster.places import place
 with locked(place(sys.argv[1]), "it", Event()):
     print("held", flush=True)
     time.sleep(1e6)

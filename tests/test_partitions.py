@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from cluster.errors import OptionError
 from cluster.manifest import read_manifest
-from cluster.storage import place
+from cluster.places import place
 from job.config import TrainConfig
 from job.data import staging
 from job.data.order import balanced_order

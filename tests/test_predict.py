@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cluster.errors import DamageError, InputError, OptionError
-from cluster.storage import check_writable, place, write_bytes
+from cluster.places import place
+from cluster.storage import check_writable, write_bytes
 from job.predict.columns import columns
 from job.predict.folder import PredictionsManifest
 from job.predict.predict import predict

@@ -21,7 +21,8 @@ from test_storage_faults import wait_for_tasks
 
 from cluster.errors import InputError, OptionError
 from cluster.manifest import seal
-from cluster.storage import check_writable, place, write_bytes
+from cluster.places import place
+from cluster.storage import check_writable, write_bytes
 from job.predict.predict import _check_tables, predict
 from job.predict.read_group import ReadGroup, resumable, unfinished_pictures
 from preprocessing.group_files import write_groups

@@ -17,7 +17,8 @@ from PIL import Image
 
 from cluster.errors import DamageError, InputError, OptionError
 from cluster.manifest import read_manifest
-from cluster.storage import place, write_bytes
+from cluster.places import place
+from cluster.storage import write_bytes
 from job.verify import verify
 from preprocessing.config import PrepareConfig
 from preprocessing.crop import MAX_PAGE_BYTES

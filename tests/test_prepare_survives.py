@@ -19,8 +19,8 @@ from chaos import AT_WORK, Chaos, draw_pages, hashes_of_dataset, prepare_command
 
 from cluster.errors import InputError, KuzushijiError
 from cluster.manifest import is_sealed, seal
+from cluster.places import place
 from cluster.runtime import START_TIMED_OUT
-from cluster.storage import place
 from job.verify import verify
 from preprocessing.config import PrepareConfig
 from preprocessing.dataset import DatasetManifest

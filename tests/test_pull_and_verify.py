@@ -17,8 +17,9 @@ from upath import UPath
 from cluster.errors import DamageError, InputError, KuzushijiError, OptionError
 from cluster.manifest import MANIFEST_FILE, is_sealed, seal, write_listed
 from cluster.models import ModelManifest, point_to_latest, read_latest, resolve_model
+from cluster.places import place
 from cluster.pull import pull
-from cluster.storage import place, write_bytes
+from cluster.storage import write_bytes
 from job.verify import verify
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)

@@ -18,8 +18,9 @@ from upath import UPath
 from cluster.ahead import ahead
 from cluster.bucket import RANGE_BYTES
 from cluster.errors import DamageError, InputError
+from cluster.places import place
 from cluster.ranged_file import RangedFile
-from cluster.storage import list_tree, place, read_at_most, remove_file, write_bytes
+from cluster.storage import list_tree, read_at_most, remove_file, write_bytes
 from preprocessing.archive import LOCAL_HEADER_BYTES, member_reader
 from preprocessing.cutting import Cut, cut_boxes
 from preprocessing.groups import Group, group_pages

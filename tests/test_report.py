@@ -15,7 +15,7 @@ from conftest import Kuzushiji, reseal
 
 from cluster.errors import DamageError, OptionError
 from cluster.manifest import read_manifest
-from cluster.storage import place
+from cluster.places import place
 from job.data.staging import staged
 from job.report.dataset import dataset_report, write_dataset_report
 from job.report.html import page, paragraph

@@ -17,7 +17,7 @@ from PIL import Image
 
 from cluster.errors import InputError, OptionError
 from cluster.manifest import read_manifest
-from cluster.storage import place
+from cluster.places import place
 from preprocessing.box_checks import InkCount, clipped_line, count_ink, ink_lines
 from preprocessing.config import PrepareConfig
 from preprocessing.crop import MAX_PAGE_PIXELS, MAX_SEQUENTIAL_PIXELS, PageFault

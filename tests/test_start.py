@@ -12,7 +12,7 @@ from conftest import Kuzushiji, WorkersDo, draw
 from PIL import Image, ImageOps
 
 from cluster.errors import DamageError, InputError, OptionError
-from cluster.storage import place
+from cluster.places import place
 from job.config import configs_of
 from job.data.staging import staged
 from job.model.pretrained import obtain, weights_option

@@ -24,8 +24,9 @@ from conftest import KUZUSHIJI, Kuzushiji, WorkersDo, mount_small_disk
 from cluster.errors import DamageError, InputError, KuzushijiError, OptionError
 from cluster.manifest import MANIFEST_FILE, read_manifest, seal
 from cluster.models import resolve_model
+from cluster.places import place
 from cluster.pull import pull
-from cluster.storage import list_files, place, write_bytes
+from cluster.storage import list_files, write_bytes
 from job.config import TrainConfig
 from job.data.partitions import Partitions
 from job.data.staging import staged, staged_shards
@@ -400,7 +401,7 @@ def test_a_wait_for_another_process_that_stages_is_logged(
 
 KILLED_WHILE_IT_REMOVES = """
 import os, signal, sys
-from cluster.storage import place
+from cluster.places import place
 from job.data.staging import staged
 
 remove = os.unlink

@@ -16,7 +16,7 @@ import pytest
 from conftest import GIVEN, KUZUSHIJI, KUZUSHIJI_WITH_SMALL_HEAD, WorkersDo
 
 from cluster.errors import DamageError, OptionError
-from cluster.storage import place
+from cluster.places import place
 from job.config import TrainConfig
 from job.train.driver import train
 from job.train.run import Run
@@ -294,7 +294,7 @@ try:
     import job.train.run
     from small_head import work_after
     from cluster.progress import log_to_stderr
-    from cluster.storage import place
+    from cluster.places import place
     from job.config import TrainConfig
     from job.train.driver import train
 

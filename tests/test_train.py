@@ -19,7 +19,7 @@ from tensorboardX.proto.event_pb2 import Event
 from cluster.errors import DamageError, InputError, KuzushijiError, OptionError
 from cluster.manifest import read_manifest
 from cluster.models import ModelManifest
-from cluster.storage import place
+from cluster.places import place
 from job.config import MAY_DIFFER, TrainConfig, configs_of
 from job.train.driver import train
 from job.train.job import Failure

@@ -17,7 +17,7 @@ import pytest
 from conftest import Kuzushiji, WorkersDo
 
 from cluster.errors import DamageError, InputError, OptionError
-from cluster.storage import place
+from cluster.places import place
 from job.config import TRANSFER, configs_of
 from job.model.pretrained import IMAGENET, Published, local_copy, obtain, weights_option
 from job.train.driver import train

@@ -26,8 +26,9 @@ from upath import UPath
 
 from cluster.errors import DamageError, InputError, KuzushijiError, OptionError
 from cluster.manifest import FileEntry, fault_of, read_manifest, size_fault_of
+from cluster.places import is_local
 from cluster.progress import progress
-from cluster.storage import check_writable, fetch, is_local, list_files, local_file, writing_in
+from cluster.storage import check_writable, fetch, list_files, local_file, writing_in
 from job.data.unpacking import PAGES_FILE, SplitWriter, unpack
 from preprocessing.books import volume_of
 from preprocessing.classes import LABELS_FILE, read_class_names

@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from upath import UPath
 
 from cluster.errors import KuzushijiError, OptionError
+from cluster.places import is_local
 from cluster.progress import progress, waiting
 from cluster.storage import (
     TEMPORARY_PREFIX,
     check_writable,
-    is_local,
     list_files,
     list_folders,
     new_file,

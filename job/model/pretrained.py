@@ -19,7 +19,8 @@ from upath import UPath
 from cluster.errors import DamageError, InputError, OptionError, squeezed
 from cluster.manifest import MANIFEST_FILE, fault_of, is_sealed, read_manifest
 from cluster.models import ModelManifest
-from cluster.storage import fetch, is_file, list_files, md5_of, new_file, place, sha256_of, write_bytes
+from cluster.places import place
+from cluster.storage import fetch, is_file, list_files, md5_of, new_file, sha256_of, write_bytes
 from job.config import TrainConfig
 from job.model.load_tensorflow import load_tensorflow
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from upath import UPath
 
 from cluster.errors import InputError, OptionError, squeezed
-from cluster.storage import place
+from cluster.places import place
 from job.config import TRANSFER, TrainConfig
 from job.model.folder import CONFIG_FILE, LABELS_FILE, load_checked, read_json, read_trained_on
 from job.model.pretrained import Weights, local_copy

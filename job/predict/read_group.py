@@ -18,7 +18,8 @@ from upath import UPath
 from cluster.errors import DamageError, KuzushijiError
 from cluster.manifest import FileEntry, read_manifest, write_listed
 from cluster.models import ModelManifest
-from cluster.storage import check_writable, place, size_of, write_bytes
+from cluster.places import place
+from cluster.storage import check_writable, size_of, write_bytes
 from job.model.folder import load_model
 from job.model.load_tensorflow import configure_gpus, without_chatter
 from job.predict.annotate import SmallPage, annotated, small_page

@@ -21,8 +21,8 @@ from upath import UPath
 from cluster.capacity import START_LIMIT, Request, Wait, has_autoscaler, hosts
 from cluster.errors import DamageError, KuzushijiError, OptionError, one_line
 from cluster.manifest import read_manifest, verify
+from cluster.places import is_local, place, plain_option
 from cluster.runtime import Session, ray_session, usable_cpus, uses_cluster
-from cluster.storage import is_local, place, plain_option
 from job.config import TrainConfig
 from job.model.pretrained import Weights, obtain
 from job.model.start import check_start

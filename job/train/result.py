@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from upath import UPath
 
-from cluster.storage import place
+from cluster.places import place
 from job.config import TrainConfig
 from job.data.staging import StagedDataset
 from job.metrics import per_class

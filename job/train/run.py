@@ -14,12 +14,11 @@ from cluster.errors import DamageError, OptionError
 from cluster.lock import locked
 from cluster.manifest import is_sealed, read_manifest
 from cluster.models import ModelManifest, point_to_latest
+from cluster.places import arrow_filesystem, place
 from cluster.runtime import cause_of
 from cluster.storage import (
-    arrow_filesystem,
     is_file,
     list_folders,
-    place,
     read_bytes,
     remove_file,
     remove_folder,

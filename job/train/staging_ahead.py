@@ -10,7 +10,7 @@ import ray.train
 
 from cluster.errors import DamageError
 from cluster.manifest import read_manifest
-from cluster.storage import place
+from cluster.places import place
 from job.data.partitions import Partitions
 from job.data.staging import StagedDataset, staged_shards
 from job.train.board import Reporter

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from upath import UPath
 
 from cluster.errors import KuzushijiError
-from cluster.storage import place
+from cluster.places import place
 from job.data.order import share
 from job.data.partitions import Partitions
 from job.data.staging import Crops, StagedDataset

@@ -9,7 +9,7 @@ import ray.train
 import tensorflow as tf
 
 from cluster.errors import DamageError, InputError, KuzushijiError, OptionError
-from cluster.storage import place
+from cluster.places import place
 from job.data.partitions import Partitions
 from job.data.staging import StagedDataset
 from job.model.start import initial_model

@@ -18,9 +18,10 @@ from pathlib import Path
 import cv2
 
 from cluster.errors import OptionError
+from cluster.places import place
 from cluster.progress import progress
 from cluster.runtime import usable_cpus
-from cluster.storage import new_file, place, remove_folder, write_bytes
+from cluster.storage import new_file, remove_folder, write_bytes
 from preprocessing.books import volume_of
 from preprocessing.fonts import Font, find_fonts, japanese_fonts
 from preprocessing.labels.code_points import code_point_name

@@ -22,7 +22,7 @@ from typing import Any
 import click
 import numpy as np
 
-from cluster.storage import place
+from cluster.places import place
 from job.config import NAMES, RECIPES, TrainConfig
 
 PRECISIONS = ("float32", "mixed_bfloat16")

@@ -34,7 +34,8 @@ def measure(
 
 
 def _compare(kind: str, source: Source, pairs: int, folder: Path, delay: Delay) -> Ratio:
-    from cluster.storage import place, write_bytes
+    from cluster.places import place
+    from cluster.storage import write_bytes
     from preprocessing.cutting import cut_boxes
     from preprocessing.groups import group_pages
     from preprocessing.labels.read import read_labels

@@ -18,7 +18,7 @@ from test_crops import study_crop
 
 from benchmarks.pairs import Ratio, compare
 from cluster.manifest import read_manifest
-from cluster.storage import place
+from cluster.places import place
 from preprocessing.config import PrepareConfig
 from preprocessing.crop import clip_box, crop
 from preprocessing.dataset import DatasetManifest

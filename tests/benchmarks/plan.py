@@ -43,7 +43,7 @@ def make(layouts: Path, pages: int, folder: Path) -> None:
 
 
 def measure(folder: Path) -> None:
-    from cluster.storage import place
+    from cluster.places import place
     from preprocessing.config import PrepareConfig
     from preprocessing.group_files import write_groups
     from preprocessing.plan import make_plan

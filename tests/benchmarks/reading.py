@@ -15,7 +15,7 @@ from benchmarks.pages import Page, Source, cut
 from benchmarks.pairs import Rate, Ratio, compare
 from cluster.manifest import read_manifest
 from cluster.models import ModelManifest
-from cluster.storage import place
+from cluster.places import place
 from job.predict.predict import predict
 from job.predict.readings import BATCH, TOP
 

@@ -140,7 +140,7 @@ def tested(folder: Path, dataset: Path, trained: Path) -> tuple[dict[str, Any], 
 
     trained: the dataset whose training crops are counted as the examples of a class.
     """
-    from cluster.storage import place
+    from cluster.places import place
     from job.data.staging import staged
     from job.metrics import metrics, per_class
     from job.model.folder import load_model

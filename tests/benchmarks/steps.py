@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.pairs import Ratio, compare
-from cluster.storage import place
+from cluster.places import place
 from job.config import TrainConfig
 from job.model.load_tensorflow import without_chatter
 

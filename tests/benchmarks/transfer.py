@@ -21,8 +21,8 @@ def measure(folder: Path, pairs: int, scale: float) -> Ratio:
 
     from cluster.manifest import seal, write_listed
     from cluster.models import ModelManifest, point_to_latest
+    from cluster.places import place
     from cluster.pull import pull
-    from cluster.storage import place
 
     sizes = {name: int(size * scale) for name, size in FILES.items()}
     models, rng = place(f"gs://{BUCKET}/models"), np.random.default_rng(0)

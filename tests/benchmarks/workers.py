@@ -12,7 +12,7 @@ import ray
 from benchmarks.pairs import Ratio, compare
 from benchmarks.steps import Ask
 from cluster.manifest import read_manifest
-from cluster.storage import place
+from cluster.places import place
 from job.config import TrainConfig
 from preprocessing.dataset import DatasetManifest
 
