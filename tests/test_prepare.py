@@ -208,9 +208,10 @@ def test_a_report_with_a_damaged_file_name_counts_as_missing(tmp_path: Path) -> 
 
 
 def test_losses_that_labels_and_names_of_pages_show_are_refused_before_a_page_is_read(tmp_path: Path) -> None:
-    write_pages(tmp_path, {"a_0.jpg": page()}, {"a_0": boxes(9) + " U+306F 1 1 0 9", "a_1": "", "a_2": boxes(10)})
-    config = PrepareConfig(max_bad_fraction=0.54)
-    with pytest.raises(InputError, match="Received: 11 of 20, first page a_0: box of no area"):
+    rows = {"a_0": boxes(9) + " U+306F 1 1 0 9", "a_1": "", "a_2": boxes(10), "a_3": boxes(16)}
+    write_pages(tmp_path, {"a_0.jpg": page(), "a_3.jpg": page()}, rows)
+    config = PrepareConfig(max_bad_fraction=0.30)
+    with pytest.raises(InputError, match="Received: 11 of 36, first page a_0: box of no area"):
         run(tmp_path, tmp_path / "out", config)
     assert list((tmp_path / "out").iterdir()) == [tmp_path / "out" / ".prepare"]
     losses = make_plan(place(tmp_path / "train_images"), place(tmp_path / "train.csv"), config).losses
