@@ -33,7 +33,7 @@ from preprocessing.plan import known_losses, number_of_groups
 
 log = logging.getLogger("kuzushiji")
 
-BOXES_PER_GROUP = 2_000  # some seconds of work
+BOXES_PER_GROUP = 2_000  # some seconds of work; with `fcn` on a CPU, an hour
 VERSIONED = ("kuzushiji", "keras", "opencv-python-headless", "pandas", "pillow", "pyarrow", "simplejpeg", "tensorflow")
 
 
