@@ -24,7 +24,7 @@ from preprocessing.matching import Files
 from preprocessing.pages import HIDDEN, count_kinds, is_archive, kind_of
 
 NO_BOOK = "unknown"  # the book of all crops whose names do not contain one
-PAGES = "images outside of folders of characters"
+OUTSIDE = "images outside of folders of characters"
 # The names of CODH's files: code point, page, position on the page.
 _CODH_NAME = re.compile(r"U\+[0-9A-F]{4,6}_(.+)_X[0-9]+_Y[0-9]+")
 
@@ -119,7 +119,7 @@ def _ignored_as(name: str) -> str:
     """Return the kind of a file that `_class_of` skips."""
     if name.rpartition("/")[2].startswith("."):
         return HIDDEN
-    return PAGES if is_image(name) else kind_of(name)
+    return OUTSIDE if is_image(name) else kind_of(name)
 
 
 def _crop_id(name: str, code_point: int, crops: UPath, with_folders: bool = False) -> str:
