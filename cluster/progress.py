@@ -10,6 +10,8 @@ from functools import cache
 from threading import Timer
 from typing import TYPE_CHECKING, TextIO
 
+from cluster.errors import without_secrets
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -46,16 +48,22 @@ def log_to_stderr(debug: bool = False) -> None:
         debug: include debug messages, such as tracebacks of failures that do not end the command.
     """
     if on_terminal():
-        log.handlers = [_TerminalHandler()]
+        lines: logging.Handler = _TerminalHandler()
+        lines.setFormatter(_WithoutSecrets())
     else:
         try:
             lines = logging.StreamHandler(_standard_error())
         except (OSError, AttributeError):
             lines = logging.StreamHandler(sys.stderr)
-        lines.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-        log.handlers = [lines]
+        lines.setFormatter(_WithoutSecrets("%(asctime)s %(message)s", "%H:%M:%S"))
+    log.handlers = [lines]
     log.setLevel(logging.DEBUG if debug else logging.INFO)
     log.propagate = False
+
+
+class _WithoutSecrets(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return without_secrets(super().format(record))
 
 
 class _TerminalHandler(logging.Handler):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from cluster.errors import OptionError, one_line
+from cluster.errors import OptionError, one_line, without_secrets
 from cluster.progress import log_to_stderr
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def command(function: Callable[..., Output]) -> click.Command:
             raise
         except Exception as error:
             if debug:
-                traceback.print_exc()
+                click.echo(without_secrets(traceback.format_exc()), err=True, nl=False)
             from cluster.bucket_errors import explained
 
             error = explained(error) or error

@@ -279,8 +279,7 @@ def job_of(config: Any, **fields: Any) -> Any:
     return TrainJob(**{"config": config, "weights": None, "run": "test", "board": None} | nowhere | fields)
 
 
-@pytest.fixture
-def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def work_in_this_process(patch: pytest.MonkeyPatch) -> None:
     """Make this process the only worker of a training (Ray Train's local mode).
 
     Threads and determinism stay as they are, because TensorFlow has already run in this process.
@@ -288,8 +287,14 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     import ray.train
 
     local = ray.train.ScalingConfig(num_workers=0)
-    monkeypatch.setattr("ray.train.ScalingConfig", lambda **_: local)
-    monkeypatch.setattr("job.train.worker.configure_tensorflow", lambda _: None)
+    patch.setattr("ray.train.ScalingConfig", lambda **_: local)
+    patch.setattr("job.train.worker.configure_tensorflow", lambda _: None)
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make this process the only worker of the test's trainings."""
+    work_in_this_process(monkeypatch)
 
 
 def mount_small_disk(folder: Path, size: str) -> None:

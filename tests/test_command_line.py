@@ -18,6 +18,7 @@ from click.testing import CliRunner
 from conftest import KUZUSHIJI, KUZUSHIJI_WITH_SMALL_HEAD, Kuzushiji, until_ray_starts
 
 from cluster.errors import KuzushijiError
+from cluster.progress import log
 from cluster.runtime import ray_session
 from job.cli import main
 
@@ -166,6 +167,20 @@ def test_debug_shows_the_whole_chain_of_causes(kuzushiji: Kuzushiji, tmp_path: P
     assert shown.code == 1
     assert "UnicodeDecodeError: 'utf-8' codec can't decode byte 0xff" in shown.stderr
     assert "The above exception was the direct cause of the following exception" in shown.stderr
+
+
+def test_debug_hides_the_ids_of_upload_sessions(
+    kuzushiji: Kuzushiji, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        error = OSError("PUT https://x/upload?upload_id=ABC123&x=1: 503")
+        log.debug("traceback:", exc_info=error)
+        raise error
+
+    monkeypatch.setattr("cluster.models.resolve_model", fails)
+    shown = kuzushiji("verify", tmp_path, "--debug")
+    assert shown.stderr.count("upload_id=...&x=1") == 3  # the log line, the traceback and the last line
+    assert "ABC123" not in shown.stderr
 
 
 @pytest.mark.parametrize(("arguments", "code"), [(["verify", "x"], 1), (["prepare"], 2)])

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import GIVEN, WorkersDo, draw, job_of
+from conftest import GIVEN, WorkersDo, draw, job_of, work_in_this_process
 from hypothesis import given
 from hypothesis import strategies as st
+from test_start import write
 
 from cluster.errors import OptionError
 from cluster.manifest import read_manifest
@@ -20,7 +21,8 @@ from job.config import TrainConfig
 from job.data import staging
 from job.data.order import balanced_order
 from job.data.partitions import Partitions, deal
-from job.data.staging import staged_shards, unpack
+from job.data.staging import staged, staged_shards, unpack
+from job.model.pretrained import weights_option
 from job.train.batches import fit_to_dataset
 from job.train.driver import train
 from preprocessing.config import SPLITS, PrepareConfig
@@ -228,27 +230,46 @@ def remembers_what_is_staged(folder: Path) -> Any:
 
 
 def test_two_workers_with_one_partition_each_train_like_one_worker_with_both(
-    ray_here: None, tmp_path: Path, workers_do: WorkersDo
+    ray_here: None,
+    tmp_path: Path,
+    workers_do: WorkersDo,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    """They start from a model, so classes of which neither has a training crop stay out of the loss of both."""
     draw(tmp_path / "pages", num_pages=2, seed=42)
     source = place(tmp_path / "pages" / "train_images"), place(tmp_path / "pages" / "train.csv")
     dataset = tmp_path / "crops"
-    few_classes = PrepareConfig(coverage=0.2, val_fraction=0.35, test_fraction=0.35)
-    assert len(prepare(*source, place(dataset), few_classes)[0].shards_of("train")) == 2
-    config = TrainConfig.model_validate(
-        GIVEN | {"partitions": 2, "global_batch_size": 16, "epochs": 2, "sampling": "balanced"}
-    )
+    many_classes = PrepareConfig(coverage=0.9, val_fraction=0.35, test_fraction=0.35)
+    assert len(prepare(*source, place(dataset), many_classes)[0].shards_of("train")) == 2
+    with staged(place(dataset), ["train"]) as data:
+        classes, labels = list(data.class_names), data.splits["train"].labels
+        left_out = len(classes) - len(np.unique(labels))
+    assert left_out > 1
+    assert len(np.unique(labels)) > len(np.unique(labels[: len(labels) // 2]))  # one worker's crops do not tell
+    options = {"partitions": 2, "global_batch_size": 16, "epochs": 2, "sampling": "balanced"}
+    caplog.set_level("INFO", "kuzushiji")
+    monkeypatch.setattr("job.model.architectures.BASELINE_HEAD", (16, 8))  # as in the workers
+    write(tmp_path / "baseline" / "first", "baseline", classes=classes)
+    weights = weights_option(str(tmp_path / "baseline" / "first"))
+    assert weights
     folders = []
     for workers in (1, 2):
         models = tmp_path / str(workers)
         models.mkdir()
-        workers_do(remembers_what_is_staged(models))
-        (outcome,) = train(place(dataset), place(models), [config.model_copy(update={"workers": workers})], "parts")
+        config = TrainConfig.model_validate(GIVEN | options | {"workers": workers, "weights": weights.identity})
+        with pytest.MonkeyPatch.context() as patch:
+            if workers == 1:
+                work_in_this_process(patch)
+            else:
+                workers_do(remembers_what_is_staged(models))
+            (outcome,) = train(place(dataset), place(models), [config], "parts", weights=weights)
         folders.append(Path(outcome.folder.path))
+        assert f"left out of the loss: {left_out} of the classes that keep their weights" in caplog.text
+        caplog.clear()
     manifest = DatasetManifest.model_validate_json((dataset / "manifest.json").read_bytes())
-    staged = [json.loads((tmp_path / "2" / f"{rank}.json").read_text()) for rank in range(2)]
-    assert sorted(staged[0] + staged[1]) == sorted(shard.name for shard in manifest.shards)
-    assert sorted(json.loads((tmp_path / "1" / "0.json").read_text())) == sorted(staged[0] + staged[1])
+    of_workers = [json.loads((tmp_path / "2" / f"{rank}.json").read_text()) for rank in range(2)]
+    assert sorted(of_workers[0] + of_workers[1]) == sorted(shard.name for shard in manifest.shards)
     one, two = (
         [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()] for folder in folders
     )

@@ -8,13 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Kuzushiji, WorkersDo, draw
+from conftest import Kuzushiji
 from PIL import Image, ImageOps
 
 from cluster.errors import DamageError, InputError, OptionError
 from cluster.places import place
 from job.config import configs_of
-from job.data.staging import staged
 from job.model.pretrained import obtain, weights_option
 from job.train.driver import train
 from preprocessing.config import PrepareConfig
@@ -115,35 +114,6 @@ def test_a_class_without_training_crops_is_not_unlearned_unless_it_starts_fresh(
     assert trained[2] == pytest.approx(first[0], abs=5e-4)  # Adam enlarges gradients that are only rounding
     assert trained[3] < -0.005  # B began at 0, and no crop is of it
     assert all(abs(trained[[0, 1, 4]] - first[[1, 2, 4]]) > 0.005)
-
-
-@pytest.mark.usefixtures("narrow", "ray_here")
-def test_two_workers_leave_out_the_classes_that_neither_has_training_crops_of(
-    tmp_path: Path, workers_do: WorkersDo, caplog: pytest.LogCaptureFixture
-) -> None:
-    draw(tmp_path / "pages", num_pages=2, seed=42)
-    source, crops = (place(tmp_path / "pages" / name) for name in ("train_images", "train.csv")), tmp_path / "crops"
-    prepare(*source, place(crops), PrepareConfig(coverage=0.9, val_fraction=0.35, test_fraction=0.35))
-    with staged(place(crops), ["train"]) as data:
-        classes, labels = list(data.class_names), data.splits["train"].labels
-        left_out = len(classes) - len(np.unique(labels))
-    assert len(np.unique(labels)) > len(np.unique(labels[: len(labels) // 2]))  # one worker's crops do not tell
-    write(tmp_path / "baseline" / "first", "baseline", classes=classes)
-    given = weights_option(str(tmp_path / "baseline" / "first"))
-    assert given
-    options = {"epochs": 1, "global_batch_size": 16, "workers": 2, "partitions": 2}
-    (config,) = configs_of(["baseline"], given.identity, None, **options)
-
-    def narrow_head(_: object) -> None:
-        from job.model import architectures
-
-        architectures.BASELINE_HEAD = (6, 5)
-
-    workers_do(narrow_head)
-    caplog.set_level("INFO", "kuzushiji")
-    train(place(crops), place(tmp_path / "models"), [config], "both", weights=given)
-    assert left_out > 1
-    assert f"left out of the loss: {left_out} of the classes that keep their weights; no training crops" in caplog.text
 
 
 @pytest.mark.usefixtures("narrow")
