@@ -1,223 +1,31 @@
-"""Run a command as a Ray job on a cluster: open an ssh tunnel to the head, submit the job, print its log.
+"""Run a command as a Ray job on a cluster, and print its log.
 
 Ray's command line does the same in two terminals: `ray dashboard ray_cluster.yaml` in one, `ray job submit -- kuzushiji
 train ...` in the other.
 """
 
 import asyncio
-import ipaddress
 import logging
 import os
-import re
 import secrets
 import shlex
-import signal
-import socket
-import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
-from cluster.cluster_file import faults_of_cluster_file
-from cluster.errors import InputError, KuzushijiError, OptionError, squeezed
-from cluster.job_log import print_log
-from cluster.progress import waiting
+from cluster.errors import InputError, KuzushijiError, squeezed
+from cluster.head import Head
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
 log = logging.getLogger("kuzushiji")
 
-SECONDS_FOR_TUNNEL = 60.0
-SECONDS_FOR_ANSWER = 10.0
 # If the job still runs this long after its log ended, the connection for the log was lost.
 SECONDS_TO_END = 5
-# Port of the head's dashboard, which listens on 127.0.0.1 only.
-DASHBOARD_PORT = 8265
-
-
-@dataclass(frozen=True)
-class Head:
-    """Where jobs are submitted: the address of a head, or the cluster file that was given to `ray up`."""
-
-    address: str | None = None
-    cluster_file: Path | None = None
-    insecure: bool = False
-    """Send the token to `address` without encryption, even to another machine."""
-
-    @property
-    def option(self) -> str:
-        """The options of `kuzushiji submit` that name this head."""
-        insecure = ["--insecure"] if self.insecure else []
-        place = ["--address", self.address] if self.address else ["--cluster", str(self.cluster_file)]
-        return shlex.join([*place, *insecure])
-
-    def follow_and_stop_hint(self, job: str) -> str:
-        """Return the commands that follow or stop a job that this process no longer follows."""
-        if self.address:
-            stop = ["ray", "job", "stop", "--address", self.address, job]
-            token = "RAY_AUTH_MODE=token " if os.environ.get("RAY_AUTH_MODE") == "token" else ""
-        else:
-            stop = ["ray", "exec", str(self.cluster_file), f"RAY_AUTH_MODE=token ray job stop {job}"]
-            token = ""
-        follow = f"{token}kuzushiji submit {self.option} --attach {job}"
-        return f"Follow it: {follow}; stop it: {token}{shlex.join(stop)}"
-
-
-@contextmanager
-def connected(head: Head) -> Iterator["JobSubmissionClient"]:
-    """Connect to a head while the block runs, with the token of this machine (`ray get-auth-token`), if it has one.
-
-    Raises:
-        OptionError: the token would travel to another machine without encryption.
-        InputError: the cluster file has faults.
-        KuzushijiError: the cluster is not up, the head does not answer, or it rejects the token (now or in the block).
-    """
-    if head.address and not head.insecure:
-        _check_encrypted(head.address)
-    for variable in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):  # Ray's client would prefer these addresses
-        os.environ.pop(variable, None)
-    if not head.address:
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # before Ray is imported: it reads this once
-    from ray.exceptions import AuthenticationError
-
-    try:
-        if head.address:
-            yield _client(head.address)
-            return
-        assert head.cluster_file is not None
-        with _exit_on_signals(), _tunnel(head.cluster_file) as address:
-            yield _client(address)
-    except AuthenticationError as error:
-        raise KuzushijiError(
-            f"the head must accept this machine's token. Received: {str(error).splitlines()[0]}. Put the cluster's "
-            "token into ~/.ray/auth_token (mode 600) and set RAY_AUTH_MODE=token. See docs/google-cloud.md"
-        ) from error
-
-
-def _client(address: str) -> "JobSubmissionClient":
-    import requests
-    from ray.job_submission import JobSubmissionClient
-
-    for module in ("dashboard_sdk", "job.sdk"):  # they log each connection
-        logging.getLogger(f"ray.dashboard.modules.{module}").setLevel(logging.WARNING)
-    try:
-        _bypass_proxies(address)
-        # Ray's requests have no timeout: find out here whether the server answers. Any response will do.
-        requests.get(f"{address.rstrip('/')}/api/version", timeout=SECONDS_FOR_ANSWER, allow_redirects=False)
-        return JobSubmissionClient(address)
-    except (OSError, RuntimeError, ValueError, LookupError, TypeError) as error:  # the last two: JSON not from Ray
-        raise KuzushijiError(
-            f"the address must be a Ray head's, such as http://127.0.0.1:{DASHBOARD_PORT}. "
-            f"Received: {address}: {squeezed(error, 200)}"
-        ) from error
-
-
-def _check_encrypted(address: str) -> None:
-    parts = urlsplit(address)
-    if parts.scheme == "http" and not _is_loopback(parts.hostname or ""):
-        raise OptionError(
-            "--address must be https://, or on this machine (an ssh tunnel); otherwise others can read the token. "
-            f"Received: {address}. Use --cluster, or --insecure on a network that you trust. See docs/google-cloud.md"
-        )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:  # a name
-        return False
-
-
-def _bypass_proxies(address: str) -> None:
-    """Add a host of this machine to NO_PROXY, since a proxy would receive the token."""
-    host = urlsplit(address).hostname or ""
-    if _is_loopback(host):
-        existing = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
-        os.environ["no_proxy"] = os.environ["NO_PROXY"] = f"{existing},{host}" if existing else host
-
-
-@contextmanager
-def _exit_on_signals() -> Iterator[None]:
-    """Raise SystemExit in the block on SIGTERM, and on SIGHUP (a closed terminal), so that its `finally` blocks run."""
-    # Signals that are ignored, as under nohup, stay ignored.
-    handled = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
-
-    def leave(received: int, _frame: object) -> None:
-        for number in handled:  # a second signal would interrupt the cleanup
-            signal.signal(number, signal.SIG_IGN)
-        raise SystemExit(128 + received)
-
-    for number in handled:
-        signal.signal(number, leave)
-    try:
-        yield
-    finally:
-        for number in handled:
-            signal.signal(number, signal.SIG_DFL)
-
-
-@contextmanager
-def _tunnel(cluster_file: Path) -> Iterator[str]:
-    """Open an ssh tunnel to the head's dashboard, and yield its local address."""
-    # Check this first: `ray dashboard` may create the cluster's account and key, even the project, as `ray up` does.
-    if faults := faults_of_cluster_file(cluster_file):
-        raise InputError(f"{faults[0]}. Run {_quoted('kuzushiji', 'verify', cluster_file)}. See docs/google-cloud.md")
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        port = unused.getsockname()[1]
-    ray = str(Path(sys.executable).with_name("ray"))
-    command = [ray, "dashboard", str(cluster_file), "--port", str(port), "--remote-port", str(DASHBOARD_PORT)]
-    # In its own process group: Ctrl-C must not reach it, and its ssh process must end with it.
-    with subprocess.Popen(  # noqa: S603 - no shell; the file is a separate argument
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        start_new_session=True,
-    ) as tunnel:  # fmt: skip
-        try:
-            with waiting("Connecting to the head ..."):
-                _wait_for(tunnel, port, cluster_file)
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            with suppress(ProcessLookupError):  # it has ended
-                os.killpg(tunnel.pid, signal.SIGTERM)
-
-
-def _quoted(*command: str | Path) -> str:
-    """Format a command for a message."""
-    return f"`{shlex.join(map(str, command))}`"
-
-
-def _wait_for(tunnel: "subprocess.Popen[str]", port: int, cluster_file: Path) -> None:
-    """Wait until the tunnel's local port accepts connections.
-
-    Raises:
-        KuzushijiError: the tunnel's process ended, or the timeout expired.
-    """
-    deadline = time.monotonic() + SECONDS_FOR_TUNNEL
-    while time.monotonic() < deadline:
-        if tunnel.poll() is not None:
-            assert tunnel.stdout is not None
-            text = tunnel.stdout.read()
-            # Ray's reason, and not the end of its log, where there is one.
-            (reason,) = re.findall(r"^.*(?:not found|Error:).*$", text, re.M)[-1:] or [" ".join(text.split())[-300:]]
-            raise KuzushijiError(
-                f"the cluster of --cluster must be up. Received: {reason.strip()[:300]}. "
-                f"Run {_quoted('ray', 'up', '-y', cluster_file)}"
-            )
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.2)
-    raise KuzushijiError(
-        f"the head must answer over ssh within {SECONDS_FOR_TUNNEL:.0f} s. Received: no answer. "
-        f"Try {_quoted('ray', 'exec', cluster_file, 'uptime')}. See docs/google-cloud.md"
-    )
 
 
 def submit_job(client: "JobSubmissionClient", arguments: Sequence[str], working_dir: Path | None, head: Head) -> str:
@@ -279,7 +87,7 @@ def follow(client: "JobSubmissionClient", job: str, head: Head) -> int:
     continues = f"job {job} continues. {head.follow_and_stop_hint(job)}"
     try:
         client.get_job_info(job)  # the log stream of an unknown job ends without an error
-        if not asyncio.run(print_log(client, job)):
+        if not asyncio.run(_print_log(client, job)):
             log.warning(continues)
             return 1
         details = _wait_for_end(client, job, continues)
@@ -300,6 +108,45 @@ def follow(client: "JobSubmissionClient", job: str, head: Head) -> int:
     if details.status.value == "SUCCEEDED":
         return 0
     return details.driver_exit_code or 1
+
+
+async def _print_log(client: "JobSubmissionClient", job: str) -> bool:
+    """Print a job's log until it ends. Return False if standard output was closed before, as by `| head`.
+
+    This replaces `client.tail_job_logs`, which does not use the proxy of Ray's other requests.
+
+    Raises:
+        OSError: there is no connection.
+    """
+    import aiohttp
+    from requests.utils import get_environ_proxies, prepend_scheme_if_needed, select_proxy
+
+    url = f"{client.get_address()}/api/jobs/{job}/logs/tail"
+    proxy = select_proxy(url, get_environ_proxies(url))
+    proxy = prepend_scheme_if_needed(proxy, "http") if proxy else None
+    try:
+        async with aiohttp.ClientSession(headers=client._headers) as session:
+            # Not `async with`: on exit it waits for the server, which keeps sending, to close the connection.
+            log_stream = await session.ws_connect(url, proxy=proxy)
+            async for message in log_stream:
+                if message.type is aiohttp.WSMsgType.TEXT and not _print(message.data):
+                    return False
+    except aiohttp.ClientError as error:
+        raise OSError(str(error)) from error
+    return True
+
+
+def _print(text: str) -> bool:
+    """Return False if standard output is closed."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Discard the rest: otherwise Python flushes it at exit and prints another error.
+        with open(os.devnull, "wb") as devnull:
+            os.dup2(devnull.fileno(), sys.stdout.fileno())
+        return False
+    return True
 
 
 def _wait_for_end(client: "JobSubmissionClient", job: str, continues: str) -> Any:

@@ -96,7 +96,6 @@ def prepare(
 ) -> Output:
     """Cut labelled pages into crops, written as TFRecords."""
     from cluster.places import reachable_place
-    from job.report.dataset import write_dataset_report
     from preprocessing.books import read_books, read_train_only
     from preprocessing.box_checks import ink_line
     from preprocessing.classes import read_class_names
@@ -123,6 +122,8 @@ def prepare(
     canvases_place = reachable_place(canvases) if canvases else None
     source = reachable_place(crops or pages or ""), label_places
     manifest, new = run(*source, reachable_place(dataset), config, start_limit, canvases_place)
+    from job.report.dataset import write_dataset_report  # imports the plotting library: not before prepare begins
+
     counts = {split: manifest.counts[split]["examples"] for split in SPLITS}
     lost = {"losses": manifest.lost, "clipped": len(manifest.clipped), "unlabelled": len(manifest.unlabelled)}
     lost |= {"warnings": len(manifest.warnings) + manifest.more_warnings, "without_ink": manifest.ink.without_ink}

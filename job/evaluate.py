@@ -16,7 +16,7 @@ from cluster.storage import check_writable, write_bytes
 from job.data.staging import StagedDataset, staged_shards
 from job.metrics import SplitMetrics, confusions, metrics, misclassified, per_class
 from job.model.folder import load_model, read_trained_on
-from preprocessing.classes import LABELS_FILE, labels_text
+from preprocessing.classes import CLASSES_FILE, labels_text
 from preprocessing.dataset import DatasetManifest
 
 
@@ -76,7 +76,7 @@ def staged_for(
     """
     manifest = read_manifest(dataset, DatasetManifest)
     of_model = hashlib.sha256(labels_text(class_names).encode()).hexdigest()
-    if any(entry.name == LABELS_FILE and entry.sha256 != of_model for entry in manifest.files):
+    if any(entry.name == CLASSES_FILE and entry.sha256 != of_model for entry in manifest.files):
         raise OptionError(
             f"the classes of --dataset must be the model's. Received: others than the {len(class_names)} of {folder}. "
             f"Prepare the dataset with --classes {folder / 'labels.txt'}. See docs/data.md#classes"

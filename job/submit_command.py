@@ -37,8 +37,9 @@ def submit(
 
     The exit code is that of the job.
     """
+    from cluster.head import Head, connected
     from cluster.places import local_path, plain_option
-    from cluster.submit import Head, connected, follow, submit_job
+    from cluster.submit import follow, submit_job
 
     if cluster and address:
         raise OptionError("only one of --cluster and --address must be given. Received: both")

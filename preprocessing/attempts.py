@@ -34,17 +34,36 @@ class Attempts(Generic[ManifestT]):
     new_options: Mapping[str, Any] = field(default_factory=dict)
     """Keys of the identity that earlier releases did not record, with the values that those releases used."""
 
-    def accept_or_begin(self, restore: Callable[[ManifestT], None] = lambda _: None) -> ManifestT | None:
-        """Return the manifest if the folder is complete and valid. Otherwise prepare the folder for (more) work.
+    def accept_or_make(
+        self, make: Callable[[], ManifestT], restore: Callable[[ManifestT], None] = lambda _: None
+    ) -> tuple[ManifestT, bool]:
+        """Return the manifest, and whether this attempt made the folder (False: it was already complete and valid).
 
-        restore: called with the manifest of a folder with damaged files, before it is unsealed. Recreates the reports
-        of groups, where the manifest has what they need.
+        Args:
+            make: does the work that is left, seals the folder and returns its manifest. If it fails because another
+                attempt has sealed the folder, which removes the files of all attempts, that one's manifest is returned.
+            restore: called with the manifest of a folder with damaged files, before it is unsealed. Recreates the
+                reports of groups, where the manifest has what they need.
 
         Raises:
             OptionError: the folder is neither empty nor of the same job; or files are damaged, and other versions of
                 the libraries may give other bytes.
             DamageError: the plan or the manifest is damaged.
+            Exception: whatever `make` raised.
         """
+        manifest = self._accept_or_begin(restore)
+        if manifest is not None:
+            return manifest, False
+        try:
+            return make(), True
+        except Exception:
+            manifest = self._sealed_by_another()
+            if manifest is None:
+                raise
+            return manifest, False
+
+    def _accept_or_begin(self, restore: Callable[[ManifestT], None]) -> ManifestT | None:
+        """Return the manifest if the folder is complete and valid. Otherwise prepare the folder for (more) work."""
         folder = self.at.folder
         # In this order: a concurrent attempt writes its plan first and removes it after it has written the manifest.
         # Folders of the file system itself, such as `lost+found` and `.snapshot`, do not count.
@@ -68,14 +87,11 @@ class Attempts(Generic[ManifestT]):
         else:
             self._write_plan_once()
             if is_sealed(folder):  # by a concurrent attempt, after the check above
-                return self.accept_or_begin(restore)
+                return self._accept_or_begin(restore)
         return None
 
-    def sealed_by_another(self) -> ManifestT | None:
-        """Return the manifest if another attempt has sealed the folder, and all files are right; otherwise None.
-
-        Call it when an attempt fails: once a folder is sealed, the files of other attempts are removed.
-        """
+    def _sealed_by_another(self) -> ManifestT | None:
+        """Return the manifest if another attempt has sealed the folder, and all files are right; otherwise None."""
         if not is_sealed(self.at.folder):
             return None
         manifest, faults = self._sealed()
@@ -95,7 +111,7 @@ class Attempts(Generic[ManifestT]):
         return manifest, faults_of(folder, manifest, list_files(folder))
 
     def _write_plan_once(self) -> None:
-        """Write the plan, unless there is an equal one. Raises: OptionError, DamageError as `accept_or_begin`."""
+        """Write the plan, unless there is an equal one. Raises: OptionError, DamageError as `accept_or_make`."""
 
         def changed(old: bytes | None) -> bytes | None:
             if old is None:

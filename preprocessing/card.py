@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from preprocessing.classes import LABELS_FILE, RARE
+from preprocessing.classes import CLASSES_FILE, RARE
 from preprocessing.dataset import DESCRIPTION, VOLUMES, DatasetManifest
 from preprocessing.records import SIDE
 
@@ -105,7 +105,7 @@ def dataset_card(class_names: Sequence[str], manifest: DatasetManifest, warnings
 
 - Split: {split_rule(config, manifest.book_rule)}
 - Pages: the book, splits, size and EXIF orientation of each are in `pages.parquet`.
-- Classes: {kept} characters and `{RARE}`, one per line of `{LABELS_FILE}`. The most frequent characters, up to
+- Classes: {kept} characters and `{RARE}`, one per line of `{CLASSES_FILE}`. The most frequent characters, up to
   {config["coverage"]} of all boxes, have a class of their own, unless the classes of an earlier dataset were given.
 - Crops: the box{_margin(config)} in grayscale, its longer side scaled to {SIDE} pixels, centred on a black square.
 - Boxes lost: {manifest.lost}. Boxes clipped at the edge of their page: {clipped}. Each is listed in `manifest.json`,

@@ -14,7 +14,7 @@ from preprocessing.labels.code_points import LARGEST, UNKNOWN, code_point_name, 
 RARE = "rare"
 COUNTED_AT_ONCE = 1 << 20  # boxes
 MAX_CLASSES_BYTES = 10_000_000  # room for all of Unicode
-LABELS_FILE = "label.labels.txt"  # TFDS expects the class names of a feature `label` in a file of this name
+CLASSES_FILE = "label.labels.txt"  # TFDS expects the class names of a feature `label` in a file of this name
 
 
 def class_names(code_points: NDArray[np.int32], coverage: float) -> list[str]:

@@ -44,7 +44,7 @@ class TrainOnlyFile(_OptionFile):
 
 
 class PrepareConfig(BaseModel):
-    """Options of `prepare`. All but `max_bad_fraction` determine the bytes of shards and tables, with pages and labels.
+    """Options of `prepare`. All but `license` and `max_bad_fraction` determine the bytes of shards and tables.
 
     The docstring of a field is the `--help` text of its option. An option that a dataset of an earlier release may lack
     is None by default, also a flag, or has the value of that release in `Attempts.new_options`: a missing key counts as
@@ -101,13 +101,18 @@ class PrepareConfig(BaseModel):
         return lowered
 
     @model_validator(mode="after")
-    def _folds_fit(self) -> Self:
-        """Check the options of folds together.
+    def _splits_fit(self) -> Self:
+        """Check the options of the split together.
 
         Raises:
-            OptionError: one is missing, the fold is none of the folds, or the split is one that folds do not go with.
+            OptionError: the fractions leave nothing to train on; one of the options of folds is missing; the fold is
+                none of the folds, or the split is one that folds do not go with.
         """
         if self.folds is None and self.fold is None:
+            if (total := self.val_fraction + self.test_fraction) >= 1:
+                raise OptionError(
+                    f"--val-fraction and --test-fraction must leave boxes to train on. Received: {total:g} in all"
+                )
             return self
         if self.folds is None or self.fold is None:
             alone = "--folds" if self.fold is None else "--fold"

@@ -17,7 +17,7 @@ from typing_extensions import TypedDict  # pydantic needs this one below Python 
 
 from cluster.manifest import Count, FileEntry, Manifest
 from preprocessing.box_checks import InkCount
-from preprocessing.classes import LABELS_FILE, labels_text
+from preprocessing.classes import CLASSES_FILE, labels_text
 from preprocessing.config import SPLITS, is_license
 from preprocessing.page_results import Ignored, PageWarnings
 from preprocessing.records import SIDE
@@ -154,7 +154,7 @@ def dataset_files(class_names: Sequence[str], shards: Mapping[str, Sequence[Shar
     return {
         "dataset_info.json": _json(_dataset_info(shards)),
         "features.json": _json(_features(len(class_names))),
-        LABELS_FILE: labels_text(class_names),
+        CLASSES_FILE: labels_text(class_names),
         "README.md": card,
     }
 

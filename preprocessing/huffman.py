@@ -36,7 +36,7 @@ class Frame(NamedTuple):
     components: list[Component]
 
 
-class Scan(NamedTuple):
+class ScanHeader(NamedTuple):
     """The content of a start-of-scan segment."""
 
     components: dict[int, int]
@@ -55,13 +55,13 @@ def frame_of(content: bytes) -> Frame:
     return Frame(int.from_bytes(content[1:3]), int.from_bytes(content[3:5]), components)
 
 
-def scan_of(content: bytes) -> Scan:
+def scan_of(content: bytes) -> ScanHeader:
     """Parse the content of a start-of-scan segment. If it is cut off, the result has no components."""
     count = content[0] if content else 0
     names, tables, rest = content[1 : 1 + 2 * count : 2], content[2 : 2 + 2 * count : 2], content[1 + 2 * count :]
     if len(rest) < 3:
-        return Scan({}, 0, 0, 0)
-    return Scan(dict(zip(names, tables, strict=False)), rest[0], min(rest[1], 63), rest[2] & 15)
+        return ScanHeader({}, 0, 0, 0)
+    return ScanHeader(dict(zip(names, tables, strict=False)), rest[0], min(rest[1], 63), rest[2] & 15)
 
 
 def tables_of(content: bytes) -> Iterator[tuple[int, bytes]]:
@@ -72,7 +72,9 @@ def tables_of(content: bytes) -> Iterator[tuple[int, bytes]]:
         content = content[size:]
 
 
-def end_of_picture(data: bytes, frame: Frame, scan: Scan, tables: Mapping[int, bytes], interval: int) -> int | None:
+def end_of_picture(
+    data: bytes, frame: Frame, scan: ScanHeader, tables: Mapping[int, bytes], interval: int
+) -> int | None:
     """Return the offset after the last block, or None if the bytes after it may be part of the picture.
 
     Args:
@@ -101,7 +103,9 @@ def end_of_picture(data: bytes, frame: Frame, scan: Scan, tables: Mapping[int, b
     return begin + whole + coded[:whole].count(b"\xff")
 
 
-def _units(frame: Frame, scan: Scan, tables: Mapping[int, bytes]) -> tuple[int, list[tuple[memoryview, memoryview]]]:
+def _units(
+    frame: Frame, scan: ScanHeader, tables: Mapping[int, bytes]
+) -> tuple[int, list[tuple[memoryview, memoryview]]]:
     """Return the number of units (MCUs) of a scan, and the DC and AC table of each block of a unit.
 
     Return (0, []) if the scan lacks a component or a table, or if a unit has no blocks or too many.

@@ -22,7 +22,7 @@ from preprocessing.huffman import end_of_picture, frame_of, scan_of, tables_of
 
 END = b"\xff\xd9"
 SOF, SOF_EXTENDED, SOF_PROGRESSIVE, DHT, SOS, DRI = 0xC0, 0xC1, 0xC2, 0xC4, 0xDA, 0xDD
-FRAMES = (SOF, SOF_EXTENDED, SOF_PROGRESSIVE)
+HUFFMAN_FRAMES = (SOF, SOF_EXTENDED, SOF_PROGRESSIVE)
 MAX_SEGMENTS = 10_000
 ALL_COEFFICIENTS = b"\0\x3f\0"  # first and last coefficient, and bit positions, of a sequential scan
 
@@ -89,8 +89,8 @@ def _segments(data: bytes) -> Iterator[_Segment]:
 def _with_end(data: bytes) -> Mend | None:
     missing: set[tuple[int, int]] = set()  # component and coefficient
     for segment in _segments(data):
-        content = data[segment.content : segment.end] if segment.marker in (*FRAMES, SOS) else b""
-        if segment.marker in FRAMES:
+        content = data[segment.content : segment.end] if segment.marker in (*HUFFMAN_FRAMES, SOS) else b""
+        if segment.marker in HUFFMAN_FRAMES:
             missing = {(component.id, k) for component in frame_of(content).components for k in range(64)}
         elif segment.marker == SOS and (scan := scan_of(content)).last_bit == 0:
             missing -= {(name, k) for name in scan.components for k in range(scan.first, scan.last + 1)}
@@ -101,7 +101,7 @@ def _with_right_parameters(data: bytes) -> Mend | None:
     mended = bytearray(data)
     sequential = False
     for segment in _segments(data):
-        if segment.marker in FRAMES:
+        if segment.marker in HUFFMAN_FRAMES:
             sequential = segment.marker != SOF_PROGRESSIVE
         elif segment.marker == SOS:
             at = segment.content + 1 + 2 * data[segment.content]
@@ -142,7 +142,7 @@ def _without_extraneous_end(data: bytes) -> Mend | None:
             tables |= dict(tables_of(content))
         elif segment.marker == DRI:
             interval = int.from_bytes(content[:2])
-        elif segment.marker in FRAMES:
+        elif segment.marker in HUFFMAN_FRAMES:
             frame = frame_of(content) if segment.marker != SOF_PROGRESSIVE else None
         elif segment.marker == SOS:
             header = int.from_bytes(data[segment.content - 2 : segment.content]) - 2

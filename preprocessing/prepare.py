@@ -1,7 +1,6 @@
 """Run `prepare`: turn page scans and labels into a sealed dataset folder, or resume an earlier one (`attempts.py`)."""
 
 import logging
-import uuid
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
@@ -10,10 +9,10 @@ import numpy as np
 from upath import UPath
 
 from cluster.capacity import START_LIMIT
-from cluster.errors import DamageError, InputError, OptionError
+from cluster.errors import DamageError, InputError
 from cluster.manifest import MANIFEST_FILE, encoded, seal, write_listed
-from cluster.runtime import map_tasks
 from cluster.storage import list_files
+from cluster.tasks import map_tasks
 from preprocessing.attempts import Attempts
 from preprocessing.box_checks import clipped_line, count_ink, ink_lines
 from preprocessing.card import dataset_card
@@ -59,27 +58,17 @@ def prepare(
         DamageError: the manifest or plan in the folder is damaged, or the workers do not share the folder.
         KuzushijiError: the folder is full, read-only or missing, or a page can't be read.
     """
-    if config.val_fraction + config.test_fraction >= 1:
-        total = config.val_fraction + config.test_fraction
-        raise OptionError(
-            f"--val-fraction and --test-fraction must leave boxes to train on. Received: {total:g} in all"
-        )
     label_places = [] if labels is None else [labels] if isinstance(labels, UPath) else labels
     inputs = [("--crops" if labels is None else "--pages", pages), *(("--labels", label) for label in label_places)]
     check_outside("--dataset", dataset, inputs)
     plan = make_plan(pages, labels, config, canvases)
-    attempts = _attempts(dataset, plan)
-    manifest = attempts.accept_or_begin(lambda manifest: write_reports(dataset, plan.groups, manifest))
-    if manifest is None:
-        try:
-            return _make(plan, pages, dataset, config, start_limit), True
-        except Exception:
-            manifest = attempts.sealed_by_another()
-            if manifest is None:
-                raise
-    _check_losses(manifest.losses, manifest.lost, plan, config, dataset)
+    manifest, new = _attempts(dataset, plan).accept_or_make(
+        lambda: _make(plan, pages, dataset, config, start_limit),
+        lambda manifest: write_reports(dataset, plan.groups, manifest),
+    )
+    _check_losses(manifest.losses, manifest.lost, plan, config, dataset)  # another attempt may have allowed more
     resumable(dataset).remove_traces()
-    return manifest, False
+    return manifest, new
 
 
 def _attempts(dataset: UPath, plan: Plan) -> Attempts[DatasetManifest]:
@@ -109,11 +98,11 @@ def _make(plan: Plan, pages: UPath, dataset: UPath, config: PrepareConfig, start
             f"lack a scan or an area. Add the scans, or remove the rows{hint}. See docs/data.md#lost-and-clipped-boxes"
         )
     encoded(_known_manifest(plan, config))
-    attempt = uuid.uuid4().hex
-    with written_groups(plan.groups, resumable(dataset).progress_folder, attempt) as write:
+    work = CutGroup(str(pages), str(dataset))
+    with written_groups(plan.groups, resumable(dataset).progress_folder, work.attempt) as write:
         reports = map_tasks(
             len(plan.groups),
-            CutGroup(str(pages), str(dataset), attempt),
+            work,
             GroupReport,
             what="pages cut",
             unit="pages",
@@ -143,7 +132,7 @@ def _check_losses(losses: Sequence[Loss], lost: int, plan: Plan, config: Prepare
 
 
 def _finish(plan: Plan, dataset: UPath, config: PrepareConfig, reports: Sequence[GroupReport]) -> DatasetManifest:
-    """Check the counts, write the other files of the dataset, seal the folder, and clean up."""
+    """Check the counts, write the other files of the dataset, and seal the folder."""
     shards = {split: [report.shards[split] for report in reports if split in report.shards] for split in SPLITS}
     all_shards = [shard for split_shards in shards.values() for shard in split_shards]
     losses = [loss for report in reports for loss in report.losses]
@@ -172,7 +161,6 @@ def _finish(plan: Plan, dataset: UPath, config: PrepareConfig, reports: Sequence
     for line in doubts:
         log.warning("%s", line)
     seal(dataset, manifest)
-    resumable(dataset).remove_traces()
     return manifest
 
 

@@ -184,6 +184,7 @@ def train_narrow(given: dict[str, Any]) -> None:
     from job.model import architectures
     from job.model.start import initial_model
     from job.train.board import StartUp
+    from job.train.result import write_result
     from job.train.staging_ahead import staged_partitions
     from job.train.strategy import configure_tensorflow, make_strategy
     from job.train.training import Training
@@ -207,7 +208,7 @@ def train_narrow(given: dict[str, Any]) -> None:
                 start = initial_model(config, weights, data.class_names)
                 training = Training(job, strategy, partitions, data, StartUp(), *start)
                 training.run_epoch()
-                training.write(training.predict_best())
+                write_result(training, training.predict_best())
                 keras.utils.clear_session()
         keras.config.set_dtype_policy("float32")
 

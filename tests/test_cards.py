@@ -54,8 +54,9 @@ def test_models_and_exports_state_the_licence_of_their_pages(trained: Path, few:
     from job.export.card import export_card
     from job.metrics import misclassified
     from job.model.folder import TrainedOn, load_model
+    from job.train.checkpoint import EpochRow
     from job.train.evaluation import Predicted
-    from job.train.result import EpochRow, folder_texts
+    from job.train.result import folder_texts
 
     manifest = DatasetManifest.model_validate_json((few / "manifest.json").read_bytes())
     with_license = manifest.model_copy(update={"config": manifest.config | {"license": "cc-by-4.0"}})

@@ -103,17 +103,17 @@ def test_tasks_that_wait_for_hosts_in_use_are_logged_and_end_at_the_start_limit(
 ) -> None:
     import ray
 
-    from cluster import capacity, runtime
+    from cluster import capacity, tasks
     from cluster.capacity import Request
 
     caplog.set_level("INFO", "kuzushiji")
-    monkeypatch.setattr(runtime, "uses_cluster", lambda: True)
+    monkeypatch.setattr(tasks, "uses_cluster", lambda: True)
     monkeypatch.setattr(capacity, "SECONDS_BETWEEN_WAITS", 1.0)
     all_cpus = ray.util.placement_group([{"CPU": ray.cluster_resources()["CPU"]}])
     try:
         assert all_cpus.wait(60)
         with pytest.raises(KuzushijiError, match=r"must start within 2 s .--start-limit.. Received: 1 process with"):
-            runtime._wait_for_room(Request(1), 2.0)
+            tasks._wait_for_room(Request(1), 2.0)
     finally:
         ray.util.remove_placement_group(all_cpus)
     assert re.search("waiting for [0-9]+ s: 1 process with 1 CPU each requested", caplog.text)
@@ -125,12 +125,12 @@ def test_the_task_that_waits_for_the_first_host_is_not_cancelled_once_it_has_end
     """Ray would end this process if the cancellation arrived just as the task ends."""
     import ray
 
-    from cluster import runtime
+    from cluster import tasks
     from cluster.capacity import Request
 
-    monkeypatch.setattr(runtime, "uses_cluster", lambda: True)
+    monkeypatch.setattr(tasks, "uses_cluster", lambda: True)
     monkeypatch.setattr(ray, "cancel", lambda _: pytest.fail("it has ended"))
-    runtime._wait_for_room(Request(1), 600.0)
+    tasks._wait_for_room(Request(1), 600.0)
 
 
 def test_more_cpus_than_a_local_ray_can_have_are_refused_at_once(

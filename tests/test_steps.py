@@ -179,9 +179,8 @@ def test_a_checkpoint_holds_what_training_changes_once_and_gives_it_back(
 ) -> None:
 
     from job.model.architectures import ARCHITECTURES
-    from job.train.checkpoint import State, changing_variables, read_checkpoint, write_checkpoint
+    from job.train.checkpoint import EpochRow, State, changing_variables, read_checkpoint, write_checkpoint
     from job.train.optimizer import FusedAdam
-    from job.train.result import EpochRow
 
     monkeypatch.setattr("job.model.architectures.HEAD", (16, 8))
     model = ARCHITECTURES["xception"](5, unfreeze="last")

@@ -29,6 +29,7 @@ from aiohttp import web
 from conftest import KUZUSHIJI, TRIES_TO_START_RAY, Kuzushiji, one_at_a_time
 from test_project import ROOT
 
+from cluster import head as heads
 from cluster import submit
 from cluster.errors import KuzushijiError
 from cluster.ray_address import check_address
@@ -453,7 +454,7 @@ def test_a_job_whose_answer_was_lost_is_not_submitted_twice(monkeypatch: pytest.
             request.transport.abort()
         return information(job) if job in taken else web.Response(status=404, text=f"Job {job} does not exist")
 
-    with in_this_process(lose) as address, submit.connected(head := submit.Head(address)) as client:
+    with in_this_process(lose) as address, heads.connected(head := heads.Head(address)) as client:
         assert {submit.submit_job(client, ["taken"], None, head)} == taken
         with pytest.raises(KuzushijiError, match="which may have been submitted. .* Follow it: .*kuzushiji") as unknown:
             submit.submit_job(client, ["unknown"], None, head)
@@ -477,8 +478,8 @@ def test_a_log_comes_through_the_proxy_that_leads_to_the_head(
 
     with in_this_process(log) as proxy:
         monkeypatch.setenv("http_proxy", proxy)
-        head = submit.Head("http://head.example", insecure=True)
-        with submit.connected(head) as client:
+        head = heads.Head("http://head.example", insecure=True)
+        with heads.connected(head) as client:
             assert submit.follow(client, "job", head) == 0
     assert capsys.readouterr().out == "through\n"
 
@@ -558,7 +559,7 @@ def test_a_cluster_that_is_down_is_one_line_with_the_reason_of_ray(tmp_path: Pat
         with pytest.raises(
             KuzushijiError, match=r"Received: RuntimeError: Head node of cluster \(kuzushiji\) not found!"
         ):
-            submit._wait_for(tunnel, 1, tmp_path / "ray_cluster.yaml")
+            heads._wait_for(tunnel, 1, tmp_path / "ray_cluster.yaml")
 
 
 def test_a_silent_server_is_not_accepted_as_a_head(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -569,7 +570,7 @@ def test_a_silent_server_is_not_accepted_as_a_head(monkeypatch: pytest.MonkeyPat
         address = f"http://127.0.0.1:{silent.getsockname()[1]}"
         with (
             pytest.raises(KuzushijiError, match="the address must be a Ray head's.* timed out"),
-            submit.connected(submit.Head(address)),
+            heads.connected(heads.Head(address)),
         ):
             pass
 

@@ -1,1 +1,1 @@
-"""A dataset staged on the disk of this machine, and the order in which a training reads its crops."""
+"""A dataset staged on the disk of this machine, the crops of each batch, and their augmentation."""

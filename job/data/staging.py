@@ -11,7 +11,6 @@ import hashlib
 import logging
 import os
 import shutil
-import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,23 +24,20 @@ from numpy.typing import NDArray
 from upath import UPath
 
 from cluster.errors import DamageError, InputError, KuzushijiError, OptionError
-from cluster.manifest import FileEntry, fault_of, read_manifest, size_fault_of
-from cluster.places import is_local
+from cluster.manifest import fault_of, read_manifest
 from cluster.progress import progress
 from cluster.storage import check_writable, fetch, list_files, local_file, writing_in
-from job.data.unpacking import PAGES_FILE, SplitWriter, unpack
+from job.data.unpacking import PAGES_FILE, SplitWriter, check_room, check_sizes, unpack
 from preprocessing.books import volume_of
-from preprocessing.classes import LABELS_FILE, read_class_names
+from preprocessing.classes import CLASSES_FILE, read_class_names
 from preprocessing.dataset import VOLUMES, DatasetManifest, Shard
 from preprocessing.parquet import PAGES_TABLE, books_of_table
-from preprocessing.records import FRAME_BYTES, SIDE
 
 log = logging.getLogger("kuzushiji")
 
 SECONDS_BETWEEN_TRIES = 0.1  # to get the lock while another process stages
 SECONDS_UNTIL_SAID = 2.0  # that it waits for the lock
 SECONDS_TO_REMOVE = 10.0  # limit of the wait for the lock at the end
-MIN_RECORD_BYTES = FRAME_BYTES + SIDE * SIDE
 LOCK_FILE = "in-use"
 ARRAYS = ("images", "labels", "code_points", "boxes")  # of `Crops`
 
@@ -154,7 +150,7 @@ def staged_shards(
         in_use = open(folder / LOCK_FILE)  # noqa: SIM115 - kept open: the file holds the lock
         fcntl.flock(in_use, fcntl.LOCK_SH)
     try:
-        class_names = read_class_names(UPath(folder / LABELS_FILE), dataset / LABELS_FILE)
+        class_names = read_class_names(UPath(folder / CLASSES_FILE), dataset / CLASSES_FILE)
         yield StagedDataset(manifest, class_names, {split: _map(folder / split) for split in shards}, folder)
     finally:
         in_use.close()
@@ -243,13 +239,13 @@ def _stage(
     temporary.mkdir()
     try:
         sizes = list_files(dataset)
-        entries = _check_sizes(dataset, manifest, sizes)
-        _check_room(dataset, shards_by_split, folder.parent)
+        entries = check_sizes(dataset, manifest, sizes)
+        check_room(dataset, shards_by_split, folder.parent)
         for entry in entries:
             fetch(dataset / entry.name, temporary / entry.name)
             if fault := fault_of(UPath(temporary), entry, list_files(UPath(temporary))):
                 raise DamageError(f"{dataset}: {fault}. Run `prepare` again, or copy the folder again")
-        classes = len(read_class_names(UPath(temporary / LABELS_FILE), dataset / LABELS_FILE))
+        classes = len(read_class_names(UPath(temporary / CLASSES_FILE), dataset / CLASSES_FILE))
         total = sum(shard.examples for shards in shards_by_split.values() for shard in shards)
         with shown("crops staged", total, "crops") as advance:
             for split, shards in shards_by_split.items():
@@ -271,47 +267,6 @@ def _stage(
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _check_sizes(dataset: UPath, manifest: DatasetManifest, sizes: dict[str, int]) -> list[FileEntry]:
-    """Check the sizes of all files, before hours of reading, and before disk space is reserved for the crops.
-
-    sizes: bytes of each file in the dataset.
-
-    Returns:
-        The entries of the labels file and of the table of pages. Datasets of earlier releases do not have the table.
-    """
-    for entry in manifest.entries:
-        if fault := size_fault_of(entry, sizes):
-            raise DamageError(f"{dataset}: {fault}. Run `prepare` again, or copy the folder again")
-    for shard in manifest.shards:
-        if shard.examples * MIN_RECORD_BYTES > shard.bytes:
-            received = f"Received: {shard.bytes} bytes. Run `prepare` again"
-            raise DamageError(f"{dataset}: {shard.name} must hold {shard.examples} crops. {received}")
-    needed = {LABELS_FILE} if manifest.book_rule == VOLUMES else {LABELS_FILE, PAGES_TABLE}
-    entries = [entry for entry in manifest.files if entry.name in needed]
-    if missing := needed - {entry.name for entry in entries}:
-        raise DamageError(f"{dataset}: the manifest must list {min(missing)}")
-    return entries
-
-
-def _check_room(dataset: UPath, shards: Mapping[str, Sequence[Shard]], root: Path) -> None:
-    """Check that the disk has room for the crops, and for the largest shard if it must be fetched first.
-
-    Raises:
-        OptionError: it has too little room.
-    """
-    every = [shard for of_split in shards.values() for shard in of_split]
-    needed = sum(shard.bytes for shard in every)  # a record is a little larger than its part in the arrays
-    needed += 0 if is_local(dataset) else max((shard.bytes for shard in every), default=0)
-    free = shutil.disk_usage(root).free
-    if needed > free:
-        raise OptionError(
-            f"the disk of {socket.gethostname()} must hold the crops that are read there, {needed / 1e9:.3f} GB of "
-            f"{dataset}. Received: {free / 1e9:.3f} GB free at {root}. Let XDG_CACHE_HOME name a folder on a larger "
-            "disk, or train on more hosts, with as many --partitions as --workers. "
-            "See docs/models.md#train-on-a-part-per-worker"
-        )
 
 
 def _map(folder: Path) -> Crops:

@@ -1,8 +1,10 @@
-"""Unpacking: parse the records of shards into the flat arrays of a staged split."""
+"""Unpacking: parse the records of shards into the flat arrays of a staged split; and the checks before it."""
 
 import mmap
 import os
-from collections.abc import Sequence
+import shutil
+import socket
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,16 +13,20 @@ import numpy as np
 from numpy.typing import NDArray
 from upath import UPath
 
-from cluster.errors import DamageError
-from cluster.manifest import fault_of
+from cluster.errors import DamageError, OptionError
+from cluster.manifest import FileEntry, fault_of, size_fault_of
+from cluster.places import is_local
 from cluster.storage import size_of
-from preprocessing.dataset import Shard
+from preprocessing.classes import CLASSES_FILE
+from preprocessing.dataset import VOLUMES, DatasetManifest, Shard
 from preprocessing.labels.code_points import parse_code_point
 from preprocessing.labels.page_ids import parse_id
 from preprocessing.labels.table import MAX_PIXELS
-from preprocessing.records import SIDE, decode_example, read_frames
+from preprocessing.parquet import PAGES_TABLE
+from preprocessing.records import FRAME_BYTES, SIDE, decode_example, read_frames
 
 PARSE_RECORDS = 1024
+MIN_RECORD_BYTES = FRAME_BYTES + SIDE * SIDE
 PAGES_FILE = "page_ids.txt"
 
 
@@ -95,3 +101,44 @@ def unpack(dataset: UPath, shard: Shard, local: UPath, writer: SplitWriter) -> N
     parsed = writer.filled - filled_before
     if parsed != shard.examples:
         raise DamageError(f"{dataset}: {shard.name} must hold {shard.examples} crops. Received: {parsed}")
+
+
+def check_sizes(dataset: UPath, manifest: DatasetManifest, sizes: dict[str, int]) -> list[FileEntry]:
+    """Check the sizes of all files, before hours of reading, and before disk space is reserved for the crops.
+
+    sizes: bytes of each file in the dataset.
+
+    Returns:
+        The entries of the labels file and of the table of pages. Datasets of earlier releases do not have the table.
+    """
+    for entry in manifest.entries:
+        if fault := size_fault_of(entry, sizes):
+            raise DamageError(f"{dataset}: {fault}. Run `prepare` again, or copy the folder again")
+    for shard in manifest.shards:
+        if shard.examples * MIN_RECORD_BYTES > shard.bytes:
+            received = f"Received: {shard.bytes} bytes. Run `prepare` again"
+            raise DamageError(f"{dataset}: {shard.name} must hold {shard.examples} crops. {received}")
+    needed = {CLASSES_FILE} if manifest.book_rule == VOLUMES else {CLASSES_FILE, PAGES_TABLE}
+    entries = [entry for entry in manifest.files if entry.name in needed]
+    if missing := needed - {entry.name for entry in entries}:
+        raise DamageError(f"{dataset}: the manifest must list {min(missing)}")
+    return entries
+
+
+def check_room(dataset: UPath, shards: Mapping[str, Sequence[Shard]], root: Path) -> None:
+    """Check that the disk has room for the crops, and for the largest shard if it must be fetched first.
+
+    Raises:
+        OptionError: it has too little room.
+    """
+    every = [shard for of_split in shards.values() for shard in of_split]
+    needed = sum(shard.bytes for shard in every)  # a record is a little larger than its part in the arrays
+    needed += 0 if is_local(dataset) else max((shard.bytes for shard in every), default=0)
+    free = shutil.disk_usage(root).free
+    if needed > free:
+        raise OptionError(
+            f"the disk of {socket.gethostname()} must hold the crops that are read there, {needed / 1e9:.3f} GB of "
+            f"{dataset}. Received: {free / 1e9:.3f} GB free at {root}. Let XDG_CACHE_HOME name a folder on a larger "
+            "disk, or train on more hosts, with as many --partitions as --workers. "
+            "See docs/models.md#train-on-a-part-per-worker"
+        )

@@ -65,6 +65,8 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Export:
+    """What an export wrote, and how it differs from the model."""
+
     files: dict[str, int]
     """File to its size in bytes."""
     largest_difference: float

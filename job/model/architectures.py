@@ -8,7 +8,8 @@ the layers between them compute in bfloat16.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import keras
 from keras import layers
@@ -27,8 +28,23 @@ Unfreeze = Literal["last", "all"]
 # 1.9 times as fast. For `fcn`, XLA requests 66.6 GiB to train on 8 crops. The others were not tried.
 XLA_COMPILES = ("baseline",)
 
-# Pretrained bases: architecture to name in `keras.applications`.
-BASES = {"xception": "Xception", "resnet152v2": "ResNet152V2", "inceptionresnetv2": "InceptionResNetV2"}
+
+class Base(NamedTuple):
+    """A pretrained base."""
+
+    name: str
+    """In `keras.applications`."""
+    last: int
+    """The number of last layers that are trained with `unfreeze="last"`."""
+
+
+# arxiv.org/abs/1610.02357, 1603.05027 and 1602.07261. The study trained block 14 of Xception, 6 layers. For ResNet152V2
+# it names no number: as for Xception, which is the last convolution and the batch norms around it.
+BASES = {
+    "xception": Base("Xception", last=6),
+    "resnet152v2": Base("ResNet152V2", last=6),
+    "inceptionresnetv2": Base("InceptionResNetV2", last=11),
+}
 
 
 def resnet(num_classes: int) -> keras.Model:
@@ -88,32 +104,6 @@ def baseline(num_classes: int) -> keras.Model:
     return keras.Model(inputs, _probabilities(x, num_classes), name="baseline")
 
 
-def xception(num_classes: int, weights: str | None = None, unfreeze: Unfreeze = "last") -> keras.Model:
-    """Build Xception (arxiv.org/abs/1610.02357) with a wide head: 96,935,994 parameters at 514 classes.
-
-    weights: file of the base's weights without its top, as saved by Keras; None: random initialization.
-    unfreeze: `all` trains the whole base, `last` its last 6 layers (block 14).
-    """
-    return _transfer("xception", num_classes, weights, unfreeze, last=6)
-
-
-def resnet152v2(num_classes: int, weights: str | None = None, unfreeze: Unfreeze = "last") -> keras.Model:
-    """Build ResNet152V2 (arxiv.org/abs/1603.05027) with a wide head: 134,406,162 parameters at 514 classes.
-
-    weights: as for `xception`. unfreeze: `all` trains the whole base, `last` its last 6 layers (the last convolution
-    and the batch norms around it). The study does not give a number here; 6 is that of `xception`.
-    """
-    return _transfer("resnet152v2", num_classes, weights, unfreeze, last=6)
-
-
-def inceptionresnetv2(num_classes: int, weights: str | None = None, unfreeze: Unfreeze = "last") -> keras.Model:
-    """Build InceptionResNetV2 (arxiv.org/abs/1602.07261) with a wide head: 125,291,250 parameters at 514 classes.
-
-    weights: as for `xception`. unfreeze: `all` trains the whole base, `last` its last 11 layers.
-    """
-    return _transfer("inceptionresnetv2", num_classes, weights, unfreeze, last=11)
-
-
 def fcn(num_classes: int) -> keras.Model:
     """Build seven convolutions at full resolution and global max pooling: 11,072,230 parameters at 514 classes.
 
@@ -137,26 +127,28 @@ def fcn(num_classes: int) -> keras.Model:
 def base(architecture: str, weights: str | None) -> keras.Model:
     """Build the base of an architecture in `BASES`: N x 80 x 80 x 1 crops in, 0..255; feature maps out.
 
-    weights: as for `xception`.
+    weights: file of the base's weights without its top, as saved by Keras; None: random initialization.
     """
     inputs = keras.Input((SIDE, SIDE, 1))
     # All three were trained on -1..1, see `preprocess_input` of their modules.
     x = layers.Rescaling(1 / 127.5, offset=-1, dtype="float32")(inputs)
     x = layers.Concatenate()([x, x, x])
-    model = getattr(keras.applications, BASES[architecture])(include_top=False, weights=None, input_tensor=x)
+    model = getattr(keras.applications, BASES[architecture].name)(include_top=False, weights=None, input_tensor=x)
     if weights is not None:
         model.load_weights(weights)
     return model
 
 
-def _transfer(architecture: str, num_classes: int, weights: str | None, unfreeze: Unfreeze, last: int) -> keras.Model:
-    """Build a base with a head of dense layers. Keras keeps frozen batch norms in inference mode.
+def transfer(
+    architecture: str, num_classes: int, weights: str | None = None, unfreeze: Unfreeze = "last"
+) -> keras.Model:
+    """Build a base in `BASES` with a head of dense layers. Keras keeps frozen batch norms in inference mode.
 
-    last: number of the base's layers that are trained with `unfreeze="last"`.
+    weights: as for `base`. unfreeze: `all` trains the whole base, `last` its last layers.
     """
     base_model = base(architecture, weights)
     if unfreeze == "last":
-        for layer in base_model.layers[:-last]:
+        for layer in base_model.layers[: -BASES[architecture].last]:
             layer.trainable = False
     x = layers.GlobalAveragePooling2D()(base_model.output)
     x = _dense(layers.Dropout(0.2)(x), HEAD, dropout=0.3)
@@ -179,8 +171,6 @@ def _probabilities(x: Any, num_classes: int) -> Any:
 ARCHITECTURES: dict[str, Callable[..., keras.Model]] = {
     "resnet": resnet,
     "baseline": baseline,
-    "xception": xception,
-    "resnet152v2": resnet152v2,
-    "inceptionresnetv2": inceptionresnetv2,
+    **{name: partial(transfer, name) for name in BASES},
     "fcn": fcn,
 }

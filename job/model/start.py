@@ -16,8 +16,7 @@ from cluster.places import place
 from job.config import TRANSFER, TrainConfig
 from job.model.folder import CONFIG_FILE, LABELS_FILE, load_checked, read_json, read_trained_on
 from job.model.pretrained import Weights, local_copy
-from preprocessing.classes import LABELS_FILE as DATASET_LABELS_FILE
-from preprocessing.classes import read_class_names
+from preprocessing.classes import CLASSES_FILE, read_class_names
 
 
 def initial_model(
@@ -50,6 +49,7 @@ def check_start(folder: UPath, architecture: str, dataset: UPath, margin: float)
 
     Raises:
         OptionError: the model is of another architecture, or was trained on crops of another margin.
+        InputError: the dataset has no file of classes.
         DamageError: the model's config is missing, or does not match its manifest.
     """
     of_model = read_trained_on(folder).margin  # checks the config
@@ -64,7 +64,7 @@ def check_start(folder: UPath, architecture: str, dataset: UPath, margin: float)
             f"--dataset must have the margin of the model of --weights, {of_model:g}. Received: {margin:g}. Prepare it "
             f"with --margin {of_model:g}"
         )
-    names, known = read_class_names(dataset / DATASET_LABELS_FILE), read_class_names(folder / LABELS_FILE)
+    names, known = read_class_names(dataset / CLASSES_FILE), read_class_names(folder / LABELS_FILE)
     both = len({*names} & {*known})
     return f"starts from {folder}: {both} classes keep their weights, {len(names) - both} start fresh"
 

@@ -15,8 +15,8 @@ from cluster.capacity import START_LIMIT
 from cluster.errors import DamageError, InputError, OptionError, counted
 from cluster.manifest import encoded, read_manifest, seal, size_fault_of
 from cluster.models import ModelManifest, resolve_model
-from cluster.runtime import map_tasks
 from cluster.storage import check_writable, list_files, remove_folder
+from cluster.tasks import map_tasks
 from job.model.folder import read_trained_on
 from job.predict.folder import PredictionsManifest
 from job.predict.read_group import PICTURE_SUFFIX, GroupReport, ReadGroup, resumable, unfinished_pictures
@@ -91,12 +91,8 @@ def predict(
     if annotate:  # before a damaged folder is unsealed
         check_writable(annotate)
     _log_unmatched(source)
-    attempts = Attempts(resumable(out), PredictionsManifest, identity, _identity_of_folder)
-    # The reports of groups can't be restored from a manifest, which has only the sums over all groups: if a table is
-    # damaged, all groups are read again. Pictures are not checked: users may remove them.
-    manifest = attempts.accept_or_begin()
-    new = manifest is None
-    if manifest is None:
+
+    def make() -> PredictionsManifest:
         number = number_of_groups(len(source.labels.boxes), BOXES_PER_GROUP)
         groups = group_pages(source.labels, source.files, number, rescale, read_trained_on(folder).margin)
         work = ReadGroup(
@@ -110,15 +106,14 @@ def predict(
             groups=len(groups),
             on_gpu=gpus > 0,
         )
-        try:
-            if annotate:
-                check_writable(unfinished_pictures(annotate, out))  # creates it
-            manifest = _make(work, groups, source, identity, out, gpus, start_limit)
-        except Exception:
-            manifest = attempts.sealed_by_another()
-            if manifest is None:
-                raise
-            new = False
+        if annotate:
+            check_writable(unfinished_pictures(annotate, out))  # creates it
+        return _make(work, groups, source, identity, out, gpus, start_limit)
+
+    # The reports of groups can't be restored from a manifest, which has only the sums over all groups: if a table is
+    # damaged, all groups are read again. Pictures are not checked: users may remove them.
+    attempts = Attempts(resumable(out), PredictionsManifest, identity, _identity_of_folder)
+    manifest, new = attempts.accept_or_make(make)
     if resumable(out).remove_traces() and annotate:
         remove_folder(unfinished_pictures(annotate, out))
     return manifest, new

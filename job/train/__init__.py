@@ -1,1 +1,1 @@
-"""Training with Ray Train. Read in this order: driver, run, worker, step; then the modules they import."""
+"""Training with Ray Train. Read in this order: driver, run, worker, training, step; then the modules they import."""

@@ -18,10 +18,31 @@ from numpy.typing import NDArray
 from upath import UPath
 
 from cluster.storage import list_folders, remove_folder
-from job.train.result import EpochRow
 
 STATE_FILE = "state.json"
 ARRAYS_FILE = "arrays.npz"
+
+
+@dataclass(frozen=True)
+class EpochRow:
+    """Metrics of one epoch: a line of `history.jsonl`."""
+
+    epoch: int
+    """Counted from 1."""
+    step: int
+    """Finished steps since the start of the training."""
+    loss: float
+    """Mean cross-entropy over the training crops. That of a crop is computed before the update of its step."""
+    accuracy: float
+    val_loss: float
+    """Without the temperature, see `temperature.py`."""
+    val_accuracy: float
+    learning_rate: float
+    seconds: float
+    """Seconds of training, without validation."""
+    crops_per_s: float
+    data_wait: float
+    """Fraction of `seconds` spent waiting for crops."""
 
 
 @dataclass

@@ -19,10 +19,11 @@ from typing import Any
 from upath import UPath
 
 from cluster.capacity import START_LIMIT, Request, Wait, has_autoscaler, hosts
-from cluster.errors import DamageError, KuzushijiError, OptionError, one_line
-from cluster.manifest import read_manifest, verify
+from cluster.errors import DamageError, KuzushijiError, OptionError, counted, one_line
+from cluster.manifest import faults_of, read_manifest
 from cluster.places import is_local, place, plain_option
 from cluster.runtime import Session, ray_session, usable_cpus, uses_cluster
+from cluster.storage import list_files
 from job.config import TrainConfig
 from job.model.pretrained import Weights, obtain
 from job.model.start import check_start
@@ -98,8 +99,6 @@ def train(
         start = check_start(place(weights.place), configs[0].architecture, dataset, manifest.margin)
     runs = [Run(run, fit_to_dataset(manifest, config), dataset, manifest.sha256, models) for config in configs]
     only_one = len(runs) == 1
-    if len({training.folder for training in runs}) < len(runs):
-        raise OptionError("each architecture must be given once. Received: one with two configs")
     outcomes: dict[Run, Outcome] = {}
     for training in runs:
         try:
@@ -216,13 +215,8 @@ def _run_concurrently(
                 run = waiting.popleft()
                 running[run] = Wait(_request_of(run.config), start_limit, run.config.architecture)
                 board.post.remote(RunState(run.config.architecture, "starting workers", starts=True))
-                log.info(
-                    "%s: starting %d %s, %.1f s after the command started",
-                    run.config.architecture,
-                    run.config.workers,
-                    "worker" if run.config.workers == 1 else "workers",
-                    time.monotonic() - began,
-                )
+                workers, seconds = counted(run.config.workers, "worker"), time.monotonic() - began
+                log.info("%s: starting %s, %.1f s after the command started", run.config.architecture, workers, seconds)
                 # Ray Train blocks the calling thread. A daemon thread does not keep the process alive after Ctrl-C.
                 threading.Thread(target=fit, args=(run,), daemon=True).start()
             with suppress(queue.Empty):
@@ -289,7 +283,6 @@ def _check_run_name(run: str) -> None:
 def _check_dataset(dataset: UPath) -> DatasetManifest:
     """Return the manifest. Hash all files of a local dataset first: restarting workers would not repair them."""
     manifest = read_manifest(dataset, DatasetManifest)
-    faults = verify(dataset, [DatasetManifest])[1] if is_local(dataset) else []
-    if faults:
+    if faults := faults_of(dataset, manifest, list_files(dataset)) if is_local(dataset) else []:
         raise DamageError(f"{dataset}: {'; '.join(faults)}. Run the same `prepare` again, which repairs it")
     return manifest

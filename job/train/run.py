@@ -31,7 +31,6 @@ from job.model.folder import METRICS_FILE, finished_config, read_json
 from job.model.load_tensorflow import choose_backend
 from job.model.pretrained import Weights
 from job.train.job import Failure, TrainJob
-from job.train.tensorboard import curves_folder
 
 log = logging.getLogger("kuzushiji")
 
@@ -160,7 +159,7 @@ class Run:
             dataset_manifest_sha256=self.dataset_manifest_sha256,
             folder=str(self.folder),
             checkpoints=str(self._checkpoints),
-            curves=str(curves_folder(self.models, config.architecture, self.name)),
+            curves=str(self.models / "tensorboard" / config.architecture / self.name),
             run=self.name,
             board=board,
         )

@@ -202,14 +202,15 @@ class Steps:
         ]
         if self._statistics_step is None:
             self._statistics_step = self._trace_statistics(norms)
-        sums = [np.zeros(v.shape, np.float64) for norm in norms for v in norm.non_trainable_variables]
+        variables = [variable for norm in norms for variable in norm.non_trainable_variables]
+        sums = [np.zeros(variable.shape, np.float64) for variable in variables]
         count = 0
         for images in batches:
             self._statistics_step(images)
-            for total, variable in zip(sums, (v for norm in norms for v in norm.non_trainable_variables), strict=True):
+            for total, variable in zip(sums, variables, strict=True):
                 total += np.asarray(variable)
             count += 1
-        for total, variable in zip(sums, (v for norm in norms for v in norm.non_trainable_variables), strict=True):
+        for total, variable in zip(sums, variables, strict=True):
             variable.assign((total / count).astype(np.float32))
 
     def _trace_statistics(self, norms: list[Any]) -> Callable[[Any], Any]:

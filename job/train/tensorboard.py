@@ -7,7 +7,7 @@ from threading import Thread
 from upath import UPath
 
 from job.report.side_files import write_side_file
-from job.train.result import EpochRow
+from job.train.checkpoint import EpochRow
 from preprocessing.records import frame
 
 TAGS = {
@@ -20,10 +20,6 @@ TAGS = {
     "seconds": "speed/seconds_an_epoch",
     "data_wait": "speed/data_wait",
 }
-
-
-def curves_folder(models: UPath, architecture: str, run: str) -> UPath:
-    return models / "tensorboard" / architecture / run
 
 
 def write_in_background(folder: UPath, row: EpochRow, log: Callable[[str], object]) -> Thread:

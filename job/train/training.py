@@ -14,7 +14,6 @@ from typing import Any
 
 import keras
 import numpy as np
-import pandas as pd
 import ray.train
 import tensorflow as tf
 from numpy.typing import NDArray
@@ -29,6 +28,7 @@ from job.model.architectures import XLA_COMPILES
 from job.model.inference import check_finite
 from job.train.board import Reporter, StartUp
 from job.train.checkpoint import (
+    EpochRow,
     State,
     changing_variables,
     remove_unknown,
@@ -39,8 +39,6 @@ from job.train.checkpoint import (
 from job.train.evaluation import Evaluator, Predicted
 from job.train.job import TrainJob
 from job.train.optimizer import last_learning_rate, make_optimizer
-from job.train.rendezvous import gathered
-from job.train.result import EpochRow, folder_texts, write_result
 from job.train.step import Steps, training_form
 from job.train.temperature import scale_logits
 from job.train.tensorboard import write_in_background
@@ -54,7 +52,6 @@ STATISTICS_BATCHES = 30
 # The float32 sums of an epoch are added to float64 totals after this many crops. With float32 only, a worker with 2**28
 # crops in steps of 32 would report an accuracy of 0.987 instead of 0.950.
 SUM_CROPS = 2**20
-SECONDS_FOR_CURVES = 30  # the longest wait of a finished training for its last curves
 
 
 class Training:
@@ -278,38 +275,6 @@ class Training:
         for of_split in predictions.values():
             check_finite(of_split.predictions)
         return predictions
-
-    def write(self, predictions: dict[str, Predicted]) -> None:
-        """Write and seal the model folder, on rank 0. Call it after `predict_best`, which returns `predictions`.
-
-        Raises:
-            DamageError: another training of the same name was faster.
-        """
-        # Before sealing, because a failed upload restarts the workers. On all ranks, because any may be the one that
-        # saved.
-        wait_for_upload()
-        own = self.evaluation.own_misclassified("test", predictions["test"])
-        # With one partition, all crops are worker 0's own.
-        parts = [own] if self.config.partitions == 1 else gathered(self.job.board, self.config.architecture, own)
-        if self.rank > 0:
-            return
-        self.reporter.show_activity("writing the model and its report")
-        model = keras.Model.from_config(self.plain_config)
-        model.set_weights(self.model.get_weights())
-        texts = folder_texts(
-            self.config,
-            self.job.run,
-            model,
-            predictions,
-            pd.concat(parts, ignore_index=True),
-            self.dataset,
-            self.state.history,
-            self.state.best_epoch,
-            self.temperature,
-        )
-        write_result(self.job, model, texts, self.dataset, self.reporter.log)
-        if self.curves_thread:
-            self.curves_thread.join(timeout=SECONDS_FOR_CURVES)
 
     # --- curves and progress
 

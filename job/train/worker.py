@@ -16,6 +16,7 @@ from job.model.start import initial_model
 from job.train.board import StartUp
 from job.train.job import Failure, TrainJob
 from job.train.rendezvous import shared_failure
+from job.train.result import write_result
 from job.train.step import out_of_memory_message
 from job.train.strategy import configure_tensorflow, make_strategy
 from job.train.training import Training
@@ -62,7 +63,7 @@ def train_worker(
                 raise
             return Failure(out_of_memory_message(error), traceback.format_exc())
         try:
-            training.write(predictions)
+            write_result(training, predictions)
         except DamageError as error:  # another training of the same name was faster
             return Failure(str(error), traceback.format_exc(), type(error))
     return None

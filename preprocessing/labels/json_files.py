@@ -56,6 +56,9 @@ def shown(value: Any) -> str:
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
+_KINDS: dict[Any, str] = {list: "a list", str: "a string", dict: "an object"}
+
+
 def member(value: Any, key: str, kind: type, at: str) -> Any:
     """Return a member of an object. It must exist and have the type `kind`.
 
@@ -64,11 +67,8 @@ def member(value: Any, key: str, kind: type, at: str) -> Any:
     """
     found = value.get(key) if isinstance(value, dict) else None
     if not isinstance(found, kind):
-        raise Fault(at, f"must have {key!r}, {NAMES[kind]}", found if isinstance(value, dict) else value)
+        raise Fault(at, f"must have {key!r}, {_KINDS[kind]}", found if isinstance(value, dict) else value)
     return found
-
-
-NAMES: dict[Any, str] = {list: "a list", str: "a string", dict: "an object"}
 
 
 def pixels(value: Any, at: str) -> list[float]:

@@ -243,7 +243,7 @@ def _read_json(
 ) -> Iterator[PageBoxes]:
     """Yield the pages of COCO files or of IIIF Curations, parsed one at a time."""
     coco, curations = Coco(bare), Curations(canvas_ids, bare)
-    kinds: dict[str, LabelFile] = {}
+    first: tuple[str, LabelFile] | None = None
     for file in files:
         content = parse_json(file)
         kind = "COCO" if is_coco(content) else "a IIIF Curation" if is_curation(content) else ""
@@ -252,13 +252,11 @@ def _read_json(
                 f"{file.where} must have `images` and `annotations` (COCO), be a list of detections, or have "
                 f"`selections` (a IIIF Curation). Received: {shown(content)}. docs/data.md says how to convert others"
             )
-        other = next((earlier for earlier in kinds if earlier != kind), None)
-        if other:
+        first = first or (kind, file)
+        if kind != first[0]:
             raise InputError(
-                f"{option} must be files of one form. Received: {kinds[other].where} ({other}) and "
-                f"{file.where} ({kind})"
+                f"{option} must be files of one form. Received: {first[1].where} ({first[0]}) and {file.where} ({kind})"
             )
-        kinds.setdefault(kind, file)
         if canvas_ids is not None and kind == "COCO":
             raise OptionError(f"--canvases must be given with IIIF Curations. Received: {file.where}, {kind}")
         if kind == "COCO":

@@ -46,8 +46,11 @@ Glyph = tuple[int, Box]  # code point, box
 
 @dataclass(frozen=True)
 class Page:
+    """A page to draw."""
+
     image_id: str
-    layout: tuple[Glyph, ...] | None  # boxes in px at full size; None: characters and boxes are random
+    layout: tuple[Glyph, ...] | None
+    """Boxes in px at full size; None: characters and boxes are random."""
 
 
 @cache
