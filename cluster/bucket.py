@@ -8,6 +8,7 @@ import base64
 import re
 import sys
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache, partial
@@ -100,7 +101,9 @@ class Bucket(Store):
             return b""
         may_have_more = len(data) == RANGE_BYTES < most
         if blob.content_encoding == "gzip":  # unpacked by the client, but the checksum is that of the packed bytes
-            return _download(blob)[:most]
+            with explaining():
+                packed = blob.download_as_bytes(raw_download=True)
+            return zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(packed, most)
         if may_have_more or blob.crc32c is None:
             with explaining():
                 blob.reload(if_generation_match=blob.generation)
@@ -136,6 +139,7 @@ class Bucket(Store):
             with suppress(PreconditionFailed), explaining():
                 # Generation 0: write only if the object does not exist.
                 generation = blob.generation if old is not None else 0
+                blob.cache_control = "no-store"  # of a public bucket, Google would answer with copies an hour old
                 blob.upload_from_string(new, checksum="crc32c", if_generation_match=generation, retry=DEFAULT_RETRY)
                 return
 

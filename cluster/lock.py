@@ -120,16 +120,25 @@ def _take(path: UPath, holder: str, what: str) -> None:
 
 
 def _renew(path: UPath, holder: str, what: str, done: threading.Event, lost: threading.Event) -> None:
+    renewed = _clock()
     while not done.wait(SECONDS_BETWEEN_RENEWALS):
         try:
             now = _read(path)
-            if _is_of(now, holder) and _change(path, now, holder):
+            # Gone: removed by hand, or taken over and released while this process could not renew it.
+            is_own = _is_of(now, holder) or (now is None and _clock() - renewed < SECONDS_UNTIL_LOST)
+            if is_own and _change(path, now, holder):
+                renewed = _clock()
                 continue
         except Exception as error:  # each file system raises its own types: try again at the next renewal
             log.warning("%s: its lease could not be renewed: %s", what, one_line(error))
             continue
         lost.set()
         return
+
+
+def _clock() -> float:
+    """Return seconds, with those of a suspended laptop."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def _change(path: UPath, old: bytes | None, holder: str) -> bool:

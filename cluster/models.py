@@ -3,6 +3,7 @@
 `latest.json` points to the run that finished last.
 """
 
+from datetime import UTC, datetime, timedelta
 from typing import Literal
 
 from pydantic import AwareDatetime, BaseModel, ValidationError, field_validator
@@ -15,6 +16,7 @@ from cluster.storage import change_bytes, list_folders, read_small
 
 LATEST_FILE = "latest.json"
 MAX_LATEST_BYTES = 10_000
+MOST_AHEAD = timedelta(hours=1)  # of the clock of another machine
 
 
 class ModelManifest(Manifest):
@@ -82,7 +84,8 @@ def latest_runs(models: UPath) -> dict[str, str]:
 def point_to_latest(folder: UPath, manifest: ModelManifest) -> None:
     """Point `latest.json` to a sealed run, unless it points to one that finished at the same time or later.
 
-    The update is atomic: if runs finish at the same moment, the file points to the latest of them.
+    The update is atomic: if runs finish at the same moment, the file points to the latest of them. A run that is gone,
+    or that a wrong clock finished in the future, does not count.
 
     Raises:
         DamageError: the existing `latest.json` does not have the expected content.
@@ -91,8 +94,11 @@ def point_to_latest(folder: UPath, manifest: ModelManifest) -> None:
     new = Latest(run=folder.name, finished_at=manifest.finished_at)
 
     def updated(old: bytes | None) -> bytes | None:
-        if old is not None and _parse(path, old).finished_at >= new.finished_at:
-            return None
+        if old is not None:
+            there = _parse(path, old)
+            in_future = there.finished_at > max(new.finished_at, datetime.now(UTC) + MOST_AHEAD)
+            if there.finished_at >= new.finished_at and not in_future and is_sealed(folder.parent / there.run):
+                return None
         return (new.model_dump_json() + "\n").encode()
 
     change_bytes(path, updated)
@@ -103,7 +109,7 @@ def resolve_model(place: UPath) -> UPath:
 
     Raises:
         InputError: `place` contains neither a manifest nor `latest.json`.
-        DamageError: `latest.json` does not have the expected content.
+        DamageError: `latest.json` does not have the expected content, or names a run that is gone.
     """
     if is_sealed(place):
         return place
@@ -113,5 +119,10 @@ def resolve_model(place: UPath) -> UPath:
             f"a finished model must hold {MANIFEST_FILE}, and an architecture's folder {LATEST_FILE}. "
             f"Received: {place}, with neither: it is missing, unfinished, or another folder. "
             "See docs/formats.md#model-folder"
+        )
+    if not is_sealed(place / latest.run):
+        raise DamageError(
+            f"{place / LATEST_FILE} must name a finished run. Received: {latest.run}, which is gone. Name the "
+            "folder of another run"
         )
     return place / latest.run

@@ -33,12 +33,16 @@ def place(text: str | os.PathLike[str]) -> UPath:
     """Return a path or address as a UPath. A local path becomes absolute, since workers run in other folders.
 
     Raises:
-        OptionError: the text is empty, has a protocol that fsspec does not know or can't import, or has an invalid
-            bucket name.
+        OptionError: the text is empty, has control characters, begins with `~/`, has a protocol that fsspec does not
+            know or can't import, has an invalid bucket name, or is an address with empty parts, `.`, `..` or `::`.
         KuzushijiError: the file that GOOGLE_APPLICATION_CREDENTIALS names can't be used.
     """
     if not str(text):
         raise OptionError("a place must be a path or an address. Received: an empty one")
+    if re.search(r"[\x00-\x1f\x7f]", str(text)):
+        raise OptionError(f"a place must not have control characters. Received: {str(text)!r}. Are line ends CRLF?")
+    if re.match("~(/|$)", str(text)):
+        raise OptionError(f"a place must not begin with ~, which only a shell replaces. Received: {text}. Use $HOME")
     try:
         path: UPath = UPath(text)
         store = store_of(path)
@@ -48,6 +52,10 @@ def place(text: str | os.PathLike[str]) -> UPath:
         raise OptionError(f"a place must be a path or an address. Received: {text}: {error}") from error
     if store is _LOCAL:
         return UPath(os.path.abspath(path.path))
+    # Libraries read such addresses in different ways, and fsspec cuts off what follows `::`.
+    parts = str(text).partition("://")[2].strip("/").split("/")[1:]
+    if "::" in str(text) or {"", ".", ".."} & set(parts):
+        raise OptionError(f"an address must not have //, /./, /../ or :: in its path. Received: {text}")
     if store is _BUCKET:
         if not bucket.has_valid_name(path):
             raise OptionError(

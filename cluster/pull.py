@@ -12,7 +12,7 @@ from upath import UPath
 
 from cluster.errors import DamageError, InputError, KuzushijiError, OptionError
 from cluster.local import is_at
-from cluster.manifest import MANIFEST_FILE, FileEntry, fault_of, read_manifest
+from cluster.manifest import MANIFEST_FILE, FileEntry, fault_of, faults_of, read_manifest
 from cluster.models import LATEST_FILE, ModelManifest, latest_runs, point_to_latest, read_latest
 from cluster.places import is_local, plain_option
 from cluster.progress import progress
@@ -42,7 +42,7 @@ def pull(models: UPath, to: UPath, wanted: Sequence[str] = ()) -> list[Pulled]:
         wanted: `NAME` for the latest run of an architecture, or `NAME/RUN`. Empty: the latest run of each architecture.
 
     Raises:
-        OptionError: a name is not `NAME` or `NAME/RUN`, or `to` is `models` itself.
+        OptionError: a name is not `NAME` or `NAME/RUN`, `to` is `models` itself, or it has another model of that name.
         InputError: there is no model of that name.
         DamageError: a file is missing or does not match its manifest.
         KuzushijiError: `to` is full, read-only or removed, or another pull is writing to it.
@@ -52,6 +52,8 @@ def pull(models: UPath, to: UPath, wanted: Sequence[str] = ()) -> list[Pulled]:
     chosen = [_resolve(models, name) for name in wanted] or [*latest_runs(models).items()]
     manifests = [read_manifest(models / name / run, ModelManifest) for name, run in chosen]
     total = sum(entry.bytes for manifest in manifests for entry in manifest.entries)
+    for (name, run), manifest in zip(chosen, manifests, strict=True):
+        _refuse_another(to / name / run, manifest)
     pulled = []
     with progress("bytes pulled", total, "bytes") as advance:
         for (name, run), manifest in zip(chosen, manifests, strict=True):
@@ -74,6 +76,19 @@ def _resolve(models: UPath, wanted: str) -> tuple[str, str]:
             f"{models} must hold {name}/{LATEST_FILE}. Received: no such file. Name an existing model, or NAME/RUN"
         )
     return name, latest.run
+
+
+def _refuse_another(target: UPath, manifest: ModelManifest) -> None:
+    """Raise OptionError if a folder has a finished, undamaged model with another manifest."""
+    try:
+        there = read_manifest(target, ModelManifest)
+    except (InputError, DamageError):  # none, or one that is repaired
+        return
+    if there.raw != manifest.raw and not faults_of(target, there, list_files(target)):
+        raise OptionError(
+            f"--to must not have another model of the same name. Received: {target}, finished at "
+            f"{there.finished_at:%Y-%m-%d %H:%M} and not the one to pull. Remove it, or name another --to"
+        )
 
 
 def _pull_folder(source: UPath, target: UPath, manifest: ModelManifest, advance: Callable[[int], None]) -> int:

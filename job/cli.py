@@ -68,7 +68,7 @@ def train(
     from job.config import configs_of
     from job.model.pretrained import weights_option
     from job.tables import outcome_lines, outcome_result
-    from job.train.driver import default_cpus_per_worker, new_run_name
+    from job.train.driver import default_cpus_per_worker
     from job.train.driver import train as start
 
     if options["cpus_per_worker"] is None:
@@ -76,7 +76,7 @@ def train(
     given = weights_option(weights)
     configs = configs_of(architectures, weights=given.identity if given else weights, **options)
     places = reachable_place(dataset), reachable_place(models)
-    outcomes = start(*places, configs, run or new_run_name(), given, start_limit)
+    outcomes = start(*places, configs, run, given, start_limit)
     return outcome_result(outcomes), outcome_lines(outcomes)
 
 

@@ -7,6 +7,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import time
 import uuid
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,7 +23,7 @@ from cluster.errors import KuzushijiError, OptionError
 from cluster.lock import locked
 from cluster.places import place
 from cluster.pull import pull
-from cluster.storage import is_file, read_bytes, write_bytes
+from cluster.storage import is_file, read_bytes, remove_file, write_bytes
 from job.config import TrainConfig
 from job.data.staging import staged
 from job.train.driver import _check_taken_over, train
@@ -137,6 +138,21 @@ def test_a_process_whose_lease_was_taken_over_is_told_and_leaves_the_other_its_l
                 break
         assert lost.is_set()
     assert read_bytes(lease) == b"of-another 1\n"
+
+
+def test_a_lease_that_was_removed_by_hand_is_written_again(lease: UPath, monkeypatch: pytest.MonkeyPatch) -> None:
+    lost = Event()
+    with locked(lease, "it", lost):
+        remove_file(lease)
+        until = time.monotonic() + 60
+        while not is_file(lease) and time.monotonic() < until:
+            time.sleep(0.05)
+        assert is_file(lease)
+        assert not lost.is_set()
+        # After a minute without a renewal, another process may have held it, and released it.
+        monkeypatch.setattr(lock, "SECONDS_UNTIL_LOST", 0.0)
+        remove_file(lease)
+        assert lost.wait(60)
 
 
 def test_a_training_that_was_taken_over_ends_in_one_line(few: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from cluster.manifest import MANIFEST_FILE, is_sealed, seal, write_listed
 from cluster.models import ModelManifest, point_to_latest, read_latest, resolve_model
 from cluster.places import place
 from cluster.pull import pull
-from cluster.storage import write_bytes
+from cluster.storage import remove_folder, write_bytes
 from job.verify import verify
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
@@ -108,6 +108,19 @@ def test_a_changed_file_is_named_and_not_written(models: UPath, tmp_path: Path) 
     assert not (folder / MANIFEST_FILE).exists()
 
 
+def test_another_finished_model_of_the_same_name_is_not_replaced(models: UPath, tmp_path: Path) -> None:
+    to = place(tmp_path / "to")
+    own = write_run(to, "other", "one", NOON + timedelta(minutes=1))
+    before = {path.name: path.read_bytes() for path in Path(own.path).iterdir()}
+    with pytest.raises(OptionError, match="--to must not have another model of the same name. Received: .*other/one"):
+        pull(models, to)
+    assert not (tmp_path / "to" / "baseline").exists()  # nothing was begun
+    assert {path.name: path.read_bytes() for path in Path(own.path).iterdir()} == before
+    (tmp_path / "to" / "other" / "one" / "model.keras").write_bytes(b"damaged")
+    pull(models, to, ["other"])
+    assert verify(own)[1:] == ([], [])
+
+
 def test_models_are_not_pulled_onto_themselves(tmp_path: Path) -> None:
     """`pull` would replace a damaged file by itself, and remove the only manifest."""
     models = place(tmp_path / "models")
@@ -179,6 +192,17 @@ def test_the_pointer_moves_only_to_a_later_run(models: UPath) -> None:
     assert resolve_model(models / "other") == models / "other" / "later"
 
 
+def test_the_pointer_leaves_a_run_that_is_gone_or_that_a_wrong_clock_finished_in_the_future(models: UPath) -> None:
+    remove_folder(models / "other" / "one")
+    with pytest.raises(DamageError, match="must name a finished run. Received: one, which is gone"):
+        resolve_model(models / "other")
+    earlier = write_run(models, "other", "earlier", NOON - timedelta(days=1))
+    assert resolve_model(models / "other") == earlier
+    write_run(models, "other", "tomorrow", datetime.now(UTC) + timedelta(days=1))
+    today = write_run(models, "other", "today", datetime.now(UTC))
+    assert resolve_model(models / "other") == today
+
+
 def test_verify_names_what_is_wrong_and_what_is_not_listed(models: UPath) -> None:
     folder = models / "baseline" / "new"
     (folder / "labels.txt").unlink()
@@ -233,6 +257,26 @@ def test_a_dataset_at_an_address_is_staged_as_from_a_path_and_gone_after_its_las
         with staged(place(dataset), ["test"]):
             assert len(list(here.iterdir())) == 3
     assert [path.name for path in here.iterdir()] == ["lock"]
+
+
+def test_crops_that_were_staged_before_the_machine_started_again_are_not_used(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a power failure, what had not reached the disk reads as zeros."""
+    from job.data import staging
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    here = tmp_path / "kuzushiji" / "staged"
+    with staging.staged(place(dataset), ["test"]) as data:
+        right = np.array(data.splits["test"].images)
+        shutil.copytree(data.folder, tmp_path / "left")
+    left = shutil.copytree(tmp_path / "left", here / data.folder.name)
+    np.lib.format.open_memmap(left / "test" / "images.npy", "r+")[:] = 0
+    (tmp_path / "boot_id").write_text("another")
+    monkeypatch.setattr(staging, "BOOT_ID", tmp_path / "boot_id")
+    with staging.staged(place(dataset), ["test"]) as data:
+        assert not left.exists()
+        assert np.array_equal(data.splits["test"].images, right)
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -218,6 +218,25 @@ def test_an_incomplete_checkpoint_list_restarts_the_run_but_an_unknown_format_is
         assert not checkpoints.exists()
 
 
+def test_a_checkpoint_that_a_power_failure_cut_off_ends_the_run_in_one_line_that_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray.train
+
+    from job.train.checkpoint import State, restore_checkpoint, write_checkpoint
+
+    folder = tmp_path / "baseline-first" / "checkpoint_1"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(ray.train, "get_checkpoint", lambda: ray.train.Checkpoint.from_directory(folder))
+    for name in ("state.json", "arrays.npz"):
+        write_checkpoint(folder, State(), [], [])
+        assert restore_checkpoint([])
+        for content in (b"", bytes(100), (folder / name).read_bytes()[:-9]):
+            (folder / name).write_bytes(content)
+            with pytest.raises(DamageError, match=f"must be readable. Received: {folder}.* Remove {folder.parent}:"):
+                restore_checkpoint([])
+
+
 def test_the_first_worker_whose_node_stays_saves_the_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
     import ray.train
     from ray.train.v2.api.preemption import PreemptionInfo

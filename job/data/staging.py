@@ -38,6 +38,7 @@ log = logging.getLogger("kuzushiji")
 SECONDS_BETWEEN_TRIES = 0.1  # to get the lock while another process stages
 SECONDS_UNTIL_SAID = 2.0  # that it waits for the lock
 SECONDS_TO_REMOVE = 10.0  # limit of the wait for the lock at the end
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # man7.org/linux/man-pages/man4/random.4.html
 LOCK_FILE = "in-use"
 ARRAYS = ("images", "labels", "code_points", "boxes")  # of `Crops`
 
@@ -137,7 +138,9 @@ def staged_shards(
         KuzushijiError: the disk is full.
     """
     names = {split: [shard.name for shard in shards[split]] for split in sorted(shards)}
-    key = hashlib.sha256(f"{dataset}\n{manifest.sha256}\n{names}".encode()).hexdigest()[:32]
+    # Of this boot of this host: of arrays that were written before a power failure, or on another host with the same
+    # disk, parts may read as zeros.
+    key = hashlib.sha256(f"{BOOT_ID.read_text()}{dataset}\n{manifest.sha256}\n{names}".encode()).hexdigest()[:32]
     root = _created_root()
     folder = root / key
     with writing_in(root), _locked(root, check, say):

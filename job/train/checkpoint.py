@@ -6,6 +6,7 @@ Weights of frozen layers are not saved: a resumed training loads them from the p
 
 import json
 import tempfile
+import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
@@ -17,6 +18,7 @@ import ray.train
 from numpy.typing import NDArray
 from upath import UPath
 
+from cluster.errors import DamageError, squeezed
 from cluster.storage import list_folders, remove_folder
 
 STATE_FILE = "state.json"
@@ -117,7 +119,7 @@ def read_checkpoint(folder: Path, variables: Sequence[Any]) -> tuple[State, list
     content = json.loads((folder / STATE_FILE).read_text())
     content["history"] = [EpochRow(**row) for row in content["history"]]
     state = State(**content)
-    with np.load(folder / ARRAYS_FILE, allow_pickle=False) as arrays:
+    with open(folder / ARRAYS_FILE, "rb") as file, np.load(file, allow_pickle=False) as arrays:
         for i, variable in enumerate(variables):
             variable.assign(arrays[f"variable_{i}"])
         best = [arrays[f"best_{i}"] for i in range(sum(name.startswith("best_") for name in arrays.files))]
@@ -125,12 +127,23 @@ def read_checkpoint(folder: Path, variables: Sequence[Any]) -> tuple[State, list
 
 
 def restore_checkpoint(variables: Sequence[Any]) -> tuple[State, list[NDArray[Any]]] | None:
-    """Read the run's last checkpoint, as `read_checkpoint` does. Return None if Ray Train has none."""
+    """Read the run's last checkpoint, as `read_checkpoint` does. Return None if Ray Train has none.
+
+    Raises:
+        DamageError: it can't be read, for example because a power failure cut it off.
+    """
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
         return None
     with checkpoint.as_directory() as folder:
-        return read_checkpoint(Path(folder), variables)
+        try:
+            return read_checkpoint(Path(folder), variables)
+        except (EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
+            of_run = PurePosixPath(checkpoint.path).parent
+            raise DamageError(
+                f"the last checkpoint of a run must be readable. Received: {checkpoint.path}: {squeezed(error, 100)}. "
+                f"Remove {of_run}: the run then begins at epoch 1"
+            ) from error
 
 
 def upload_checkpoint(

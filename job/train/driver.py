@@ -54,7 +54,7 @@ class Outcome:
     error: Exception | None = None
 
 
-def new_run_name() -> str:
+def _new_run_name() -> str:
     """Return a unique name: the time in UTC, to the microsecond."""
     return datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f")
 
@@ -68,7 +68,7 @@ def train(
     dataset: UPath,
     models: UPath,
     configs: Sequence[TrainConfig],
-    run: str,
+    run: str | None,
     weights: Weights | None = None,
     start_limit: float = START_LIMIT,
 ) -> list[Outcome]:
@@ -78,7 +78,7 @@ def train(
         dataset: the dataset folder.
         models: the folder of all models.
         configs: one per architecture. All need the same workers, CPUs and GPUs.
-        run: name of the runs.
+        run: name of the runs; None: a new one, which is logged.
         weights: the file or model that `TrainConfig.weights` names by its hash.
         start_limit: seconds that workers may wait for hosts of a cluster while no run has workers.
 
@@ -92,12 +92,13 @@ def train(
         Exception: the failure of the only config, such as OptionError if another process trains the run.
     """
     began = time.monotonic()
-    _check_run_name(run)
+    name = run or _new_run_name()
+    _check_run_name(name)
     manifest = _check_dataset(dataset)
     start = ""
     if weights and weights.is_model:
         start = check_start(place(weights.place), configs[0].architecture, dataset, manifest.margin)
-    runs = [Run(run, fit_to_dataset(manifest, config), dataset, manifest.sha256, models) for config in configs]
+    runs = [Run(name, fit_to_dataset(manifest, config), dataset, manifest.sha256, models) for config in configs]
     only_one = len(runs) == 1
     outcomes: dict[Run, Outcome] = {}
     for training in runs:
@@ -121,6 +122,8 @@ def train(
             except Exception as error:
                 outcomes[training] = _failed(training, error, only_one)
         if ready:
+            if run is None:
+                log.info("run %s: to resume it if it ends early, run the same command with --run %s", name, name)
             outcomes |= _train_all(ready, began, start_limit, only_one)
     return [outcomes[training] for training in runs]
 

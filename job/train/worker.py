@@ -50,9 +50,9 @@ def train_worker(
             return failure
         training = Training(job, strategy, partitions, dataset, start_up, *start)
         stack.callback(training.step_limit.stop)
-        training.resume(place(job.checkpoints))
-        start_up.ends("building the model")
         try:
+            training.resume(place(job.checkpoints))
+            start_up.ends("building the model")
             while not training.finished():
                 training.run_epoch()
             predictions = training.predict_best()
