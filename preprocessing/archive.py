@@ -91,7 +91,7 @@ def list_members(place: UPath, option: str = "--pages") -> list[tuple[str, int]]
         option: the option that error messages name.
     """
     with _open(place, option) as (archive, _):
-        files = [info for info in archive.infolist() if not info.is_dir()]
+        files = [info for info in archive.infolist() if info.filename and not info.is_dir()]
         return [(file.filename, file.file_size) for file in files if not _in_hidden_folder(file.filename)]
 
 

@@ -171,7 +171,7 @@ def read_books(path: UPath) -> BooksFile:
         for row in filter(None, reader):  # skip empty lines
             if len(row) != len(header) or not all(cell.strip() for cell in row) or _CONTROL.search("".join(row)):
                 raise ValueError(f"a row must be a {header[0]} and its book. Received: {','.join(row)[:80]!r}")
-            name, book = map(_normal, row)
+            name, book = (_normal(cell.strip()) for cell in row)
             if name in books:
                 raise ValueError(f"a {header[0]} must have one row only. Received: {name[:80]!r} twice")
             books[name] = book
@@ -187,7 +187,7 @@ def read_train_only(path: UPath) -> TrainOnlyFile:
         InputError: the file does not exist, is not text, or has no line.
     """
     data = _read(path, "--train-only")
-    names = frozenset(_normal(line) for line in open_text(data, str(path)).read().splitlines() if line.strip())
+    names = frozenset(_normal(line.strip()) for line in open_text(data, str(path)).read().splitlines() if line.strip())
     if not names:
         raise InputError(f"{path} must name a page or book on each line. Received: no line")
     return TrainOnlyFile(sha256=hashlib.sha256(data).hexdigest(), names=names)

@@ -3,6 +3,7 @@
 import logging
 import os
 import platform
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -12,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from upath import UPath
 
-from cluster.errors import OptionError
+from cluster.errors import OptionError, counted
 from preprocessing.books import books_digest, books_of_pages, pages_for_training
 from preprocessing.classes import RARE, class_indices, class_names
 from preprocessing.config import SPLITS, PrepareConfig
@@ -102,6 +103,14 @@ def make_plan(
         log.info(
             "%d books can be in the test: the accuracy depends on which are. See docs/data.md#few-books-folds",
             len(testable),
+        )
+    alone = sum(count == 1 for count in Counter(books).values())
+    if config.split == "book" and alone > len(books) / 2 and alone >= FEW_BOOKS:
+        log.warning(
+            "--split book: %s of one page only, such as %r. If these are pages of the same titles, name their books, "
+            "or the split is by page. See docs/data.md#books",
+            counted(alone, "book"),
+            next(book for book, count in Counter(books).items() if count == 1),
         )
     number = config.shards or number_of_groups(len(labels.boxes), BOXES_PER_GROUP)
     grouped = group_pages(labels, files, number, bool(config.rescale), config.margin)

@@ -113,6 +113,13 @@ def _make(plan: Plan, pages: UPath, dataset: UPath, config: PrepareConfig, start
     losses = [loss for report in reports for loss in report.losses]
     try:
         _check_losses(losses, len(losses), plan, config, dataset)
+        for split in SPLITS:
+            if not any(report.shards[split].examples for report in reports if split in report.shards):
+                raise InputError(
+                    f"each split must have a box that can be cut. Received: {split}, whose boxes are all lost, first "
+                    f"page {losses[0]['page']}: {losses[0]['what']}. Fix the scans. "
+                    "See docs/data.md#lost-and-clipped-boxes"
+                )
     except InputError:
         resumable(dataset).forget_losses(reports)
         raise

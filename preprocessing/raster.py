@@ -163,10 +163,13 @@ def _decode(image: ImageFile.ImageFile) -> tuple[NDArray[np.uint8], list[str]]:
     if isinstance(image, TiffImagePlugin.TiffImageFile) and image.is_animated:
         found.append(FIRST_OF_SEVERAL)
     white_is_zero = isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO
+    tiles = list(image.tile)  # empty once the image is loaded
     image.load()
     if image.mode.startswith("I"):  # more than 8 bits
         gray, what = _scaled(np.asarray(image), white_is_zero)
         return gray, [*found, what]
+    if any(";16" in str(tile.args) for tile in tiles):
+        found.append("colour of 16 bits: the upper 8 bits were read")
     return np.asarray(_over_white(image)), found
 
 

@@ -328,6 +328,22 @@ def test_few_books_and_a_large_share_of_rare_are_logged_with_the_page_of_the_doc
     assert "2 books can be in the test: the accuracy depends on which are. See docs/data.md#few-books" in caplog.text
 
 
+def test_pages_that_are_each_a_book_are_a_warning_with_split_book(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ids = [f"源氏物語{i:03}" for i in range(12)]
+    write_pages(tmp_path, {f"{page_id}.jpg": page() for page_id in ids}, {page_id: boxes(4) for page_id in ids})
+    source = place(tmp_path / "train_images"), place(tmp_path / "train.csv")
+    make_plan(*source, PrepareConfig(split="page"))
+    assert "of one page only" not in caplog.text
+    make_plan(*source, PrepareConfig(split="book"))
+    assert "--split book: 12 books of one page only, such as '源氏物語000'." in caplog.text
+    caplog.clear()
+    (tmp_path / "books.csv").write_text(f"page,book\n{ids[0]},a\n{ids[1]},a \n{ids[2]},b\n{ids[3]},c\n")
+    named = read_books(place(tmp_path / "books.csv"))
+    assert set(named.books.values()) == {"a", "b", "c"}  # a blank makes no other book
+
+
 def test_a_split_of_pages_that_all_lack_their_scans_is_refused(tmp_path: Path) -> None:
     rows = {f"b{i}_{j}": boxes(9) for i in range(3) for j in range(9)} | {"lost_1": boxes(3)}
     files = {f"{page_id}.jpg": page() for page_id in rows if page_id != "lost_1"}

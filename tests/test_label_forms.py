@@ -23,7 +23,7 @@ from preprocessing.exif import ORIENTATION
 from preprocessing.groups import group_pages
 from preprocessing.input import check_sizes_are_stated
 from preprocessing.labels import json_files, table
-from preprocessing.labels.code_points import UNKNOWN
+from preprocessing.labels.code_points import UNKNOWN, parse_character
 from preprocessing.labels.crops import read_crops
 from preprocessing.labels.json_files import shown
 from preprocessing.labels.read import read_labels
@@ -202,11 +202,34 @@ def test_a_spreadsheet_that_was_not_saved_as_csv_is_refused_with_what_to_do(cont
 
 
 def test_characters_that_an_encoding_replaced_are_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    rows = "image_id,labels\na,U+306F 1 2 3 4\nb,U+003F 1 2 3 4 U+FFFD 5 6 7 8\n"
+    rows = "image_id,labels\na,U+306F 1 2 3 4\nb,U+003F 1 2 3 4 U+FFFD 5 6 7 8 U+3013 5 6 7 8\n"
     labels = read(written(tmp_path / "train.csv", rows))
-    assert labels.warnings == [("b", "2 boxes with the character ? or U+FFFD")]
-    assert "2 boxes with the character ? or U+FFFD" in caplog.text
+    assert labels.warnings == [("b", "3 boxes with the character ?, U+FFFD or 〓")]
+    assert "3 boxes with the character ?, U+FFFD or 〓" in caplog.text
     assert "first on page b" in caplog.text
+
+
+@pytest.mark.parametrize("text", [" ", "\u3000", "\u200b", "\n", "\x00"])
+def test_an_invisible_character_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="a character must be visible. Received: U"):
+        parse_character(text)
+    assert parse_character("か\u3099") == ord("が")
+    assert [parse_character(one) for one in ("〱", "々", "゛", "U+3000")] == [0x3031, 0x3005, 0x309B, 0x3000]
+
+
+@pytest.mark.parametrize(
+    ("labels", "note", "text"),
+    [
+        ("train.csv", "README.md", "[![Licence](x)](y)"),
+        ("coco.json", "notes.txt", "[x] done\n[ ] to do"),
+        ("coco.json", "readme", "{a}"),
+    ],
+)
+def test_notes_that_begin_with_a_bracket_are_no_labels(labels: str, note: str, text: str, tmp_path: Path) -> None:
+    content = "image_id,labels\na_1,U+306F 1 2 3 4\n" if labels == "train.csv" else json.dumps(coco_of())
+    written(tmp_path / "labels" / labels, content)
+    written(tmp_path / "labels" / note, text)
+    assert read(tmp_path / "labels").code_points.tolist() == [0x306F]
 
 
 # --- Kaggle's CSV
@@ -645,6 +668,11 @@ def test_what_is_malformed_in_a_curation_is_refused_with_its_place(member: Any, 
 def test_a_curation_without_its_lists_is_refused(tmp_path: Path) -> None:
     refused(json_file(tmp_path / "c.json", {"selections": {}}), says="the file: must have 'selections', a list")
     refused(json_file(tmp_path / "c.json", {"selections": [{}]}), says=r"selections\[0\]: must have 'members', a list")
+
+
+def test_members_of_a_canvas_that_state_different_sizes_are_refused(tmp_path: Path) -> None:
+    path = json_file(tmp_path / "c.json", curation_of(canvas_box(width=10, height=20), canvas_box(width=30, height=40)))
+    refused(path, says=r"members\[1\]: all members of a canvas must state one size, as the first. Received: .*30")
 
 
 def test_canvases_whose_ids_end_alike_need_a_file_that_names_pages(tmp_path: Path) -> None:

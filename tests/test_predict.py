@@ -453,6 +453,11 @@ def test_columns_are_read_from_right_to_left_and_from_top_to_bottom() -> None:
     assert [[int(shuffled[i]) for i in column] for column in found] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
 
 
+def test_a_narrow_note_beside_a_column_does_not_take_over_the_text_below() -> None:
+    boxes = [(100, 0, 60, 70), (100, 80, 60, 70), (150, 155, 26, 30), (104, 200, 76, 70), (100, 280, 60, 70)]
+    assert columns(np.array([*boxes, (104, 360, 76, 70)])) == [[2], [0, 1, 3, 4, 5]]
+
+
 @given(st.lists(st.tuples(*[st.integers(-50, 2000)] * 2, *[st.integers(1, 300)] * 2), max_size=30))
 def test_the_reading_order_has_every_box_once(boxes: list[tuple[int, ...]]) -> None:
     found = columns(np.array(boxes, np.int64).reshape(-1, 4))

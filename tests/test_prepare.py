@@ -189,6 +189,19 @@ def test_too_many_losses_fail_without_a_manifest_and_may_be_allowed_later(tmp_pa
         run(tmp_path, tmp_path / "out", PrepareConfig())
 
 
+def test_a_split_whose_boxes_are_all_lost_is_refused_though_few_of_all_boxes_are(tmp_path: Path) -> None:
+    rows = {f"a_{i}": boxes(70) for i in range(10)} | {"b_0": boxes(1), "c_0": boxes(1)}
+    whole = {f"{page_id}.jpg": page(400, 600) for page_id in rows}
+    config = PrepareConfig(split="book", val_fraction=0.001, test_fraction=0.001)
+    write_pages(tmp_path, whole | {"b_0.jpg": b"GIF", "c_0.jpg": b"GIF"}, rows)
+    with pytest.raises(InputError, match=r"Received: validation, whose boxes are all lost, first page [bc]_0: "):
+        run(tmp_path, tmp_path / "out", config)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    (tmp_path / "train_images" / "b_0.jpg").write_bytes(page(400, 600))
+    (tmp_path / "train_images" / "c_0.jpg").write_bytes(page(400, 600))
+    assert run(tmp_path, tmp_path / "new", config).counts["test"]["examples"] == 1
+
+
 def test_as_many_losses_as_are_allowed_are_no_error(tmp_path: Path) -> None:
     """In floating-point numbers, 0.29 x 100 is less than 29."""
     write_pages(tmp_path, {"a_0.jpg": page(400, 600)}, {"a_0": boxes(71) + " U+306F 1 1 0 9" * 29, "a_1": ""})

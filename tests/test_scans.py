@@ -10,6 +10,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -137,6 +138,15 @@ def test_gray_of_16_bits_is_scaled_by_its_range_and_says_so(form: str, bits: int
     scan = decode_scan(saved(Image.fromarray(deep), form))
     assert np.abs(scan.image - gray)[1:].max() <= 1
     assert scan.warnings == [f"gray of 16 bits: 0 to {(1 << bits) - 1} was scaled to 0 to 255"]
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_the_upper_bits_of_colour_of_16_bits_are_read_which_is_a_warning(suffix: str) -> None:
+    colour = np.random.default_rng(0).integers(0, 256, (9, 9, 3), np.uint8)
+    _, data = cv2.imencode(suffix, colour.astype(np.uint16) * 257)
+    scan = decode_scan(data.tobytes())
+    assert scan.warnings == ["colour of 16 bits: the upper 8 bits were read"]
+    assert differs(scan, Image.fromarray(colour[:, :, ::-1])) <= 1
 
 
 def test_gray_of_16_bits_in_which_white_is_zero_is_inverted() -> None:
@@ -455,6 +465,17 @@ def test_names_in_an_archive_are_read_as_windows_and_macos_write_them(stored: by
     assert list(list_pages(archive).scans) == [name]
     with page_reader(archive) as read:
         assert read(name) == stored
+
+
+def test_a_member_of_an_archive_without_a_name_is_left_out(tmp_path: Path) -> None:
+    path = zip_of(tmp_path / "pages.zip", b"?", b"100.jpg")
+    data = path.read_bytes()
+    # In its two headers, the name of one byte becomes an extra field of one byte.
+    for lengths in (data.index(b"PK\x03\x04") + 26, data.index(b"PK\x01\x02") + 28):
+        assert data[lengths : lengths + 4] == b"\1\0\0\0"
+        data = data[:lengths] + b"\0\0\1\0" + data[lengths + 4 :]
+    path.write_bytes(data)
+    assert list(list_pages(place(path)).scans) == ["100.jpg"]
 
 
 def test_two_names_in_an_archive_that_become_one_are_refused(tmp_path: Path) -> None:

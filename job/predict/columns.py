@@ -12,9 +12,11 @@ def columns(boxes: NDArray[np.int64]) -> list[list[int]]:
 
     boxes: (n, 4) x, y, width, height.
 
-    The boxes are processed from top to bottom. A box joins the column whose end overlaps it most horizontally, if the
-    overlap is more than half of the narrower of the two; otherwise it starts a new column. Notes above a text become
-    part of the text's columns, and so do two texts one above the other: boxes alone do not distinguish them.
+    The boxes are processed from top to bottom. A box joins a column whose end it overlaps horizontally by more than
+    half of the narrower of the two; of several, the one whose end is most like it in place and width, so that a narrow
+    note beside a column does not take over the text below. Without such a column it starts a new one. Notes above a
+    text become part of the text's columns, and so do two texts one above the other: boxes alone do not distinguish
+    them. A box as wide as two columns merges them.
     """
     left, width = boxes[:, 0], boxes[:, 2]
     right = left + width
@@ -22,9 +24,11 @@ def columns(boxes: NDArray[np.int64]) -> list[list[int]]:
     ends = np.empty((0, 2), np.int64)  # left and right edge of each column's last characters
     for box in np.argsort(boxes[:, 1] * 2 + boxes[:, 3], kind="stable").tolist():
         overlap = np.minimum(ends[:, 1], right[box]) - np.maximum(ends[:, 0], left[box])
-        share = overlap / np.maximum(1, np.minimum(ends[:, 1] - ends[:, 0], width[box]))
-        column = int(np.argmax(share)) if len(found) else 0
-        if not found or share[column] <= 0.5:
+        of_end = ends[:, 1] - ends[:, 0]
+        fits = overlap > 0.5 * np.minimum(of_end, width[box])
+        likeness = np.where(fits, overlap / np.sqrt(of_end * width[box]), 0)
+        column = int(np.argmax(likeness)) if len(found) else 0
+        if not found or not fits[column]:
             column = len(found)
             found.append([])
             ends = np.concatenate([ends, np.zeros((1, 2), np.int64)])

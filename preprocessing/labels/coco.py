@@ -20,7 +20,7 @@ from cluster.errors import InputError
 from preprocessing.labels.code_points import UNKNOWN, character_if_any, parse_character
 from preprocessing.labels.json_files import Fault, member, page_size, pixels, shown
 from preprocessing.labels.page_ids import id_of_file
-from preprocessing.labels.table import Collected, PageBoxes
+from preprocessing.labels.table import NO_BOXES, Collected, PageBoxes
 
 log = logging.getLogger("kuzushiji")
 
@@ -109,8 +109,12 @@ class Coco:
         names = self.names[0][1] if self.names else Names()
         if unused := sum(len(page.table) for page in self.annotated):
             log.warning("%d annotations of %s are not used: the list has the boxes", unused, self.names[0][0])
+        seen = set()
         for where, detections in self.detections:
-            yield from _detected(detections, where, names, self.bare)
+            for page in _detected(detections, where, names, self.bare):
+                seen.add(page.page_id)
+                yield page
+        yield from (page._replace(table=NO_BOXES, widened=0) for page in self.annotated if page.page_id not in seen)
 
 
 def _names_of(content: Any) -> Names:

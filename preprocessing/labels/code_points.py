@@ -6,6 +6,9 @@ import unicodedata
 LARGEST = 0x10FFFF  # of Unicode
 UNKNOWN = -1  # the code point of a box without a character
 
+# Categories of Unicode: controls, format characters, surrogates and spaces.
+INVISIBLE = ("Cc", "Cf", "Cs", "Zs", "Zl", "Zp")
+
 _CODE_POINT = re.compile(r"U\+([0-9A-F]{4,6})")
 
 
@@ -34,11 +37,13 @@ def parse_character(text: str) -> int:
     """Return the code point of a character that is written as itself or in Unicode notation: `は` or `U+306F`.
 
     Raises:
-        ValueError: the text is neither.
+        ValueError: the text is neither, or a space or another invisible character.
     """
     # Compose only texts of several code points, such as か with a voicing mark: NFC would change single ideographs too.
     character = unicodedata.normalize("NFC", text) if 1 < len(text) <= 4 else text
-    if len(character) == 1 and not 0xD800 <= ord(character) <= 0xDFFF:
+    if len(character) == 1 and unicodedata.category(character) in INVISIBLE:
+        raise ValueError(f"a character must be visible. Received: U+{ord(character):04X}")
+    if len(character) == 1:
         return ord(character)
     if _CODE_POINT.fullmatch(text):
         return parse_code_point(text)

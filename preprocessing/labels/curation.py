@@ -54,8 +54,9 @@ class Curations:
                         raise Fault(at, "'@id' must be <canvas>#xywh=x,y,w,h in pixels", one["@id"])
                     box = pixels([float(number) for number in match[1].split(",")], at)
                     found.add(page_id, self._code_point(one, at), box)
-                    if size := page_size(one.get("width"), one.get("height"), at):
-                        sizes[page_id] = size
+                    size = page_size(one.get("width"), one.get("height"), at)
+                    if size and sizes.setdefault(page_id, size) != size:
+                        raise Fault(at, "all members of a canvas must state one size, as the first", size)
         except Fault as fault:
             raise InputError(f"{where}, {fault}. Fix the file. See docs/data.md#iiif-curations") from fault
         for page_id, table, widened in found.tables():

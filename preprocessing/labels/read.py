@@ -22,7 +22,7 @@ from preprocessing.labels.kaggle import HEADER, read_kaggle
 from preprocessing.labels.page_ids import is_image
 from preprocessing.labels.table import Labels, PageBoxes, assemble
 from preprocessing.labels.yolo import CLASS_NAMES_FILES, SizeOf, is_yolo_line, read_yolo
-from preprocessing.pages import count_kinds, ignored_line, kind_of
+from preprocessing.pages import OTHERS, count_kinds, ignored_line, kind_of
 
 log = logging.getLogger("kuzushiji")
 
@@ -38,8 +38,9 @@ FORMS = (
     "Kaggle's or CODH's CSV, a spreadsheet as CSV with the columns Unicode, Image, X, Y, Width and Height, COCO, YOLO "
     "or a IIIF Curation"
 )
-# Code points that programs write for a character that the encoding of a file lacks: `?` and U+FFFD.
-REPLACEMENTS = (0x3F, 0xFFFD)
+# Code points that programs write for a character that the encoding of a file lacks, `?` and U+FFFD, and that people
+# write for one that they can't read, 〓.
+REPLACEMENTS = (0x3F, 0xFFFD, 0x3013)
 
 
 class Form(Enum):
@@ -107,19 +108,21 @@ def read_labels(
 
 
 def _with_warnings_of_replaced(labels: Labels) -> Labels:
-    """Add warnings of boxes with a character that programs write in place of one that their encoding lacks."""
+    """Add warnings of boxes with a character that stands for another one, see `REPLACEMENTS`."""
     replaced = np.isin(labels.code_points, REPLACEMENTS)
     if not replaced.any():
         return labels
     counts = np.diff(np.concatenate([[0], np.cumsum(replaced)])[labels.starts])
     pages = [(page_id, count) for page_id, count in zip(labels.page_ids, counts.tolist(), strict=True) if count]
     log.warning(
-        "%s with the character ? or U+FFFD, which programs write for characters that an encoding such as CP932 lacks, "
-        "first on page %s: save the labels again from their source, as UTF-8",
+        "%s with the character ?, U+FFFD or 〓, which stand for characters that an encoding such as CP932 lacks or "
+        "that nobody could read, first on page %s: save the labels again from their source as UTF-8, or remove them",
         counted(int(replaced.sum()), "box", "boxes"),
         pages[0][0],
     )
-    added = [(page_id, f"{counted(count, 'box', 'boxes')} with the character ? or U+FFFD") for page_id, count in pages]
+    added = [
+        (page_id, f"{counted(count, 'box', 'boxes')} with the character ?, U+FFFD or 〓") for page_id, count in pages
+    ]
     return replace(labels, warnings=[*labels.warnings, *added])
 
 
@@ -194,7 +197,7 @@ def _form_of(file: LabelFile) -> Form:
     content = text.lstrip()
     if not content:
         return Form.EMPTY
-    if content[0] in "{[":
+    if content[0] in "{[" and (file.given or _may_be_json(file)):
         return Form.JSON
     header = _header(text)
     if header == HEADER:
@@ -202,6 +205,11 @@ def _form_of(file: LabelFile) -> Form:
     if is_codh_header(header):
         return Form.CODH
     return Form.YOLO if is_yolo_line(content.splitlines()[0]) else Form.OTHER
+
+
+def _may_be_json(file: LabelFile) -> bool:
+    """Return whether a file in a folder is JSON by its name: notes may begin with a bracket, too."""
+    return kind_of(file.name) in (".json", OTHERS) and not file.base_name.lower().startswith(READ_ME)
 
 
 def _header(text: str) -> list[str]:
