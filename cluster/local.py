@@ -82,11 +82,12 @@ class Local(Store):
 def writing_in(folder: Path) -> Iterator[None]:
     """Turn an OSError about `folder` into a KuzushijiError that names the folder.
 
-    The OSError of a full or read-only disk may name no path, so it counts as an error about `folder`. While `folder`
+    The OSError of a disk that is full, read-only or without locks may name no path, so it counts as an error about
+    `folder`. While `folder`
     exists, an OSError that names only other paths, and any other OSError without a path, is re-raised unchanged.
 
     Raises:
-        KuzushijiError: the folder is missing, full, read-only, or not a folder.
+        KuzushijiError: the folder is missing, full, read-only, not a folder, or can't have locks.
     """
     try:
         yield
@@ -95,8 +96,9 @@ def writing_in(folder: Path) -> Iterator[None]:
         names = [Path(name) for name in (error.filename, error.filename2) if isinstance(name, str | os.PathLike)]
         named = any(name.is_relative_to(folder) for name in names)
         elsewhere = bool(names) and not named
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-        if (elsewhere or not (named or full)) and os.path.isdir(folder):
+        # The last three: the file system has no locks.
+        of_disk = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+        if (elsewhere or not (named or error.errno in of_disk)) and os.path.isdir(folder):
             raise
         raise KuzushijiError(
             "a folder must exist, be writable and have free space while files are written to it. "

@@ -155,6 +155,18 @@ def test_a_lease_that_was_removed_by_hand_is_written_again(lease: UPath, monkeyp
         assert lost.wait(60)
 
 
+def test_a_file_system_without_locks_is_one_line_that_names_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    says = pytest.raises(KuzushijiError, match=f"Received: {tmp_path}: Function not implemented.*docs/faq.md")
+    with says, locked(place(tmp_path / "lock"), "it", Event()):
+        pass
+
+
 def test_a_training_that_was_taken_over_ends_in_one_line(few: Path, tmp_path: Path) -> None:
     config = TrainConfig.model_validate(GIVEN)
     run = Run("first", config, place(few), "0" * 64, place(tmp_path))

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -16,10 +17,12 @@ import pytest
 from conftest import GIVEN, KUZUSHIJI, KUZUSHIJI_WITH_SMALL_HEAD, WorkersDo
 
 from cluster.errors import DamageError, OptionError
+from cluster.manifest import read_manifest
 from cluster.places import place
 from job.config import TrainConfig
 from job.train.driver import train
 from job.train.run import Run
+from preprocessing.dataset import DatasetManifest
 
 pytestmark = pytest.mark.usefixtures("ray_here")
 
@@ -235,6 +238,27 @@ def test_a_checkpoint_that_a_power_failure_cut_off_ends_the_run_in_one_line_that
             (folder / name).write_bytes(content)
             with pytest.raises(DamageError, match=f"must be readable. Received: {folder}.* Remove {folder.parent}:"):
                 restore_checkpoint([])
+
+
+def test_a_worker_that_is_lost_after_the_model_was_finished_does_not_fail_the_run(
+    trained: Path, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = tmp_path / "models"
+    config = TrainConfig.model_validate(GIVEN)
+    run = Run("first", config, place(few), read_manifest(place(few), DatasetManifest).sha256, place(models))
+
+    def loses_a_worker(_: Any) -> None:
+        shutil.copytree(trained, models / "baseline" / "first")
+        raise RuntimeError("a host vanished")
+
+    monkeypatch.setattr("ray.train.v2.api.data_parallel_trainer.DataParallelTrainer.fit", loses_a_worker)
+    run.fit(None, None)
+    assert run.is_finished()
+    assert not list((models / ".runs").iterdir())
+    shutil.rmtree(models / "baseline" / "first")
+    monkeypatch.setattr(shutil, "copytree", lambda *_: None)
+    with pytest.raises(RuntimeError, match="a host vanished"):
+        run.fit(None, None)
 
 
 def test_the_first_worker_whose_node_stays_saves_the_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:

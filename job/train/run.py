@@ -186,8 +186,10 @@ class Run:
         try:
             failure: Failure | None = trainer.fit().return_value
         except Exception as error:
-            with writing_in(self.models):
-                raise cause_of(error) from error  # `error` holds the worker's traceback, for --debug
+            if not self.is_finished():
+                with writing_in(self.models):
+                    raise cause_of(error) from error  # `error` holds the worker's traceback, for --debug
+            failure = None  # a worker was lost after the model folder was sealed, for example while it made the report
         if failure:
             raise failure.kind(failure.message) from RuntimeError(failure.traceback)
         self._tidy()
