@@ -8,7 +8,6 @@ import base64
 import re
 import sys
 import tempfile
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache, partial
@@ -101,9 +100,7 @@ class Bucket(Store):
             return b""
         may_have_more = len(data) == RANGE_BYTES < most
         if blob.content_encoding == "gzip":  # unpacked by the client, but the checksum is that of the packed bytes
-            with explaining():
-                packed = blob.download_as_bytes(raw_download=True)
-            return zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(packed, most)
+            return _download(blob)[:most]
         if may_have_more or blob.crc32c is None:
             with explaining():
                 blob.reload(if_generation_match=blob.generation)

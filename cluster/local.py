@@ -12,11 +12,11 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, Any, BinaryIO
 
 from upath import UPath
 
-from cluster.errors import KuzushijiError
+from cluster.errors import KuzushijiError, OptionError
 from cluster.storage_interface import Store
 
 TEMPORARY_PREFIX = ".tmp-"
@@ -82,12 +82,11 @@ class Local(Store):
 def writing_in(folder: Path) -> Iterator[None]:
     """Turn an OSError about `folder` into a KuzushijiError that names the folder.
 
-    The OSError of a disk that is full, read-only or without locks may name no path, so it counts as an error about
-    `folder`. While `folder`
+    The OSError of a full or read-only disk may name no path, so it counts as an error about `folder`. While `folder`
     exists, an OSError that names only other paths, and any other OSError without a path, is re-raised unchanged.
 
     Raises:
-        KuzushijiError: the folder is missing, full, read-only, not a folder, or can't have locks.
+        KuzushijiError: the folder is missing, full, read-only, or not a folder.
     """
     try:
         yield
@@ -96,15 +95,32 @@ def writing_in(folder: Path) -> Iterator[None]:
         names = [Path(name) for name in (error.filename, error.filename2) if isinstance(name, str | os.PathLike)]
         named = any(name.is_relative_to(folder) for name in names)
         elsewhere = bool(names) and not named
-        # The last three: the file system has no locks.
-        of_disk = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
-        if (elsewhere or not (named or error.errno in of_disk)) and os.path.isdir(folder):
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+        if (elsewhere or not (named or full)) and os.path.isdir(folder):
             raise
         raise KuzushijiError(
             "a folder must exist, be writable and have free space while files are written to it. "
             f"Received: {folder}: {error.strerror}. Fix that and run the same command again. "
             "See docs/faq.md#a-folder-must-exist-be-writable-and-have-free-space"
         ) from error
+
+
+def lock_now(file: int | IO[Any], path: Path) -> None:
+    """Lock an open file exclusively, without waiting. path: its path, for the message of an error.
+
+    Raises:
+        BlockingIOError: another process has locked it.
+        OptionError: its file system has no locks.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise OptionError(
+                f"a folder must be on a file system with locks (flock). Received: {path.parent}: {error.strerror}. "
+                "Name a folder on another one, for copies of crops by XDG_CACHE_HOME. See docs/faq.md"
+            ) from error
+        raise
 
 
 def check_writable(folder: Path) -> None:

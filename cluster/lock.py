@@ -4,20 +4,19 @@ On this machine's file systems it is a file lock, which is released when its pro
 small file that the holder rewrites every 10 seconds. A lease that has not changed for a minute is taken over.
 """
 
-import fcntl
 import logging
 import os
 import secrets
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from upath import UPath
 
 from cluster.errors import OptionError, one_line
-from cluster.local import is_at
+from cluster.local import is_at, lock_now
 from cluster.places import is_local
 from cluster.storage import change_bytes, read_bytes, remove_file, writing_in
 
@@ -74,13 +73,13 @@ def _locked_descriptor(path: Path, what: str) -> int | None:
     # Open for writing: NFS grants an exclusive lock only on such a descriptor.
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock_now(descriptor, path)
         if is_at(descriptor, path):
             return descriptor
     except BlockingIOError as error:
         os.close(descriptor)
         raise _refused(what) from error
-    except OSError:
+    except (OSError, OptionError):
         os.close(descriptor)
         raise
     os.close(descriptor)
@@ -115,19 +114,20 @@ def _take(path: UPath, holder: str, what: str) -> None:
     while (now := _read(path)) and now == seen and quiet < SECONDS_UNTIL_LOST:
         time.sleep(SECONDS_BETWEEN_LOOKS)
         quiet += SECONDS_BETWEEN_LOOKS
-    if now not in (None, seen) or not _change(path, now, holder):
+    if now not in (None, seen) or not _change(path, lambda there: there == now, holder):
         raise _refused(what)
 
 
 def _renew(path: UPath, holder: str, what: str, done: threading.Event, lost: threading.Event) -> None:
     renewed = _clock()
     while not done.wait(SECONDS_BETWEEN_RENEWALS):
+        now = _clock()
         try:
-            now = _read(path)
-            # Gone: removed by hand, or taken over and released while this process could not renew it.
-            is_own = _is_of(now, holder) or (now is None and _clock() - renewed < SECONDS_UNTIL_LOST)
-            if is_own and _change(path, now, holder):
-                renewed = _clock()
+            # If it is gone, it was removed by hand. Or it was taken over, and released, while this process could not
+            # renew it for a minute.
+            may_be_gone = now - renewed < SECONDS_UNTIL_LOST
+            if _change(path, lambda there: _is_of(there, holder) or (there is None and may_be_gone), holder):  # noqa: B023
+                renewed = now
                 continue
         except Exception as error:  # each file system raises its own types: try again at the next renewal
             log.warning("%s: its lease could not be renewed: %s", what, one_line(error))
@@ -141,14 +141,14 @@ def _clock() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
-def _change(path: UPath, old: bytes | None, holder: str) -> bool:
-    """Replace the lease `old` with a new one. Return False if another process changed it first."""
+def _change(path: UPath, may_replace: Callable[[bytes | None], bool], holder: str) -> bool:
+    """Replace the lease with a new one, in one step. Return False if `may_replace` is False for what is there."""
     new = f"{holder} {time.time()}\n".encode()
     taken = False
 
     def unless_changed(there: bytes | None) -> bytes | None:
         nonlocal taken
-        taken = there in (old, new)  # `new`: the response to a first attempt was lost
+        taken = there == new or may_replace(there)  # `new`: the response to a first attempt was lost
         return new if taken else None
 
     change_bytes(path, unless_changed)

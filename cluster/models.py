@@ -3,6 +3,7 @@
 `latest.json` points to the run that finished last.
 """
 
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Literal
 
@@ -10,7 +11,7 @@ from pydantic import AwareDatetime, BaseModel, ValidationError, field_validator
 from upath import UPath
 
 from cluster.errors import DamageError, InputError
-from cluster.manifest import MANIFEST_FILE, Manifest, complaint, is_sealed
+from cluster.manifest import MANIFEST_FILE, Manifest, complaint, is_sealed, read_manifest
 from cluster.places import plain_name
 from cluster.storage import change_bytes, list_folders, read_small
 
@@ -94,14 +95,32 @@ def point_to_latest(folder: UPath, manifest: ModelManifest) -> None:
     new = Latest(run=folder.name, finished_at=manifest.finished_at)
 
     def updated(old: bytes | None) -> bytes | None:
+        newest = new
         if old is not None:
             there = _parse(path, old)
-            in_future = there.finished_at > max(new.finished_at, datetime.now(UTC) + MOST_AHEAD)
-            if there.finished_at >= new.finished_at and not in_future and is_sealed(folder.parent / there.run):
+            if _counts(there) and is_sealed(folder.parent / there.run):
+                newest = max(new, there, key=lambda run: run.finished_at)
+            else:
+                newest = _newest(folder.parent) or new
+            if newest == there:
                 return None
-        return (new.model_dump_json() + "\n").encode()
+        return (newest.model_dump_json() + "\n").encode()
 
     change_bytes(path, updated)
+
+
+def _counts(run: Latest) -> bool:
+    """Return whether a run finished in the past, by the clock of this machine."""
+    return run.finished_at <= datetime.now(UTC) + MOST_AHEAD
+
+
+def _newest(architecture: UPath) -> Latest | None:
+    """Return the finished run of an architecture that ended last."""
+    runs = []
+    for name in list_folders(architecture):
+        with suppress(InputError, DamageError):  # unfinished, or damaged
+            runs.append(Latest(run=name, finished_at=read_manifest(architecture / name, ModelManifest).finished_at))
+    return max(filter(_counts, runs), key=lambda run: run.finished_at, default=None)
 
 
 def resolve_model(place: UPath) -> UPath:

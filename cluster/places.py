@@ -54,7 +54,7 @@ def place(text: str | os.PathLike[str]) -> UPath:
         return UPath(os.path.abspath(path.path))
     # Libraries read such addresses in different ways, and fsspec cuts off what follows `::`.
     parts = str(text).partition("://")[2].strip("/").split("/")[1:]
-    if "::" in str(text) or {"", ".", ".."} & set(parts):
+    if path.protocol not in ("http", "https") and ("::" in str(text) or {"", ".", ".."} & set(parts)):
         raise OptionError(f"an address must not have //, /./, /../ or :: in its path. Received: {text}")
     if store is _BUCKET:
         if not bucket.has_valid_name(path):

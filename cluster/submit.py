@@ -26,7 +26,6 @@ log = logging.getLogger("kuzushiji")
 
 # If the job still runs this long after its log ended, the connection for the log was lost.
 SECONDS_TO_END = 5
-SECONDS_BETWEEN_PINGS = 60.0  # of the connection for the log; the head has half of it to answer
 
 
 def submit_job(client: "JobSubmissionClient", arguments: Sequence[str], working_dir: Path | None, head: Head) -> str:
@@ -128,8 +127,8 @@ async def _print_log(client: "JobSubmissionClient", job: str) -> bool:
     try:
         async with aiohttp.ClientSession(headers=client._headers) as session:
             # Not `async with`: on exit it waits for the server, which keeps sending, to close the connection.
-            # A proxy may drop an idle connection without a word: then the log ends, and the job is asked for.
-            log_stream = await session.ws_connect(url, proxy=proxy, heartbeat=SECONDS_BETWEEN_PINGS)
+            # Without `heartbeat`: the head only sends on this connection, and so answers no ping.
+            log_stream = await session.ws_connect(url, proxy=proxy)
             async for message in log_stream:
                 if message.type is aiohttp.WSMsgType.TEXT and not _print(message.data):
                     return False

@@ -171,7 +171,7 @@ def read_books(path: UPath) -> BooksFile:
         for row in filter(None, reader):  # skip empty lines
             if len(row) != len(header) or not all(cell.strip() for cell in row) or _CONTROL.search("".join(row)):
                 raise ValueError(f"a row must be a {header[0]} and its book. Received: {','.join(row)[:80]!r}")
-            name, book = (_normal(cell.strip()) for cell in row)
+            name, book = _normal(row[0]), _normal(row[1].strip())
             if name in books:
                 raise ValueError(f"a {header[0]} must have one row only. Received: {name[:80]!r} twice")
             books[name] = book

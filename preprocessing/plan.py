@@ -95,23 +95,7 @@ def make_plan(
     hint = ", a large share: see docs/data.md#classes" if percent > 100 * LARGE_SHARE_OF_RARE else ""
     text = "%d classes; %.0f %% of the boxes, and %.0f %% of those of the test, are of the class %s%s"
     log.info(text, len(names), percent, percent_of_test, RARE, hint)
-    if config.split == "random":
-        log.info("--split random has crops of one page in several splits: see docs/data.md#which-split")
-    # With --split book, the whole book of a page for training is in training.
-    testable = set(books) - ({*np.array(books)[train_only]} if train_only is not None else set())
-    if config.split == "book" and config.folds is None and len(testable) < FEW_BOOKS:
-        log.info(
-            "%d books can be in the test: the accuracy depends on which are. See docs/data.md#few-books-folds",
-            len(testable),
-        )
-    alone = sum(count == 1 for count in Counter(books).values())
-    if config.split == "book" and alone > len(books) / 2 and alone >= FEW_BOOKS:
-        log.warning(
-            "--split book: %s of one page only, such as %r. If these are pages of the same titles, name their books, "
-            "or the split is by page. See docs/data.md#books",
-            counted(alone, "book"),
-            next(book for book, count in Counter(books).items() if count == 1),
-        )
+    _log_split(config, books, train_only)
     number = config.shards or number_of_groups(len(labels.boxes), BOXES_PER_GROUP)
     grouped = group_pages(labels, files, number, bool(config.rescale), config.margin)
     groups = plan_shards(grouped, classes, splits)
@@ -124,6 +108,27 @@ def make_plan(
     unlabelled = sorted(os.fsencode(page).decode(errors="replace") for page in set(files) - set(labels.page_ids))
     lost, empty = known_losses(labels, files), _splits_without_crops(splits, _known_lost(labels, files))
     return Plan(labels, names, splits, books, book_rule, groups, unlabelled, ignored, lost, empty, identity)
+
+
+def _log_split(config: PrepareConfig, books: Sequence[str], train_only: NDArray[np.bool_] | None) -> None:
+    """Log what may make the accuracy of a split misleading."""
+    if config.split == "random":
+        log.info("--split random has crops of one page in several splits: see docs/data.md#which-split")
+    # With --split book, the whole book of a page for training is in training.
+    testable = set(books) - ({*np.array(books)[train_only]} if train_only is not None else set())
+    if config.split == "book" and config.folds is None and len(testable) < FEW_BOOKS:
+        log.info(
+            "%d books can be in the test: the accuracy depends on which are. See docs/data.md#few-books-folds",
+            len(testable),
+        )
+    alone = [book for book, count in Counter(books).items() if count == 1]
+    if config.split == "book" and len(alone) > max(len(books) / 2, FEW_BOOKS - 1):
+        log.warning(
+            "--split book: %s of one page only, such as %r. If these are pages of the same titles, name their books, "
+            "or the split is by page. See docs/data.md#books",
+            counted(len(alone), "book"),
+            alone[0],
+        )
 
 
 def _splits(

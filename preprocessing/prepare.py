@@ -113,13 +113,7 @@ def _make(plan: Plan, pages: UPath, dataset: UPath, config: PrepareConfig, start
     losses = [loss for report in reports for loss in report.losses]
     try:
         _check_losses(losses, len(losses), plan, config, dataset)
-        for split in SPLITS:
-            if not any(report.shards[split].examples for report in reports if split in report.shards):
-                raise InputError(
-                    f"each split must have a box that can be cut. Received: {split}, whose boxes are all lost, first "
-                    f"page {losses[0]['page']}: {losses[0]['what']}. Fix the scans. "
-                    "See docs/data.md#lost-and-clipped-boxes"
-                )
+        _check_splits(losses, plan, reports, dataset)
     except InputError:
         resumable(dataset).forget_losses(reports)
         raise
@@ -134,6 +128,21 @@ def _check_losses(losses: Sequence[Loss], lost: int, plan: Plan, config: Prepare
             f"at most {config.max_bad_fraction:g} of the boxes may be lost (--max-bad-fraction). "
             f"Received: {lost} of {boxes}, first page {losses[0]['page']}: {losses[0]['what']}. "
             f"Allow more and run again, or fix the input and remove {dataset}. "
+            "See docs/data.md#lost-and-clipped-boxes"
+        )
+
+
+def _check_splits(losses: Sequence[Loss], plan: Plan, reports: Sequence[GroupReport], dataset: UPath) -> None:
+    """Raise InputError if all boxes of a split are lost, though few of all boxes are."""
+    for number, split in enumerate(SPLITS):
+        if any(report.shards[split].examples for report in reports if split in report.shards):
+            continue
+        pages = plan.labels.pages_with(plan.splits == number)
+        of_split = {page for page, has_boxes in zip(plan.labels.page_ids, pages, strict=True) if has_boxes}
+        first = next(loss for loss in losses if loss["page"] in of_split)
+        raise InputError(
+            f"each split must have a box that can be cut. Received: {split}, whose boxes are all lost, first page "
+            f"{first['page']}: {first['what']}. Fix the scans, remove {dataset} and run again. "
             "See docs/data.md#lost-and-clipped-boxes"
         )
 

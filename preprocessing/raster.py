@@ -7,6 +7,7 @@ holds four bytes for each value, 1900 MB with three components and 2400 MB with 
 
 import io
 import logging
+import re
 import struct
 import warnings
 from collections.abc import Iterator
@@ -168,8 +169,8 @@ def _decode(image: ImageFile.ImageFile) -> tuple[NDArray[np.uint8], list[str]]:
     if image.mode.startswith("I"):  # more than 8 bits
         gray, what = _scaled(np.asarray(image), white_is_zero)
         return gray, [*found, what]
-    if any(";16" in str(tile.args) for tile in tiles):
-        found.append("colour of 16 bits: the upper 8 bits were read")
+    if any(re.search(";16[BLN]", str(tile.args)) for tile in tiles):
+        found.append("colour or transparency of 16 bits: the upper 8 bits were read")
     return np.asarray(_over_white(image)), found
 
 

@@ -232,6 +232,12 @@ def test_notes_that_begin_with_a_bracket_are_no_labels(labels: str, note: str, t
     assert read(tmp_path / "labels").code_points.tolist() == [0x306F]
 
 
+@pytest.mark.parametrize("name", ["a.json", "readme_pages.json", "b.txt", "c.coco", "d"])
+def test_coco_is_recognized_by_its_content_whatever_its_name(name: str, tmp_path: Path) -> None:
+    written(tmp_path / "labels" / name, json.dumps(coco_of()))
+    assert read(tmp_path / "labels").code_points.tolist() == [0x306F]
+
+
 # --- Kaggle's CSV
 
 

@@ -191,6 +191,7 @@ def test_too_many_losses_fail_without_a_manifest_and_may_be_allowed_later(tmp_pa
 
 def test_a_split_whose_boxes_are_all_lost_is_refused_though_few_of_all_boxes_are(tmp_path: Path) -> None:
     rows = {f"a_{i}": boxes(70) for i in range(10)} | {"b_0": boxes(1), "c_0": boxes(1)}
+    rows["a_0"] += " U+306F 1 1 0 9"
     whole = {f"{page_id}.jpg": page(400, 600) for page_id in rows}
     config = PrepareConfig(split="book", val_fraction=0.001, test_fraction=0.001)
     write_pages(tmp_path, whole | {"b_0.jpg": b"GIF", "c_0.jpg": b"GIF"}, rows)

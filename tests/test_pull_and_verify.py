@@ -15,7 +15,7 @@ from conftest import mount_small_disk
 from upath import UPath
 
 from cluster.errors import DamageError, InputError, KuzushijiError, OptionError
-from cluster.manifest import MANIFEST_FILE, is_sealed, seal, write_listed
+from cluster.manifest import MANIFEST_FILE, is_sealed, read_manifest, seal, write_listed
 from cluster.models import ModelManifest, point_to_latest, read_latest, resolve_model
 from cluster.places import place
 from cluster.pull import pull
@@ -198,6 +198,10 @@ def test_the_pointer_leaves_a_run_that_is_gone_or_that_a_wrong_clock_finished_in
         resolve_model(models / "other")
     earlier = write_run(models, "other", "earlier", NOON - timedelta(days=1))
     assert resolve_model(models / "other") == earlier
+    newest = write_run(models, "other", "newest", NOON)
+    remove_folder(write_run(models, "other", "gone", NOON + timedelta(days=1)))
+    point_to_latest(earlier, read_manifest(earlier, ModelManifest))  # as the command of a run that is finished
+    assert resolve_model(models / "other") == newest
     write_run(models, "other", "tomorrow", datetime.now(UTC) + timedelta(days=1))
     today = write_run(models, "other", "today", datetime.now(UTC))
     assert resolve_model(models / "other") == today

@@ -145,7 +145,7 @@ def test_the_upper_bits_of_colour_of_16_bits_are_read_which_is_a_warning(suffix:
     colour = np.random.default_rng(0).integers(0, 256, (9, 9, 3), np.uint8)
     _, data = cv2.imencode(suffix, colour.astype(np.uint16) * 257)
     scan = decode_scan(data.tobytes())
-    assert scan.warnings == ["colour of 16 bits: the upper 8 bits were read"]
+    assert scan.warnings == ["colour or transparency of 16 bits: the upper 8 bits were read"]
     assert differs(scan, Image.fromarray(colour[:, :, ::-1])) <= 1
 
 

@@ -233,11 +233,26 @@ def test_a_checkpoint_that_a_power_failure_cut_off_ends_the_run_in_one_line_that
     monkeypatch.setattr(ray.train, "get_checkpoint", lambda: ray.train.Checkpoint.from_directory(folder))
     for name in ("state.json", "arrays.npz"):
         write_checkpoint(folder, State(), [], [])
-        assert restore_checkpoint([])
+        assert restore_checkpoint([], place(folder.parent))
         for content in (b"", bytes(100), (folder / name).read_bytes()[:-9]):
             (folder / name).write_bytes(content)
             with pytest.raises(DamageError, match=f"must be readable. Received: {folder}.* Remove {folder.parent}:"):
-                restore_checkpoint([])
+                restore_checkpoint([], place(folder.parent))
+
+
+def test_the_new_name_of_a_run_is_logged_before_it_begins(
+    few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*_: Any) -> None:
+        raise RuntimeError("it began")
+
+    monkeypatch.setattr("job.train.driver._train_all", fails)
+    caplog.set_level("INFO", "kuzushiji")
+    for name in ("first", None):
+        with pytest.raises(RuntimeError, match="it began"):
+            train(place(few), place(tmp_path), [TrainConfig.model_validate(GIVEN)], name)
+    (line,) = [message for message in caplog.messages if message.startswith("run ")]
+    assert re.fullmatch(r"run (\d{8}-\d{6}-\d{6}): to resume it if it ends early, .* with --run \1", line)
 
 
 def test_a_worker_that_is_lost_after_the_model_was_finished_does_not_fail_the_run(

@@ -26,7 +26,7 @@ def columns(boxes: NDArray[np.int64]) -> list[list[int]]:
         overlap = np.minimum(ends[:, 1], right[box]) - np.maximum(ends[:, 0], left[box])
         of_end = ends[:, 1] - ends[:, 0]
         fits = overlap > 0.5 * np.minimum(of_end, width[box])
-        likeness = np.where(fits, overlap / np.sqrt(of_end * width[box]), 0)
+        likeness = np.where(fits, overlap / np.sqrt(np.maximum(1, of_end * width[box])), 0)
         column = int(np.argmax(likeness)) if len(found) else 0
         if not found or not fits[column]:
             column = len(found)

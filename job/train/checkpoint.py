@@ -126,8 +126,10 @@ def read_checkpoint(folder: Path, variables: Sequence[Any]) -> tuple[State, list
     return state, best
 
 
-def restore_checkpoint(variables: Sequence[Any]) -> tuple[State, list[NDArray[Any]]] | None:
+def restore_checkpoint(variables: Sequence[Any], checkpoints: UPath) -> tuple[State, list[NDArray[Any]]] | None:
     """Read the run's last checkpoint, as `read_checkpoint` does. Return None if Ray Train has none.
+
+    checkpoints: the folder of all checkpoints, which the message of an error names.
 
     Raises:
         DamageError: it can't be read, for example because a power failure cut it off.
@@ -139,10 +141,10 @@ def restore_checkpoint(variables: Sequence[Any]) -> tuple[State, list[NDArray[An
         try:
             return read_checkpoint(Path(folder), variables)
         except (EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
-            of_run = PurePosixPath(checkpoint.path).parent
+            last = checkpoints / PurePosixPath(checkpoint.path).name
             raise DamageError(
-                f"the last checkpoint of a run must be readable. Received: {checkpoint.path}: {squeezed(error, 100)}. "
-                f"Remove {of_run}: the run then begins at epoch 1"
+                f"the last checkpoint of a run must be readable. Received: {last}: {squeezed(error, 100)}. "
+                f"Remove {checkpoints}: the run then begins at epoch 1"
             ) from error
 
 

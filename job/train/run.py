@@ -10,7 +10,7 @@ from typing import Any
 
 from upath import UPath
 
-from cluster.errors import DamageError, OptionError
+from cluster.errors import DamageError, OptionError, one_line
 from cluster.lock import locked
 from cluster.manifest import is_sealed, read_manifest
 from cluster.models import ModelManifest, point_to_latest
@@ -186,10 +186,15 @@ class Run:
         try:
             failure: Failure | None = trainer.fit().return_value
         except Exception as error:
-            if not self.is_finished():
+            finished = False
+            with suppress(Exception):  # a second failure must not hide the first
+                finished = self.is_finished()
+            if not finished:
                 with writing_in(self.models):
                     raise cause_of(error) from error  # `error` holds the worker's traceback, for --debug
-            failure = None  # a worker was lost after the model folder was sealed, for example while it made the report
+            failure = None
+            text = "%s: a worker was lost after the model was finished; its report may be missing: %s"
+            log.warning(text, config.architecture, one_line(cause_of(error)))
         if failure:
             raise failure.kind(failure.message) from RuntimeError(failure.traceback)
         self._tidy()

@@ -113,10 +113,13 @@ class Training:
         """Resume from the run's last checkpoint. Without one, keep the initial weights.
 
         checkpoints: the folder of all checkpoints of the run. Those that are not in Ray Train's list are removed.
+
+        Raises:
+            DamageError: the last checkpoint can't be read.
         """
         if self.rank == 0:
             remove_unknown(checkpoints)
-        restored = restore_checkpoint([*self.changing, *self.optimizer.variables])
+        restored = restore_checkpoint([*self.changing, *self.optimizer.variables], checkpoints)
         if restored is None:
             return
         self.state, best = restored

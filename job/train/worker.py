@@ -52,7 +52,12 @@ def train_worker(
         stack.callback(training.step_limit.stop)
         try:
             training.resume(place(job.checkpoints))
-            start_up.ends("building the model")
+        except DamageError as error:
+            own = Failure(str(error), traceback.format_exc(), type(error))
+        if failure := shared_failure(job.board, job.config.architecture, own):
+            return failure
+        start_up.ends("building the model")
+        try:
             while not training.finished():
                 training.run_epoch()
             predictions = training.predict_best()

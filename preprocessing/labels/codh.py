@@ -56,6 +56,6 @@ def _parse(file: LabelFile, bare: bool) -> Collected:
             if name not in ids:
                 ids[name] = id_of_file(name)
             text = row[character] if character is not None else ""
-            code_point = UNKNOWN if bare and not text else parse_character(text)
+            code_point = UNKNOWN if bare and not text.strip() else parse_character(text)
             collected.add(ids[name], code_point, [parse_integer(row[i]) for i in box])
     return collected

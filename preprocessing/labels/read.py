@@ -22,7 +22,7 @@ from preprocessing.labels.kaggle import HEADER, read_kaggle
 from preprocessing.labels.page_ids import is_image
 from preprocessing.labels.table import Labels, PageBoxes, assemble
 from preprocessing.labels.yolo import CLASS_NAMES_FILES, SizeOf, is_yolo_line, read_yolo
-from preprocessing.pages import OTHERS, count_kinds, ignored_line, kind_of
+from preprocessing.pages import count_kinds, ignored_line, kind_of
 
 log = logging.getLogger("kuzushiji")
 
@@ -32,6 +32,7 @@ STRICT_SUFFIXES = (".csv", ".json")
 # Exceptions: files that Kaggle and Label Studio provide next to the labels, and files for other options.
 NO_LABELS = ("unicode_translation.csv", "sample_submission.csv", "notes.json")
 OTHER_HEADERS = (CANVASES_HEADER, *map(list, BOOKS_HEADERS))
+_JSON = re.compile(r'\{\s*["}]|\[\s*[{\]]')  # how an object, or a list of objects, begins
 READ_ME = ("readme", "license", "licence", "notice")
 # Labels of other tools must be converted to COCO.
 FORMS = (
@@ -197,7 +198,8 @@ def _form_of(file: LabelFile) -> Form:
     content = text.lstrip()
     if not content:
         return Form.EMPTY
-    if content[0] in "{[" and (file.given or _may_be_json(file)):
+    # Notes may begin with a bracket, too: `[x] done`, or a badge in a README.
+    if content[0] in "{[" and (file.given or kind_of(file.name) == ".json" or _JSON.match(content)):
         return Form.JSON
     header = _header(text)
     if header == HEADER:
@@ -205,11 +207,6 @@ def _form_of(file: LabelFile) -> Form:
     if is_codh_header(header):
         return Form.CODH
     return Form.YOLO if is_yolo_line(content.splitlines()[0]) else Form.OTHER
-
-
-def _may_be_json(file: LabelFile) -> bool:
-    """Return whether a file in a folder is JSON by its name: notes may begin with a bracket, too."""
-    return kind_of(file.name) in (".json", OTHERS) and not file.base_name.lower().startswith(READ_ME)
 
 
 def _header(text: str) -> list[str]:
