@@ -29,9 +29,13 @@ ROWS = ROOT / "docs" / "recognition"
 @dataclass(frozen=True)
 class Recipe:
     options: str
-    learning_rate: str
-    slower: str | None
-    """Learning rate for the real pages, after a training on drawn pages. None: one training on both."""
+    """Of all its trainings."""
+    alone: str
+    """More options of a training that is the only one."""
+    drawn_then_real: tuple[str, str] | None = None
+    """More options of a training on the drawn pages of `books`, and of the next one, on the real pages. None: one
+    training on both.
+    """
     margin: float = 0.0
     """`prepare --margin`, for all that it is trained and tested on."""
 
@@ -41,12 +45,17 @@ class Recipe:
 
 
 RECIPES = {
-    "baseline, the study's": Recipe("--architecture baseline --global-batch-size 512", "1e-4", None),
-    "resnet, ours": Recipe("--architecture resnet --global-batch-size 32", "3e-3", "2e-3", margin=0.1),
+    "baseline, the study's": Recipe("--architecture baseline --global-batch-size 512", "--learning-rate 1e-4"),
+    "resnet, ours": Recipe(
+        "--architecture resnet --global-batch-size 32 --weight-decay 0.5",
+        "--learning-rate 3e-3",
+        ("--learning-rate 3e-3 --sampling balanced", "--learning-rate 2e-3"),
+        margin=0.1,
+    ),
     "baseline, ours": Recipe(
         "--architecture baseline --global-batch-size 32 --schedule cosine --augment standard --weight-decay 0.05",
-        "5e-4",
-        "3e-4",
+        "--learning-rate 5e-4",
+        ("--learning-rate 5e-4", "--learning-rate 3e-4"),
         margin=0.1,
     ),
 }
@@ -76,14 +85,15 @@ def measure(part: Part, data: Data, models: Path) -> None:
     recipe, number = RECIPES[part.recipe], list(RECIPES).index(part.recipe)
     name, first = f"{part.folder}-{number}-{part.seed}", f"drawn-{number}-{part.seed}"
     trainings = Trainings(models, recipe, part.seed)
-    if part.study == "books" and recipe.slower:
+    if part.study == "books" and recipe.drawn_then_real:
+        of_drawn, of_real = recipe.drawn_then_real
         drawn, dataset, trained = data.drawn(recipe.margin), data.real_of(part, recipe.margin), data.of(part)
         epochs = round((BOTH * crops_of(trained) - crops_of(drawn)) / crops_of(dataset))
-        trainings.add(first, drawn, 1)
-        trainings.add(name, dataset, epochs, go_on_from=first)
+        trainings.add(first, drawn, 1, of_drawn)
+        trainings.add(name, dataset, epochs, of_real, go_on_from=first)
     else:
         dataset = trained = data.of(part, recipe.margin)
-        trainings.add(name, dataset, BOTH if part.study == "books" else ALONE)
+        trainings.add(name, dataset, BOTH if part.study == "books" else ALONE, recipe.alone)
     history = trainings.history()
     numbers, pages = tested(models / recipe.architecture / name, dataset, trained)
     add(ROWS / "pages.csv", part, pages)
@@ -106,10 +116,10 @@ class Trainings:
         self.commands: list[str] = []
         self._histories: list[pd.DataFrame] = []
 
-    def add(self, name: str, dataset: Path, epochs: int, go_on_from: str | None = None) -> None:
-        folder, recipe = self.models / self.recipe.architecture, self.recipe
-        rate = recipe.slower if go_on_from else recipe.learning_rate
-        options = [*recipe.options.split(), "--learning-rate", rate, "--epochs", epochs, "--seed", self.seed]
+    def add(self, name: str, dataset: Path, epochs: int, more: str, go_on_from: str | None = None) -> None:
+        """Train. more: options of this training."""
+        folder = self.models / self.recipe.architecture
+        options = [*self.recipe.options.split(), *more.split(), "--epochs", epochs, "--seed", self.seed]
         begin = ["--weights", folder / go_on_from] if go_on_from else []
         places = ["--dataset", dataset, "--models", self.models, "--run", name]
         run("train", *places, *options, *begin, "--workers", 1)
@@ -192,9 +202,9 @@ def tables() -> str:
         of_study = runs[runs["study"] == study].groupby(["fold", "seed"]).filter(_has_both)
         if of_study.empty:
             continue
-        means = of_study.groupby("recipe", sort=False).mean(numeric_only=True)
+        means = of_study.groupby("recipe").mean(numeric_only=True)
         lines = []
-        for recipe in means.index:
+        for recipe in filter(means.index.__contains__, RECIPES):
             count = (of_study["recipe"] == recipe).sum()
             numbers = [f"{means.loc[recipe, name]:.3f}" for name in SHOWN]
             ratio = error_ratio(pages[pages["study"] == study], recipe)
@@ -243,7 +253,7 @@ def time_ratio(epochs: pd.DataFrame, recipe: str) -> str:
         theirs = trainings.get((next(iter(RECIPES)), *key))
         if name != recipe or theirs is None:
             continue
-        if RECIPES[recipe].slower and (rows["study"] == "books").all():
+        if RECIPES[recipe].drawn_then_real and (rows["study"] == "books").all():
             rows = rows[rows["epoch"] > 1]  # the first one is on drawn pages, and so is its validation
         best = theirs.loc[theirs["val_accuracy"].idxmax()]
         enough = rows[rows["val_accuracy"] >= best["val_accuracy"]]
