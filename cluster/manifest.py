@@ -27,7 +27,16 @@ from upath import UPath
 from cluster.errors import DamageError, InputError
 from cluster.places import is_local, plain_name
 from cluster.progress import progress
-from cluster.storage import change_bytes, is_file, list_files, read_small, sha256_of, write_bytes, writing_in
+from cluster.storage import (
+    change_bytes,
+    is_file,
+    list_files,
+    list_folders,
+    read_small,
+    sha256_of,
+    write_bytes,
+    writing_in,
+)
 
 MANIFEST_FILE = "manifest.json"
 # A manifest that exceeds these limits is rejected before parsing. Within them, parsing takes at most 2 GB of memory.
@@ -182,7 +191,8 @@ def _read(folder: UPath) -> tuple[bytes, dict[str, Any]]:
     path = folder / MANIFEST_FILE
     raw = read_small(path, MAX_MANIFEST_BYTES)
     if raw is None:
-        raise InputError(f"a finished folder must hold {MANIFEST_FILE}. Received: {folder}, without one")
+        what = "without one" if list_files(folder) or list_folders(folder) else "which is missing or empty"
+        raise InputError(f"a finished folder must hold {MANIFEST_FILE}. Received: {folder}, {what}. See docs/faq.md")
     if len(raw) > MAX_MANIFEST_BYTES:
         raise DamageError(f"{path} must be at most {MAX_MANIFEST_BYTES} bytes")
     if _is_too_large(raw):

@@ -13,7 +13,7 @@ from upath import UPath
 from cluster.errors import DamageError, InputError
 from cluster.manifest import MANIFEST_FILE, Manifest, complaint, is_sealed, read_manifest
 from cluster.places import plain_name
-from cluster.storage import change_bytes, list_folders, read_small
+from cluster.storage import change_bytes, is_file, list_files, list_folders, read_small
 
 LATEST_FILE = "latest.json"
 MAX_LATEST_BYTES = 10_000
@@ -134,10 +134,12 @@ def resolve_model(place: UPath) -> UPath:
         return place
     latest = read_latest(place)
     if latest is None:
+        architectures = [name for name in list_folders(place) if is_file(place / name / LATEST_FILE)]
+        what = "with neither" if architectures or list_files(place) else "which is missing or empty"
+        mend = f"Name {place / architectures[0]}" if architectures else "See docs/formats.md#model-folder"
         raise InputError(
-            f"a finished model must hold {MANIFEST_FILE}, and an architecture's folder {LATEST_FILE}. "
-            f"Received: {place}, with neither: it is missing, unfinished, or another folder. "
-            "See docs/formats.md#model-folder"
+            f"a finished folder must hold {MANIFEST_FILE}, and the folder of an architecture {LATEST_FILE}. "
+            f"Received: {place}, {what}. {mend}"
         )
     if not is_sealed(place / latest.run):
         raise DamageError(

@@ -43,6 +43,8 @@ def place(text: str | os.PathLike[str]) -> UPath:
         raise OptionError(f"a place must not have control characters. Received: {str(text)!r}. Are line ends CRLF?")
     if re.match("~(/|$)", str(text)):
         raise OptionError(f"a place must not begin with ~, which only a shell replaces. Received: {text}. Use $HOME")
+    if re.match("(gs|gcs|s3|hdfs|https?):/[^/]", str(text)):
+        raise OptionError(f"an address must have two slashes after its protocol, as gs://. Received: {text}")
     try:
         path: UPath = UPath(text)
         store = store_of(path)

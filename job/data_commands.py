@@ -34,7 +34,7 @@ def labels_option(name: str, text: str, required: bool = False) -> Callable[...,
 @click.option(
     "--out", required=True, metavar="DIR", help="New folder for train.csv, train_images/, unicode_translation.csv."
 )
-@click.option("--num-pages", required=True, type=int, help="Number of pages to draw, about 190 characters each.")
+@click.option("--num-pages", required=True, type=int, help="Number of pages to draw, about 200 characters each.")
 @click.option(
     "--seed", default=42, show_default=True, type=int, help="Random seed. The same seed and fonts give the same bytes."
 )

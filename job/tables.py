@@ -86,7 +86,7 @@ def evaluation_lines(evaluation: "Evaluation", split: str) -> list[str]:
         f"the classes with the lowest F1, of {counted(len(weakest_first), 'class', 'classes')} in {split}:",
         weakest_first.head(SHOWN_CLASSES)[columns].to_string(index=False, float_format="{:.3f}".format),
         "",
-        "confusions, as character (crops): predicted characters",
+        "confusions, as character (its crops in the split): what it was mistaken for",
         *confusions[:SHOWN_CONFUSIONS],
         *([f"... and {more} more characters, in misclassified.csv (of the model, or --out)"] if more > 0 else []),
         "",

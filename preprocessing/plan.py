@@ -118,7 +118,7 @@ def _log_split(config: PrepareConfig, books: Sequence[str], train_only: NDArray[
     testable = set(books) - ({*np.array(books)[train_only]} if train_only is not None else set())
     if config.split == "book" and config.folds is None and len(testable) < FEW_BOOKS:
         log.info(
-            "%d books can be in the test: the accuracy depends on which are. See docs/data.md#few-books-folds",
+            "only %d books can be in the test, so the accuracy depends on which are. See docs/data.md#few-books-folds",
             len(testable),
         )
     alone = [book for book, count in Counter(books).items() if count == 1]

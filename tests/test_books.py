@@ -325,7 +325,10 @@ def test_few_books_and_a_large_share_of_rare_are_logged_with_the_page_of_the_doc
     make_plan(place(tmp_path / "train_images"), place(tmp_path / "train.csv"), config)
     share = "50 % of the boxes, and 100 % of those of the test, are of the class rare"
     assert f"{share}, a large share: see docs/data.md#classes" in caplog.text
-    assert "2 books can be in the test: the accuracy depends on which are. See docs/data.md#few-books" in caplog.text
+    assert (
+        "only 2 books can be in the test, so the accuracy depends on which are. See docs/data.md#few-books"
+        in caplog.text
+    )
 
 
 def test_pages_that_are_each_a_book_are_a_warning_with_split_book(

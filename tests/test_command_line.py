@@ -119,6 +119,7 @@ XCEPTION = ["train", "--dataset", "x", "--models", "y", "--architecture", "xcept
         (["verify", "gs://b/./y"], 2, "an address must not have //"),
         (["verify", "gs://b/crops::v2"], 2, "an address must not have //"),
         (["verify", "crops\r"], 2, "a place must not have control characters. Received: 'crops\\r'"),
+        (["verify", "gs:/b/crops"], 2, "an address must have two slashes after its protocol"),
         (["verify", "~/crops"], 2, "a place must not begin with ~"),
         (["pull", "--models", "x", "--to", "y", "../x"], 2, "the name of a model must be"),
         (["train", "--dataset", "x", "--models", "y", "--architecture", "vgg"], 2, "must be one of resnet, baseline"),
@@ -131,7 +132,7 @@ XCEPTION = ["train", "--dataset", "x", "--models", "y", "--architecture", "xcept
         (["prepare", "--pages", "x", "--labels", "y", "--dataset", "z", "--val-fraction", "2"], 2, "--val-fraction"),
         (["evaluate", "--model", "x", "--dataset", "y"], 1, "must hold manifest.json"),
         (["pull", "--models", "x", "--to", "y"], 1, "--models must hold"),
-        (["verify", "x"], 1, "must hold manifest.json"),
+        (["verify", "x"], 1, "Received: {here}/x, which is missing or empty"),
         (["sample", "--out", "x", "--num-pages", "0"], 2, "--num-pages must be at least 1"),
         (["sample", "--out", "gs://demo/y", "--num-pages", "1"], 2, "--out must be a path on this machine"),
         (["prepare", "--crops", "x", "--canvases", "y", "--dataset", "z"], 2, "--canvases must be given with --labels"),
@@ -154,6 +155,7 @@ def test_an_error_is_one_line_with_the_rule_and_the_received_value(
     monkeypatch.chdir(tmp_path)
     done = kuzushiji(*arguments)
     assert done.code == code
+    says = says.replace("{here}", str(tmp_path))
     (line,) = done.stderr.splitlines()
     assert says in line
     for more in (["--json"], ["--json", "--debug"]):

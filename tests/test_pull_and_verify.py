@@ -183,6 +183,11 @@ def test_a_missing_model_or_run_is_an_error_in_one_line(models: UPath, tmp_path:
         pull(place(tmp_path / "empty"), place(tmp_path / "to"))
 
 
+def test_a_folder_of_architectures_is_refused_with_one_of_them(models: UPath) -> None:
+    with pytest.raises(InputError, match=f"Received: {models}, with neither. Name {models}/baseline"):
+        resolve_model(models)
+
+
 def test_the_pointer_moves_only_to_a_later_run(models: UPath) -> None:
     folder = write_run(models, "other", "earlier", NOON - timedelta(days=1))
     latest = read_latest(folder.parent)

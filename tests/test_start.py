@@ -12,6 +12,8 @@ from conftest import Kuzushiji
 from PIL import Image, ImageOps
 
 from cluster.errors import DamageError, InputError, OptionError
+from cluster.manifest import read_manifest
+from cluster.models import ModelManifest, point_to_latest
 from cluster.places import place
 from job.config import configs_of
 from job.model.pretrained import obtain, weights_option
@@ -121,11 +123,13 @@ def test_invalid_weights_are_errors_in_one_line(few: Path, kuzushiji: Kuzushiji,
     write(tmp_path / "fcn" / "first", "fcn")
     write(tmp_path / "wide" / "first", "baseline", margin=0.25)
     (tmp_path / "empty").mkdir()
+    run = place(tmp_path / "fcn" / "first")
+    point_to_latest(run, read_manifest(run, ModelManifest))
     write(tmp_path / "damaged" / "first", "baseline")
     (tmp_path / "damaged" / "first" / "model.keras").write_bytes(b"damaged")
     for folder, message in {
         "damaged/first": "model.keras",
-        "fcn": "or a model folder, <architecture>/<run>",
+        "fcn": f"of a finished training. Received: {tmp_path / 'fcn'}. Name the run, such as {run}",
         "fcn/first": "--weights must be a model of the architecture that is trained, baseline",
         "wide/first": "--dataset must have the margin of the model of --weights, 0.25. Received: 0. Prepare it with",
         "empty": "--weights must be imagenet, none, a file that ends in .h5, or a model folder",

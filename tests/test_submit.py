@@ -563,7 +563,7 @@ def test_a_cluster_that_is_down_is_one_line_with_the_reason_of_ray(tmp_path: Pat
 
 
 def test_a_silent_server_is_not_accepted_as_a_head(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(submit, "SECONDS_FOR_ANSWER", 0.5)
+    monkeypatch.setattr(heads, "SECONDS_FOR_ANSWER", 0.5)
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.setenv(name, "")
     with socket.create_server(("127.0.0.1", 0)) as silent:

@@ -18,7 +18,7 @@ from upath import UPath
 
 from cluster.errors import DamageError, InputError, OptionError, squeezed
 from cluster.manifest import MANIFEST_FILE, fault_of, is_sealed, read_manifest
-from cluster.models import ModelManifest
+from cluster.models import ModelManifest, read_latest
 from cluster.places import place
 from cluster.storage import fetch, is_file, list_files, md5_of, new_file, sha256_of, write_bytes
 from job.config import TrainConfig
@@ -95,9 +95,11 @@ def weights_option(value: str | None) -> Weights | None:
         return Weights(str(given), sha256_of(given))
     # An architecture's folder is refused: its latest run may be another one when the command resumes the training.
     if not is_sealed(given):
+        latest = read_latest(given)
+        mend = f". Name the run, such as {given / latest.run}" if latest else ""
         raise OptionError(
             f"--weights must be imagenet, none, a file that ends in {LEGACY_SUFFIX}, or a model folder, "
-            f"<architecture>/<run>, of a finished training. Received: {value}"
+            f"<architecture>/<run>, of a finished training. Received: {value}{mend}"
         )
     return Weights(str(given), read_manifest(given, ModelManifest).sha256, is_model=True)
 

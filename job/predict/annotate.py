@@ -17,7 +17,7 @@ from preprocessing.labels.code_points import code_point_name
 
 LONGER_SIDE = 2400  # pixels of the page, at most
 CONFIDENT = 0.5  # minimum probability
-LEGEND = "black: probability at least 50 %; blue: less; red: wrong; 〓: rare or uncertain; gray: the best characters"
+LEGEND = "black: probability at least 50 %; blue: less; orange: wrong; 〓: rare or uncertain; gray: the best characters"
 
 
 class SmallPage(NamedTuple):

@@ -92,7 +92,7 @@ def train(
         Exception: the failure of the only config, such as OptionError if another process trains the run.
     """
     began = time.monotonic()
-    name = run or _new_run_name()
+    name = _new_run_name() if run is None else run
     _check_run_name(name)
     manifest = _check_dataset(dataset)
     start = ""
