@@ -261,6 +261,7 @@ def work_that_dies_at(page_id: str) -> Callable[..., Callable[[int], Any]]:
             finally:
                 cutting._read_page, tries.MOST_DEATHS = read, most
 
+        work.attempt = cut.attempt  # type: ignore[attr-defined]
         return work
 
     return make
