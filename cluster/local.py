@@ -105,19 +105,21 @@ def writing_in(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def lock_now(file: int | IO[Any], path: Path) -> None:
-    """Lock an open file exclusively, without waiting. path: its path, for the message of an error.
+def lock(file: int | IO[Any], folder: Path, wait: bool = False) -> None:
+    """Lock an open file, or folder, exclusively.
+
+    folder: its folder, for the message of an error. wait: whether to wait for another process that has locked it.
 
     Raises:
         BlockingIOError: another process has locked it.
         OptionError: its file system has no locks.
     """
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
             raise OptionError(
-                f"a folder must be on a file system with locks (flock). Received: {path.parent}: {error.strerror}. "
+                f"a folder must be on a file system with locks (flock). Received: {folder}: {error.strerror}. "
                 "Name a folder on another one, for copies of crops by XDG_CACHE_HOME. See docs/faq.md"
             ) from error
         raise
@@ -167,12 +169,13 @@ def _locked(folder: UPath) -> Iterator[None]:
 
     Raises:
         KuzushijiError: the folder can't be created, or was removed while this process waited for the lock.
+        OptionError: its file system has no locks.
     """
     with writing_in(Path(folder.path)):
         os.makedirs(folder.path, exist_ok=True)
         descriptor = os.open(folder.path, os.O_RDONLY)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            lock(descriptor, Path(folder.path), wait=True)
             # The lock is on the folder that was opened, which another process may have removed and created again.
             if not is_at(descriptor, Path(folder.path)):
                 raise FileNotFoundError(errno.ENOENT, "removed by another process", folder.path)

@@ -11,12 +11,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from upath import UPath
 
 from cluster.errors import OptionError, one_line
-from cluster.local import is_at, lock_now
+from cluster.local import is_at
+from cluster.local import lock as lock_file
 from cluster.places import is_local
 from cluster.storage import change_bytes, read_bytes, remove_file, writing_in
 
@@ -73,7 +75,7 @@ def _locked_descriptor(path: Path, what: str) -> int | None:
     # Open for writing: NFS grants an exclusive lock only on such a descriptor.
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        lock_now(descriptor, path)
+        lock_file(descriptor, path.parent)
         if is_at(descriptor, path):
             return descriptor
     except BlockingIOError as error:
@@ -122,11 +124,11 @@ def _renew(path: UPath, holder: str, what: str, done: threading.Event, lost: thr
     renewed = _clock()
     while not done.wait(SECONDS_BETWEEN_RENEWALS):
         now = _clock()
+        # If it is gone, it was removed by hand. Or it was taken over, and released, while this process could not renew
+        # it for a minute.
+        until = renewed + SECONDS_UNTIL_LOST
         try:
-            # If it is gone, it was removed by hand. Or it was taken over, and released, while this process could not
-            # renew it for a minute.
-            may_be_gone = now - renewed < SECONDS_UNTIL_LOST
-            if _change(path, lambda there: _is_of(there, holder) or (there is None and may_be_gone), holder):  # noqa: B023
+            if _change(path, partial(_is_own, holder, until), holder):
                 renewed = now
                 continue
         except Exception as error:  # each file system raises its own types: try again at the next renewal
@@ -157,6 +159,11 @@ def _change(path: UPath, may_replace: Callable[[bytes | None], bool], holder: st
 
 def _is_of(lease: bytes | None, holder: str) -> bool:
     return lease is not None and lease.startswith(f"{holder} ".encode())
+
+
+def _is_own(holder: str, until: float, lease: bytes | None) -> bool:
+    """Return whether a lease is that of `holder`, or there is none before `until`, a time of `_clock`."""
+    return _is_of(lease, holder) or (lease is None and _clock() < until)
 
 
 def _read(path: UPath) -> bytes | None:

@@ -191,7 +191,7 @@ def _read(folder: UPath) -> tuple[bytes, dict[str, Any]]:
     path = folder / MANIFEST_FILE
     raw = read_small(path, MAX_MANIFEST_BYTES)
     if raw is None:
-        what = "without one" if list_files(folder) or list_folders(folder) else "which is missing or empty"
+        what = "without one" if list_files(folder) or list_folders(folder) else "which is missing, empty or a file"
         raise InputError(f"a finished folder must hold {MANIFEST_FILE}. Received: {folder}, {what}. See docs/faq.md")
     if len(raw) > MAX_MANIFEST_BYTES:
         raise DamageError(f"{path} must be at most {MAX_MANIFEST_BYTES} bytes")

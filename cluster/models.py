@@ -99,7 +99,7 @@ def point_to_latest(folder: UPath, manifest: ModelManifest) -> None:
         if old is not None:
             there = _parse(path, old)
             if _counts(there) and is_sealed(folder.parent / there.run):
-                newest = max(new, there, key=lambda run: run.finished_at)
+                newest = max(there, new, key=lambda run: run.finished_at)
             else:
                 newest = _newest(folder.parent) or new
             if newest == there:
@@ -110,7 +110,7 @@ def point_to_latest(folder: UPath, manifest: ModelManifest) -> None:
 
 
 def _counts(run: Latest) -> bool:
-    """Return whether a run finished in the past, by the clock of this machine."""
+    """Return whether a run did not finish in the future, by the clock of this machine."""
     return run.finished_at <= datetime.now(UTC) + MOST_AHEAD
 
 
@@ -118,7 +118,7 @@ def _newest(architecture: UPath) -> Latest | None:
     """Return the finished run of an architecture that ended last."""
     runs = []
     for name in list_folders(architecture):
-        with suppress(InputError, DamageError):  # unfinished, or damaged
+        with suppress(InputError, DamageError, ValidationError):  # unfinished, damaged, or not the name of a run
             runs.append(Latest(run=name, finished_at=read_manifest(architecture / name, ModelManifest).finished_at))
     return max(filter(_counts, runs), key=lambda run: run.finished_at, default=None)
 
@@ -134,8 +134,9 @@ def resolve_model(place: UPath) -> UPath:
         return place
     latest = read_latest(place)
     if latest is None:
-        architectures = [name for name in list_folders(place) if is_file(place / name / LATEST_FILE)]
-        what = "with neither" if architectures or list_files(place) else "which is missing or empty"
+        folders = list_folders(place)
+        architectures = [name for name in folders if is_file(place / name / LATEST_FILE)]
+        what = "with neither" if folders or list_files(place) else "which is missing, empty or a file"
         mend = f"Name {place / architectures[0]}" if architectures else "See docs/formats.md#model-folder"
         raise InputError(
             f"a finished folder must hold {MANIFEST_FILE}, and the folder of an architecture {LATEST_FILE}. "

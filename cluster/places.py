@@ -34,7 +34,8 @@ def place(text: str | os.PathLike[str]) -> UPath:
 
     Raises:
         OptionError: the text is empty, has control characters, begins with `~/`, has a protocol that fsspec does not
-            know or can't import, has an invalid bucket name, or is an address with empty parts, `.`, `..` or `::`.
+            know or can't import, has an invalid bucket name, is an address with one slash after its protocol or with
+            `::`, or one, not of http, with empty parts, `.` or `..`.
         KuzushijiError: the file that GOOGLE_APPLICATION_CREDENTIALS names can't be used.
     """
     if not str(text):
@@ -56,7 +57,8 @@ def place(text: str | os.PathLike[str]) -> UPath:
         return UPath(os.path.abspath(path.path))
     # Libraries read such addresses in different ways, and fsspec cuts off what follows `::`.
     parts = str(text).partition("://")[2].strip("/").split("/")[1:]
-    if path.protocol not in ("http", "https") and ("::" in str(text) or {"", ".", ".."} & set(parts)):
+    is_web = path.protocol in ("http", "https")  # the parts may be those of a query
+    if "::" in str(text) or (not is_web and {"", ".", ".."} & set(parts)):
         raise OptionError(f"an address must not have //, /./, /../ or :: in its path. Received: {text}")
     if store is _BUCKET:
         if not bucket.has_valid_name(path):

@@ -10,7 +10,7 @@ from pathlib import Path
 from upath import UPath
 
 from cluster.errors import DamageError, InputError, KuzushijiError, OptionError
-from cluster.local import is_at, lock_now
+from cluster.local import is_at, lock
 from cluster.manifest import MANIFEST_FILE, FileEntry, fault_of, faults_of, read_manifest
 from cluster.models import LATEST_FILE, ModelManifest, latest_runs, point_to_latest, read_latest
 from cluster.places import is_local, plain_option
@@ -119,7 +119,7 @@ def _fetch(source: UPath, target: Path, entry: FileEntry, advance: Callable[[int
     flushed: list[Future[None]] = []
     with open(part, "ab") as out, ThreadPoolExecutor(1) as disk:
         try:
-            lock_now(out, part)
+            lock(out, target)
             os.stat(target)  # raises FileNotFoundError if the folder was removed meanwhile
             if not is_at(out.fileno(), part):
                 raise BlockingIOError  # another pull renamed the part between `open` and `flock`

@@ -137,9 +137,10 @@ def _check_splits(losses: Sequence[Loss], plan: Plan, reports: Sequence[GroupRep
     for number, split in enumerate(SPLITS):
         if any(report.shards[split].examples for report in reports if split in report.shards):
             continue
-        pages = plan.labels.pages_with(plan.splits == number)
-        of_split = {page for page, has_boxes in zip(plan.labels.page_ids, pages, strict=True) if has_boxes}
-        first = next(loss for loss in losses if loss["page"] in of_split)
+        page_of_box = np.repeat(plan.labels.page_ids, plan.labels.boxes_per_page)[plan.splits == number].tolist()
+        boxes = plan.labels.boxes[plan.splits == number].tolist()
+        of_split = {(page, *box) for page, box in zip(page_of_box, boxes, strict=True)}
+        first = next((loss for loss in losses if (loss["page"], *loss["box"]) in of_split), losses[0])
         raise InputError(
             f"each split must have a box that can be cut. Received: {split}, whose boxes are all lost, first page "
             f"{first['page']}: {first['what']}. Fix the scans, remove {dataset} and run again. "

@@ -132,7 +132,7 @@ XCEPTION = ["train", "--dataset", "x", "--models", "y", "--architecture", "xcept
         (["prepare", "--pages", "x", "--labels", "y", "--dataset", "z", "--val-fraction", "2"], 2, "--val-fraction"),
         (["evaluate", "--model", "x", "--dataset", "y"], 1, "must hold manifest.json"),
         (["pull", "--models", "x", "--to", "y"], 1, "--models must hold"),
-        (["verify", "x"], 1, "Received: {here}/x, which is missing or empty"),
+        (["verify", "x"], 1, "Received: {here}/x, which is missing, empty or a file"),
         (["sample", "--out", "x", "--num-pages", "0"], 2, "--num-pages must be at least 1"),
         (["sample", "--out", "gs://demo/y", "--num-pages", "1"], 2, "--out must be a path on this machine"),
         (["prepare", "--crops", "x", "--canvases", "y", "--dataset", "z"], 2, "--canvases must be given with --labels"),

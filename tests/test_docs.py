@@ -131,7 +131,7 @@ def test_the_ratios_of_books_are_those_of_their_rows() -> None:
     of_both = [
         error_ratio(some, "resnet, ours", "baseline, ours") for some in (rows, rows[rows["book"] != "200010454"])
     ]
-    assert f"`resnet` makes {of_both[0]} of the errors of `baseline` by the same recipe" in text
+    assert f"`resnet` makes {of_both[0]} of the errors of `baseline` by our recipe" in text
     assert f"without 200010454 {of_both[1]}." in text
     others = error_ratio(rows[rows["book"] != "200010454"], "resnet, ours")
     assert f"On the other five together it is {others}" in text

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from upath import UPath
 
 from cluster.errors import DamageError, InputError, KuzushijiError, OptionError
-from cluster.local import lock_now
+from cluster.local import lock as lock_file
 from cluster.manifest import fault_of, read_manifest
 from cluster.progress import progress
 from cluster.storage import check_writable, fetch, list_files, local_file, writing_in
@@ -200,7 +200,7 @@ def _locked(root: Path, check: Callable[[], None], say: Callable[[str], object] 
         while True:
             check()
             try:
-                lock_now(lock, root / "lock")
+                lock_file(lock, root)
                 break
             except BlockingIOError:
                 if not said and time.monotonic() - began > SECONDS_UNTIL_SAID:

@@ -193,7 +193,7 @@ class Run:
                 with writing_in(self.models):
                     raise cause_of(error) from error  # `error` holds the worker's traceback, for --debug
             failure = None
-            text = "%s: a worker was lost after the model was finished; its report may be missing: %s"
+            text = "%s: the training ended with an error after the model was finished; its report may be missing: %s"
             log.warning(text, config.architecture, one_line(cause_of(error)))
         if failure:
             raise failure.kind(failure.message) from RuntimeError(failure.traceback)

@@ -54,6 +54,8 @@ def train_worker(
             training.resume(place(job.checkpoints))
         except DamageError as error:
             own = Failure(str(error), traceback.format_exc(), type(error))
+        except tf.errors.ResourceExhaustedError as error:
+            own = Failure(out_of_memory_message(error), traceback.format_exc())
         if failure := shared_failure(job.board, job.config.architecture, own):
             return failure
         start_up.ends("building the model")
