@@ -229,7 +229,7 @@ def remembers_what_is_staged(folder: Path) -> Any:
     return change
 
 
-def test_two_workers_with_one_partition_each_train_like_one_worker_with_both(
+def test_two_workers_with_one_partition_each_train_like_one_with_both_and_leave_out_the_same_classes(
     ray_here: None,
     tmp_path: Path,
     workers_do: WorkersDo,

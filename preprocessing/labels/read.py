@@ -117,7 +117,7 @@ def _with_warnings_of_replaced(labels: Labels) -> Labels:
     pages = [(page_id, count) for page_id, count in zip(labels.page_ids, counts.tolist(), strict=True) if count]
     log.warning(
         "%s with the character ?, U+FFFD or 〓, which stand for characters that an encoding such as CP932 lacks or "
-        "that nobody could read, first on page %s: save the labels again from their source as UTF-8, or remove them",
+        "that nobody could read, first on page %s: save the labels again as UTF-8, or remove these boxes",
         counted(int(replaced.sum()), "box", "boxes"),
         pages[0][0],
     )
